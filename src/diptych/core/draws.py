@@ -1,0 +1,48 @@
+"""Random draws that are a function of (seed, step, sample) and of a name, never of history.
+
+A run that is killed and resumed, or that uses another number of workers, sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def key(*parts: object) -> int:
+    """A 63-bit key of its parts, the same on every machine and in every process."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Draws:
+    """Named per-sample random tensors for a batch.
+
+    Args:
+        keys: one integer per sample, as from `key(seed, step, slot)`.
+        device: where the draws are wanted. They are made on the CPU, so that every device sees the same numbers.
+    """
+
+    def __init__(self, keys: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.keys = tuple(keys)
+        self.device = device
+
+    def take(self, rows: Sequence[int]) -> Draws:
+        """The draws of the samples at `rows`."""
+        return Draws([self.keys[row] for row in rows], self.device)
+
+    def _generators(self, name: str) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(key(sample, name)) for sample in self.keys]
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal, (B, *shape) float32."""
+        rows = [torch.randn(shape, generator=generator) for generator in self._generators(name)]
+        return torch.stack(rows).to(self.device)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (B, *shape) float32."""
+        rows = [torch.rand(shape, generator=generator) for generator in self._generators(name)]
+        return torch.stack(rows).to(self.device)

@@ -1,0 +1,118 @@
+"""One interface over multimodal language models (MLLMs)."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diptych.core.sample import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """A right-padded batch of token sequences with image slots.
+
+    ids: (B, L) int64, image slots hold the backbone's image token id.
+    mask: (B, L) bool, True where a token is real.
+    images: (B, L) bool, True at image slots.
+    learned: (B, L) bool, True at tokens of assistant turns (targets of cross-entropy), end-of-turn included.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    images: Tensor
+    learned: Tensor
+
+
+@dataclass
+class Prefix:
+    """A causal run that later tokens continue.
+
+    hidden: (B, L, D) last hidden states, post-norm.
+    mask: (B, L) bool.
+    cache: the backbone's key/value cache of the run.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    cache: Any
+
+
+class Backbone(nn.Module, abc.ABC):
+    """An MLLM: vision tower, projector and causal language model, with its tokenizer and image processor.
+
+    B batch, L tokens, D width of the language model, N vision tokens of one image.
+    """
+
+    width: int
+    """D."""
+    max_length: int
+    """Longest sequence the language model takes, in tokens."""
+
+    @abc.abstractmethod
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+    ) -> Sequences:
+        """Conversations through the chat template.
+
+        Each `<image>` becomes as many slots as that image has vision tokens. With `generate`, the opening of an
+        assistant turn is appended. UserError when placeholders and images differ in number, or when a conversation
+        is longer than `max_length` (the message says what would be cut; nothing is cut silently).
+        """
+
+    @abc.abstractmethod
+    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images (3, H, W) in [-1, 1], any size, to projected vision tokens, each (N, D)."""
+
+    @abc.abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) to input embeddings (B, L, D)."""
+
+    @abc.abstractmethod
+    def run(self, embeddings: Tensor, mask: Tensor, prefix: Prefix | None = None, *, cache: bool = False) -> Prefix:
+        """Causal run over embeddings (B, L, D) with mask (B, L); post-norm last hidden states.
+
+        With `prefix`, the tokens continue it and only their own states are returned (the mask returned covers only
+        them too). Positions count real tokens, padding does not advance them, so the first token after a right-padded
+        prefix follows directly on its last real token. The prefix's cache is not changed. Gradients flow to
+        `embeddings`, never into a cache made under no_grad.
+        """
+
+    @abc.abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to next-token logits (..., V)."""
+
+    @abc.abstractmethod
+    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
+        """Greedy continuation of each sequence, decoded without special tokens, cut at the end of the turn."""
+
+    @abc.abstractmethod
+    def named_parts(self) -> dict[str, nn.Module]:
+        """`llm`, `vision`, `projector`: disjoint, covering every parameter."""
+
+    @abc.abstractmethod
+    def shard_units(self) -> list[nn.Module]:
+        """Layers that a sharding engine may wrap."""
+
+    @abc.abstractmethod
+    def save_assets(self, folder: Path) -> None:
+        """Write tokenizer files and image-processor settings into `folder`."""
+
+    def place(self, embeddings: Tensor, slots: Tensor, vision: Sequence[Tensor]) -> Tensor:
+        """Embeddings (B, L, D) with vision tokens written into the image slots (B, L), in reading order."""
+        if not vision:
+            return embeddings
+
+        tokens = torch.cat(list(vision)).to(embeddings.dtype)  # (sum N, D)
+        assert int(slots.sum()) == tokens.shape[0], "image slots and vision tokens differ in number"
+        return embeddings.masked_scatter(slots[..., None], tokens)

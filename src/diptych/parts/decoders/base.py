@@ -1,0 +1,35 @@
+"""One interface over diffusion transformers."""
+
+from __future__ import annotations
+
+import abc
+
+from torch import Tensor, nn
+
+from diptych.core.condition import TokenCondition
+
+
+class Decoder(nn.Module, abc.ABC):
+    """A diffusion transformer that predicts from a noisy latent, a time and a condition.
+
+    B batch, C latent channels, h and w latent height and width, L condition tokens, D condition width.
+    """
+
+    channels: int
+    """C."""
+    condition_width: int
+    """D."""
+    patch: int
+    """Latent sides must be multiples of this."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
+        """The network's own output (B, C, h, w) at `x` (B, C, h, w), time `t` (B,), t=1 noise and t=0 data.
+
+        What the output means (velocity noise - data, or data) is the objective's choice; a decoder whose published
+        weights use another time or sign converts here, so that velocity-trained weights give noise - data.
+        """
+
+    @abc.abstractmethod
+    def shard_units(self) -> list[nn.Module]:
+        """Blocks that a sharding engine may wrap."""

@@ -1,0 +1,82 @@
+"""The level rule: a room imports only rooms of a strictly lower level, in functions too; no file says nothing."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import diptych
+
+ROOT = Path(diptych.__file__).parent
+LEVELS = {
+    "core": 0,
+    "parts": 1,
+    "objectives": 1,
+    "toyworld": 1,
+    "checkpoints": 1,
+    "data": 2,
+    "systems": 2,
+    "training": 3,
+    "inference": 3,
+    "evaluation": 4,
+    "analysis": 4,
+    "recipes": 5,
+    "cli": 6,
+    "server": 6,
+}
+VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "components"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            if node.module == "diptych":
+                names = [f"diptych.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("diptych.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
+def test_levels(path: Path) -> None:
+    parts = path.relative_to(ROOT).parts
+    if len(parts) == 1:
+        return
+    own = parts[0]
+    for room in imported_rooms(path):
+        if room != own and room in LEVELS:
+            assert LEVELS[room] < LEVELS[own], f"{own} (L{LEVELS[own]}) must not import {room} (L{LEVELS[room]})"
+
+
+def test_systems_do_not_import_each_other() -> None:
+    for path in (ROOT / "systems").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diptych.systems."):
+                assert node.module == "diptych.systems.base", f"{path}: a system imports {node.module}"
+
+
+def test_rooms_have_a_level() -> None:
+    rooms = {path.relative_to(ROOT).parts[0] for path in FILES if len(path.relative_to(ROOT).parts) > 1}
+    assert rooms <= set(LEVELS)
+
+
+def test_names_say_something() -> None:
+    for path in FILES:
+        assert not VAGUE & set(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+def test_depth_and_empty_inits() -> None:
+    for path in FILES:
+        parts = path.relative_to(ROOT).parts
+        if parts[0] not in ("parts", "systems"):
+            assert len(parts) <= 2, f"{path}: too deep"
+        if path.name == "__init__.py" and len(parts) > 1 and parts[0] != "systems":
+            assert not path.read_text().strip(), f"{path}: only the top __init__ has content"
