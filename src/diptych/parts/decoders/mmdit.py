@@ -1,0 +1,315 @@
+"""MMDiT: FLUX's diffusion transformer of double-stream and single-stream blocks, without guidance embedding.
+
+Source: Esser et al. 2024 (arXiv 2403.03206) for the double blocks, FLUX.1 for single blocks, rotary positions and
+QK norm. The decoder of IOMM (Sec. 3.1). Weights map one to one on diffusers' FluxTransformer2DModel. Deviations:
+padded condition tokens are masked (FLUX attends to its padding), and the pooled input is optional.
+
+B batch, C latent channels, h and w latent height and width, L condition tokens, D condition width,
+N image tokens (h / patch)(w / patch), T = L + N, W hidden width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diptych.core.condition import TokenCondition
+from diptych.core.errors import UserError
+from diptych.core.patchify import patchify, unpatchify
+from diptych.core.rope import grid_positions, rotate, rotation, text_positions
+from diptych.parts.decoders.base import Decoder
+
+EPS = 1e-6
+FREQUENCIES = 256
+KEPT_ROTATIONS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """Sizes of an `MMDiT`.
+
+    channels: C. patch: side of a patch in latent pixels. condition_width: D. hidden: W. heads: H.
+    double, single: blocks of each kind. mlp_ratio: width of the MLPs in units of W.
+    axes: head channels turned by (image, row, column); sums to W / H.
+    pooled_width: width of a pooled condition vector that is added to the time embedding, None for none.
+    """
+
+    channels: int
+    patch: int
+    condition_width: int
+    hidden: int
+    heads: int
+    double: int
+    single: int
+    mlp_ratio: int = 4
+    axes: tuple[int, int, int] = (16, 56, 56)
+    pooled_width: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", tuple(self.axes))
+        if self.hidden % self.heads:
+            raise UserError(f"mmdit: hidden {self.hidden} is no multiple of heads {self.heads}")
+        if sum(self.axes) != self.hidden // self.heads:
+            raise UserError(
+                f"mmdit: axes {self.axes} sum to {sum(self.axes)}, but a head has {self.hidden // self.heads} channels "
+                f"(hidden {self.hidden} / heads {self.heads})"
+            )
+
+
+class TimeEmbedding(nn.Module):
+    """Time (B,) in [0, 1] to (B, W): 256 sinusoids of 1000 t (cosines first), then a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp_in = nn.Linear(FREQUENCIES, width)
+        self.mlp_out = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10_000) * steps / half)  # (B, 128)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp_in.weight.dtype)
+        return self.mlp_out(F.silu(self.mlp_in(waves)))
+
+
+class PooledEmbedding(nn.Module):
+    """Pooled condition (B, pooled_width) to (B, W)."""
+
+    def __init__(self, pooled_width: int, width: int) -> None:
+        super().__init__()
+        self.mlp_in = nn.Linear(pooled_width, width)
+        self.mlp_out = nn.Linear(width, width)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.mlp_out(F.silu(self.mlp_in(pooled)))
+
+
+class HeadProjection(nn.Module):
+    """Tokens (B, T, W) to normed queries and keys, and values, each (B, T, H, K); one matmul."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.k_norm = nn.RMSNorm(width // heads, eps=EPS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without weights, then scale and shift; x (B, T, W), shift and scale (B, 1, W)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of (B, T, H, K) heads; mask (B, 1, 1, T) bool, True where a key is real. (B, T, W)."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+class DoubleBlock(nn.Module):
+    """Image and condition have their own weights and meet in one attention."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 12 * width)
+        self.image_heads = HeadProjection(width, heads)
+        self.image_out = nn.Linear(width, width)
+        self.image_mlp = MLP(width, inner)
+        self.text_heads = HeadProjection(width, heads)
+        self.text_out = nn.Linear(width, width)
+        self.text_mlp = MLP(width, inner)
+
+    def forward(
+        self, image: Tensor, text: Tensor, time: Tensor, turn: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, N, W), text (B, L, W), time (B, 1, W) after SiLU, turn (1, T, K/2), mask (B, 1, 1, T) or None."""
+        modulation = self.modulation(time).chunk(12, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:6]
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = modulation[6:]
+
+        q, k, v = self.image_heads(modulate(image, shift1, scale1))
+        text_q, text_k, text_v = self.text_heads(modulate(text, text_shift1, text_scale1))
+        q = rotate(torch.cat([text_q, q], dim=1), turn)
+        k = rotate(torch.cat([text_k, k], dim=1), turn)
+        mixed = attend(q, k, torch.cat([text_v, v], dim=1), mask)
+        text_mixed, mixed = mixed.split([text.shape[1], image.shape[1]], dim=1)
+
+        image = torch.addcmul(image, gate1, self.image_out(mixed))
+        image = torch.addcmul(image, gate2, self.image_mlp(modulate(image, shift2, scale2)))
+        text = torch.addcmul(text, text_gate1, self.text_out(text_mixed))
+        text = torch.addcmul(text, text_gate2, self.text_mlp(modulate(text, text_shift2, text_scale2)))
+        return image, text
+
+
+class SingleBlock(nn.Module):
+    """Condition and image as one sequence; attention and MLP in parallel.
+
+    FLUX's one output matmul over [attention, MLP] is two here, which saves the concatenation.
+    """
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 3 * width)
+        self.heads = HeadProjection(width, heads)
+        self.up = nn.Linear(width, inner)
+        self.out = nn.Linear(width, width)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, time: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, T, W), condition first; the others as in `DoubleBlock`."""
+        shift, scale, gate = self.modulation(time).chunk(3, dim=-1)
+        normed = modulate(x, shift, scale)
+
+        q, k, v = self.heads(normed)
+        mixed = self.out(attend(rotate(q, turn), rotate(k, turn), v, mask))
+        return torch.addcmul(x, gate, mixed + self.down(F.gelu(self.up(normed), approximate="tanh")))
+
+
+class MMDiT(Decoder):
+    """FLUX-type decoder over padded condition tokens; any aspect ratio.
+
+    checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden, config.mlp_ratio * config.hidden
+        token = config.channels * config.patch**2
+        self.config = config
+        self.channels = config.channels
+        self.condition_width = config.condition_width
+        self.patch = config.patch
+        self.checkpointing = False
+
+        self.image_in = nn.Linear(token, width)
+        self.text_in = nn.Linear(config.condition_width, width)
+        self.time = TimeEmbedding(width)
+        self.pooled = None if config.pooled_width is None else PooledEmbedding(config.pooled_width, width)
+        self.double_blocks = nn.ModuleList(DoubleBlock(width, config.heads, inner) for _ in range(config.double))
+        self.single_blocks = nn.ModuleList(SingleBlock(width, config.heads, inner) for _ in range(config.single))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, token)
+
+        self._rotations: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every parameter, in place, on any device (a no-op on meta: call it again after `to_empty`).
+
+        DiT's scheme (Peebles & Xie 2022, Sec. 3.2): linear layers Xavier-uniform with zero bias, time MLP N(0, 0.02),
+        norms one; modulations and the final layer zero, so that every block starts as the identity and the output
+        is 0.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        for module in (self.time.mlp_in, self.time.mlp_out):
+            nn.init.normal_(module.weight, std=0.02)
+        for module in (*self.double_blocks, *self.single_blocks):
+            assert isinstance(module, DoubleBlock | SingleBlock)
+            nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.final_modulation.weight)
+        nn.init.zeros_(self.final.weight)
+
+    def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
+        self._check(x, condition)
+        rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        length = condition.tokens.shape[1]
+        tokens, mask = masked_condition(condition, rows * columns)
+
+        image = self.image_in(patchify(x, self.patch, "cpq"))  # (B, N, W)
+        text = self.text_in(tokens)  # (B, L, W)
+        time = self._time(t, condition.pooled)  # (B, 1, W)
+        turn = self._rotation(length, rows, columns, x.device)  # (1, T, K / 2)
+
+        for block in self.double_blocks:
+            image, text = self._run(block, image, text, time, turn, mask)
+        joint = torch.cat([text, image], dim=1)  # (B, T, W)
+        for block in self.single_blocks:
+            joint = self._run(block, joint, time, turn, mask)
+
+        scale, shift = self.final_modulation(time).chunk(2, dim=-1)
+        out = self.final(modulate(joint[:, length:], shift, scale))  # (B, N, C patch^2)
+        return unpatchify(out, self.patch, "cpq", rows, columns)
+
+    def shard_units(self) -> list[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _time(self, t: Tensor, pooled: Tensor | None) -> Tensor:
+        """SiLU of the time (and pooled) embedding, (B, 1, W)."""
+        embedding = self.time(t)
+        if self.pooled is not None:
+            if pooled is None:
+                raise UserError("mmdit: this model has a pooled input, but the condition has no pooled vector")
+            embedding = embedding + self.pooled(pooled)
+        return F.silu(embedding)[:, None]
+
+    def _rotation(self, length: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Rotary factors of [text at (0, 0, 0), image at (0, row, column)], (1, T, K / 2); kept by shape."""
+        key = (length, rows, columns, device)
+        if key not in self._rotations:
+            if len(self._rotations) >= KEPT_ROTATIONS:
+                self._rotations.clear()
+            with torch.inference_mode(False):  # what is kept must be fit for training as well
+                positions = torch.cat(
+                    [text_positions(length, device=device), grid_positions(rows, columns, device=device)], dim=1
+                )
+                self._rotations[key] = rotation(positions, self.config.axes)
+        return self._rotations[key]
+
+    def _check(self, x: Tensor, condition: TokenCondition) -> None:
+        """Shapes that do not fit, named."""
+        if x.shape[1] != self.channels:
+            raise UserError(f"mmdit: latents have {x.shape[1]} channels, the model takes {self.channels}")
+        if condition.tokens.shape[-1] != self.condition_width:
+            raise UserError(
+                f"mmdit: condition tokens have width {condition.tokens.shape[-1]}, the model takes "
+                f"{self.condition_width}"
+            )
+        if condition.context_latents is not None:
+            raise UserError("mmdit: reads no context latents; give the context images to the condition's tokens")
+
+
+def masked_condition(condition: TokenCondition, image_tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Condition tokens (B, L, D) with padding zeroed, and the mask over keys (B, 1, 1, L + N); None without padding.
+
+    Zeroed, because even a masked key carries NaN or infinity into softmax.
+    """
+    mask = condition.mask
+    if mask is None or (mask.device.type != "meta" and bool(mask.all())):
+        return condition.tokens, None
+    tokens = condition.tokens.masked_fill(~mask[..., None], 0)
+    image = mask.new_ones(mask.shape[0], image_tokens)
+    return tokens, torch.cat([mask, image], dim=1)[:, None, None]
