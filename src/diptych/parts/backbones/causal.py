@@ -1,0 +1,129 @@
+"""Causal runs of transformers' decoder-only language models: continued from a prefix, right-padded, greedy."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from diptych.core.errors import UserError
+from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of all tokens seen so far; never changed, so that many runs can continue it.
+
+    B batch, K key/value heads, S tokens seen, d head width.
+
+    mask: (B, S) bool, True where a token is real.
+    layers: keys and values by layer, each (B, K, S, d).
+    """
+
+    mask: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def expanded(self, batch: int) -> KeyValues:
+        """The same for `batch` rows where it holds one (without a copy); itself where the numbers agree."""
+        rows = self.mask.shape[0]
+        if rows == batch:
+            return self
+        assert rows == 1, f"a prefix of {rows} rows cannot be continued by {batch}"
+        layers = tuple((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers)
+        return KeyValues(self.mask.expand(batch, -1), layers)
+
+    def writable(self) -> DynamicCache:
+        """A transformers cache that begins with these tensors; its growth concatenates, so they stay as they are."""
+        cache = DynamicCache()
+        for keys, values in self.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
+
+
+def run_causal(
+    language_model: Any, embeddings: Tensor, mask: Tensor, prefix: Prefix | None = None, *, cache: bool = False
+) -> Prefix:
+    """`Backbone.run` for a decoder-only model of transformers (Qwen2, Qwen3, Llama and their like).
+
+    Args:
+        language_model: the model without its head; its last hidden state is post-norm.
+        embeddings: (B, L, D).
+        mask: (B, L) bool.
+        prefix: what the tokens continue; its cache is `KeyValues` of B rows, or of one row that all continue.
+        cache: return keys and values of all tokens, those of the prefix included.
+
+    Raises:
+        UserError: gradient checkpointing is on in training mode, where transformers drops the cache.
+    """
+    past: KeyValues | None = None if prefix is None else prefix.cache.expanded(embeddings.shape[0])
+    uses_cache = past is not None or cache
+    if uses_cache and any(layer.training and layer.gradient_checkpointing for layer in language_model.layers):
+        raise UserError("gradient checkpointing of a language model in training mode cannot use a key/value cache")
+
+    seen = mask if past is None else torch.cat([past.mask, mask], dim=1)  # (B, S + L)
+    positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]  # (B, L)
+    written = past.writable() if past is not None else DynamicCache() if cache else None
+    hidden = language_model(
+        inputs_embeds=embeddings,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=written,
+        use_cache=written is not None,
+    ).last_hidden_state  # (B, L, D)
+
+    kept = None
+    if cache and written is not None:
+        kept = KeyValues(seen, tuple((layer.keys, layer.values) for layer in written.layers))  # type: ignore[misc]
+    return Prefix(hidden=hidden, mask=mask, cache=kept)
+
+
+@torch.no_grad()
+def greedy(
+    backbone: Backbone, embeddings: Tensor, sequences: Sequences, *, ends: Collection[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of right-padded prompts, each up to and without its first token of `ends`.
+
+    Args:
+        embeddings: (B, L, D) input embeddings of `sequences`, vision tokens placed.
+        ends: token ids that end a turn.
+        max_new_tokens: at most this many tokens; fewer where the model's `max_length` is reached.
+    """
+    lengths = sequences.mask.sum(1)  # (B,)
+    room = backbone.max_length - int(lengths.max())
+    if room < 1:
+        raise UserError(f"a prompt of {int(lengths.max())} tokens leaves no room to answer in {backbone.max_length}")
+
+    device = embeddings.device
+    state = backbone.run(embeddings, sequences.mask, cache=True)
+    hidden = state.hidden[torch.arange(len(lengths), device=device), lengths - 1]  # (B, D)
+    stop = torch.tensor(sorted(ends), device=device)
+    one = torch.ones((len(lengths), 1), dtype=torch.bool, device=device)
+    done = ~one[:, 0]
+    tokens: list[Tensor] = []
+    budget = min(max_new_tokens, room)
+    for step in range(budget):
+        new = backbone.logits(hidden).argmax(-1)  # (B,)
+        tokens.append(new)
+        done = done | torch.isin(new, stop)
+        if step + 1 == budget or bool(done.all()):
+            break
+        state = backbone.run(backbone.embed(new[:, None]), one, state, cache=True)
+        hidden = state.hidden[:, 0]
+    if not tokens:
+        return [[] for _ in range(len(lengths))]
+
+    return [_until(row, ends) for row in torch.stack(tokens, dim=1).tolist()]
+
+
+def _until(row: list[int], ends: Collection[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[:position]
+    return row

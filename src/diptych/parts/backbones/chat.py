@@ -1,0 +1,182 @@
+"""Conversations to token ids: chat template, image slots, and which tokens are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from diptych.core.errors import UserError
+from diptych.core.sample import IMAGE_PLACEHOLDER, Message
+from diptych.parts.backbones.base import Sequences
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The template of InternVL3 (and of the Qwen family) for text content; used where tokenizer files bring none."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    text: str
+    learned: bool
+
+
+class Chat:
+    """A tokenizer and its chat template.
+
+    Text is tokenized in segments that part before each assistant turn's content, so that a learned turn has the very
+    tokens that generation, which also starts there, can give.
+
+    Args:
+        tokenizer: any tokenizer of transformers; without a chat template, ChatML is used.
+        image: the token of one image slot. start, end: tokens around an image's slots.
+        end_of_turn: the token that closes a turn.
+
+    Raises:
+        UserError: the tokenizer lacks one of these tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image: str = "<IMG_CONTEXT>",
+        start: str = "<img>",
+        end: str = "</img>",
+        end_of_turn: str = "<|im_end|>",
+    ) -> None:
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (image, start, end, end_of_turn) if token not in vocabulary]
+        if missing:
+            raise UserError(f"tokenizer {tokenizer.name_or_path!r}: lacks the special tokens {', '.join(missing)}")
+        self.tokenizer = tokenizer
+        self.image, self.start, self.end, self.end_of_turn = image, start, end, end_of_turn
+        self.image_id: int = vocabulary[image]
+        closing = vocabulary[end_of_turn]
+        self.end_ids = frozenset(
+            {
+                closing,
+                vocabulary.get(str(tokenizer.eos_token), closing),
+                vocabulary.get(str(tokenizer.pad_token), closing),
+            }
+        )
+        self.pad_id: int = vocabulary.get(str(tokenizer.pad_token), closing)
+
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        slots: Sequence[Sequence[int]],
+        *,
+        generate: bool,
+        max_length: int,
+    ) -> Sequences:
+        """Right-padded ids on the CPU; see `Backbone.tokenize`.
+
+        Args:
+            slots: for each conversation the number of vision tokens of each of its images, in reading order.
+
+        Raises:
+            UserError: placeholders and images differ in number, a text holds the image token itself, or a
+                conversation is longer than `max_length`.
+        """
+        if len(slots) != len(conversations):
+            raise UserError(f"{len(conversations)} conversations with images for {len(slots)}")
+        segments = [
+            self._segments(row, self._filled(row, messages, counts), generate)
+            for row, (messages, counts) in enumerate(zip(conversations, slots, strict=True))
+        ]
+        flat = [segment.text for row in segments for segment in row]
+        encoded: list[list[int]] = self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []  # type: ignore[assignment]
+        rows: list[list[int]] = []
+        learned: list[list[bool]] = []
+        pieces = iter(encoded)
+        for row, parts in enumerate(segments):
+            ids: list[int] = []
+            targets: list[bool] = []
+            for part in parts:
+                piece = next(pieces)
+                ids += piece
+                targets += [part.learned] * len(piece)
+            self._check_length(row, ids, max_length)
+            rows.append(ids)
+            learned.append(targets)
+        return self._padded(rows, learned)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _filled(self, row: int, messages: Sequence[Message], counts: Sequence[int]) -> list[dict[str, Any]]:
+        """Messages with each `<image>` written out as its slots."""
+        placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)
+        if placeholders != len(counts):
+            raise UserError(
+                f"conversation {row}: {placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(counts)} images"
+            )
+        waiting = iter(counts)
+        filled: list[dict[str, Any]] = []
+        for message in messages:
+            if self.image in message.text:
+                raise UserError(
+                    f"conversation {row}: a {message.role} text holds the reserved token {self.image}; "
+                    f"write {IMAGE_PLACEHOLDER} where an image is meant"
+                )
+            first, *rest = message.text.split(IMAGE_PLACEHOLDER)
+            text = first + "".join(self.start + self.image * next(waiting) + self.end + part for part in rest)
+            filled.append({"role": message.role, "content": text})
+        return filled
+
+    def _render(self, messages: list[dict[str, Any]], *, opened: bool) -> str:
+        template = None if self.tokenizer.chat_template else CHATML
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opened, chat_template=template
+            )
+        )
+
+    def _segments(self, row: int, messages: list[dict[str, Any]], generate: bool) -> list[Segment]:
+        segments: list[Segment] = []
+        whole = self._render(messages, opened=generate)
+        at = 0
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:turn], opened=True)
+            through = self._render(messages[: turn + 1], opened=False)
+            if not (through.startswith(before) and whole.startswith(through)):
+                raise UserError(
+                    f"conversation {row}: the tokenizer's chat template rewrites earlier turns, so that learned tokens "
+                    "cannot be told; give one that renders turn after turn"
+                )
+            closing = through.rfind(self.end_of_turn, len(before))
+            stop = len(through) if closing < 0 else closing + len(self.end_of_turn)
+            segments += [Segment(whole[at : len(before)], False), Segment(whole[len(before) : stop], True)]
+            at = stop
+        segments.append(Segment(whole[at:], False))
+        return [segment for segment in segments if segment.text]
+
+    def _check_length(self, row: int, ids: list[int], max_length: int) -> None:
+        if len(ids) <= max_length:
+            return
+        lost = self.decode(ids[max_length:]).strip()
+        shown = lost if len(lost) <= 80 else f"{lost[:40]} ... {lost[-35:]}"
+        raise UserError(
+            f"conversation {row}: {len(ids)} tokens, but the model takes {max_length}; "
+            f"the last {len(ids) - max_length} would be cut: {shown!r}. Shorten the text or use fewer images."
+        )
+
+    def _padded(self, rows: list[list[int]], learned: list[list[bool]]) -> Sequences:
+        length = max((len(row) for row in rows), default=0)
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.bool)
+        targets = torch.zeros((len(rows), length), dtype=torch.bool)
+        for index, (row, target) in enumerate(zip(rows, learned, strict=True)):
+            ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[index, : len(row)] = True
+            targets[index, : len(row)] = torch.tensor(target, dtype=torch.bool)
+        return Sequences(ids=ids, mask=mask, images=(ids == self.image_id) & mask, learned=targets)

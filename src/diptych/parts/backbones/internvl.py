@@ -1,0 +1,341 @@
+"""InternVL through transformers' own classes: InternVL3-1B/2B-hf and the toy MLLM are one code with two configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import Message
+from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.causal import greedy, run_causal
+from diptych.parts.backbones.chat import Chat
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_OLD_KEYS = {"torch_dtype", "use_bfloat16", "rope_theta", "rope_scaling", "auto_map", "head_dim"}
+"""Keys of published text and vision configs that current config classes no longer list."""
+
+_ORIGIN_KEYS = {"_name_or_path", "architectures", "dtype", "transformers_version", "id2label", "label2id"}
+
+
+class InternVL(Backbone):
+    """InternViT, pixel shuffle, projector and a causal language model (Qwen2), with tokenizer and image processor.
+
+    An image is resized to one square tile (`max_tiles=1`, as IOMM and OpenUni use it) of
+    N = (image_size / patch_size * downsample_ratio)^2 vision tokens: 256 at InternVL3's 448 px. With more tiles, the
+    image is cut as InternVL cuts it (up to `max_tiles` and a thumbnail), and has N tokens for each.
+
+    Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
+    """
+
+    def __init__(
+        self,
+        model: InternVLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase | None,
+        image_processor: GotOcr2ImageProcessorPil | None,
+        *,
+        max_tiles: int = 1,
+    ) -> None:
+        super().__init__()
+        config: Any = model.config
+        self.model: Any = model
+        self.width = config.text_config.hidden_size
+        self.max_length = config.text_config.max_position_embeddings
+        self.max_tiles = max_tiles
+        self.image_size, self.tile_tokens = _geometry(config)
+        self.image_processor = image_processor or GotOcr2ImageProcessorPil(
+            size={"height": self.image_size, "width": self.image_size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+        )
+        size = self.image_processor.size
+        if (size["height"], size["width"]) != (self.image_size, self.image_size):
+            raise UserError(
+                f"image processor gives {size['height']}x{size['width']} px, "
+                f"but the vision tower takes {self.image_size}x{self.image_size}"
+            )
+        self._chat = None if tokenizer is None else _matching_chat(tokenizer, config)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        image_processor: GotOcr2ImageProcessorPil | None = None,
+        *,
+        max_tiles: int = 1,
+    ) -> InternVL:
+        """Random weights, by transformers' own initialisation; under `torch.device("meta")` without memory.
+
+        Args:
+            config: keys of transformers' InternVLConfig, with `text_config` and `vision_config` inside.
+            tokenizer: None where no text is read, as in builds on the meta device.
+            image_processor: None for one tile of the tower's size, bicubic, with ImageNet mean and deviation.
+
+        Raises:
+            UserError: an unknown key, a wrong value, or parts that do not fit each other.
+        """
+        built = _checked_config(config)
+        model = InternVLForConditionalGeneration._from_config(built, attn_implementation="sdpa")
+        return cls(model, tokenizer, image_processor, max_tiles=max_tiles)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32, max_tiles: int = 1) -> InternVL:
+        """Weights, tokenizer and image processor from a folder or a hub id; safetensors only, no remote code.
+
+        Raises:
+            UserError: unreachable hub id, a folder that is no InternVL, no safetensors, or missing, unexpected or
+                wrongly shaped keys (named).
+        """
+        name = str(source)
+        local = Path(source).expanduser()
+        if local.is_dir():
+            name = str(local)
+            if not (local / "config.json").is_file():
+                raise UserError(f"{source}: no model folder (it has no config.json)")
+        elif local.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise UserError(f"{source}: no such folder, and no hub id (owner/name)")
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, StrictDataclassError) as error:
+            raise _unreadable(source, local, error) from error
+        if not isinstance(config, InternVLConfig):
+            raise UserError(
+                f"{source}: a {config.model_type!r} model, not InternVL in transformers' layout "
+                "(for example OpenGVLab/InternVL3-1B-hf)"
+            )
+        try:
+            loaded: Any = InternVLForConditionalGeneration.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            model, info = loaded
+            tokenizer, processor = load_assets(name)
+        except (OSError, ValueError) as error:
+            raise _unreadable(source, local, error) from error
+        _check_loaded(source, info)
+        return cls(model, tokenizer, processor, max_tiles=max_tiles)
+
+    @property
+    def chat(self) -> Chat:
+        if self._chat is None:
+            raise UserError("this InternVL was built without a tokenizer")
+        return self._chat
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.chat.tokenizer
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
+        return _without_origin(self.model.config.to_dict())
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+    ) -> Sequences:
+        counts = [[self._tiles(image) * self.tile_tokens for image in row] for row in images]
+        slots = counts if images else [[] for _ in conversations]
+        encoded = self.chat.encode(conversations, slots, generate=generate, max_length=self.max_length)
+        device = self.model.device
+        return Sequences(**{f.name: getattr(encoded, f.name).to(device) for f in dataclasses.fields(encoded)})
+
+    def pixels(self, images: Sequence[Tensor]) -> Tensor:
+        """Images (3, H, W) in [-1, 1] to the tower's input, (tiles, 3, image_size, image_size), image by image.
+
+        Equal to the image processor on the 8-bit image. An image that has the tower's size already is only normalised:
+        no resizing, no rounding to 8 bits.
+        """
+        device = self.model.device
+        side = self.image_size
+        if self.max_tiles == 1 and all(tuple(image.shape) == (3, side, side) for image in images):
+            return self._normalised(torch.stack([image.to(device) for image in images]))
+
+        tiles: list[Tensor] = []
+        for image in images:
+            if self.max_tiles == 1 and tuple(image.shape) == (3, side, side):
+                tiles.append(self._normalised(image.to(device)[None]))
+                continue
+            levels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+            array = levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+            values = self.image_processor(
+                images=[array], input_data_format="channels_last", return_tensors="pt", **self._tiling()
+            )["pixel_values"]
+            tiles.append(values.to(device=device, dtype=torch.float32))
+        return torch.cat(tiles)
+
+    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        if not images:
+            return []
+
+        features = self.model.get_image_features(self.pixels(images)).pooler_output  # (tiles, N, D)
+        return [part.flatten(0, 1) for part in features.split([self._tiles(image) for image in images])]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def run(self, embeddings: Tensor, mask: Tensor, prefix: Prefix | None = None, *, cache: bool = False) -> Prefix:
+        return run_causal(self.model.model.language_model, embeddings, mask, prefix, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden)
+
+    @torch.no_grad()
+    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
+        embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
+        ids = greedy(self, embeddings, sequences, ends=self.chat.end_ids, max_new_tokens=max_new_tokens)
+        return [self.chat.decode(row) for row in ids]
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        """`llm` (with the output head, tied or not), `vision`, `projector`."""
+        inner = self.model.model
+        return {
+            "llm": nn.ModuleList([inner.language_model, self.model.lm_head]),
+            "vision": inner.vision_tower,
+            "projector": inner.multi_modal_projector,
+        }
+
+    def shard_units(self) -> list[nn.Module]:
+        inner = self.model.model
+        return [*inner.vision_tower.encoder.layer, *inner.language_model.layers]
+
+    def save_assets(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """config.json, safetensors and assets, in transformers' own layout; weights as `dtype` where one is given."""
+        weights: dict[str, Tensor] = self.model.state_dict()
+        if dtype is not None:
+            cast = {x.data_ptr(): x.to(dtype) for x in weights.values()}  # tied weights stay one
+            weights = {name: cast[x.data_ptr()] for name, x in weights.items()}
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.save_assets(folder)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) in [-1, 1] to the processor's mean and deviation, which are of values in [0, 1]."""
+        processor = self.image_processor
+        mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
+        return ((images.float() + 1) / 2 - mean) / std
+
+    def _tiling(self) -> dict[str, Any]:
+        return {"crop_to_patches": self.max_tiles > 1, "max_patches": self.max_tiles}
+
+    def _tiles(self, image: Tensor) -> int:
+        if self.max_tiles == 1:
+            return 1
+        return self.image_processor.get_number_of_image_patches(*image.shape[-2:], images_kwargs=self._tiling())
+
+
+def load_assets(source: str | Path) -> tuple[PreTrainedTokenizerBase, GotOcr2ImageProcessorPil]:
+    """Tokenizer and image processor as `InternVL.save_assets` wrote them, from a folder or a hub id."""
+    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    processor = GotOcr2ImageProcessorPil.from_pretrained(str(source))
+    return tokenizer, processor
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_origin(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _ORIGIN_KEYS
+    }
+
+
+def _geometry(config: Any) -> tuple[int, int]:
+    """Side of a tile in pixels, and its number of vision tokens."""
+    vision = config.vision_config
+    (height, width), (patch, patch_width) = vision.image_size, vision.patch_size
+    grid = height // patch
+    shuffled = grid * config.downsample_ratio
+    if height != width or patch != patch_width or height % patch or shuffled != int(shuffled):
+        raise UserError(
+            f"vision_config: image_size {height}x{width}, patch_size {patch}x{patch_width} and downsample_ratio "
+            f"{config.downsample_ratio} do not give a square grid of whole tokens"
+        )
+    tokens = int(shuffled) ** 2
+    if config.image_seq_length != tokens:
+        raise UserError(f"image_seq_length {config.image_seq_length}: this vision tower gives {tokens} tokens per tile")
+    return height, tokens
+
+
+def _matching_chat(tokenizer: PreTrainedTokenizerBase, config: Any) -> Chat:
+    chat = Chat(tokenizer)
+    if chat.image_id != config.image_token_id:
+        raise UserError(
+            f"tokenizer: {chat.image} has id {chat.image_id}, "
+            f"but the config's image_token_id is {config.image_token_id}"
+        )
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(f"tokenizer has {len(tokenizer)} tokens, but text_config.vocab_size is {rows}")
+    return chat
+
+
+def _checked_config(values: Mapping[str, Any]) -> InternVLConfig:
+    default = InternVLConfig()
+    places: dict[str, tuple[Mapping[str, Any], PreTrainedConfig]] = {"config": (values, default)}
+    text = dict(values.get("text_config") or {})
+    model_type = text.pop("model_type", "qwen2")
+    try:
+        places["text_config"] = (text, AutoConfig.for_model(model_type))
+    except ValueError as error:
+        raise UserError(f"text_config: transformers has no model_type {model_type!r}") from error
+    places["vision_config"] = (values.get("vision_config") or {}, default.vision_config)  # type: ignore[dict-item]
+    for place, (given, known) in places.items():
+        choices = set(known.to_dict())
+        for key in given:
+            if key not in choices | _OLD_KEYS:
+                raise unknown("key", key, choices, place)
+    try:
+        built = InternVLConfig.from_dict(dict(values))
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"InternVL config: {' '.join(str(error).split())}") from error
+    assert isinstance(built, InternVLConfig)
+    return built
+
+
+def _check_loaded(source: str | Path, info: Mapping[str, Any]) -> None:
+    """Stops when weights are missing, left over, or of another shape."""
+    complaints = [
+        f"{what} {', '.join(sorted(str(key) for key in info[field]))}"
+        for what, field in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("wrongly shaped", "mismatched_keys"),
+        )
+        if info[field]
+    ]
+    if complaints:
+        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(complaints)}")
+
+
+def _unreadable(source: str | Path, local: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    if local.is_dir():
+        return UserError(f"{source}: no InternVL folder with safetensors and tokenizer files ({reason})")
+    return UserError(f"{source}: hub id not reachable, unknown, or without safetensors ({reason})")

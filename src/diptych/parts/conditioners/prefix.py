@@ -1,0 +1,61 @@
+"""Hidden states of a prompt and of the tokens a conditioner appends to it, with the prompt run once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diptych.core.errors import UserError
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.conditioners.base import Conditioner
+
+
+def condition_states(
+    backbone: Backbone, conditioner: Conditioner, embeddings: Tensor, mask: Tensor, *, reuse: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states of prompt and appended tokens.
+
+    The language model is causal and the appended tokens come last, so the prompt's states do not depend on them. With
+    `reuse` the prompt runs once without gradient and its keys and values are continued; only the Q appended tokens are
+    back-propagated. States and gradients are those of the plain run. The conditioner gets the prompt's embeddings
+    as constants: gradients reach it through its output alone.
+
+    B batch, L prompt tokens, Q appended tokens, D width.
+
+    Args:
+        embeddings: (B, L, D) input embeddings of the prompt, right-padded.
+        mask: (B, L) bool.
+        reuse: False for one plain run over L + Q tokens, through which gradients also reach `embeddings` and the
+            language model where they are wanted.
+
+    Returns:
+        States (B, L + Q, D) and their mask (B, L + Q).
+
+    Raises:
+        UserError: `reuse` while gradients of the language model or of the embeddings are wanted; they would be lost.
+    """
+    count = conditioner.count
+    added = torch.ones((mask.shape[0], count), dtype=torch.bool, device=mask.device)
+    whole = torch.cat([mask, added], dim=1)  # (B, L + Q)
+    if not reuse:
+        appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
+        return backbone.run(torch.cat([embeddings, appended], dim=1), whole).hidden, whole
+
+    _refuse_lost_gradients(backbone, embeddings)
+    with torch.no_grad():
+        prefix = backbone.run(embeddings, mask, cache=count > 0)
+    if count == 0:
+        return prefix.hidden, whole
+
+    appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
+    states = backbone.run(appended, added, prefix).hidden
+    return torch.cat([prefix.hidden, states], dim=1), whole
+
+
+def _refuse_lost_gradients(backbone: Backbone, embeddings: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        return
+    if embeddings.requires_grad:
+        raise UserError("prefix reuse gives no gradient to the prompt's embeddings; use reuse=False or detach them")
+    if any(parameter.requires_grad for parameter in backbone.named_parts()["llm"].parameters()):
+        raise UserError("prefix reuse needs a frozen language model; freeze `llm` or use reuse=False")
