@@ -1,0 +1,128 @@
+"""The toy world as a source of ordinary Samples, each a function of (seed, task, index) alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Message, Sample, Task
+from diptych.toyworld.edits import random_edit
+from diptych.toyworld.language import QUESTION_KINDS, Question, QuestionKind, ask, ask_statement, describe
+from diptych.toyworld.render import render
+from diptych.toyworld.scene import Scene, generator, pick
+from diptych.toyworld.statements import KINDS, PREFIXES, Statement, draw_statement
+
+TURNS = 3
+"""Most questions in one conversation."""
+
+
+class ToyWorld:
+    """An endless source; `sample(task, index)` gives the same sample in every process and in any order.
+
+    Captions of the short kinds come only from the training side of the held-out split.
+
+    Args:
+        seed: another seed is another stream. The split does not depend on it.
+        size: side of the images in pixels. The same (seed, task, index) at another size is the same scene.
+        text_only: share of `understand` samples in which a description stands in place of the image.
+        full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
+        captions: share of `understand` samples with an image that ask for its description.
+    """
+
+    def __init__(
+        self, seed: int = 0, size: int = 32, *, text_only: float = 0.3, full: float = 0.25, captions: float = 0.15
+    ) -> None:
+        for name, share in (("text_only", text_only), ("full", full), ("captions", captions)):
+            if not 0 <= share <= 1:
+                raise UserError(f"toyworld: {name} is a share between 0 and 1, not {share}")
+        if size < 8:
+            raise UserError(f"toyworld: size is at least 8 pixels, not {size}")
+        self.seed = seed
+        self.size = size
+        self.text_only = text_only
+        self.full = full
+        self.captions = captions
+
+    def sample(self, task: Task, index: int) -> Sample:
+        """The sample at `index` of a task's stream.
+
+        `extra` holds `scene` as plain values, and by task `key` (text_to_image: the statement's, None for a full
+        description), `edit` (for `Edit.from_dict`), `question_kinds` and `text_only` (understand).
+        """
+        rng = generator(self.seed, task, index)
+        name = f"toyworld:{task}:{self.seed}:{index}"
+        if task == "image":
+            scene = Scene.random(rng)
+            return Sample(id=name, task=task, image=render(scene, self.size), extra={"scene": scene.to_dict()})
+        if task == "text_to_image":
+            return self._text_to_image(name, rng)
+        if task == "edit":
+            return self._edit(name, rng)
+        if task == "understand":
+            return self._understand(name, rng)
+        raise unknown("task", task, TASKS)
+
+    def _text_to_image(self, name: str, rng: np.random.Generator) -> Sample:
+        if rng.random() < self.full:
+            scene, statement = Scene.random(rng), None
+            text = pick(rng, PREFIXES) + describe(scene)
+        else:
+            statement = draw_statement(rng, pick(rng, KINDS))
+            scene, text = statement.scene(rng), pick(rng, statement.wordings)
+        extra = {
+            "scene": scene.to_dict(),
+            "kind": statement.kind if statement else "full",
+            "key": statement.key if statement else None,
+        }
+        return Sample(id=name, task="text_to_image", image=render(scene, self.size), text=text, extra=extra)
+
+    def _edit(self, name: str, rng: np.random.Generator) -> Sample:
+        made = random_edit(rng)
+        return Sample(
+            id=name,
+            task="edit",
+            image=render(made.target, self.size),
+            text=made.instruction,
+            context_images=(render(made.source, self.size),),
+            extra={"scene": made.source.to_dict(), "edit": made.to_dict()},
+        )
+
+    def _understand(self, name: str, rng: np.random.Generator) -> Sample:
+        text_only = bool(rng.random() < self.text_only)
+        statement: Statement | None = None
+        if text_only and rng.random() < 0.5:
+            statement = draw_statement(rng, pick(rng, KINDS))
+        scene = statement.scene(rng) if statement else Scene.random(rng)
+        extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
+        if text_only:
+            told = pick(rng, statement.wordings) if statement else describe(scene)
+            opening = f"scene: {told}. "
+            asked = _conversation(scene, statement, rng)
+            extra["key"] = statement.key if statement else None
+        else:
+            opening = f"{IMAGE_PLACEHOLDER}\n"
+            caption = ask(scene, "caption", rng) if rng.random() < self.captions else None
+            asked = [caption] if caption else _conversation(scene, None, rng)
+        extra["question_kinds"] = [question.kind for question in asked]
+        messages: list[Message] = []
+        for turn, question in enumerate(asked):
+            messages.append(Message(role="user", text=question.text if turn else opening + question.text))
+            messages.append(Message(role="assistant", text=question.answer))
+        images = () if text_only else (render(scene, self.size),)
+        return Sample(id=name, task="understand", context_images=images, messages=tuple(messages), extra=extra)
+
+
+def _conversation(scene: Scene, statement: Statement | None, rng: np.random.Generator) -> list[Question]:
+    """One to TURNS questions of unlike kinds."""
+    turns = int(rng.integers(1, TURNS + 1))
+    asked: list[Question] = []
+    kinds: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "caption"]
+    for at in rng.permutation(len(kinds)).tolist():
+        question = ask_statement(statement, kinds[at], rng) if statement else ask(scene, kinds[at], rng)
+        if question:
+            asked.append(question)
+        if len(asked) == turns:
+            break
+    return asked

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from diptych.core.errors import UserError
+from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Task
+from diptych.toyworld.edits import EDIT_KINDS, Edit
+from diptych.toyworld.language import DESCRIBE, QUESTION_KINDS, describe, vocabulary, words
+from diptych.toyworld.render import render
+from diptych.toyworld.samples import ToyWorld
+from diptych.toyworld.scene import Scene
+from diptych.toyworld.statements import KINDS, held_out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_depend_on_seed_and_index_alone(task: Task) -> None:
+    first, again, other = ToyWorld(3), ToyWorld(3), ToyWorld(4)
+    for _ in range(5):
+        first.sample(task, 0)
+    one, two = first.sample(task, 17), again.sample(task, 17)
+    assert one.id == f"toyworld:{task}:3:17"
+    assert (one.text, one.messages, one.extra) == (two.text, two.messages, two.extra)
+    if one.image is not None and two.image is not None:
+        assert torch.equal(one.image, two.image)
+    assert other.sample(task, 17).extra != one.extra
+    assert ToyWorld(3, 64).sample(task, 17).extra == one.extra
+
+
+def test_image_samples_have_one_to_four_objects() -> None:
+    world = ToyWorld(0)
+    counts = {len(world.sample("image", index).extra["scene"]["objects"]) for index in range(60)}
+    assert counts == {1, 2, 3, 4}
+    sample = ToyWorld(0, 64).sample("image", 0)
+    assert sample.image is not None
+    assert sample.image.shape == (3, 64, 64)
+    assert sample.text == ""
+
+
+def test_captions_are_never_held_out_and_match_their_image() -> None:
+    world = ToyWorld(0)
+    seen: set[str] = set()
+    for index in range(400):
+        sample = world.sample("text_to_image", index)
+        seen.add(sample.extra["kind"])
+        scene = Scene.from_dict(sample.extra["scene"])
+        assert sample.image is not None
+        assert torch.equal(sample.image, render(scene))
+        if sample.extra["key"] is None:
+            assert sample.text.endswith(describe(scene))
+        else:
+            assert not held_out(sample.extra["key"])
+    assert seen == {*KINDS, "full"}
+
+
+def test_edit_samples() -> None:
+    world = ToyWorld(1)
+    kinds: set[str] = set()
+    for index in range(80):
+        sample = world.sample("edit", index)
+        edit = Edit.from_dict(sample.extra["edit"])
+        kinds.add(edit.kind)
+        assert sample.text == edit.instruction
+        assert sample.image is not None
+        assert torch.equal(sample.image, render(edit.target))
+        assert torch.equal(sample.context_images[0], render(edit.source))
+        assert not torch.equal(sample.image, sample.context_images[0])
+    assert kinds == set(EDIT_KINDS)
+
+
+def test_conversations() -> None:
+    world = ToyWorld(2)
+    kinds: set[str] = set()
+    told = 0
+    for index in range(600):
+        sample = world.sample("understand", index)
+        asked, answered = sample.messages[::2], sample.messages[1::2]
+        assert 1 <= len(asked) == len(answered) <= 3
+        assert {turn.role for turn in asked} == {"user"}
+        assert {turn.role for turn in answered} == {"assistant"}
+        assert len(sample.extra["question_kinds"]) == len(asked)
+        kinds |= set(sample.extra["question_kinds"])
+        opening = asked[0].text
+        assert all(IMAGE_PLACEHOLDER not in turn.text for turn in sample.messages[1:])
+        if sample.extra["text_only"]:
+            told += 1
+            assert opening.startswith("scene: ")
+            assert not sample.context_images
+            assert not (sample.extra["key"] and held_out(sample.extra["key"]))
+        else:
+            assert opening.startswith(f"{IMAGE_PLACEHOLDER}\n")
+            assert len(sample.context_images) == 1
+        if asked[-1].text.endswith(DESCRIBE):
+            assert answered[-1].text == describe(Scene.from_dict(sample.extra["scene"]))
+    assert kinds == set(QUESTION_KINDS)
+    assert 0.2 < told / 600 < 0.4
+
+
+def test_the_language_is_closed() -> None:
+    known = set(vocabulary())
+    assert len(known) < 100
+    used: set[str] = set()
+    world = ToyWorld(5)
+    for index in range(1500):
+        for task in ("text_to_image", "edit"):
+            used |= set(words(world.sample(task, index).text))
+        for message in world.sample("understand", index).messages:
+            used |= set(words(message.text.replace(IMAGE_PLACEHOLDER, "")))
+    assert used == known
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="text_only is a share between 0 and 1, not 3"):
+        ToyWorld(0, text_only=3)
+    with pytest.raises(UserError, match="at least 8 pixels"):
+        ToyWorld(0, 4)
+    with pytest.raises(UserError, match="Did you mean 'edit'"):
+        ToyWorld(0).sample("edits", 0)  # pyright: ignore[reportArgumentType]
+    assert set(get_args(Task)) == set(TASKS)
