@@ -1,0 +1,91 @@
+"""What the decoders over diffusers share: loading, saving, checkpointing and padded conditions."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from diptych.core.condition import TokenCondition
+from diptych.core.errors import UserError
+from diptych.parts.decoders.base import Decoder
+from diptych.parts.pretrained import build, load, save
+
+
+class PublishedDecoder(Decoder):
+    """A diffusion transformer of diffusers behind our interface. Letters as in `Decoder`."""
+
+    architecture: ClassVar[type[ModelMixin]]
+
+    def __init__(self, model: Any, *, channels: int, condition_width: int, patch: int) -> None:
+        super().__init__()
+        self.model = model
+        self.channels = channels
+        self.condition_width = condition_width
+        self.patch = patch
+
+    @classmethod
+    @abc.abstractmethod
+    def wrap(cls, model: Any) -> Self:
+        """Around a diffusers model of this architecture."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Random weights; also on the meta device. UserError on an unknown key."""
+        return cls.wrap(build(cls.architecture, config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Published weights from a folder or hub id, safetensors only; errors as in `diptych.parts.pretrained.load`."""
+        return cls.wrap(load(cls.architecture, source, subfolder=subfolder, revision=revision, dtype=dtype))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write config.json and safetensors in diffusers' layout."""
+        save(self.model, folder)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        return bool(self.model.gradient_checkpointing)
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        if on:
+            self.model.enable_gradient_checkpointing()
+        else:
+            self.model.disable_gradient_checkpointing()
+
+    def fit(self, x: Tensor, condition: TokenCondition) -> tuple[Tensor, Tensor | None]:
+        """Condition tokens (B, L, D) with padding zeroed, and their mask (B, L), None without padding.
+
+        Raises:
+            UserError: latents or condition of a shape that this model does not take, or parts of a condition that it
+                does not read.
+        """
+        name = type(self).__name__
+        if x.shape[1] != self.channels:
+            raise UserError(f"{name}: latents have {x.shape[1]} channels, the model takes {self.channels}")
+        if x.shape[-2] % self.patch or x.shape[-1] % self.patch:
+            raise UserError(f"{name}: latent size {x.shape[-2]}x{x.shape[-1]} is no multiple of patch {self.patch}")
+        if condition.tokens.shape[-1] != self.condition_width:
+            width = condition.tokens.shape[-1]
+            raise UserError(f"{name}: condition tokens have width {width}, the model takes {self.condition_width}")
+        if condition.context_latents is not None:
+            raise UserError(f"{name}: reads no context latents; give the context images to the condition's tokens")
+
+        mask = condition.mask
+        if mask is None or (mask.device.type != "meta" and bool(mask.all())):
+            return condition.tokens, None
+        return condition.tokens.masked_fill(~mask[..., None], 0), mask

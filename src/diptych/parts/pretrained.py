@@ -1,0 +1,115 @@
+"""diffusers models from a configuration or from published safetensors, with errors that name the culprit."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+from diptych.core.errors import UserError, unknown
+
+Model = TypeVar("Model", bound=ModelMixin)
+
+
+def build(architecture: type[Model], config: Mapping[str, Any]) -> Model:
+    """The model of this configuration with diffusers' own random initialisation; works under `torch.device("meta")`.
+
+    Args:
+        architecture: a diffusers model class.
+        config: its arguments, as in its published config.json; names that begin with "_" are skipped.
+
+    Raises:
+        UserError: a key the architecture does not have, or values it refuses.
+    """
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    known = [name for name in inspect.signature(architecture.__init__).parameters if name != "self"]
+    for key in given:
+        if key not in known:
+            raise unknown("key", key, known, where=architecture.__name__)
+    try:
+        return architecture(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{architecture.__name__}: {one_line(error)}") from error
+
+
+def load(
+    architecture: type[Model],
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The model in a folder or hub repository of diffusers' layout (config.json, safetensors in one file or shards).
+
+    Args:
+        architecture: a diffusers model class.
+        source: folder, or hub id such as "Efficient-Large-Model/Sana_1600M_512px_diffusers".
+        subfolder: where in it the model lies ("transformer", "vae").
+        revision: branch, tag or commit, hub only.
+        dtype: what the weights become; float32 when None.
+
+    Raises:
+        UserError: unreachable or unknown source, no such model there, pickled weights only, missing, unexpected or
+            wrongly shaped keys.
+    """
+    where = f"{source}/{subfolder}" if subfolder else str(source)
+    if Path(source).exists() and not (Path(source) / (subfolder or "") / "config.json").is_file():
+        raise UserError(f"{where}: no model here (no config.json)")
+    folder = Path(source) / (subfolder or "")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{where}: pickled weights (*.bin) are not read; convert them to safetensors")
+    try:
+        with quiet_diffusers():
+            found = architecture.from_pretrained(
+                str(source),
+                subfolder=subfolder,
+                revision=revision,
+                torch_dtype=dtype or torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        # NotImplementedError: torch's word for a parameter that no file filled
+        hint = "" if Path(source).exists() else " (check the name, and the connection to the hub)"
+        raise UserError(f"{where}: cannot load {architecture.__name__}{hint}: {one_line(error)}") from error
+
+    model, report = cast(tuple[Model, dict[str, Any]], found)
+    for problem in ("missing", "unexpected"):
+        keys = sorted(report[f"{problem}_keys"])
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise UserError(f"{where}: {problem} keys for {architecture.__name__}: {shown}")
+    return model
+
+
+def save(model: ModelMixin, folder: Path) -> None:
+    """Write config.json and safetensors that `load` and diffusers read."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """diffusers' loading messages and warnings off: what matters in them comes as an error here."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
