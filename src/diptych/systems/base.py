@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diptych.core.condition import Condition
@@ -84,12 +85,17 @@ class System(nn.Module, abc.ABC):
         """What rebuilds this system: plain JSON values, without weights or machine paths."""
 
     @abc.abstractmethod
-    def save_assets(self, folder: Path) -> None:
-        """Write what is neither configuration nor weight (tokenizer files, image-processor settings) into `folder`."""
+    def own(self, parts: Iterable[str]) -> None:
+        """Say that these parts will be trained: weights that they were read from no longer stand for them."""
+
+    @abc.abstractmethod
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json, safetensors and assets into an existing folder; nothing is a pickle.
+
+        Parts that were read from named weights and never trained are referred to, not written again.
+        """
 
     @property
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         return next(self.parameters()).device
 
-
-Losses = Mapping[str, Tensor]

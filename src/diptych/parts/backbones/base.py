@@ -108,6 +108,10 @@ class Backbone(nn.Module, abc.ABC):
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer files and image-processor settings into `folder`."""
 
+    @abc.abstractmethod
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the backbone in its own published layout: configuration, safetensors and the assets."""
+
     def place(self, embeddings: Tensor, slots: Tensor, vision: Sequence[Tensor]) -> Tensor:
         """Embeddings (B, L, D) with vision tokens written into the image slots (B, L), in reading order."""
         if not vision:

@@ -1,0 +1,199 @@
+"""safetensors in and out: sharded, atomic, strict. Never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diptych.core.errors import UserError, nearest
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+SHARD_BYTES = 4 * 1024**3
+
+
+def refuse_pickle(path: Path) -> None:
+    """UserError when a file that may hold a pickle is offered as weights."""
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path}: pickle files can run code when opened and are not read as weights; "
+            "convert it to .safetensors (safetensors.torch.save_file) in an environment you trust"
+        )
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of tied ones only the first name."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    state = module.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    stem: str = "model",
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `stem`.safetensors, or numbered shards with `stem`.safetensors.index.json once one shard is full.
+
+    Tensors are taken one at a time, so that no more than a shard is in host memory.
+    """
+    shards: list[tuple[str, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        name = f"{stem}-{len(shards) + 1:05d}.safetensors"
+        save_file(pending, folder / name, metadata={"format": "pt"})
+        shards.append((name, list(pending)))
+        pending, size = {}, 0
+
+    for name, tensor in tensors:
+        tensor = tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else None).contiguous()
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(folder / shards[0][0], folder / f"{stem}.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for position, (name, keys) in enumerate(shards, start=1):
+        final = f"{stem}-{position:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / name, folder / final)
+        weight_map |= dict.fromkeys(keys, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """The safetensors files of a folder: one, or those of the index."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{index}: shard {missing[0]} is missing")
+        return [folder / name for name in names]
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        refuse_pickle(path)
+    raise UserError(f"{folder}: no {stem}.safetensors here")
+
+
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of safetensors files one at a time; UserError names an unreadable file."""
+    for path in files:
+        refuse_pickle(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    source: str,
+    optional: Callable[[str], bool] = lambda name: False,
+    rename: Mapping[str, str] | None = None,
+) -> None:
+    """Copy tensors into a module, strictly.
+
+    Every tensor of the module must come (but for those `optional`), none may be unknown, and every shape must fit;
+    otherwise a UserError names the first few. Meta parameters are materialised from the file.
+    """
+    expected = own_tensors(module)
+    aliases = {name: name for name in expected}
+    first = {id(tensor): name for name, tensor in expected.items()}
+    aliases |= {name: first[id(tensor)] for name, tensor in module.state_dict(keep_vars=True).items()}
+    seen: set[str] = set()
+    unexpected: list[str] = []
+    for name, tensor in tensors:
+        name = (rename or {}).get(name, name)
+        target = aliases.get(name)
+        if target is None:
+            unexpected.append(name)
+            continue
+        if expected[target].shape != tensor.shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(tensor.shape)}, the model needs {list(expected[target].shape)}"
+            )
+        assign(module, target, tensor)
+        seen.add(target)
+    missing = [name for name in expected if name not in seen and not optional(name)]
+    if missing or unexpected:
+        raise UserError(f"{source}: {_difference(missing, unexpected)}")
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Copy a tensor into the parameter or buffer of this name, creating it when it is on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    current = getattr(parent, leaf)
+    if current.is_meta:
+        new = tensor.to(current.dtype)
+        setattr(parent, leaf, nn.Parameter(new, current.requires_grad) if isinstance(current, nn.Parameter) else new)
+        return
+    with torch.no_grad():
+        current.copy_(tensor)
+
+
+def _difference(missing: list[str], unexpected: list[str]) -> str:
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    parts = [f"{len(missing)} missing ({listed(missing)})"] if missing else []
+    parts += [f"{len(unexpected)} unexpected ({listed(unexpected)})"] if unexpected else []
+    guess = nearest(unexpected[0], missing) if missing and unexpected else None
+    return "weights do not fit: " + "; ".join(parts) + (f"; {unexpected[0]} may be {guess}" if guess else "")
+
+
+def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Run `write` on a temporary folder beside `final`, then rename it; nothing half-written stays on an error."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        if final.exists():
+            old = final.with_name(f".{final.name}.{os.getpid()}.old")
+            os.replace(final, old)
+            os.replace(temporary, final)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"{final}: could not be written ({error.strerror or error}); nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def atomic_text(final: Path, text: str) -> None:
+    """Write a text file beside its place, then rename it."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"{final}: could not be written ({error.strerror or error}); nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,59 @@
+"""Part of a source, by index: what is trained on, and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diptych.core.errors import UserError
+from diptych.core.sample import Sample
+from diptych.data.source import ItemDraws, Size, Source, describe
+
+
+class Subset(Source):
+    """Items `indices` of a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+        self.name, self.task, self.dropped = source.name, source.task, source.dropped
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
+        return self.source.load(self.indices[index], draws, size)
+
+    def sizes(self) -> Sequence[Size | None] | None:
+        sizes = self.source.sizes()
+        return None if sizes is None else [sizes[index] for index in self.indices]
+
+    def fingerprint(self, index: int) -> str:
+        return self.source.fingerprint(self.indices[index])
+
+    def describe(self) -> str:
+        return describe(self)
+
+
+def hold_out(source: Source, count: int) -> tuple[Source, Source | None]:
+    """A source without `count` of its items, evenly spread, and those items; nothing is held out when `count` is 0."""
+    if count == 0:
+        return source, None
+    length = len(source)
+    if 2 * count > length:
+        raise UserError(f"{source.name}: {count} held-out items of {length} leave too few to train on")
+    stride = length // count
+    return Subset(source, _Others(length, count, stride)), Subset(source, range(0, count * stride, stride))
+
+
+class _Others(Sequence[int]):
+    """0 to `length` without the first `count` multiples of `stride`, not stored."""
+
+    def __init__(self, length: int, count: int, stride: int) -> None:
+        self.length, self.count, self.stride = length, count, stride
+
+    def __len__(self) -> int:
+        return self.length - self.count
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return index + min(index // (self.stride - 1) + 1, self.count)

@@ -1,0 +1,198 @@
+"""Batched generation, editing and understanding with any system of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diptych.core.condition import Condition
+from diptych.core.draws import Draws, key
+from diptych.core.errors import UserError
+from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
+from diptych.inference.guidance import guided
+from diptych.inference.sampler import Method, sample, times
+from diptych.systems.base import System
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled; a model's folder may carry its own defaults.
+
+    size: (height, width) in pixels. steps: sampler steps. cfg: text guidance scale, 1 for none.
+    image_cfg: image guidance scale in editing, 1 for text guidance alone. shift: of the times. batch_size: images
+    per decoder run (each takes as many rows as guidance has branches).
+    """
+
+    size: tuple[int, int] = (512, 512)
+    steps: int = 25
+    cfg: float = 4.0
+    image_cfg: float = 1.0
+    shift: float = 1.0
+    method: Method = "euler"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, not {self.steps}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.cfg < 0 or self.image_cfg < 0:
+            raise UserError(f"guidance scales must not be negative (cfg {self.cfg}, image_cfg {self.image_cfg})")
+
+
+class Engine:
+    """A loaded model.
+
+    Args:
+        system: any system of the contract, in eval mode.
+        sampling: its defaults.
+        name: how the user called it.
+    """
+
+    def __init__(self, system: System, sampling: Sampling, name: str = "model") -> None:
+        self.system = system.eval()
+        self.sampling = sampling
+        self.name = name
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Images for one prompt or several, n each, prompt by prompt.
+
+        `options` are fields of `Sampling`. The same (seed, prompt position, image position) gives the same noise for
+        any batch size.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        empty = [i for i, text in enumerate(prompts) if not text.strip()]
+        if empty:
+            raise UserError(f"prompt {empty[0]} is empty")
+        samples = [Sample(id=f"prompt {i}", task="text_to_image", text=text) for i, text in enumerate(prompts)]
+        return [to_pil(x) for x in self.tensors(samples, n=n, seed=seed, progress=progress, **options)]
+
+    def edit(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        instruction: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """Edited images: one image and one instruction, or as many of each."""
+        images = [image] if isinstance(image, Image.Image) else list(image)
+        texts = [instruction] if isinstance(instruction, str) else list(instruction)
+        if len(images) != len(texts):
+            raise UserError(f"{len(images)} images but {len(texts)} instructions; give one instruction per image")
+        samples = [
+            Sample(id=f"edit {i}", task="edit", text=text, context_images=(from_pil(picture),))
+            for i, (picture, text) in enumerate(zip(images, texts, strict=True))
+        ]
+        return [to_pil(x) for x in self.tensors(samples, n=n, seed=seed, progress=progress, **options)]
+
+    def ask(
+        self,
+        image: Image.Image | Sequence[Image.Image] | None,
+        question: str | Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+    ) -> str | list[str]:
+        """Answers. One question (with one image, several, or none) gives a string; a list of questions goes with a
+        list of as many images, one each, and gives a list."""
+        if isinstance(question, str):
+            group = [] if image is None else [image] if isinstance(image, Image.Image) else list(image)
+            questions, groups = [question], [group]
+        else:
+            if image is None or isinstance(image, Image.Image) or len(image) != len(question):
+                raise UserError(f"{len(question)} questions need as many images")
+            questions, groups = list(question), [[picture] for picture in image]
+        conversations = [
+            [Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n" * len(group) + text)]
+            for text, group in zip(questions, groups, strict=True)
+        ]
+        device = self.system.device
+        tensors = [[from_pil(picture).to(device) for picture in group] for group in groups]
+        answers: list[str] = []
+        step = self.sampling.batch_size
+        for start in range(0, len(questions), step):
+            rows = slice(start, start + step)
+            answers += self.system.generate_text(conversations[rows], tensors[rows], max_new_tokens=max_new_tokens)
+        return answers[0] if isinstance(question, str) else answers
+
+    @torch.no_grad()
+    def tensors(
+        self, samples: Sequence[Sample], *, n: int, seed: int, progress: Progress | None = None, **options: Any
+    ) -> list[Tensor]:
+        """Images (3, H, W) in [-1, 1] for requests, n each, request by request. Conditions are computed once."""
+        if n < 1:
+            raise UserError(f"n must be at least 1, not {n}")
+        settings = replace(self.sampling, **options)
+        shape = self.system.latent_shape(*settings.size)
+        steps = times(settings.steps, settings.shift)
+        jobs = [(i, k) for i in range(len(samples)) for k in range(n)]
+        made: list[Tensor] = []
+        for start in range(0, len(jobs), settings.batch_size):
+            block = jobs[start : start + settings.batch_size]
+            first, last = block[0][0], block[-1][0]
+            batch = Batch(tuple(samples[first : last + 1])).to(self.system.device)
+            branches, scales = self._branches(batch, settings)
+            rows = [i - first for i, _ in block]
+            velocity = guided(self.system, [branch.take(rows) for branch in branches], scales)
+            draws = Draws([key(seed, i, k) for i, k in block], self.system.device)
+            latents = sample(velocity, draws.normal("noise", *shape), steps, settings.method)
+            made += list(self.system.to_images(latents).clamp(-1, 1).float().cpu())
+            if progress is not None:
+                progress(len(made), len(jobs))
+        return made
+
+    def _branches(self, batch: Batch, settings: Sampling) -> tuple[list[Condition], list[float]]:
+        edits = bool(batch.rows("edit"))
+        full = self.system.encode(batch)
+        if not edits:
+            if settings.cfg == 1:
+                return [full], []
+            return [self._null(batch), full], [settings.cfg]
+        if settings.image_cfg == 1:
+            return (
+                ([full], [])
+                if settings.cfg == 1
+                else (
+                    [self.system.encode(self.system.without(batch, "text")), full],
+                    [settings.cfg],
+                )
+            )
+        image = self.system.encode(self.system.without(batch, "text"))
+        return [self._null(batch), image, full], [settings.image_cfg, settings.cfg]
+
+    def _null(self, batch: Batch) -> Condition:
+        """The null condition, encoded once and repeated."""
+        null = self.system.encode(self.system.without(batch.take([0]), "text_and_images"))
+        return null.take([0] * len(batch))
+
+
+Progress = Callable[[int, int], None]
+"""Told (images made, images asked for)."""
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] to an 8-bit RGB picture."""
+    levels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture to (3, H, W) float32 in [-1, 1]."""
+    levels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).copy())
+    return levels.permute(2, 0, 1) / 127.5 - 1

@@ -1,0 +1,45 @@
+"""Samplers: integrate a velocity function from t=1 (noise) to t=0 (data). They never see a model class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diptych.core.errors import UserError, unknown
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, h, w), t (B,)) to velocity noise - data (B, C, h, w)."""
+
+Method = Literal["euler", "heun"]
+
+
+def times(steps: int, shift: float = 1.0) -> Tensor:
+    """`steps` + 1 times from 1 to 0, shifted by s t / (1 + (s - 1) t); float32."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, not {steps}")
+    t = torch.linspace(1, 0, steps + 1)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample(velocity: Velocity, noise: Tensor, t: Tensor, method: Method = "euler") -> Tensor:
+    """Data at t=0 from noise at t=1.
+
+    Args:
+        noise: (B, C, h, w). t: decreasing times, (steps + 1,).
+        method: `euler` (one call a step) or `heun` (two; the last step is Euler's).
+    """
+    if method not in ("euler", "heun"):
+        raise unknown("sampler", method, ["euler", "heun"])
+    x = noise
+    rows = noise.new_ones(noise.shape[0], dtype=torch.float32)
+    for now, after in zip(t[:-1].tolist(), t[1:].tolist(), strict=True):
+        v = velocity(x, rows * now)
+        ahead = x + (after - now) * v
+        if method == "heun" and after > 0:
+            v = (v + velocity(ahead, rows * after)) / 2
+            ahead = x + (after - now) * v
+        x = ahead
+    return x

@@ -1,0 +1,20 @@
+"""Next-token cross-entropy over the learned tokens of conversations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, learned: Tensor) -> Tensor:
+    """Mean cross-entropy of the learned tokens of each sequence, (B,) in float32.
+
+    Args:
+        logits: (B, L, V), position i predicts token i + 1.
+        ids: (B, L) int64. learned: (B, L) bool; the first token of a sequence is never learned.
+
+    A sequence without a learned token has loss 0.
+    """
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")  # (B, L-1)
+    weights = learned[:, 1:].to(losses.dtype)
+    return (losses * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,0 +1,242 @@
+"""The one place where names become objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from diptych.core.errors import UserError, unknown
+from diptych.data.buckets import buckets as make_buckets
+from diptych.data.folder import FolderSource
+from diptych.data.jsonl import JsonlSource
+from diptych.data.mixture import Mixture
+from diptych.data.parquet import ParquetSource
+from diptych.data.source import Source
+from diptych.data.subset import hold_out
+from diptych.data.toyworld import ToyWorldSource
+from diptych.data.webdataset import WebDatasetSource
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.autoencoders.dc import DCAutoencoder
+from diptych.parts.autoencoders.kl import KLAutoencoder
+from diptych.parts.autoencoders.pixel import PixelAutoencoder
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.backbones.internvl import InternVL, load_assets
+from diptych.parts.backbones.toy_tokenizer import train_tokenizer
+from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.conditioners.learnable_queries import LearnableQueries
+from diptych.parts.conditioners.raw import Raw
+from diptych.parts.conditioners.residual_query_adapter import ResidualQueryAdapter
+from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.lora import add_lora
+from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
+from diptych.parts.decoders.qwen_image import QwenImage
+from diptych.parts.decoders.sana import Sana
+from diptych.parts.decoders.zimage import ZImage
+from diptych.recipes.names import locate
+from diptych.recipes.published import published_config
+from diptych.recipes.recipe import ComposedSpec, DataSpec, MLLMSpec, Part, SourceSpec, SystemSpec
+from diptych.recipes.schema import read
+from diptych.systems.base import System
+from diptych.systems.composed import ComposedConfig, ComposedSystem
+from diptych.systems.mllm import MLLMSystem
+from diptych.toyworld.samples import ToyWorld
+
+ENDLESS = 10_000_000
+BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL}
+CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
+    "raw": Raw,
+    "metaquery": LearnableQueries,
+    "residual_query_adapter": ResidualQueryAdapter,
+}
+DECODERS: dict[str, Any] = {"mmdit": MMDiT, "zimage": ZImage, "sana": Sana, "qwen_image": QwenImage}
+AUTOENCODERS: dict[str, Any] = {"pixel": PixelAutoencoder, "kl": KLAutoencoder, "dc": DCAutoencoder}
+
+
+def build_system(
+    spec: SystemSpec | ComposedSpec | MLLMSpec, *, meta: bool = False, assets: Path | None = None
+) -> System:
+    """A system from its specification.
+
+    Args:
+        meta: on the meta device: no memory, no files; published sizes stand in for weights that would be read.
+        assets: a folder with the backbone's tokenizer files, where its weights are not named.
+    """
+    if isinstance(spec, MLLMSpec):
+        backbone, origin = build_backbone(spec.backbone, meta, assets)
+        return MLLMSystem(backbone, origins={"backbone": origin})
+    assert isinstance(spec, ComposedSpec)
+    backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
+    conditioner = build_conditioner(spec.conditioner, backbone.width, meta)
+    decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
+    autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
+    connector = build_connector(spec.connector, backbone.width, decoder.condition_width, meta)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(ComposedConfig)}
+    system = ComposedSystem(
+        ComposedConfig(**fields),
+        backbone=backbone,
+        conditioner=conditioner,
+        connector=connector,
+        decoder=decoder,
+        autoencoder=autoencoder,
+        origins={
+            "backbone": backbone_origin,
+            "conditioner": dataclasses.asdict(spec.conditioner),
+            "connector": dataclasses.asdict(spec.connector),
+            "decoder": decoder_origin,
+            "autoencoder": autoencoder_origin,
+            "sampling": spec.sampling,
+        },
+    )
+    if meta:
+        system.to("meta")
+    return system
+
+
+def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
+    """A backbone, and what its configuration file will say of it."""
+    cls = _choose("backbone", part.kind, BACKBONES)
+    if part.weights and not meta:
+        backbone = cls.from_pretrained(locate(part.weights))
+    else:
+        config = part.config or published_config(part.weights, part.subfolder)
+        with torch.device("meta" if meta else "cpu"):
+            backbone = cls.from_config(config, None if meta else _tokenizer(part, assets))
+    return backbone, {**dataclasses.asdict(part), "config": backbone.config()}
+
+
+def build_conditioner(part: Part, width: int, meta: bool) -> Conditioner:
+    """A conditioner for an MLLM of this width."""
+    cls = _choose("conditioner", part.kind, CONDITIONERS)
+    with torch.device("meta" if meta else "cpu"):
+        return _call(
+            cls, f"conditioner {part.kind}", {"width": width, **part.config} if part.kind != "raw" else part.config
+        )
+
+
+def build_connector(part: Part, width: int, out: int, meta: bool) -> nn.Module:
+    """What stands between the MLLM's states and the decoder: `identity` or `linear`."""
+    with torch.device("meta" if meta else "cpu"):
+        if part.kind == "linear":
+            return nn.Linear(width, out)
+    if part.kind != "identity":
+        raise unknown("connector", part.kind, ["identity", "linear"])
+    if width != out:
+        raise UserError(f"connector identity: the MLLM is {width} wide, the decoder takes {out}; use kind: linear")
+    return nn.Identity()
+
+
+def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str, Any]]:
+    """A decoder; `condition_width` of an MMDiT is the MLLM's where the recipe does not say."""
+    cls = _choose("decoder", part.kind, DECODERS)
+    if part.kind == "mmdit":
+        config = {"condition_width": width, **part.config}
+        with torch.device("meta" if meta else "cpu"):
+            decoder: Decoder = MMDiT(read(MMDiTConfig, config, "decoder.config"))
+    else:
+        decoder, config = _diffusers_part(cls, part, meta)
+    if part.lora:
+        add_lora(decoder, **part.lora)
+    return decoder, {**dataclasses.asdict(part), "config": config}
+
+
+def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, Any]]:
+    """An autoencoder, frozen."""
+    cls = _choose("autoencoder", part.kind, AUTOENCODERS)
+    if part.kind == "pixel":
+        return PixelAutoencoder(), dataclasses.asdict(part)
+    autoencoder, config = _diffusers_part(cls, part, meta)
+    return autoencoder, {**dataclasses.asdict(part), "config": config}
+
+
+def _diffusers_part(cls: Any, part: Part, meta: bool) -> tuple[Any, dict[str, Any]]:
+    if part.weights and not meta:
+        built = cls.from_pretrained(locate(part.weights), subfolder=part.subfolder)
+        return built, built.config
+    config = part.config or published_config(part.weights, part.subfolder)
+    with torch.device("meta" if meta else "cpu"):
+        return cls.from_config(config), config
+
+
+def _tokenizer(part: Part, assets: Path | None) -> Any:
+    if part.tokenizer == "toyworld":
+        return train_tokenizer(toy_texts(), vocab_size=part.config["text_config"]["vocab_size"])
+    if part.tokenizer:
+        return AutoTokenizer.from_pretrained(str(locate(part.tokenizer)), trust_remote_code=False)
+    if assets is None:
+        raise UserError("backbone: random weights need a `tokenizer` (a folder, or 'toyworld')")
+    return load_assets(assets)[0]
+
+
+def toy_texts(count: int = 3000) -> list[str]:
+    """Texts of the toy world and of the default prompts, for a tokenizer."""
+    world = ToyWorld(seed=0)
+    texts = [world.sample(task, i).text for i in range(count) for task in ("text_to_image", "edit")]
+    texts += [message.text for i in range(count) for message in world.sample("understand", i).messages]
+    prompts = dataclasses.asdict(ComposedConfig().prompts).values()
+    return texts + [text.replace("{text}", "") for text in prompts for _ in range(50)]
+
+
+# Data
+
+
+def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
+    """A source from its specification."""
+    size = data.size if isinstance(data.size, int) else data.size[0]
+    if spec.kind == "toyworld":
+        return ToyWorldSource(
+            task=spec.task, count=spec.count or ENDLESS, seed=spec.seed, size=size, name=name, **spec.options
+        )
+    if spec.path is None:
+        raise UserError(f"sources.{name}: 'path' is missing")
+    if spec.options or spec.count:
+        raise UserError(f"sources.{name}: 'options' and 'count' are for the toy world, not for {spec.kind!r}")
+    given: dict[str, Any] = {"task": spec.task, "name": name, "fit": data.fit}
+    if spec.kind == "folder":
+        return FolderSource(spec.path, **given)
+    if spec.kind == "jsonl":
+        return JsonlSource(spec.path, **given)
+    if spec.kind == "webdataset":
+        return WebDatasetSource(spec.path, **given)
+    return ParquetSource(spec.path, columns=spec.columns, split=spec.split or "train", **given)
+
+
+def build_data(
+    spec: DataSpec, seed: int, batch: int, step: int = 1
+) -> tuple[Mixture, list[tuple[Source, Source | None]]]:
+    """A stage's mixture, and each source as (trained on, held out).
+
+    Args:
+        step: image sides must be multiples of it (autoencoder factor times patch).
+    """
+    parts = [hold_out(build_source(name, source, spec), spec.held_out) for name, source in spec.sources.items()]
+    shares = [source.share for source in spec.sources.values()]
+    size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+    sizes = [size]
+    if spec.buckets is not None:
+        if not isinstance(spec.size, int):
+            raise UserError("data.buckets goes with one number as `size`")
+        sizes = make_buckets(spec.size, step, spec.buckets)
+    weighted = [(train, share) for (train, _), share in zip(parts, shares, strict=True)]
+    return Mixture(weighted, seed=seed, batch=batch, buckets=sizes, bad_share=spec.bad_share), parts
+
+
+def _choose(what: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise unknown(what, name, table)
+    return table[name]
+
+
+def _call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:
+    """Calls with keyword arguments; an argument that is not there is a user's error."""
+    known = [name for name in inspect.signature(cls).parameters if name != "self"]
+    for name in values:
+        if name not in known:
+            raise unknown("key", name, known, where)
+    return cls(**values)

@@ -1,0 +1,106 @@
+"""A MODEL by name, as a system or as an engine that answers and draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
+from diptych.core.errors import UserError, unknown
+from diptych.inference.engine import Engine, Sampling
+from diptych.parts.backbones.internvl import InternVL
+from diptych.recipes.build import build_system
+from diptych.recipes.names import locate
+from diptych.recipes.recipe import VARIANTS, Recipe, SystemSpec, parse
+from diptych.recipes.schema import read
+from diptych.systems.base import System
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.mllm import MLLMSystem
+from diptych.training import state
+from diptych.training.loop import freeze
+from diptych.training.optimizers import trainable
+
+PUBLISHED = {"internvl": InternVL}
+"""Backbones in transformers' own layout, by `model_type`."""
+
+
+def load(model: str, *, device: str = "cpu") -> Engine:
+    """A model that generates, edits and answers.
+
+    Args:
+        model: a shipped name (`toy/iomm`), a run folder, a folder in save_pretrained layout, or a hub id.
+    """
+    system, sampling = load_system(model)
+    return Engine(system.to(device), sampling, model)
+
+
+def load_system(model: str) -> tuple[System, Sampling]:
+    """The system and its sampling defaults."""
+    folder = locate(model)
+    if (folder / "config.json").is_file():
+        return _from_folder(folder, model)
+    if (folder / "model" / "config.json").is_file():
+        return _from_folder(folder / "model", model)
+    found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+    if found:
+        return _from_checkpoint(found[-1], model)
+    raise UserError(f"{model}: no model here (neither config.json nor a run's checkpoints)")
+
+
+def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'}: not valid JSON (line {error.lineno})") from error
+    kind = config.get("model_type")
+    if kind in PUBLISHED:
+        backbone = PUBLISHED[kind].from_pretrained(folder)
+        origin = {"kind": kind, "weights": model, "config": backbone.config()}
+        return MLLMSystem(backbone, origins={"backbone": origin}), Sampling()
+    if "kind" not in config:
+        if kind is None:
+            raise UserError(f"{folder / 'config.json'}: not a Diptych model (no 'kind')")
+        raise unknown("model_type", str(kind), PUBLISHED, str(folder / "config.json"))
+    spec: Any = read(SystemSpec, config, f"{folder / 'config.json'}", VARIANTS)
+    system = build_system(spec, assets=folder)
+    load_folder_weights(system, folder)
+    sampling = read(Sampling, spec.sampling, f"{folder / 'config.json'}: sampling")
+    return system, sampling
+
+
+def load_folder_weights(system: System, folder: Path) -> None:
+    """The weights of a saved folder into a system; parts that the folder refers to are already there."""
+    away = tuple(f"{name}." for name in system.referenced()) if isinstance(system, ComposedSystem) else ()
+    load_into(system, read_tensors(weight_files(folder)), str(folder), optional=lambda name: name.startswith(away))
+
+
+def _from_checkpoint(checkpoint: Path, model: str) -> tuple[System, Sampling]:
+    """An unfinished run: the recipe's start, and the (averaged) weights that were trained so far on top."""
+    recipe = parse(state.read_recipe(checkpoint), model)
+    system = start(recipe)
+    position = state.read_progress(checkpoint).stage
+    learned: dict[str, nn.Parameter] = {}
+    for spec in list(recipe.stages.values())[: position + 1]:
+        freeze(system, spec.train)
+        learned |= trainable(system)
+    state.load_weights(checkpoint, learned, averaged=True)
+    system.requires_grad_(False)
+    return system, recipe.sampling
+
+
+def start(recipe: Recipe) -> System:
+    """The system that a recipe starts from: its own parts, with the weights of `start` on top where given."""
+    system = build_system(recipe.system)
+    if recipe.start is None:
+        return system
+    source, _ = load_system(recipe.start)
+    copy_weights(system, source, recipe.start)
+    return system
+
+
+def copy_weights(system: System, source: System, name: str) -> None:
+    """Every weight of `source` into `system`, strictly."""
+    load_into(system, ((key, value) for key, value in source.state_dict().items()), name)

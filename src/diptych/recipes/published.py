@@ -1,0 +1,29 @@
+"""Configurations of published models, for builds on the meta device, where no weights are read.
+
+A model that is loaded for real is built from its own config; these files only let `diptych check` and the tests count
+parameters without a download. One JSON file for each hub id (and subfolder), under `sizes/`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diptych.core.errors import UserError
+
+SIZES = Path(__file__).parent / "sizes"
+
+
+def published_config(weights: str | None, subfolder: str | None = None) -> dict[str, Any]:
+    """The config.json of a published model."""
+    if weights is None:
+        raise UserError("a part needs `weights` or a `config`")
+    if Path(weights).is_dir():
+        return json.loads((Path(weights) / (subfolder or "") / "config.json").read_text(encoding="utf-8"))
+    name = "__".join([*weights.split("/"), *([subfolder] if subfolder else [])]) + ".json"
+    path = SIZES / name
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem.replace("__", "/") for found in SIZES.glob("*.json")))
+        raise UserError(f"{weights}: its sizes are not known without its files; give `config`. Known: {known}")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,246 @@
+"""What a recipe may say: dataclasses that YAML is read into, and where recipes are found.
+
+A recipe is a system, its parts, and an ordered mapping of stages. `base` names another recipe whose values hold where
+this one says nothing: mappings are merged, all else is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import Task
+from diptych.inference.engine import Sampling
+from diptych.recipes.schema import Variants, read
+from diptych.systems.composed import ComposedConfig
+from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
+
+LIBRARY = Path(__file__).parent / "library"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a system: its `kind`, where its weights come from, and its configuration.
+
+    weights: shipped name, folder, or hub id; None for random weights. subfolder: inside it ("vae").
+    config: sizes, read from the weights' own config where weights are given. tokenizer: of a backbone that starts from
+    random weights ("toyworld" trains one on the toy world's texts; else a folder with tokenizer files).
+    lora: rank, alpha, dropout, for decoders that are tuned that way.
+    """
+
+    kind: str
+    weights: str | None = None
+    subfolder: str | None = None
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer: str | None = None
+    lora: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSpec:
+    """Stands for the kinds of systems."""
+
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedSpec(ComposedConfig):
+    kind: Literal["composed"]
+    backbone: Part
+    conditioner: Part
+    decoder: Part
+    autoencoder: Part
+    connector: Part = field(default_factory=lambda: Part(kind="identity"))
+    sampling: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLLMSpec:
+    kind: Literal["mllm"]
+    backbone: Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """A source of samples.
+
+    task: what its samples are for. share: its part of the mixture (the paper's mix ratio is the share of images).
+    path: folder, file, pattern or URL. count: toy samples, 0 for endless. offset: first toy index, so that sets differ.
+    split: of a parquet data set. columns: names of its columns by our names. options: of the toy world.
+    """
+
+    kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet"]
+    task: Task
+    share: float = 1.0
+    path: str | None = None
+    count: int = 0
+    seed: int = 0
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict[str, str])
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """sources: by name. size: side of the images in pixels, or [height, width].
+
+    buckets: greatest aspect ratio of the buckets around `size`, None for one square bucket. fit: `crop` or `letterbox`.
+    held_out: samples of each source kept for the held-out loss. bad_share: of unreadable items, above which a run
+    stops.
+    cache: folder for latents, None for none.
+    """
+
+    sources: dict[str, SourceSpec]
+    size: int | tuple[int, int] = 512
+    buckets: float | None = None
+    fit: Literal["crop", "letterbox"] = "crop"
+    held_out: int = 0
+    bad_share: float = 0.01
+    cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """A stage; see `training.config.StageConfig`. settings: the system's options for this stage alone."""
+
+    train: tuple[str, ...]
+    steps: int
+    batch: int
+    data: DataSpec
+    micro_batch: int | None = None
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    clip: float = 1.0
+    ema: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole recipe. start: weights of the whole system to begin with (shipped name, run, folder or hub id).
+
+    sample_prompts: drawn at the run's `sample_every`.
+    """
+
+    system: SystemSpec
+    stages: dict[str, StageSpec]
+    seed: int = 0
+    start: str | None = None
+    run: RunConfig = field(default_factory=RunConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    sample_prompts: tuple[str, ...] = ()
+
+
+VARIANTS: Mapping[type, Variants] = {SystemSpec: {"composed": ComposedSpec, "mllm": MLLMSpec}}
+
+
+def names() -> list[str]:
+    """The library's recipes, by name ("iomm/b_pretrain_image")."""
+    return sorted(str(path.relative_to(LIBRARY).with_suffix("")) for path in LIBRARY.rglob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, or a name of the library."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{name}: no such recipe file")
+        return path
+    if (LIBRARY / f"{name}.yaml").is_file():
+        return LIBRARY / f"{name}.yaml"
+    raise unknown("recipe", name, names())
+
+
+def load_plain(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe as plain values, with its bases merged in and `key=value` overrides applied."""
+    plain = _with_bases(find(name), ())
+    for override in overrides:
+        set_value(plain, override)
+    return plain
+
+
+def parse(plain: Mapping[str, Any], where: str = "") -> Recipe:
+    """Plain values as a Recipe; UserError names what does not fit."""
+    try:
+        recipe: Recipe = read(Recipe, dict(plain), "", VARIANTS)
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from error
+    if not recipe.stages:
+        raise UserError(f"{where or 'recipe'}: no stages")
+    return recipe
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe and its resolved plain values."""
+    plain = load_plain(name, overrides)
+    return parse(plain, name), plain
+
+
+def header(name: str) -> list[str]:
+    """The comment lines at a recipe's head: paper and table, expected cost and score, the command."""
+    lines: list[str] = []
+    for line in find(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return lines
+
+
+def set_value(plain: dict[str, Any], override: str) -> None:
+    """Apply "dotted.key=value"; the value is read as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: write it as key=value, as in stages.pretrain.steps=100")
+    *path, last = key.split(".")
+    place: Any = plain
+    for name in path:
+        if not isinstance(place.setdefault(name, {}), dict):
+            raise UserError(f"--set {override}: {name!r} is a value, not a mapping")
+        place = place[name]
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML") from error
+
+
+def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path in above:
+        raise UserError(f"{path}: is its own base")
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: a recipe is a mapping")
+    base = plain.pop("base", None)
+    if base is None:
+        return plain
+    return merge(_with_bases(find(str(base)), (*above, path)), plain)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on `base`: mappings key by key, all else replaced; a key set to null is removed from a mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = merge(old, value)
+        elif value is None and isinstance(old, dict):
+            del merged[key]
+        else:
+            merged[key] = value
+    return merged
+
+
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """Every value, defaults written out."""
+    return dataclasses.asdict(recipe)

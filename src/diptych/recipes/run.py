@@ -1,0 +1,247 @@
+"""From a recipe to a run folder: check it, build it, train it, save the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from PIL import Image
+
+from diptych.checkpoints.tensors import atomic_folder, atomic_text
+from diptych.core.draws import key
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import Batch
+from diptych.data.source import BadItem, ItemDraws, Source
+from diptych.inference.engine import Engine
+from diptych.recipes import build
+from diptych.recipes.load import start
+from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
+from diptych.recipes.schema import read
+from diptych.systems.base import System
+from diptych.systems.composed import ComposedConfig, ComposedSystem
+from diptych.training import loop, state
+from diptych.training.config import RunConfig, StageConfig
+
+log = logging.getLogger(__name__)
+
+FREE = ("run", "sampling", "sample_prompts")
+"""Sections that may differ between a run and its resumption: they do not change what is learned."""
+
+
+def train_recipe(
+    recipe: Recipe,
+    plain: dict[str, Any],
+    folder: Path,
+    *,
+    resume: bool = False,
+    announce: Callable[[str], None] = log.info,
+) -> bool:
+    """Train a recipe into `folder`; True when done, False when stopped by a signal after saving.
+
+    The folder gets recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/, and model/ at the end.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is off; `resume` with another recipe; anything that
+            `diptych check` would find.
+    """
+    plain = json.loads(json.dumps(plain))
+    resumed = claim(folder, plain, resume)
+    accelerator = make_accelerator(recipe.run)
+    system = start(recipe)
+    check_parts(recipe, system)
+    trained = [name for stage in recipe.stages.values() for name in stage.train]
+    system.own(dict.fromkeys(trained))
+    if recipe.run.checkpointing:
+        set_checkpointing(system)
+    stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            atomic_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False))
+    run = loop.Run(
+        folder=folder,
+        config=recipe.run,
+        seed=recipe.seed,
+        recipe=plain,
+        resume=resumed,
+        on_sample=sampler(system, recipe, folder) if accelerator.is_main_process else None,
+    )
+    apply = stage_settings(system, list(recipe.stages.values()))
+    done = loop.train(system.to(accelerator.device), stages, run, accelerator, on_stage=apply)
+    for stage in stages:
+        for item, reason in stage.data.skipped.items():
+            announce(f"skipped {item}: {reason}")
+    if done and accelerator.is_main_process:
+        save_model(system, recipe, folder / "model")
+    return done
+
+
+def claim(folder: Path, plain: dict[str, Any], resume: bool) -> bool:
+    """Whether to continue the run in `folder`."""
+    path = folder / "recipe.yaml"
+    found = state.checkpoints(folder / "checkpoints") if folder.is_dir() else []
+    if not resume:
+        if found or (folder / "model").exists():
+            raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another --out")
+        return False
+    if not path.is_file():
+        raise UserError(f"{folder}: nothing to resume (no recipe.yaml)")
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changed = difference(strip(before), strip(plain))
+    if changed:
+        raise UserError(
+            f"--resume: the run in {folder} has another recipe ({changed}); resume it with its own, "
+            f"{path}, or start a new run with --out"
+        )
+    return bool(found)
+
+
+def strip(plain: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in plain.items() if name not in FREE}
+
+
+def difference(a: Any, b: Any, where: str = "") -> str:
+    """The first place where two plain values differ, in words; "" when they are alike."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted({*a, *b}):
+            found = difference(a.get(name), b.get(name), f"{where}.{name}" if where else str(name))
+            if found:
+                return found
+        return ""
+    return "" if a == b else f"{where}: {a!r} there, {b!r} here"
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """One process, DDP under a launcher, or FSDP2."""
+    if config.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    plugin = None
+    if config.strategy == "fsdp":
+        from accelerate import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    return Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        cpu=config.device == "cpu",
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def check_parts(recipe: Recipe, system: System) -> None:
+    """Stages name parts and tasks that the system has."""
+    parts = system.named_parts()
+    for name, stage in recipe.stages.items():
+        for part in stage.train:
+            if part not in parts:
+                raise unknown("part", part, parts, f"stages.{name}.train")
+        for source, spec in stage.data.sources.items():
+            if spec.task not in system.tasks:
+                raise unknown("task", spec.task, system.tasks, f"stages.{name}.data.sources.{source}")
+
+
+def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> loop.Stage:
+    """A stage with its data."""
+    fields = {
+        field.name: getattr(spec, field.name) for field in dataclasses.fields(StageConfig) if field.name != "name"
+    }
+    images = any(source.task != "understand" for source in spec.data.sources.values())
+    if images:
+        size = spec.data.size
+        system.latent_shape(*((size, size) if isinstance(size, int) else size))
+    mixture, sources = build.build_data(spec.data, key(recipe.seed, name), spec.batch, image_step(system, images))
+    batches = [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch or spec.batch)
+    return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches)
+
+
+def image_step(system: System, images: bool) -> int:
+    """Image sides must be multiples of this."""
+    if not images or not isinstance(system, ComposedSystem):
+        return 1
+    return system.autoencoder.factor * system.decoder.patch
+
+
+def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: DataSpec, size: int) -> list[Batch]:
+    """All held-out samples, each source in batches of its own; unreadable ones are left out."""
+    side = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+    batches: list[Batch] = []
+    for _, source in sources:
+        if source is None:
+            continue
+        samples = []
+        for index in range(len(source)):
+            try:
+                samples.append(source.load(index, ItemDraws(key("held out", index)), side))
+            except BadItem as error:
+                log.warning("held out: %s", error)
+        batches += [Batch(tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
+    return batches
+
+
+def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int], None]:
+    """Sets the system's options at the start of each stage."""
+    base = system.settings if isinstance(system, ComposedSystem) else None
+
+    def apply(position: int) -> None:
+        changes = stages[position].settings
+        if base is None or not isinstance(system, ComposedSystem):
+            if changes:
+                raise UserError("settings: this system has no options that a stage could set")
+            return
+        system.settings = read(ComposedConfig, {**dataclasses.asdict(base), **changes}, "settings")
+
+    for position in range(len(stages)):
+        apply(position)
+    return apply
+
+
+def set_checkpointing(system: System) -> None:
+    """Recompute the decoder's activations in the backward pass."""
+    decoder = system.named_parts().get("decoder")
+    if decoder is None or not hasattr(decoder, "checkpointing"):
+        raise UserError("run.checkpointing: this system's decoder cannot recompute its activations")
+    decoder.checkpointing = True  # type: ignore[assignment]
+
+
+def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], None] | None:
+    """Draws the recipe's prompts into samples/ at a step."""
+    if not recipe.sample_prompts:
+        return None
+    engine = Engine(system, recipe.sampling)
+
+    def draw(step: int) -> None:
+        system.eval()
+        images = engine.generate(recipe.sample_prompts, seed=recipe.seed)
+        (folder / "samples").mkdir(exist_ok=True)
+        grid(images).save(folder / "samples" / f"step-{step:08d}.png")
+
+    return draw
+
+
+def grid(images: Sequence[Image.Image], columns: int = 8, scale: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size in rows on white; small ones enlarged without smoothing."""
+    width, height = images[0].size
+    factor = scale or max(1, 96 // width)
+    width, height = width * factor + gap, height * factor + gap
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, image in enumerate(images):
+        enlarged = image.resize((width - gap, height - gap), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (gap + i % columns * width, gap + i // columns * height))
+    return sheet
+
+
+def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The whole system in save_pretrained layout, with the recipe's sampling defaults."""
+    if isinstance(system, ComposedSystem):
+        system.origins["sampling"] = dataclasses.asdict(recipe.sampling)
+    atomic_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))

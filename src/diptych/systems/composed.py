@@ -1,0 +1,282 @@
+"""One composable system: an MLLM, a conditioner that asks it, a connector, a decoder, an autoencoder.
+
+IOMM, MetaQuery, OpenUni and Qwen-Image are presets of it (see the recipes).
+
+    prompt (+ image tokens, masked) ++ conditioner's tokens -> MLLM -> connector -> condition -> decoder
+
+Shapes: B batch, L prompt tokens, Q appended tokens, D MLLM width, C latent channels, h and w latent sides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diptych.checkpoints.tensors import own_tensors, write_tensors
+from diptych.core.condition import Condition, TokenCondition
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.core.sample import Batch, Message, Sample, Task
+from diptych.objectives import cross_entropy, flow_matching, masked_image
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.conditioners.prefix import condition_states
+from diptych.parts.decoders.base import Decoder
+from diptych.systems.base import Dropped, System
+
+COMPONENTS = ("backbone", "conditioner", "connector", "decoder", "autoencoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """User turns by task; `{text}` is the caption or instruction. The wording is the MLLM's, not the user's."""
+
+    text_to_image: str = "Generate an image: {text}"
+    image: str = "Generate an image that is identical to the reference image: <image>"
+    edit: str = "{text} <image>"
+    null: str = "Generate an image."
+    system: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedConfig:
+    """What a composed system does with its parts.
+
+    prompts: user turns by task.
+    condition: which last hidden states the decoder sees: those of the whole sequence (the paper) or of the queries.
+    prediction: what the decoder's output means.
+    mask_ratio: r, share of the image tokens hidden in training (IOMM, Sec. 3.4; tables 4-6).
+    mask_way: how they are hidden.
+    drop: share of training samples whose whole condition is replaced by the null prompt, for guidance.
+    time_mean, time_std: logit-normal times. time_shift: their resolution shift; "flux" derives it from the tokens.
+    """
+
+    prompts: Prompts = field(default_factory=Prompts)
+    condition: Literal["all", "queries"] = "all"
+    prediction: flow_matching.Prediction = "velocity"
+    mask_ratio: float = 0.0
+    mask_way: masked_image.Way = "zero"
+    drop: float = 0.1
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float | Literal["flux"] = 1.0
+
+
+class ComposedSystem(System):
+    """See the module's docstring. `origins` is the configuration of each part, kept to write `config()`."""
+
+    kind: ClassVar[str] = "composed"
+    tasks: ClassVar[tuple[Task, ...]] = ("image", "text_to_image", "edit", "understand")
+
+    def __init__(
+        self,
+        config: ComposedConfig,
+        *,
+        backbone: Backbone,
+        conditioner: Conditioner,
+        connector: nn.Module,
+        decoder: Decoder,
+        autoencoder: Autoencoder,
+        origins: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        if config.condition == "queries" and conditioner.count == 0:
+            raise UserError("condition: 'queries' needs a conditioner that appends queries; 'raw' appends none")
+        if autoencoder.channels != decoder.channels:
+            raise UserError(
+                f"the decoder takes {decoder.channels} latent channels, the autoencoder gives {autoencoder.channels}"
+            )
+        self.settings = config
+        self.backbone = backbone
+        self.conditioner = conditioner
+        self.connector = connector
+        self.decoder = decoder
+        self.autoencoder = autoencoder
+        self.origins = origins
+        learned = config.mask_way == "mask_token"
+        self.mask_token = nn.Parameter(torch.zeros(backbone.width)) if learned else None
+
+    # Conditions
+
+    def encode(self, batch: Batch, draws: Draws | None = None) -> TokenCondition:
+        if draws is not None:
+            dropped = (draws.uniform("drop")[:, None] < self.settings.drop).flatten().tolist()
+            null = self.without(batch, "text_and_images")
+            batch = Batch(tuple(null.samples[i] if off else batch.samples[i] for i, off in enumerate(dropped)))
+        images = [self._read_images(sample) for sample in batch]
+        conversations = [self._conversation(sample) for sample in batch]
+        sequences = self.backbone.tokenize(conversations, images=images, generate=True)
+        frozen = not self._trains(self.backbone)
+        with torch.no_grad() if frozen else nullcontext():
+            device = self.device
+            ids, mask, slots = (x.to(device) for x in (sequences.ids, sequences.mask, sequences.images))
+            vision = self.backbone.vision_tokens([image for row in images for image in row])
+            embeddings = self.backbone.embed(ids)  # (B, L, D)
+        keep = torch.ones_like(slots)  # (B, L)
+        if draws is not None and self.settings.mask_ratio > 0:
+            hidden = torch.tensor([sample.task == "image" for sample in batch], device=device)[:, None]  # (B, 1)
+            kept = masked_image.keep_tokens(draws.uniform("image_mask", ids.shape[1]), self.settings.mask_ratio)
+            keep = kept.to(device) | ~slots | ~hidden
+        embeddings = self.backbone.place(embeddings, slots, vision)
+        if self.settings.mask_way == "drop":
+            embeddings, mask = masked_image.drop(embeddings, mask, keep)
+        else:
+            embeddings = masked_image.hide(embeddings, keep, self.mask_token)
+        reuse = frozen and self.mask_token is None
+        states, mask = condition_states(self.backbone, self.conditioner, embeddings, mask, reuse=reuse)
+        if self.settings.condition == "queries":
+            states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
+        everything = bool(mask.all())
+        return TokenCondition(tokens=self.connector(states), mask=None if everything else mask)
+
+    def without(self, batch: Batch, dropped: Dropped) -> Batch:
+        def strip(sample: Sample) -> Sample:
+            if dropped == "text":
+                return replace(sample, text="")
+            return replace(sample, task="text_to_image", text="", context_images=())
+
+        return Batch(tuple(strip(sample) for sample in batch))
+
+    def _conversation(self, sample: Sample) -> list[Message]:
+        """The request of a sample as the MLLM reads it. A request without text is the null or the identity prompt."""
+        prompts = self.settings.prompts
+        if sample.task == "text_to_image":
+            text = prompts.text_to_image.replace("{text}", sample.text) if sample.text else prompts.null
+        elif sample.task == "edit" and sample.text:
+            text = prompts.edit.replace("{text}", sample.text)
+            text = text.replace("<image>", "<image>" * len(sample.context_images))
+        else:
+            text = prompts.image
+        system = [Message(role="system", text=prompts.system)] if prompts.system else []
+        return [*system, Message(role="user", text=text)]
+
+    def _read_images(self, sample: Sample) -> tuple[Tensor, ...]:
+        if sample.task == "image":
+            if sample.image is None:
+                raise UserError(f"{sample.id}: task 'image' needs an image")
+            return (sample.image,)
+        if sample.task == "edit" and not sample.context_images:
+            raise UserError(f"{sample.id}: task 'edit' needs an image to edit")
+        return sample.context_images
+
+    # Decoding
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, TokenCondition)
+        return flow_matching.to_velocity(self.decoder(x, t, condition), x, t, self.settings.prediction)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        step = self.autoencoder.factor * self.decoder.patch
+        if height % step or width % step or height <= 0 or width <= 0:
+            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
+        return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.autoencoder.encode(images)
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.autoencoder.decode(latents)
+
+    # Training
+
+    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        drawn = batch.rows("image", "text_to_image", "edit")
+        if drawn:
+            terms |= self._flow(batch.take(drawn), draws.take(drawn))
+        told = batch.rows("understand")
+        if told:
+            terms["cross_entropy.understand"] = self._understand(batch.take(told))
+        return terms
+
+    def _flow(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        condition = self.encode(batch, draws)
+        data = self._latents(batch)  # (B, C, h, w)
+        noise = draws.normal("noise", *data.shape[1:])
+        settings, patch = self.settings, self.decoder.patch
+        tokens = data.shape[2] * data.shape[3] // patch**2
+        shift = flow_matching.resolution_shift(tokens) if settings.time_shift == "flux" else settings.time_shift
+        t = flow_matching.logit_normal_times(
+            draws.normal("time"), mean=settings.time_mean, std=settings.time_std, shift=shift
+        )
+        x = flow_matching.interpolate(data, noise, t)
+        output = self.decoder(x, t, condition)
+        loss = flow_matching.velocity_loss(output, data, noise, x, t, settings.prediction)
+        return {f"flow.{task}": loss[rows] for task in self.tasks if (rows := batch.rows(task))}
+
+    def _latents(self, batch: Batch) -> Tensor:
+        cached = [sample.latent for sample in batch if sample.latent is not None]
+        if len(cached) == len(batch):
+            return torch.stack(cached)
+        return self.to_latents(batch.images())
+
+    def _understand(self, batch: Batch) -> Tensor:
+        images = [sample.context_images for sample in batch]
+        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images)
+        ids, mask, slots = (x.to(self.device) for x in (sequences.ids, sequences.mask, sequences.images))
+        vision = self.backbone.vision_tokens([image for row in images for image in row])
+        embeddings = self.backbone.place(self.backbone.embed(ids), slots, vision)
+        hidden = self.backbone.run(embeddings, mask).hidden
+        return cross_entropy.next_token_loss(self.backbone.logits(hidden), ids, sequences.learned.to(self.device))
+
+    def generate_text(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Tensor]],
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        sequences = self.backbone.tokenize(conversations, images=images, generate=True)
+        with torch.no_grad():
+            vision = self.backbone.vision_tokens([image for row in images for image in row])
+            return self.backbone.generate(sequences, vision, max_new_tokens=max_new_tokens)
+
+    # Structure
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        parts = dict(self.backbone.named_parts())
+        name = {"residual_query_adapter": "adapter", "raw": "raw"}.get(self.origins["conditioner"]["kind"], "queries")
+        parts[name] = self.conditioner
+        parts |= {"connector": self.connector, "decoder": self.decoder, "autoencoder": self.autoencoder}
+        if self.mask_token is not None:
+            parts["mask_token"] = nn.ParameterList([self.mask_token])
+        return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        return [*self.backbone.shard_units(), *self.decoder.shard_units()]
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self.settings), **self.origins}
+
+    def own(self, parts: Iterable[str]) -> None:
+        modules = self.named_parts()
+        for name in parts:
+            trained = set(modules[name].parameters())
+            for component in COMPONENTS:
+                if not trained.isdisjoint(getattr(self, component).parameters()):
+                    self.origins[component] = {**self.origins[component], "weights": None}
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
+        away = tuple(f"{name}." for name in self.referenced())
+        write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if not k.startswith(away)), dtype=dtype)
+        if "backbone" not in self.referenced():
+            self.backbone.save_assets(folder)
+
+    def referenced(self) -> list[str]:
+        """Components whose weights are those of the name in `origins`, so that a saved folder only refers to them."""
+        return [name for name in COMPONENTS if self.origins[name].get("weights")]
+
+    @staticmethod
+    def _trains(module: nn.Module) -> bool:
+        return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,0 +1,86 @@
+"""What one stage of a run is, as plain data; a recipe writes it down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diptych.core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """kind: `adamw`, or `muon` (torch.optim.Muon for the matrices inside blocks, AdamW for all else).
+
+    lr: peak learning rate; Muon's is matched to AdamW's scale. betas, eps, weight_decay: as in torch.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """kind: `constant` or `cosine` after a linear warm-up.
+
+    warmup: steps. start, end: learning rate at step 0 and at the last step, as shares of the peak.
+    """
+
+    kind: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    start: float = 0.0
+    end: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: which parts train, for how long, and how.
+
+    train: parts by name. steps: optimiser steps. batch: samples a step over all processes. micro_batch: samples a
+    forward pass of one process (None: all of its share). weights: factor of each loss term ("flow.image", or "flow"
+    for all tasks); terms not named count 1. clip: largest gradient norm. ema: decay, None for none.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    steps: int
+    batch: int
+    micro_batch: int | None = None
+    weights: dict[str, float] = field(default_factory=dict[str, float])
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    clip: float = 1.0
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"stage {self.name!r}: {name} must be at least 1, not {getattr(self, name)}")
+        if not self.train:
+            raise UserError(f"stage {self.name!r}: trains nothing; name parts under `train`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What does not change the result: when to log, save, validate and draw; how to run.
+
+    save_every, validate_every, sample_every: steps, 0 for never (a stage's end always saves). keep: checkpoints kept.
+    workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: recompute activations.
+    strategy: `auto` (one process, or DDP when started by a launcher) or `fsdp`.
+    """
+
+    log_every: int = 10
+    save_every: int = 500
+    validate_every: int = 500
+    sample_every: int = 0
+    keep: int = 2
+    workers: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = False
+    strategy: Literal["auto", "fsdp"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    tensorboard: bool = True

@@ -1,0 +1,46 @@
+"""Exponential moving average of the weights that learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averages a = d a + (1 - d) w after each step, in float32; d is held below (1 + n) / (10 + n) in early steps."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.parameters = parameters
+        self.decay = decay
+        self.steps = 0
+        self.average: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights as they are now into the average."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        now = [p.detach().float() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, inside the block."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.copy_in()
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    def copy_in(self) -> None:
+        """Write the averages into the parameters for good."""
+        self._write(self.average)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,49 @@
+"""Metrics: one JSON object a line, and TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Appends to `metrics.jsonl` and to `tensorboard/`.
+
+    On resume, lines after the resumed step are cut off, so that the file reads as that of an unbroken run.
+    """
+
+    def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = True) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= start] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, stage: str, values: dict[str, float]) -> None:
+        """One row: the run's step (counted over all stages), the stage, and named values."""
+        self.file.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that was cut off while being written is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
