@@ -227,6 +227,17 @@ def test_bfloat16() -> None:
     assert (rough.float() - exact).norm() < 0.1 * exact.norm()
 
 
+def test_autocast() -> None:
+    model = make(TOY)
+    x, t, condition = torch.randn(2, 3, 8, 8), torch.rand(2), TokenCondition(tokens=torch.randn(2, 5, 24))
+    exact = model(x, t, condition)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(x, t, condition)
+    assert (rough.float() - exact).norm() < 0.1 * exact.norm()
+    rough.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("x", "condition", "says"),
     [

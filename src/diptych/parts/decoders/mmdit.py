@@ -24,6 +24,7 @@ from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
 from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.fit import fit
 
 EPS = 1e-6
 FREQUENCIES = 256
@@ -90,6 +91,17 @@ class PooledEmbedding(nn.Module):
         return self.mlp_out(F.silu(self.mlp_in(pooled)))
 
 
+class HeadNorm(nn.Module):
+    """RMS norm over the channels of a head; its weight follows the input's dtype (autocast keeps the fused kernel)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS)
+
+
 class HeadProjection(nn.Module):
     """Tokens (B, T, W) to normed queries and keys, and values, each (B, T, H, K); one matmul."""
 
@@ -97,8 +109,8 @@ class HeadProjection(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=EPS)
-        self.k_norm = nn.RMSNorm(width // heads, eps=EPS)
+        self.q_norm = HeadNorm(width // heads)
+        self.k_norm = HeadNorm(width // heads)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -228,7 +240,7 @@ class MMDiT(Decoder):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, HeadNorm):
                 nn.init.ones_(module.weight)
         for module in (self.time.mlp_in, self.time.mlp_out):
             nn.init.normal_(module.weight, std=0.02)
@@ -239,10 +251,11 @@ class MMDiT(Decoder):
         nn.init.zeros_(self.final.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
-        self._check(x, condition)
+        tokens, mask = fit(self, x, condition)
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        length = condition.tokens.shape[1]
-        tokens, mask = masked_condition(condition, rows * columns)
+        length = tokens.shape[1]
+        if mask is not None:
+            mask = F.pad(mask, (0, rows * columns), value=True)[:, None, None]  # (B, 1, 1, T)
 
         image = self.image_in(patchify(x, self.patch, "cpq"))  # (B, N, W)
         text = self.text_in(tokens)  # (B, L, W)
@@ -288,28 +301,3 @@ class MMDiT(Decoder):
                 )
                 self._rotations[key] = rotation(positions, self.config.axes)
         return self._rotations[key]
-
-    def _check(self, x: Tensor, condition: TokenCondition) -> None:
-        """Shapes that do not fit, named."""
-        if x.shape[1] != self.channels:
-            raise UserError(f"mmdit: latents have {x.shape[1]} channels, the model takes {self.channels}")
-        if condition.tokens.shape[-1] != self.condition_width:
-            raise UserError(
-                f"mmdit: condition tokens have width {condition.tokens.shape[-1]}, the model takes "
-                f"{self.condition_width}"
-            )
-        if condition.context_latents is not None:
-            raise UserError("mmdit: reads no context latents; give the context images to the condition's tokens")
-
-
-def masked_condition(condition: TokenCondition, image_tokens: int) -> tuple[Tensor, Tensor | None]:
-    """Condition tokens (B, L, D) with padding zeroed, and the mask over keys (B, 1, 1, L + N); None without padding.
-
-    Zeroed, because even a masked key carries NaN or infinity into softmax.
-    """
-    mask = condition.mask
-    if mask is None or (mask.device.type != "meta" and bool(mask.all())):
-        return condition.tokens, None
-    tokens = condition.tokens.masked_fill(~mask[..., None], 0)
-    image = mask.new_ones(mask.shape[0], image_tokens)
-    return tokens, torch.cat([mask, image], dim=1)[:, None, None]

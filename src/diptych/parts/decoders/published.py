@@ -1,4 +1,4 @@
-"""What the decoders over diffusers share: loading, saving, checkpointing and padded conditions."""
+"""What the decoders over diffusers share: loading, saving and checkpointing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
 
-from diptych.core.condition import TokenCondition
-from diptych.core.errors import UserError
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.pretrained import build, load, save
 
@@ -66,26 +63,3 @@ class PublishedDecoder(Decoder):
             self.model.enable_gradient_checkpointing()
         else:
             self.model.disable_gradient_checkpointing()
-
-    def fit(self, x: Tensor, condition: TokenCondition) -> tuple[Tensor, Tensor | None]:
-        """Condition tokens (B, L, D) with padding zeroed, and their mask (B, L), None without padding.
-
-        Raises:
-            UserError: latents or condition of a shape that this model does not take, or parts of a condition that it
-                does not read.
-        """
-        name = type(self).__name__
-        if x.shape[1] != self.channels:
-            raise UserError(f"{name}: latents have {x.shape[1]} channels, the model takes {self.channels}")
-        if x.shape[-2] % self.patch or x.shape[-1] % self.patch:
-            raise UserError(f"{name}: latent size {x.shape[-2]}x{x.shape[-1]} is no multiple of patch {self.patch}")
-        if condition.tokens.shape[-1] != self.condition_width:
-            width = condition.tokens.shape[-1]
-            raise UserError(f"{name}: condition tokens have width {width}, the model takes {self.condition_width}")
-        if condition.context_latents is not None:
-            raise UserError(f"{name}: reads no context latents; give the context images to the condition's tokens")
-
-        mask = condition.mask
-        if mask is None or (mask.device.type != "meta" and bool(mask.all())):
-            return condition.tokens, None
-        return condition.tokens.masked_fill(~mask[..., None], 0), mask

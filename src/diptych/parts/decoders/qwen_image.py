@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
+from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.published import PublishedDecoder
 
 LORA_TARGETS = (
@@ -52,7 +53,7 @@ class QwenImage(PublishedDecoder):
         )
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
-        tokens, mask = self.fit(x, condition)
+        tokens, mask = fit(self, x, condition)
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         out = self.model(
             hidden_states=patchify(x, self.patch, "cpq"),

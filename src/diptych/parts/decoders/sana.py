@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.published import PublishedDecoder
 
 
@@ -30,7 +31,7 @@ class Sana(PublishedDecoder):
         return cls(model, channels=config.in_channels, condition_width=config.caption_channels, patch=config.patch_size)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
-        tokens, mask = self.fit(x, condition)
+        tokens, mask = fit(self, x, condition)
         return self.model(
             x,
             encoder_hidden_states=tokens,

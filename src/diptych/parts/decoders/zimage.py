@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.published import PublishedDecoder
 
 
@@ -31,7 +32,7 @@ class ZImage(PublishedDecoder):
         return cls(model, channels=config.in_channels, condition_width=config.cap_feat_dim, patch=patches[0][0])
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
-        tokens, mask = self.fit(x, condition)
+        tokens, mask = fit(self, x, condition)
         rows = list(tokens.unbind())  # each (L, D)
         if mask is not None:
             rows = [row[real] if bool(real.any()) else row[:1] for row, real in zip(rows, mask, strict=True)]
