@@ -1,0 +1,126 @@
+"""Tiny models with random weights, made once for all tests that need a whole system."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from diptych.parts.backbones.internvl import InternVL
+from diptych.parts.backbones.toy_tokenizer import train_tokenizer
+from diptych.recipes.build import build_system
+from diptych.recipes.recipe import parse
+from diptych.recipes.run import save_model
+
+BACKBONE: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "vocab_size": 320,
+        "max_position_embeddings": 192,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+    },
+    "image_token_id": 5,
+    "image_seq_length": 4,
+    "downsample_ratio": 0.5,
+}
+TEXTS = ["a red circle left of a blue square", "how many crosses are there?", "Generate an image", "yes no two"] * 4
+SAMPLING: dict[str, Any] = {"size": [32, 32], "steps": 2, "cfg": 2.0, "batch_size": 64}
+DECODER: dict[str, Any] = {
+    "channels": 3,
+    "patch": 8,
+    "hidden": 32,
+    "heads": 2,
+    "double": 1,
+    "single": 1,
+    "mlp_ratio": 2,
+    "axes": [4, 6, 6],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone in its published layout."""
+    folder = tmp_path_factory.mktemp("mllm") / "mllm"
+    folder.mkdir()
+    torch.manual_seed(0)
+    InternVL.from_config(BACKBONE, train_tokenizer(TEXTS, 320)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _tiny_plain(tiny_mllm: Path) -> dict[str, Any]:
+    return {
+        "seed": 1,
+        "system": {
+            "kind": "composed",
+            "prediction": "data",
+            "backbone": {"kind": "internvl", "weights": str(tiny_mllm)},
+            "conditioner": {"kind": "metaquery", "config": {"queries": 4}},
+            "decoder": {"kind": "mmdit", "config": DECODER},
+            "autoencoder": {"kind": "pixel"},
+        },
+        "sampling": SAMPLING,
+        "run": {"log_every": 1, "save_every": 0, "validate_every": 0, "device": "cpu", "tensorboard": False},
+        "stages": {
+            "mix": {
+                "train": ["queries", "decoder"],
+                "steps": 3,
+                "batch": 4,
+                "data": {
+                    "size": 32,
+                    "sources": {
+                        "pictures": {"kind": "toyworld", "task": "image", "count": 16},
+                        "pairs": {"kind": "toyworld", "task": "text_to_image", "count": 16, "seed": 2},
+                    },
+                },
+            }
+        },
+    }
+
+
+@pytest.fixture
+def tiny_plain(_tiny_plain: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that trains the tiny system for three steps, as plain values to change at will."""
+    return copy.deepcopy(_tiny_plain)
+
+
+@pytest.fixture
+def tiny_recipe(tiny_plain: dict[str, Any], tmp_path: Path) -> Path:
+    """The same as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("# A tiny recipe.\n# not run\n" + yaml.safe_dump(tiny_plain, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole tiny system in save_pretrained layout; nothing refers to another folder."""
+    recipe = parse(_tiny_plain)
+    torch.manual_seed(0)
+    system = build_system(recipe.system)
+    for parameter in system.named_parts()["decoder"].parameters():  # its last layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    system.own(system.named_parts())
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(system, recipe, folder)
+    return folder
