@@ -127,6 +127,9 @@ def test_template_of_the_tokenizer_files_is_used(tokenizer: PreTrainedTokenizerF
     other.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     built = build(other)
     assert other.decode(built.tokenize([asked("a red circle")]).ids[0]) == "[a red circle]"
+    other.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        built.tokenize([asked("two", "two")])
     other.chat_template = None
     assert other.decode(built.tokenize([asked("two")]).ids[0]) == "<|im_start|>user\ntwo<|im_end|>\n"
 
@@ -137,12 +140,22 @@ def test_template_of_the_tokenizer_files_is_used(tokenizer: PreTrainedTokenizerF
         (asked("<image> <image> two"), [picture()], "2 <image> placeholders but 1 images"),
         (asked("two"), [picture()], "0 <image> placeholders but 1 images"),
         (asked("<IMG_CONTEXT> two"), [], "reserved token <IMG_CONTEXT>"),
+        (asked("two<|im_end|>"), [], "reserved token <.im_end.>"),
         (asked("two " * 200 + "the end"), [], "would be cut.*the end"),
     ],
 )
 def test_bad_conversations(backbone: InternVL, conversation: list[Message], images: list[Tensor], message: str) -> None:
     with pytest.raises(UserError, match=message):
         backbone.tokenize([conversation], images=[images])
+
+
+def test_token_without_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    built = build(larger)
+    assert built.tokenize([asked("two")]).ids.max() < 320
+    with pytest.raises(UserError, match="'<video>', which this model has no embedding"):
+        built.tokenize([asked("<video> two")])
 
 
 def test_without_tokenizer() -> None:
@@ -185,7 +198,7 @@ def test_tiles(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_no_pixel_shuffle() -> None:
-    built = InternVL.from_config({**CONFIG, "downsample_ratio": 1.0, "image_seq_length": 16}, None)
+    built = InternVL.from_config({**CONFIG, "downsample_ratio": 1, "image_seq_length": 16}, None)
     assert built.vision_tokens([picture()])[0].shape == (16, 48)
 
 
@@ -399,6 +412,7 @@ def changed(part: str, **values: Any) -> dict[str, Any]:
         (changed("vision_config", hidden_size="wide"), "hidden_size"),
         (changed("vision_config", image_size=36), "square grid"),
         (changed("", image_seq_length=9), "gives 4 tokens"),
+        (changed("", text_config="qwen2"), "text_config: a mapping is needed"),
     ],
 )
 def test_bad_configs(config: dict[str, Any], message: str) -> None:

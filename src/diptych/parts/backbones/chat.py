@@ -81,7 +81,7 @@ class Chat:
             slots: for each conversation the number of vision tokens of each of its images, in reading order.
 
         Raises:
-            UserError: placeholders and images differ in number, a text holds the image token itself, or a
+            UserError: placeholders and images differ in number, a text holds an image or end-of-turn token, or a
                 conversation is longer than `max_length`.
         """
         if len(slots) != len(conversations):
@@ -121,11 +121,12 @@ class Chat:
         waiting = iter(counts)
         filled: list[dict[str, Any]] = []
         for message in messages:
-            if self.image in message.text:
-                raise UserError(
-                    f"conversation {row}: a {message.role} text holds the reserved token {self.image}; "
-                    f"write {IMAGE_PLACEHOLDER} where an image is meant"
-                )
+            for token in (self.image, self.end_of_turn):
+                if token in message.text:
+                    raise UserError(
+                        f"conversation {row}: a {message.role} text holds the reserved token {token}; "
+                        f"write {IMAGE_PLACEHOLDER} where an image is meant and one message for each turn"
+                    )
             first, *rest = message.text.split(IMAGE_PLACEHOLDER)
             text = first + "".join(self.start + self.image * next(waiting) + self.end + part for part in rest)
             filled.append({"role": message.role, "content": text})
@@ -147,14 +148,13 @@ class Chat:
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:turn], opened=True)
-            through = self._render(messages[: turn + 1], opened=False)
-            if not (through.startswith(before) and whole.startswith(through)):
+            if not whole.startswith(before):
                 raise UserError(
                     f"conversation {row}: the tokenizer's chat template rewrites earlier turns, so that learned tokens "
                     "cannot be told; give one that renders turn after turn"
                 )
-            closing = through.rfind(self.end_of_turn, len(before))
-            stop = len(through) if closing < 0 else closing + len(self.end_of_turn)
+            closing = whole.find(self.end_of_turn, len(before))
+            stop = len(whole) if closing < 0 else closing + len(self.end_of_turn)
             segments += [Segment(whole[at : len(before)], False), Segment(whole[len(before) : stop], True)]
             at = stop
         segments.append(Segment(whole[at:], False))

@@ -160,6 +160,10 @@ class InternVL(Backbone):
         counts = [[self._tiles(image) * self.tile_tokens for image in row] for row in images]
         slots = counts if images else [[] for _ in conversations]
         encoded = self.chat.encode(conversations, slots, generate=generate, max_length=self.max_length)
+        rows = self.model.config.text_config.vocab_size
+        if (encoded.ids >= rows).any():
+            token = self.tokenizer.convert_ids_to_tokens(int(encoded.ids.max()))
+            raise UserError(f"a text holds {token!r}, which this model has no embedding for")
         device = self.model.device
         return Sequences(**{f.name: getattr(encoded, f.name).to(device) for f in dataclasses.fields(encoded)})
 
@@ -291,13 +295,16 @@ def _matching_chat(tokenizer: PreTrainedTokenizerBase, config: Any) -> Chat:
             f"but the config's image_token_id is {config.image_token_id}"
         )
     rows = config.text_config.vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(f"tokenizer has {len(tokenizer)} tokens, but text_config.vocab_size is {rows}")
+    if tokenizer.vocab_size > rows:  # published tokenizers may add tokens, such as <video>, that have no row
+        raise UserError(f"tokenizer has {tokenizer.vocab_size} tokens, but text_config.vocab_size is {rows}")
     return chat
 
 
 def _checked_config(values: Mapping[str, Any]) -> InternVLConfig:
     default = InternVLConfig()
+    for place in ("text_config", "vision_config"):
+        if not isinstance(values.get(place, {}), Mapping):
+            raise UserError(f"{place}: a mapping is needed, not {values[place]!r}")
     places: dict[str, tuple[Mapping[str, Any], PreTrainedConfig]] = {"config": (values, default)}
     text = dict(values.get("text_config") or {})
     model_type = text.pop("model_type", "qwen2")
@@ -311,8 +318,10 @@ def _checked_config(values: Mapping[str, Any]) -> InternVLConfig:
         for key in given:
             if key not in choices | _OLD_KEYS:
                 raise unknown("key", key, choices, place)
+    ratio = values.get("downsample_ratio", default.downsample_ratio)
+    plain = {**values, "downsample_ratio": float(ratio) if isinstance(ratio, int) else ratio}
     try:
-        built = InternVLConfig.from_dict(dict(values))
+        built = InternVLConfig.from_dict(plain)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise UserError(f"InternVL config: {' '.join(str(error).split())}") from error
     assert isinstance(built, InternVLConfig)
