@@ -1,0 +1,44 @@
+"""How the toy world's detector reads the renderer's own images: true in rows, read in columns."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", type=int, default=500, help="scenes (500)")
+    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels (32)")
+    parser.add_argument("--noise", type=float, default=0.0, help="deviation of Gaussian noise added in [-1, 1] (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from diptych.core.errors import UserError
+    from diptych.toyworld.confusions import confusions
+
+    if args.count < 1:
+        raise UserError(f"--count must be at least 1, not {args.count}")
+    if args.noise < 0:
+        raise UserError(f"--noise must not be negative, not {args.noise}")
+    found = confusions(args.count, args.seed, size=args.size, noise=args.noise)
+    for title, names, counts in (
+        ("shapes", found.shape_names, found.shapes),
+        ("colours", found.colour_names, found.colours),
+        ("backgrounds", found.background_names, found.backgrounds),
+    ):
+        print("\n".join(table(title, names, counts.tolist())) + "\n")
+    print(f"{found.objects} objects in {args.count} scenes: {found.missed} missed, {found.extra} extra")
+    print(f"scenes read without any error: {found.exact:.4f}")
+    return 0
+
+
+def table(title: str, names: Sequence[str], counts: list[list[Any]]) -> list[str]:
+    """A confusion matrix as lines; the last column counts what was missed."""
+    columns = [*names, "missed"]
+    width = max(len(name) for name in (title, *columns)) + 2
+    lines = ["".join(f"{name:>{width}}" for name in (title, *columns))]
+    for name, row in zip(names, counts, strict=True):
+        lines.append(f"{name:>{width}}" + "".join(f"{value or '.':>{width}}" for value in row))
+    return lines

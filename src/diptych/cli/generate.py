@@ -1,0 +1,37 @@
+"""Images from a prompt, or from several."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    from diptych.cli.options import add_model, add_sampling
+
+    add_model(parser)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw, in quotes")
+    parser.add_argument("--n", type=int, default=1, help="images per prompt (1)")
+    parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from diptych.cli import options
+    from diptych.cli.progress import bar
+    from diptych.core.errors import UserError
+
+    if args.n < 1:
+        raise UserError(f"--n must be at least 1, not {args.n}")
+    settings = options.sampling(args)
+    if len(args.prompts) == 1:
+        files = options.destinations(args.out, options.stem(args.prompts[0]), args.n)
+    else:
+        files = options.destinations(args.out, "image", args.n * len(args.prompts))
+    engine = options.open_model(args)
+    with bar("generate") as told:
+        images = engine.generate(args.prompts, n=args.n, seed=args.seed, progress=told, **settings)
+    for number, prompt in enumerate(args.prompts):
+        rows = slice(number * args.n, (number + 1) * args.n)
+        facts = {"prompt": prompt, "model": args.model, "seed": args.seed, "sampling": settings}
+        options.save_pictures(images[rows], files[rows], facts)
+    return 0

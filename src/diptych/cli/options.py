@@ -1,0 +1,132 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diptych.inference.engine import Engine
+
+MODEL = "shipped name (toy/iomm), run folder, folder in save_pretrained layout, or hub id"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Fields of `Sampling`; what is not given is the model's own default."""
+    group = parser.add_argument_group("sampling (the model's own values where not given)")
+    group.add_argument("--size", help="of the images: 512, or height x width as in 512x768")
+    group.add_argument("--steps", type=int, help="sampler steps")
+    group.add_argument("--cfg", type=float, help="text guidance scale, 1 for none")
+    group.add_argument("--sampler", help="euler, or heun (two calls a step)")
+    group.add_argument("--batch-size", type=int, help="images per decoder run")
+    group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `Engine.generate` that were given."""
+    found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
+    given = {"steps": args.steps, "cfg": args.cfg, "method": args.sampler, "batch_size": args.batch_size}
+    given["image_cfg"] = getattr(args, "image_cfg", None)
+    return found | {name: value for name, value in given.items() if value is not None}
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "512" or "512x768" as (height, width)."""
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise UserError(f"--size {text}: write it as 512, or as height x width: 512x768")
+    return int(sides[0]), int(sides[-1])
+
+
+def open_model(args: argparse.Namespace) -> Engine:
+    """The model on its device, without loading bars of other libraries."""
+    from transformers.utils import logging as transformers_logging
+
+    from diptych.recipes.load import load
+
+    transformers_logging.disable_progress_bar()
+    return load(args.model, device=device(args.device))
+
+
+def device(name: str) -> str:
+    """`auto` as the best device there is; UserError for one that is not there."""
+    import torch
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        return best
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here; the best there is: {best}") from error
+    return name
+
+
+def read_picture(path: str) -> Image.Image:
+    """An image file, upright and in RGB; UserError names a file that is none."""
+    from diptych.data.imaging import read_image
+    from diptych.data.source import BadItem
+
+    try:
+        return read_image(Path(path).expanduser(), path)
+    except BadItem as error:
+        raise UserError(str(error)) from error
+
+
+def destinations(out: str | None, stem: str, count: int) -> list[Path]:
+    """Where `count` pictures go: a file for one, else numbered files in a folder; checked before anything is drawn."""
+    path = Path(out or ".").expanduser()
+    if path.suffix.lower() in PICTURES:
+        if count > 1:
+            raise UserError(f"-o {out}: one file, but {count} images are asked for; give a folder")
+        files = [path]
+    elif path.suffix and not path.is_dir():
+        raise UserError(f"-o {out}: pictures are written as {', '.join(PICTURES)}, or into a folder")
+    else:
+        files = [path / (f"{stem}.png" if count == 1 else f"{stem}-{number}.png") for number in range(1, count + 1)]
+    folder = files[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"-o {out}: {folder} is a file, not a folder")
+    return files
+
+
+def stem(text: str) -> str:
+    """A file name made of a prompt's first words."""
+    letters = "".join(letter if letter.isalnum() else " " for letter in text.lower())
+    return "-".join(letters.split()[:8])[:60] or "image"
+
+
+def save_pictures(images: list[Image.Image], files: list[Path], facts: dict[str, Any]) -> None:
+    """Write pictures whole or not at all; PNG files carry how they were made."""
+    import os
+
+    from PIL.PngImagePlugin import PngInfo
+
+    for image, file in zip(images, files, strict=True):
+        temporary = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
+        info = PngInfo()
+        for name, value in facts.items():
+            info.add_itxt(name, str(value))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix.lower() == ".png":
+                image.save(temporary, pnginfo=info)
+            else:
+                image.save(temporary, quality=95)
+            os.replace(temporary, file)
+        except PermissionError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        print(file)

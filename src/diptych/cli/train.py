@@ -1,0 +1,46 @@
+"""Run a recipe: build its system, train its stages, save the model."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a name from 'diptych recipes', or a YAML file")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change a value of the recipe: stages.mix.steps=100; several may follow",
+    )
+    parser.add_argument("--out", help="the run folder (runs/<recipe>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder, exactly")
+
+
+def run(args: argparse.Namespace) -> int:
+    import shlex
+    import sys
+
+    from transformers.utils import logging as transformers_logging
+
+    from diptych.recipes.train import run_folder, train
+
+    transformers_logging.disable_progress_bar()
+    folder = run_folder(args.recipe, args.out)
+    done = train(
+        args.recipe,
+        out=folder,
+        overrides=args.set,
+        resume=args.resume,
+        announce=lambda line: print(line, file=sys.stderr),
+    )
+    if not done:
+        words = ["diptych", "train", args.recipe, "--out", str(folder), "--resume"]
+        words += ["--set", *args.set] if args.set else []
+        print(f"stopped and saved; continue with: {shlex.join(words)}")
+        return 0
+    print(f"done: {folder / 'model'}")
+    print(f'try: diptych generate {shlex.quote(str(folder))} "a red circle"')
+    return 0
