@@ -103,7 +103,7 @@ def test_the_language_is_closed() -> None:
     assert len(known) < 100
     used: set[str] = set()
     world = ToyWorld(5)
-    for index in range(1500):
+    for index in range(1000):
         for task in ("text_to_image", "edit"):
             used |= set(words(world.sample(task, index).text))
         for message in world.sample("understand", index).messages:

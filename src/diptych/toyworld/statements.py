@@ -91,6 +91,11 @@ class Statement:
         return "|".join([self.kind, *things, str(self.count), relation or "", self.background or ""])
 
     @property
+    def plain(self) -> bool:
+        """Whether it names neither colour nor background."""
+        return self.background is None and all(thing.colour is None for thing in self.things)
+
+    @property
     def phrase(self) -> str:
         """The plain wording: "a red circle left of a blue square"."""
         if self.count > 1:
@@ -157,8 +162,8 @@ def statements(kind: Kind) -> Iterator[Statement]:
 def _contents(kind: Kind, held: bool) -> tuple[tuple[Statement, ...], ...]:
     """Statements on one side of the split: those that name a colour or background more, and the plainer ones."""
     side = [statement for statement in statements(kind) if held_out(statement.key) is held]
-    plain = [one for one in side if one.background is None and all(thing.colour is None for thing in one.things)]
-    rich = [one for one in side if one not in plain]
+    plain = [statement for statement in side if statement.plain]
+    rich = [statement for statement in side if not statement.plain]
     return tuple(tuple(group) for group in (plain, rich) if group)
 
 

@@ -1,0 +1,213 @@
+"""ToyEval: GenEval's six categories and rules (Ghosh et al. 2023) on held-out captions of the toy world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from diptych.core.errors import UserError
+from diptych.toyworld.detector import Detection, detect
+from diptych.toyworld.scene import Relation, Scene, generator, relations
+from diptych.toyworld.shapes import Shape
+from diptych.toyworld.statements import KINDS, PREFIXES, Kind, Statement, held_out, reordered, statements
+
+PER_CATEGORY = 24
+RESAMPLES = 1000
+"""Bootstrap resamples behind each interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Include:
+    """At least `count` of a shape; where named, the `count` best of them all have this colour, and each of them lies
+    in this relation to each of the objects matched by the check at `target`."""
+
+    shape: Shape
+    count: int = 1
+    colour: str | None = None
+    relation: Relation | None = None
+    target: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclude:
+    """Fewer than `count` of a shape."""
+
+    shape: Shape
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyPrompt:
+    """A prompt with its checks, in the order in which they are made.
+
+    background: checked too where the prompt names it (GenEval has no such check).
+    statement: what the prompt says; for `scene_for`.
+    """
+
+    id: str
+    category: Kind
+    text: str
+    include: tuple[Include, ...]
+    exclude: tuple[Exclude, ...] = ()
+    background: str | None = None
+    statement: Statement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether one image shows its prompt, and what is wrong with it where it does not ("" where it does)."""
+
+    prompt: str
+    category: Kind
+    correct: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A share in [0, 1] with its 95% bootstrap interval (over prompts), from so many images and prompts."""
+
+    value: float
+    low: float
+    high: float
+    images: int
+    prompts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyEvalScore:
+    """overall: the mean of the categories' image accuracies. images: share of correct images. prompts: share of
+    prompts with at least one correct image."""
+
+    overall: Score
+    categories: Mapping[str, Score]
+    images: float
+    prompts: float
+
+
+def prompts(seed: int = 0, per_category: int = PER_CATEGORY) -> list[ToyPrompt]:
+    """`per_category` prompts of each category, all held out from training captions, no text twice.
+
+    Each held-out content of a category is used once before any is used in a second wording, and those that name no
+    colour come first, since they are few beside the coloured ones. UserError where a category has too few.
+    """
+    chosen: list[ToyPrompt] = []
+    for kind in KINDS:
+        rng = generator("toyeval", seed, kind)
+        contents = [statement for statement in statements(kind) if held_out(statement.key)]
+        if per_category > len(contents) * len(PREFIXES):
+            raise UserError(f"toyeval: {kind} has {len(contents) * len(PREFIXES)} prompts at most, not {per_category}")
+        order = sorted(rng.permutation(len(contents)).tolist(), key=lambda at: not contents[at].plain)
+        turns = {at: rng.permutation(len(PREFIXES)).tolist() for at in order}
+        for number in range(per_category):
+            at = order[number % len(order)]
+            statement = reordered(contents[at], rng)
+            text = statement.wordings[turns[at][number // len(order)]]
+            chosen.append(_prompt(f"toyeval:{kind}:{number}", statement, text))
+    return chosen
+
+
+def _prompt(name: str, statement: Statement, text: str) -> ToyPrompt:
+    things = statement.things
+    include = [Include(shape=thing.shape, colour=thing.colour, count=statement.count) for thing in things]
+    if statement.relation:  # the second thing is matched first, as the first one's target
+        first, second = things
+        include = [
+            Include(shape=second.shape, colour=second.colour),
+            Include(shape=first.shape, colour=first.colour, relation=statement.relation, target=0),
+        ]
+    exclude = (Exclude(shape=things[0].shape, count=statement.count + 1),) if statement.kind == "counting" else ()
+    return ToyPrompt(
+        id=name,
+        category=statement.kind,
+        text=text,
+        include=tuple(include),
+        exclude=exclude,
+        background=statement.background,
+        statement=statement,
+    )
+
+
+def scene_for(prompt: ToyPrompt, rng: np.random.Generator) -> Scene:
+    """A random scene that makes the prompt true."""
+    return prompt.statement.scene(rng)
+
+
+def judge(image: Tensor, prompt: ToyPrompt) -> Verdict:
+    """Judge an image (3, H, W) in [-1, 1] by GenEval's rules on what the detector reads.
+
+    Of each included shape only the `count` best detections are used; a check that fails leaves no objects for others
+    to lie in relation to; shapes beside the named ones do no harm except in `counting`.
+    """
+    reading = detect(image)
+    by_shape: dict[str, list[Detection]] = {}
+    for found in reading.detections:  # best score first
+        by_shape.setdefault(found.shape, []).append(found)
+    wrong: list[str] = []
+    matched: list[list[Detection] | None] = []
+    for check in prompt.include:
+        found = by_shape.get(check.shape, [])[: check.count]
+        fault = _fault(check, found, matched)
+        matched.append(None if fault else found)
+        wrong += [fault] if fault else []
+    for check in prompt.exclude:
+        number = len(by_shape.get(check.shape, []))
+        if number >= check.count:
+            wrong.append(f"expected fewer than {check.count} of {check.shape}, found {number}")
+    if prompt.background and reading.background != prompt.background:
+        wrong.append(f"expected a {prompt.background} background, found {reading.background or 'no plain one'}")
+    return Verdict(prompt=prompt.id, category=prompt.category, correct=not wrong, reason="; ".join(wrong))
+
+
+def _fault(check: Include, found: list[Detection], matched: list[list[Detection] | None]) -> str:
+    """What is wrong with the detections of one check, "" where nothing is."""
+    if len(found) < check.count:
+        return f"expected {check.count} of {check.shape}, found {len(found)}"
+    colours = [one.colour for one in found]
+    if check.colour and any(colour != check.colour for colour in colours):
+        return f"expected {check.colour} {check.shape}, found {', '.join(colours)}"
+    if check.relation:
+        targets = matched[check.target]
+        if targets is None:
+            return f"no target for {check.shape} {check.relation}"
+        if any(check.relation not in relations(one.box, target.box) for one in found for target in targets):
+            return f"expected {check.shape} {check.relation} {targets[0].shape}"
+    return ""
+
+
+def aggregate(verdicts: Iterable[Verdict], *, seed: int = 0) -> ToyEvalScore:
+    """Scores of any number of images per prompt; UserError where there is none.
+
+    The intervals resample prompts within each category, since images of one prompt are alike. A category without
+    verdicts is left out, and the overall mean is over those that are there.
+    """
+    by_category: dict[str, dict[str, list[bool]]] = {}
+    for verdict in verdicts:
+        by_category.setdefault(verdict.category, {}).setdefault(verdict.prompt, []).append(verdict.correct)
+    if not by_category:
+        raise UserError("toyeval: no verdicts to aggregate")
+
+    categories: dict[str, Score] = {}
+    resampled: list[np.ndarray] = []
+    right = total = hit = asked = 0
+    for kind in (kind for kind in KINDS if kind in by_category):
+        outcomes = by_category[kind]
+        correct = np.array([sum(images) for images in outcomes.values()])
+        images = np.array([len(images) for images in outcomes.values()])
+        draws = generator("bootstrap", seed, kind).integers(len(correct), size=(RESAMPLES, len(correct)))
+        resampled.append(correct[draws].sum(1) / images[draws].sum(1))
+        value = float(correct.sum() / images.sum())
+        categories[kind] = _score(value, resampled[-1], int(images.sum()), len(correct))
+        right, total = right + int(correct.sum()), total + int(images.sum())
+        hit, asked = hit + int((correct > 0).sum()), asked + len(correct)
+    mean = float(np.mean([score.value for score in categories.values()]))
+    overall = _score(mean, np.mean(resampled, axis=0), total, asked)
+    return ToyEvalScore(overall=overall, categories=categories, images=right / total, prompts=hit / asked)
+
+
+def _score(value: float, resampled: np.ndarray, images: int, prompts: int) -> Score:
+    low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
+    return Score(value=value, low=low, high=high, images=images, prompts=prompts)
