@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,8 +118,8 @@ def _cut(piece: NDArray[np.bool_], scale: float) -> Iterator[NDArray[np.bool_]]:
     else:
         return
     outside = cores == 0
-    nearest = cast("Array", ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True))
-    rows, columns = nearest.astype(np.int64)  # (2, H, W): for each pixel, where the nearest remnant's pixel is
+    indices = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
+    rows, columns = cast(Any, indices)  # (2, H, W): for each pixel, where the nearest remnant's pixel is
     owners = cores[rows, columns]
     for part in range(1, parts + 1):
         yield piece & (owners == part)
