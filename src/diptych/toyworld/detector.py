@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,14 +112,16 @@ def _cut(piece: NDArray[np.bool_], scale: float) -> Iterator[NDArray[np.bool_]]:
     """Parts of a piece that hang together by a neck: it is eroded until it falls apart, and each of its pixels goes to
     the nearest remnant."""
     for depth in range(1, round(4 * scale) + 1):
-        cores, parts = _label(ndimage.binary_erosion(piece, iterations=depth))
+        cores, parts = _label(_eroded(piece, depth))
         if parts != 1:
             break
     else:
         return
     outside = cores == 0
     indices = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
-    rows, columns = cast(Any, indices)  # (2, H, W): for each pixel, where the nearest remnant's pixel is
+    rows, columns = cast(
+        "NDArray[np.int32]", indices
+    )  # (2, H, W): for each pixel, where the nearest remnant's pixel is
     owners = cores[rows, columns]
     for part in range(1, parts + 1):
         yield piece & (owners == part)
@@ -130,9 +132,14 @@ def _label(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
     return cast("tuple[NDArray[np.int32], int]", ndimage.label(mask))
 
 
+def _eroded(mask: NDArray[np.bool_], depth: int) -> NDArray[np.bool_]:
+    """The mask without its outermost `depth` pixels."""
+    return cast("NDArray[np.bool_]", ndimage.binary_erosion(mask, iterations=depth))
+
+
 def _read(pixels: Array, ground: Array, piece: NDArray[np.bool_], scale: float) -> Detection | None:
     """A piece as a detection, or None where it is no shape of this world."""
-    core = ndimage.binary_erosion(piece, iterations=max(1, round(scale)))
+    core = _eroded(piece, max(1, round(scale)))
     inside = pixels[core] if core.sum() >= 4 else pixels[piece]
     paint = np.median(inside, axis=0)
     colour = nearest_colour(paint, COLOURS, COLOUR_REACH)
