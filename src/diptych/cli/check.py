@@ -1,0 +1,97 @@
+"""Look at a recipe and its data before a run: what it trains, from which weights, what it costs, what is broken."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diptych.recipes.check import SystemReport
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a name from 'diptych recipes', or a YAML file")
+    parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="change a value")
+    parser.add_argument("--output", help="folder for the sheets of what the model will see (runs/check-<recipe>)")
+    parser.add_argument("--limit", type=int, help="read at most this many items of each source; all when not given")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from transformers.utils import logging as transformers_logging
+
+    from diptych.cli.progress import bars
+    from diptych.core.errors import UserError
+    from diptych.recipes.check import check_data, check_system
+    from diptych.recipes.recipe import load
+    from diptych.recipes.train import run_folder
+
+    transformers_logging.disable_progress_bar()
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {args.limit}")
+    recipe, _ = load(args.recipe, args.set)
+    found = check_system(recipe)
+    print("\n".join(system_lines(found, recipe.run.strategy)), flush=True)
+    if args.output is None:
+        usual = run_folder(args.recipe)
+        output = usual.with_name(f"check-{usual.name}")
+    else:
+        output = Path(args.output).expanduser()
+    for name in recipe.stages:
+        with bars("item") as told:
+            data = check_data(recipe, found, name, limit=args.limit, progress=told)
+        print(f"\nstage {name}, data")
+        print("\n".join(f"  {line}" for line in data.lines))
+        print(f"  time: {'not measured' if data.seconds is None else 'about ' + duration(data.seconds) + ' here'}")
+        output.mkdir(parents=True, exist_ok=True)
+        data.sheet.save(output / f"{name}.png")
+        print(f"  what the model will see: {output / f'{name}.png'}", flush=True)
+    return 0
+
+
+def system_lines(found: SystemReport, strategy: str) -> list[str]:
+    """Parts and stages as tables."""
+    from diptych.recipes.check import ACTIVATION_RULE
+
+    lines = [f"{'part':<14}{'parameters':>12}  {'trained in':<24}starts from"]
+    for part in found.parts:
+        trained = [
+            name if count == part.parameters else f"{name} ({quantity(count)})" for name, count in part.trained.items()
+        ]
+        lines.append(f"{part.name:<14}{quantity(part.parameters):>12}  {', '.join(trained) or '-':<24}{part.weights}")
+    lines.append(f"{'all':<14}{quantity(found.parameters):>12}")
+    for stage in found.stages:
+        memory = stage.memory
+        lines += [
+            "",
+            f"stage {stage.name}: {stage.steps:,} steps of {stage.batch:,} = {stage.seen:,} samples, "
+            f"{quantity(stage.trained)} parameters learn",
+            f"  memory, about {amount(memory.total)}: weights {amount(memory.weights)}, gradients "
+            f"{amount(memory.gradients)}, optimiser {amount(memory.optimizer)}, EMA {amount(memory.ema)}, "
+            f"activations {amount(memory.activations)}",
+        ]
+    shared = "; FSDP divides all but the activations among the processes" if strategy == "fsdp" else ""
+    return [*lines, f"  ({ACTIVATION_RULE}{shared})"]
+
+
+def quantity(count: int) -> str:
+    """ "1.60B", "28.7M", "12.3k", "96"."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.{2 if unit == 'B' else 1}f}{unit}"
+    return str(count)
+
+
+def amount(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,290 @@
+"""A look at a recipe before its run: what it trains and from where, what it costs, and whether its data can be read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import nn
+
+from diptych.core.draws import Draws, key
+from diptych.core.errors import UserError
+from diptych.data import report
+from diptych.data.toyworld import ToyWorldSource
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.backbones.internvl import InternVL
+from diptych.recipes import build
+from diptych.recipes.load import start
+from diptych.recipes.recipe import ComposedSpec, MLLMSpec, Recipe, StageSpec
+from diptych.recipes.run import build_stage, check_parts, image_step, stage_settings
+from diptych.systems.base import System
+from diptych.systems.composed import COMPONENTS, ComposedSystem
+from diptych.systems.mllm import MLLMSystem
+from diptych.training.loop import freeze
+from diptych.training.optimizers import trainable
+
+SMALL = 50_000_000
+"""Parameters up to which a step is timed."""
+TOY_ITEMS = 64
+"""Items of a drawn source that are looked at; there are no files that could be broken."""
+SHEET_SAMPLES = 16
+PROMPT_TOKENS = 64
+ACTIVATION_RULE = (
+    "activations are a rough rule: tokens x inputs of all linear layers that gradients pass, twice for what lies "
+    f"between them; a prompt counts as {PROMPT_TOKENS} tokens"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """weights: what the part starts from. trained: stages in which it learns, with the number of its parameters that
+    do."""
+
+    name: str
+    parameters: int
+    weights: str
+    trained: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one process that shards nothing."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """trained: parameters that learn. seen: samples in all."""
+
+    name: str
+    steps: int
+    batch: int
+    trained: int
+    memory: Memory
+
+    @property
+    def seen(self) -> int:
+        return self.steps * self.batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemReport:
+    parts: list[PartReport]
+    stages: list[StageReport]
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """One stage's data. lines: what was found, as text. sheet: pictures of its first samples. seconds: for the whole
+    stage, None where no step was timed."""
+
+    stage: str
+    report: report.DataReport
+    lines: list[str]
+    sheet: Image.Image
+    seconds: float | None = None
+
+
+def check_system(recipe: Recipe) -> SystemReport:
+    """Parts, their sizes and origins, and memory by stage, from the meta device: no weights are read.
+
+    Raises:
+        UserError: the recipe does not fit its system.
+    """
+    system = build.build_system(recipe.system, meta=True)
+    check_parts(recipe, system)
+    apply = stage_settings(system, list(recipe.stages.values()))
+    trained: dict[str, dict[str, int]] = {name: {} for name in system.named_parts()}
+    stages: list[StageReport] = []
+    for position, (name, spec) in enumerate(recipe.stages.items()):
+        apply(position)
+        _check_size(system, spec)
+        freeze(system, spec.train)
+        for part, module in system.named_parts().items():
+            learns = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            if learns:
+                trained[part][name] = learns
+        learned = sum(parameter.numel() for parameter in trainable(system).values())
+        memory = estimate_memory(system, spec, recipe)
+        stages.append(StageReport(name=name, steps=spec.steps, batch=spec.batch, trained=learned, memory=memory))
+    parts = [
+        PartReport(
+            name=name,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            weights=_origin(recipe, system, module),
+            trained=trained[name],
+        )
+        for name, module in system.named_parts().items()
+    ]
+    return SystemReport(parts=parts, stages=stages)
+
+
+def _check_size(system: System, spec: StageSpec) -> None:
+    if any(source.task != "understand" for source in spec.data.sources.values()):
+        size = spec.data.size
+        system.latent_shape(*((size, size) if isinstance(size, int) else size))
+
+
+def _origin(recipe: Recipe, system: System, part: nn.Module) -> str:
+    """What a part starts from, in words."""
+    if recipe.start is not None:
+        return recipe.start
+    spec = recipe.system
+    if isinstance(spec, MLLMSpec):
+        return spec.backbone.weights or "random"
+    if isinstance(spec, ComposedSpec) and isinstance(system, ComposedSystem):
+        owned = set(part.parameters())
+        for component in COMPONENTS:
+            if not owned.isdisjoint(getattr(system, component).parameters()):
+                origin = getattr(spec, component)
+                weights = f"{origin.weights}/{origin.subfolder}" if origin.subfolder else origin.weights
+                return weights or "random"
+    return "random"
+
+
+def estimate_memory(system: System, spec: StageSpec, recipe: Recipe) -> Memory:
+    """Of a stage whose trained parts are unfrozen in `system`; see `ACTIVATION_RULE`."""
+    parameters = list(system.parameters())
+    learned = list(trainable(system).values())
+    count = sum(parameter.numel() for parameter in learned)
+    inside = {id(p) for block in system.shard_units() for p in block.parameters() if p.ndim == 2}
+    muon = sum(p.numel() for p in learned if spec.optimizer.kind == "muon" and id(p) in inside)
+    return Memory(
+        weights=4 * sum(parameter.numel() for parameter in parameters),
+        gradients=4 * count,
+        optimizer=8 * (count - muon) + 4 * muon,
+        ema=4 * count if spec.ema else 0,
+        activations=_activations(system, spec, recipe),
+    )
+
+
+def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
+    width = 2 if recipe.run.precision == "bf16" else 4
+    samples = spec.micro_batch or spec.batch
+    if isinstance(system, MLLMSystem):
+        inputs = (PROMPT_TOKENS + _vision_tokens(system.backbone)) * _linear_inputs(system)
+        return 2 * width * samples * inputs
+    if not isinstance(system, ComposedSystem):
+        return 0
+    tasks = {source.task for source in spec.data.sources.values()}
+    queries = system.conditioner.count
+    prompt = PROMPT_TOKENS + _vision_tokens(system.backbone)
+    llm_learns = _learns(system.backbone)
+    inputs = (prompt + queries) * _linear_inputs(system.backbone) if llm_learns else 0
+    if not llm_learns and _learns(system.conditioner):  # the prompt is run without gradient
+        inputs += queries * _linear_inputs(system.backbone.named_parts()["llm"])
+        inputs += (prompt + queries) * _linear_inputs(system.conditioner)
+    if tasks - {"understand"}:
+        side = spec.data.size
+        _, rows, columns = system.latent_shape(*((side, side) if isinstance(side, int) else side))
+        condition = queries if system.settings.condition == "queries" else prompt + queries
+        tokens = rows * columns // system.decoder.patch**2 + condition
+        decoder = tokens * _linear_inputs(system.decoder)
+        blocks = len(system.decoder.shard_units())
+        if recipe.run.checkpointing and blocks:
+            decoder = decoder // blocks + tokens * blocks * system.decoder.condition_width
+        inputs += decoder
+    return 2 * width * samples * inputs
+
+
+def _vision_tokens(backbone: Backbone) -> int:
+    return backbone.tile_tokens if isinstance(backbone, InternVL) else 256
+
+
+def _linear_inputs(module: nn.Module) -> int:
+    return sum(layer.in_features for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def check_data(
+    recipe: Recipe,
+    found: SystemReport,
+    name: str,
+    *,
+    limit: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DataCheck:
+    """Read the data of stage `name`: every item once (or `limit` of each source), and draw its first samples.
+
+    A small system also makes a few steps, which are timed; for that its starting weights are read.
+
+    Raises:
+        UserError: a source cannot be used, or too many items are unreadable; `str(error)` names them.
+    """
+    spec = recipe.stages[name]
+    system = start(recipe) if found.parameters <= SMALL else build.build_system(recipe.system, meta=True)
+    images = any(source.task != "understand" for source in spec.data.sources.values())
+    few = min(spec.batch, SHEET_SAMPLES)
+    mixture, _ = build.build_data(spec.data, key(recipe.seed, name), few, image_step(system, images))
+    reports: list[report.SourceReport] = []
+    for source_name, source_spec in spec.data.sources.items():
+        source = build.build_source(source_name, source_spec, spec.data)
+        most = min(limit or TOY_ITEMS, TOY_ITEMS) if isinstance(source, ToyWorldSource) else limit
+        total = len(source) if most is None else min(most, len(source))
+
+        def told(done: int, label: str = f"{name}/{source_name}", total: int = total) -> None:
+            if progress is not None:
+                progress(label, done, total)
+
+        reports += report.inspect(source, mixture.size(0), limit=most, progress=told).sources
+    data = report.DataReport(reports)
+    for one in reports:
+        if not one.usable:
+            first = next(iter({**one.dropped, **one.bad}.items()), ("", "it is empty"))
+            raise UserError(f"stage {name}, source {one.name}: nothing usable ({': '.join(filter(None, first))})")
+    read, bad = sum(one.read for one in reports), len(data.bad)
+    described = [source.describe() for source in mixture.sources]
+    lines = data.lines() + [line for line in mixture.prepare() if line not in described]
+    if bad > mixture._tolerated(read):
+        first = "; ".join(f"{item}: {reason}" for item, reason in list(data.bad.items())[:5])
+        raise UserError(
+            f"stage {name}: {bad:,} of {read:,} items are unreadable, more than bad_share {spec.data.bad_share:.2%}: "
+            f"{first}{'; ...' if bad > 5 else ''}"
+        )
+    sheet = report.sheet(mixture.batch(0).samples)
+    seconds = measure(recipe, system, name) if found.parameters <= SMALL else None
+    return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds)
+
+
+def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
+    """Seconds that stage `name` would take here, from a few timed forward and backward passes (one more warms up)."""
+    spec = recipe.stages[name]
+    size = min(spec.micro_batch or spec.batch, 64)
+    device = "cuda" if torch.cuda.is_available() and recipe.run.device == "auto" else "cpu"
+    system.to(device)
+    stage = build_stage(name, replace(spec, batch=size, data=replace(spec.data, held_out=0)), recipe, system)
+    stage_settings(system, list(recipe.stages.values()))(list(recipe.stages).index(name))
+    freeze(system, spec.train)
+    clock = time.perf_counter()
+    for step in range(steps + 1):
+        if step == 1:
+            clock = time.perf_counter()
+        batch, keys = stage.data.batch(step), stage.data.keys(step)
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            terms = system.losses(batch.to(device), Draws(keys, device))
+        total = sum(values.sum() for values in terms.values())
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        system.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - clock) / steps * spec.steps * spec.batch / size
