@@ -30,6 +30,7 @@ from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.internvl import InternVL, load_assets
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.conditioners.connectors import OpenUniConnector
 from diptych.parts.conditioners.learnable_queries import LearnableQueries
 from diptych.parts.conditioners.raw import Raw
 from diptych.parts.conditioners.residual_query_adapter import ResidualQueryAdapter
@@ -121,12 +122,14 @@ def build_conditioner(part: Part, width: int, meta: bool) -> Conditioner:
 
 
 def build_connector(part: Part, width: int, out: int, meta: bool) -> nn.Module:
-    """What stands between the MLLM's states and the decoder: `identity` or `linear`."""
+    """What stands between the MLLM's states and the decoder: `identity`, `linear` or `openuni`."""
     with torch.device("meta" if meta else "cpu"):
         if part.kind == "linear":
             return nn.Linear(width, out)
+        if part.kind == "openuni":
+            return _call(OpenUniConnector, "connector openuni", {"width": width, "out": out, **part.config})
     if part.kind != "identity":
-        raise unknown("connector", part.kind, ["identity", "linear"])
+        raise unknown("connector", part.kind, ["identity", "linear", "openuni"])
     if width != out:
         raise UserError(f"connector identity: the MLLM is {width} wide, the decoder takes {out}; use kind: linear")
     return nn.Identity()
@@ -218,13 +221,21 @@ def build_data(
     parts = [hold_out(build_source(name, source, spec), spec.held_out) for name, source in spec.sources.items()]
     shares = [source.share for source in spec.sources.values()]
     size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
-    sizes = [size]
+    sizes = None
     if spec.buckets is not None:
         if not isinstance(spec.size, int):
             raise UserError("data.buckets goes with one number as `size`")
         sizes = make_buckets(spec.size, step, spec.buckets)
     weighted = [(train, share) for (train, _), share in zip(parts, shares, strict=True)]
-    return Mixture(weighted, seed=seed, batch=batch, buckets=sizes, bad_share=spec.bad_share), parts
+    mixture = Mixture(
+        weighted,
+        seed=seed,
+        batch=batch,
+        size=None if sizes else size,
+        buckets=sizes,
+        bad_share=spec.bad_share,
+    )
+    return mixture, parts
 
 
 def _choose(what: str, name: str, table: dict[str, Any]) -> Any:
@@ -235,8 +246,11 @@ def _choose(what: str, name: str, table: dict[str, Any]) -> Any:
 
 def _call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:
     """Calls with keyword arguments; an argument that is not there is a user's error."""
-    known = [name for name in inspect.signature(cls).parameters if name != "self"]
+    parameters = inspect.signature(cls).parameters
     for name in values:
-        if name not in known:
-            raise unknown("key", name, known, where)
+        if name not in parameters:
+            raise unknown("key", name, parameters, where)
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in values:
+            raise UserError(f"{where}: {name!r} is missing in its config")
     return cls(**values)

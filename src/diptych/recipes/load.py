@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
+from diptych.checkpoints.openuni import load_openuni
+from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, unknown
 from diptych.inference.engine import Engine, Sampling
 from diptych.parts.backbones.internvl import InternVL
@@ -73,8 +74,11 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
 
 def load_folder_weights(system: System, folder: Path) -> None:
     """The weights of a saved folder into a system; parts that the folder refers to are already there."""
-    away = tuple(f"{name}." for name in system.referenced()) if isinstance(system, ComposedSystem) else ()
-    load_into(system, read_tensors(weight_files(folder)), str(folder), optional=lambda name: name.startswith(away))
+
+    def optional(name: str) -> bool:
+        return isinstance(system, ComposedSystem) and not system.stores(name)
+
+    load_into(system, read_tensors(weight_files(folder)), str(folder), optional=optional)
 
 
 def _from_checkpoint(checkpoint: Path, model: str) -> tuple[System, Sampling]:
@@ -95,6 +99,10 @@ def start(recipe: Recipe) -> System:
     """The system that a recipe starts from: its own parts, with the weights of `start` on top where given."""
     system = build_system(recipe.system)
     if recipe.start is None:
+        return system
+    file = Path(recipe.start).expanduser()
+    if file.suffix == ".safetensors" or file.suffix in PICKLES:
+        load_openuni(system, file)
         return system
     source, _ = load_system(recipe.start)
     copy_weights(system, source, recipe.start)

@@ -124,7 +124,8 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole recipe. start: weights of the whole system to begin with (shipped name, run, folder or hub id).
+    """A whole recipe. start: weights of the whole system to begin with (shipped name, run, folder or hub id;
+    or OpenUni's published checkpoint as a .safetensors file).
 
     sample_prompts: drawn at the run's `sample_every`.
     """

@@ -205,7 +205,7 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
 
 def set_checkpointing(system: System) -> None:
     """Recompute the decoder's activations in the backward pass."""
-    decoder = system.named_parts().get("decoder")
+    decoder = system.decoder if isinstance(system, ComposedSystem) else None
     if decoder is None or not hasattr(decoder, "checkpointing"):
         raise UserError("run.checkpointing: this system's decoder cannot recompute its activations")
     decoder.checkpointing = True  # type: ignore[assignment]

@@ -98,4 +98,3 @@ class System(nn.Module, abc.ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-

@@ -32,18 +32,25 @@ from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.decoders.base import Decoder
 from diptych.systems.base import Dropped, System
 
+LORA = ".lora_"
+"""In the names of adapters' parameters."""
+
 COMPONENTS = ("backbone", "conditioner", "connector", "decoder", "autoencoder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """User turns by task; `{text}` is the caption or instruction. The wording is the MLLM's, not the user's."""
+    """User turns by task; `{text}` is the caption or instruction. The wording is the MLLM's, not the user's.
+
+    opening: what the assistant's turn begins with, before the conditioner's tokens (OpenUni: "<img>").
+    """
 
     text_to_image: str = "Generate an image: {text}"
     image: str = "Generate an image that is identical to the reference image: <image>"
     edit: str = "{text} <image>"
     null: str = "Generate an image."
     system: str = ""
+    opening: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,7 @@ class ComposedConfig:
     """What a composed system does with its parts.
 
     prompts: user turns by task.
+    skip: first states of each prompt that the decoder does not see (Qwen-Image drops its 34 template tokens).
     condition: which last hidden states the decoder sees: those of the whole sequence (the paper) or of the queries.
     prediction: what the decoder's output means.
     mask_ratio: r, share of the image tokens hidden in training (IOMM, Sec. 3.4; tables 4-6).
@@ -60,6 +68,7 @@ class ComposedConfig:
     """
 
     prompts: Prompts = field(default_factory=Prompts)
+    skip: int = 0
     condition: Literal["all", "queries"] = "all"
     prediction: flow_matching.Prediction = "velocity"
     mask_ratio: float = 0.0
@@ -113,25 +122,31 @@ class ComposedSystem(System):
             batch = Batch(tuple(null.samples[i] if off else batch.samples[i] for i, off in enumerate(dropped)))
         images = [self._read_images(sample) for sample in batch]
         conversations = [self._conversation(sample) for sample in batch]
-        sequences = self.backbone.tokenize(conversations, images=images, generate=True)
+        opening = self.settings.prompts.opening
+        sequences = self.backbone.tokenize(conversations, images=images, generate=True, opening=opening)
+        sequences = sequences.to(self.device)
         frozen = not self._trains(self.backbone)
         with torch.no_grad() if frozen else nullcontext():
-            device = self.device
-            ids, mask, slots = (x.to(device) for x in (sequences.ids, sequences.mask, sequences.images))
+            ids, mask, slots, positions = sequences.ids, sequences.mask, sequences.images, sequences.positions
             vision = self.backbone.vision_tokens([image for row in images for image in row])
             embeddings = self.backbone.embed(ids)  # (B, L, D)
         keep = torch.ones_like(slots)  # (B, L)
         if draws is not None and self.settings.mask_ratio > 0:
-            hidden = torch.tensor([sample.task == "image" for sample in batch], device=device)[:, None]  # (B, 1)
+            hidden = torch.tensor([sample.task == "image" for sample in batch], device=ids.device)[:, None]  # (B, 1)
             kept = masked_image.keep_tokens(draws.uniform("image_mask", ids.shape[1]), self.settings.mask_ratio)
-            keep = kept.to(device) | ~slots | ~hidden
+            keep = kept.to(ids.device) | ~slots | ~hidden
         embeddings = self.backbone.place(embeddings, slots, vision)
         if self.settings.mask_way == "drop":
+            if positions is not None:
+                positions, _ = masked_image.drop(positions, mask, keep)
             embeddings, mask = masked_image.drop(embeddings, mask, keep)
         else:
             embeddings = masked_image.hide(embeddings, keep, self.mask_token)
         reuse = frozen and self.mask_token is None
-        states, mask = condition_states(self.backbone, self.conditioner, embeddings, mask, reuse=reuse)
+        states, mask = condition_states(
+            self.backbone, self.conditioner, embeddings, mask, positions=positions, reuse=reuse
+        )
+        states, mask = states[:, self.settings.skip :], mask[:, self.settings.skip :]
         if self.settings.condition == "queries":
             states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
         everything = bool(mask.all())
@@ -222,12 +237,12 @@ class ComposedSystem(System):
 
     def _understand(self, batch: Batch) -> Tensor:
         images = [sample.context_images for sample in batch]
-        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images)
-        ids, mask, slots = (x.to(self.device) for x in (sequences.ids, sequences.mask, sequences.images))
+        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images).to(self.device)
+        ids, mask, slots = sequences.ids, sequences.mask, sequences.images
         vision = self.backbone.vision_tokens([image for row in images for image in row])
         embeddings = self.backbone.place(self.backbone.embed(ids), slots, vision)
-        hidden = self.backbone.run(embeddings, mask).hidden
-        return cross_entropy.next_token_loss(self.backbone.logits(hidden), ids, sequences.learned.to(self.device))
+        hidden = self.backbone.run(embeddings, mask, positions=sequences.positions).hidden
+        return cross_entropy.next_token_loss(self.backbone.logits(hidden), ids, sequences.learned)
 
     def generate_text(
         self,
@@ -248,6 +263,10 @@ class ComposedSystem(System):
         name = {"residual_query_adapter": "adapter", "raw": "raw"}.get(self.origins["conditioner"]["kind"], "queries")
         parts[name] = self.conditioner
         parts |= {"connector": self.connector, "decoder": self.decoder, "autoencoder": self.autoencoder}
+        if adapters := [p for name, p in self.decoder.named_parameters() if LORA in name]:
+            own = set(adapters)
+            parts["decoder"] = nn.ParameterList([p for p in self.decoder.parameters() if p not in own])
+            parts["lora"] = nn.ParameterList(adapters)
         if self.mask_token is not None:
             parts["mask_token"] = nn.ParameterList([self.mask_token])
         return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
@@ -261,6 +280,8 @@ class ComposedSystem(System):
     def own(self, parts: Iterable[str]) -> None:
         modules = self.named_parts()
         for name in parts:
+            if name == "lora":
+                continue  # stands beside the decoder's weights
             trained = set(modules[name].parameters())
             for component in COMPONENTS:
                 if not trained.isdisjoint(getattr(self, component).parameters()):
@@ -268,14 +289,17 @@ class ComposedSystem(System):
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
-        away = tuple(f"{name}." for name in self.referenced())
-        write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if not k.startswith(away)), dtype=dtype)
+        write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if self.stores(k)), dtype=dtype)
         if "backbone" not in self.referenced():
             self.backbone.save_assets(folder)
 
     def referenced(self) -> list[str]:
         """Components whose weights are those of the name in `origins`, so that a saved folder only refers to them."""
         return [name for name in COMPONENTS if self.origins[name].get("weights")]
+
+    def stores(self, name: str) -> bool:
+        """Whether a saved folder holds the weight of this name: all but the referred-to, whose adapters it holds."""
+        return LORA in name or not name.startswith(tuple(f"{away}." for away in self.referenced()))
 
     @staticmethod
     def _trains(module: nn.Module) -> bool:

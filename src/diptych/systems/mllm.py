@@ -34,12 +34,12 @@ class MLLMSystem(System):
         if others:
             raise UserError(f"{others[0].id}: task {others[0].task!r} cannot train an MLLM by itself; use 'understand'")
         images = [sample.context_images for sample in batch]
-        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images)
-        ids, mask, slots = (x.to(self.device) for x in (sequences.ids, sequences.mask, sequences.images))
+        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images).to(self.device)
+        ids, mask, slots = sequences.ids, sequences.mask, sequences.images
         vision = self.backbone.vision_tokens([image for row in images for image in row])
         embeddings = self.backbone.place(self.backbone.embed(ids), slots, vision)
-        hidden = self.backbone.run(embeddings, mask).hidden
-        loss = next_token_loss(self.backbone.logits(hidden), ids, sequences.learned.to(self.device))
+        hidden = self.backbone.run(embeddings, mask, positions=sequences.positions).hidden
+        loss = next_token_loss(self.backbone.logits(hidden), ids, sequences.learned)
         return {"cross_entropy.understand": loss}
 
     def generate_text(

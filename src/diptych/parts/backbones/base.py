@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,20 @@ class Sequences:
     mask: (B, L) bool, True where a token is real.
     images: (B, L) bool, True at image slots.
     learned: (B, L) bool, True at tokens of assistant turns (targets of cross-entropy), end-of-turn included.
+    positions: (B, L, 3) int64 rotary positions by time, row and column, for language models whose image tokens have a
+        place in a grid (Qwen2.5-VL); None where positions count real tokens.
     """
 
     ids: Tensor
     mask: Tensor
     images: Tensor
     learned: Tensor
+    positions: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """The same sequences on `device`."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Sequences(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 @dataclass
@@ -62,12 +70,13 @@ class Backbone(nn.Module, abc.ABC):
         *,
         images: Sequence[Sequence[Tensor]] = (),
         generate: bool = False,
+        opening: str = "",
     ) -> Sequences:
         """Conversations through the chat template.
 
-        Each `<image>` becomes as many slots as that image has vision tokens. With `generate`, the opening of an
-        assistant turn is appended. UserError when placeholders and images differ in number, or when a conversation
-        is longer than `max_length` (the message says what would be cut; nothing is cut silently).
+        Each `<image>` becomes as many slots as that image has vision tokens. With `generate`, an assistant turn is
+        opened, and begins with the text `opening`. UserError when placeholders and images differ in number, or when a
+        conversation is longer than `max_length` (the message says what would be cut; nothing is cut silently).
         """
 
     @abc.abstractmethod
@@ -79,13 +88,24 @@ class Backbone(nn.Module, abc.ABC):
         """Token ids (B, L) to input embeddings (B, L, D)."""
 
     @abc.abstractmethod
-    def run(self, embeddings: Tensor, mask: Tensor, prefix: Prefix | None = None, *, cache: bool = False) -> Prefix:
+    def run(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: bool = False,
+    ) -> Prefix:
         """Causal run over embeddings (B, L, D) with mask (B, L); post-norm last hidden states.
 
         With `prefix`, the tokens continue it and only their own states are returned (the mask returned covers only
         them too). Positions count real tokens, padding does not advance them, so the first token after a right-padded
         prefix follows directly on its last real token. The prefix's cache is not changed. Gradients flow to
         `embeddings`, never into a cache made under no_grad.
+
+        `positions` (B, P, 3), P <= L, are those of `Sequences` for the first P tokens; what follows, in this run or in
+        one that continues it, counts on from the largest.
         """
 
     @abc.abstractmethod

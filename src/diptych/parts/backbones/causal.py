@@ -22,10 +22,12 @@ class KeyValues:
 
     mask: (B, S) bool, True where a token is real.
     layers: keys and values by layer, each (B, K, S, d).
+    offset: (B, 1) what the next position is beyond the number of real tokens, None for nothing.
     """
 
     mask: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
+    offset: Tensor | None = None
 
     def expanded(self, batch: int) -> KeyValues:
         """The same for `batch` rows where it holds one (without a copy); itself where the numbers agree."""
@@ -34,7 +36,8 @@ class KeyValues:
             return self
         assert rows == 1, f"a prefix of {rows} rows cannot be continued by {batch}"
         layers = tuple((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers)
-        return KeyValues(self.mask.expand(batch, -1), layers)
+        offset = None if self.offset is None else self.offset.expand(batch, -1)
+        return KeyValues(self.mask.expand(batch, -1), layers, offset)
 
     def writable(self) -> DynamicCache:
         """A transformers cache that begins with these tensors; its growth concatenates, so they stay as they are."""
@@ -48,7 +51,13 @@ class KeyValues:
 
 
 def run_causal(
-    language_model: Any, embeddings: Tensor, mask: Tensor, prefix: Prefix | None = None, *, cache: bool = False
+    language_model: Any,
+    embeddings: Tensor,
+    mask: Tensor,
+    prefix: Prefix | None = None,
+    *,
+    positions: Tensor | None = None,
+    cache: bool = False,
 ) -> Prefix:
     """`Backbone.run` for a decoder-only model of transformers (Qwen2, Qwen3, Llama and their like).
 
@@ -57,6 +66,7 @@ def run_causal(
         embeddings: (B, L, D).
         mask: (B, L) bool.
         prefix: what the tokens continue; its cache is `KeyValues` of B rows, or of one row that all continue.
+        positions: (B, P, 3) positions of the first P tokens, where they do not count real tokens.
         cache: return keys and values of all tokens, those of the prefix included.
 
     Raises:
@@ -68,20 +78,38 @@ def run_causal(
         raise UserError("gradient checkpointing of a language model in training mode cannot use a key/value cache")
 
     seen = mask if past is None else torch.cat([past.mask, mask], dim=1)  # (B, S + L)
-    positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]  # (B, L)
+    count = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]  # (B, L)
+    places, offset = _places(count, mask, positions, None if past is None else past.offset)
     written = past.writable() if past is not None else DynamicCache() if cache else None
     hidden = language_model(
         inputs_embeds=embeddings,
         attention_mask=seen,
-        position_ids=positions,
+        position_ids=places,
         past_key_values=written,
         use_cache=written is not None,
     ).last_hidden_state  # (B, L, D)
 
     kept = None
     if cache and written is not None:
-        kept = KeyValues(seen, tuple((layer.keys, layer.values) for layer in written.layers))  # type: ignore[misc]
+        written_layers: list[Any] = written.layers
+        kept = KeyValues(seen, tuple((layer.keys, layer.values) for layer in written_layers), offset)
     return Prefix(hidden=hidden, mask=mask, cache=kept)
+
+
+def _places(
+    count: Tensor, mask: Tensor, positions: Tensor | None, offset: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Position ids, (B, L) or (3, B, L), and the offset (B, 1) of what comes next.
+
+    count: (B, L) positions that count real tokens. positions: (B, P, 3) given ones of the first P tokens.
+    """
+    if positions is None:
+        return count if offset is None else count + offset, offset
+    assert offset is None, "positions are given once, for the start of a sequence"
+    given = positions.shape[1]
+    offset = positions.amax((1, 2))[:, None] + 1 - mask[:, :given].sum(1, keepdim=True)  # (B, 1)
+    rest = (count[:, given:] + offset)[..., None].expand(-1, -1, 3)  # (B, L - P, 3)
+    return torch.cat([positions, rest], dim=1).permute(2, 0, 1), offset
 
 
 @torch.no_grad()
@@ -101,7 +129,7 @@ def greedy(
         raise UserError(f"a prompt of {int(lengths.max())} tokens leaves no room to answer in {backbone.max_length}")
 
     device = embeddings.device
-    state = backbone.run(embeddings, sequences.mask, cache=True)
+    state = backbone.run(embeddings, sequences.mask, positions=sequences.positions, cache=True)
     hidden = state.hidden[torch.arange(len(lengths), device=device), lengths - 1]  # (B, D)
     stop = torch.tensor(sorted(ends), device=device)
     one = torch.ones((len(lengths), 1), dtype=torch.bool, device=device)

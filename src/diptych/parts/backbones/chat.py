@@ -74,11 +74,13 @@ class Chat:
         *,
         generate: bool,
         max_length: int,
+        opening: str = "",
     ) -> Sequences:
         """Right-padded ids on the CPU; see `Backbone.tokenize`.
 
         Args:
             slots: for each conversation the number of vision tokens of each of its images, in reading order.
+            opening: what the assistant's turn that `generate` opens begins with.
 
         Raises:
             UserError: placeholders and images differ in number, a text holds an image or end-of-turn token, or a
@@ -87,7 +89,7 @@ class Chat:
         if len(slots) != len(conversations):
             raise UserError(f"{len(conversations)} conversations with images for {len(slots)}")
         segments = [
-            self._segments(row, self._filled(row, messages, counts), generate)
+            self._segments(row, self._filled(row, messages, counts), generate, opening)
             for row, (messages, counts) in enumerate(zip(conversations, slots, strict=True))
         ]
         flat = [segment.text for row in segments for segment in row]
@@ -140,9 +142,10 @@ class Chat:
             )
         )
 
-    def _segments(self, row: int, messages: list[dict[str, Any]], generate: bool) -> list[Segment]:
+    def _segments(self, row: int, messages: list[dict[str, Any]], generate: bool, opening: str) -> list[Segment]:
+        assert generate or not opening, "an opening needs an open turn"
         segments: list[Segment] = []
-        whole = self._render(messages, opened=generate)
+        whole = self._render(messages, opened=generate) + opening
         at = 0
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,16 +155,16 @@ class InternVL(Backbone):
         *,
         images: Sequence[Sequence[Tensor]] = (),
         generate: bool = False,
+        opening: str = "",
     ) -> Sequences:
         counts = [[self._tiles(image) * self.tile_tokens for image in row] for row in images]
         slots = counts if images else [[] for _ in conversations]
-        encoded = self.chat.encode(conversations, slots, generate=generate, max_length=self.max_length)
+        encoded = self.chat.encode(conversations, slots, generate=generate, max_length=self.max_length, opening=opening)
         rows = self.model.config.text_config.vocab_size
         if (encoded.ids >= rows).any():
             token = self.tokenizer.convert_ids_to_tokens(int(encoded.ids.max()))
             raise UserError(f"a text holds {token!r}, which this model has no embedding for")
-        device = self.model.device
-        return Sequences(**{f.name: getattr(encoded, f.name).to(device) for f in dataclasses.fields(encoded)})
+        return encoded.to(self.model.device)
 
     def pixels(self, images: Sequence[Tensor]) -> Tensor:
         """Images (3, H, W) in [-1, 1] to the tower's input, (tiles, 3, image_size, image_size), image by image.
@@ -201,7 +200,16 @@ class InternVL(Backbone):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)
 
-    def run(self, embeddings: Tensor, mask: Tensor, prefix: Prefix | None = None, *, cache: bool = False) -> Prefix:
+    def run(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: bool = False,
+    ) -> Prefix:
+        assert positions is None, "InternVL's positions count real tokens"
         return run_causal(self.model.model.language_model, embeddings, mask, prefix, cache=cache)
 
     def logits(self, hidden: Tensor) -> Tensor:

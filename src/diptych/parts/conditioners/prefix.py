@@ -11,7 +11,13 @@ from diptych.parts.conditioners.base import Conditioner
 
 
 def condition_states(
-    backbone: Backbone, conditioner: Conditioner, embeddings: Tensor, mask: Tensor, *, reuse: bool = True
+    backbone: Backbone,
+    conditioner: Conditioner,
+    embeddings: Tensor,
+    mask: Tensor,
+    *,
+    positions: Tensor | None = None,
+    reuse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states of prompt and appended tokens.
 
@@ -25,6 +31,7 @@ def condition_states(
     Args:
         embeddings: (B, L, D) input embeddings of the prompt, right-padded.
         mask: (B, L) bool.
+        positions: (B, L, 3) as `Sequences` has them, where the language model needs them.
         reuse: False for one plain run over L + Q tokens, through which gradients also reach `embeddings` and the
             language model where they are wanted.
 
@@ -39,11 +46,11 @@ def condition_states(
     whole = torch.cat([mask, added], dim=1)  # (B, L + Q)
     if not reuse:
         appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
-        return backbone.run(torch.cat([embeddings, appended], dim=1), whole).hidden, whole
+        return backbone.run(torch.cat([embeddings, appended], dim=1), whole, positions=positions).hidden, whole
 
     _refuse_lost_gradients(backbone, embeddings)
     with torch.no_grad():
-        prefix = backbone.run(embeddings, mask, cache=count > 0)
+        prefix = backbone.run(embeddings, mask, positions=positions, cache=count > 0)
     if count == 0:
         return prefix.hidden, whole
 

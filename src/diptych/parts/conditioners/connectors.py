@@ -1,0 +1,131 @@
+"""OpenUni's connector: a small bidirectional transformer and projections between the MLLM's queries and the decoder.
+
+Source: OpenUni (Wu et al. 2025, arXiv 2505.23661); its layers are those of SigLIP's vision encoder.
+
+B batch, Q query states, D width of the language model, W width of the encoder, C condition width of the decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.core.errors import UserError, unknown
+
+Arrangement = Literal["enc_proj", "proj_enc", "proj_enc_proj"]
+"""Where the linear projections stand; all released OpenUni models are `enc_proj`."""
+
+EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Self-attention in which every query sees every query."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class EncoderLayer(nn.Module):
+    """Attention, then MLP, each after a layer norm and with a residual."""
+
+    def __init__(self, width: int, mlp: int, heads: int) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=EPS)
+        self.self_attn = Attention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = MLP(width, mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class OpenUniConnector(nn.Module):
+    """Query states (B, Q, D) to condition tokens (B, Q, C): no positions, no mask, no norm after the last layer.
+
+    Parameters have the names of the published checkpoints, below `connector` (layers) and `projector`.
+
+    Args:
+        width: D. out: C. hidden: W. mlp: inner width of the MLPs. heads: attention heads. layers: encoder layers.
+        arrangement: `enc_proj` encodes at W = D, `proj_enc` at W = C, `proj_enc_proj` at any W.
+
+    Raises:
+        UserError: heads that do not divide `hidden`, or a `hidden` that the arrangement does not allow.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        out: int,
+        *,
+        hidden: int,
+        mlp: int,
+        heads: int,
+        layers: int = 6,
+        arrangement: Arrangement = "enc_proj",
+    ) -> None:
+        super().__init__()
+        if arrangement not in get_args(Arrangement):
+            raise unknown("arrangement", arrangement, get_args(Arrangement), "connector openuni")
+        if hidden % heads:
+            raise UserError(f"connector openuni: {heads} heads do not divide the hidden width {hidden}")
+        needed = {"enc_proj": width, "proj_enc": out}.get(arrangement, hidden)
+        if hidden != needed:
+            raise UserError(f"connector openuni: {arrangement} encodes at width {needed}, not at hidden {hidden}")
+        self.arrangement = arrangement
+        self.layers = nn.ModuleList([EncoderLayer(hidden, mlp, heads) for _ in range(layers)])
+        both = arrangement == "proj_enc_proj"
+        self.projector: nn.Module = (
+            nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, out)]) if both else nn.Linear(width, out)
+        )
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices Xavier-uniform, biases zero, norms one. A no-op on the meta device."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self, states: Tensor) -> Tensor:
+        x = states
+        before, after = self._projections()
+        x = x if before is None else before(x)  # (B, Q, W)
+        for layer in self.layers:
+            x = layer(x)
+        return x if after is None else after(x)  # (B, Q, C)
+
+    def _projections(self) -> tuple[nn.Module | None, nn.Module | None]:
+        if isinstance(self.projector, nn.ModuleList):
+            return self.projector[0], self.projector[1]
+        return (self.projector, None) if self.arrangement == "proj_enc" else (None, self.projector)
