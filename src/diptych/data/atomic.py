@@ -1,0 +1,38 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from diptych.core.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
+    """Writes `chunks` to a temporary file beside `path`, then renames it; nothing is left behind on failure.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(f"{path}: the disk is full; free space or choose another cache folder") from error
+        if error.errno in _UNWRITABLE:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,273 @@
+"""Batches drawn from weighted sources: a function of (seed, step, slot), never of history."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from diptych.core.draws import key
+from diptych.core.errors import UserError
+from diptych.core.sample import Batch, Sample
+from diptych.data.bucket_plan import BucketPlan
+from diptych.data.buckets import Assignment, assign
+from diptych.data.permutation import Permutation
+from diptych.data.source import BadItem, ItemDraws, Size, Source
+
+logger = logging.getLogger(__name__)
+
+Item = tuple[int, int]
+"""(place of the source in the mixture, index of the item in it)."""
+
+_FEWEST_TRIED = 20
+_MOST_ATTEMPTS = 100
+_NAMED = 5
+_ORDERS_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step drew, and what it met on the way. Worker processes send it to the one that keeps count.
+
+    tried: items loaded or found unreadable. bad: the unreadable ones, with id and reason.
+    """
+
+    batch: Batch
+    keys: list[int]
+    tried: tuple[Item, ...]
+    bad: tuple[tuple[Item, BadItem], ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How steps use buckets and slots use sources.
+
+    members: items by source and bucket; None where every item of the source goes into every bucket.
+    chances: by bucket, the probability of each source.
+    """
+
+    assignments: list[Assignment | None]
+    steps: BucketPlan
+    chances: list[list[float]]
+
+
+class Mixture:
+    """Endless batches from weighted sources.
+
+    Each slot of a step draws its source by weight (the paper's mix ratio is the weight of the unlabelled source:
+    a Bernoulli draw per sample, IOMM Sec. 4) and takes that source's item at the slot's place in a permutation, which
+    is new in each epoch; so a source alone shows each item once per epoch. With buckets, all slots of a step share one,
+    chosen in proportion to its items, and the source is drawn given the bucket, so that the weights hold overall.
+
+    An unreadable item is replaced by the next one in the permutation, logged once as a warning and kept in `skipped`.
+
+    Args:
+        parts: sources and their weights (any scale, at least one above 0).
+        batch: samples per step, over all ranks.
+        size: (height, width), or the side of a square; or
+        buckets: sizes to assign items to, as from `diptych.data.buckets.buckets`.
+        bad_share: largest tolerated share of unreadable items among the distinct items tried.
+        max_loss: largest share of an image that the crop to its bucket may lose before it is left out.
+
+    Raises:
+        UserError: no part, a bad weight or size; later, too many unreadable items or no item for any bucket.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Source, float]],
+        *,
+        seed: int,
+        batch: int,
+        size: int | Size | None = None,
+        buckets: Sequence[Size] | None = None,
+        bad_share: float = 0.01,
+        max_loss: float = 0.5,
+    ) -> None:
+        if not parts:
+            raise UserError("a mixture needs at least one source")
+        for source, weight in parts:
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise UserError(f"{source.name}: weight {weight} must be a number of at least 0")
+        if not any(weight > 0 for _, weight in parts):
+            raise UserError("a mixture needs a source with a weight above 0")
+        if batch < 1:
+            raise UserError(f"batch {batch} must be at least 1")
+        if (size is None) == (not buckets):
+            raise UserError("a mixture takes either a size or buckets")
+        if not 0 <= bad_share <= 1:
+            raise UserError(f"bad_share {bad_share} must be between 0 and 1")
+        total = sum(weight for _, weight in parts)
+        self.sources = [source for source, _ in parts]
+        self.weights = [weight / total for _, weight in parts]
+        self.seed, self.batch_size, self.bad_share, self.max_loss = seed, batch, bad_share, max_loss
+        self.bucketed = bool(buckets)
+        square = (size, size) if isinstance(size, int) else size
+        self.buckets: list[Size] = [square] if square is not None else list(buckets or ())
+        self.skipped: dict[str, str] = {}
+        self._tried: set[Item] = set()
+        self._bad: dict[Item, BadItem] = {}
+        self._orders: OrderedDict[tuple[int, int, int], Permutation] = OrderedDict()
+
+    def prepare(self) -> list[str]:
+        """Reads image sizes where there are buckets, logs what was left out; lines that say what goes where.
+
+        Called by the first draw; a loader calls it before it starts workers, so that it happens once.
+        """
+        lines: list[str] = [source.describe() for source in self.sources]
+        for source, assignment in zip(self.sources, self._plan.assignments, strict=True):
+            if assignment is not None:
+                lines += assignment.report(self.buckets, source.name)
+        return lines
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The samples of `step`; of several ranks, those of `rank`. UserError when too many items are unreadable."""
+        drawn = self.draw(step, rank, world)
+        self.record(drawn)
+        return drawn.batch
+
+    def keys(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
+        """`key(seed, step, slot)` of each sample of `batch(step, rank, world)`."""
+        return [key(self.seed, step, slot) for slot in self._slots(rank, world)]
+
+    def size(self, step: int) -> Size:
+        """(height, width) of the targets of `step`."""
+        return self.buckets[self._plan.steps.at(step)[0]]
+
+    def draw(self, step: int, rank: int = 0, world: int = 1) -> Drawn:
+        """`batch` without keeping count of bad items; a worker process calls it and its parent records the result."""
+        bucket, ordinal = self._plan.steps.at(step)
+        samples: list[Sample] = []
+        keys = self.keys(step, rank, world)
+        tried: list[Item] = []
+        bad: list[tuple[Item, BadItem]] = []
+        for slot, slot_key in zip(self._slots(rank, world), keys, strict=True):
+            place = self._choose(slot_key, self._plan.chances[bucket])
+            counter = ordinal * self.batch_size + slot
+            samples.append(self._load(place, bucket, counter, ItemDraws(slot_key), tried, bad))
+        return Drawn(Batch(tuple(samples)), keys, tuple(tried), tuple(bad))
+
+    def record(self, drawn: Drawn) -> None:
+        """Counts, logs once and keeps the bad items of `drawn`; UserError when they are too many."""
+        self._tried.update(drawn.tried)
+        for item, error in drawn.bad:
+            self._bad.setdefault(item, error)
+            if error.id not in self.skipped:
+                self.skipped[error.id] = error.reason
+                logger.warning("skipped %s (%d so far)", error, len(self.skipped))
+        tried, bad = len(self._tried), len(self.skipped)
+        items = sum(len(source) for source, weight in zip(self.sources, self.weights, strict=True) if weight > 0)
+        if tried >= min(_FEWEST_TRIED, items) and bad > self._tolerated(tried):
+            raise UserError(
+                f"{bad:,} of {tried:,} items tried are unreadable, more than the bad_share of {self.bad_share:.2%}. "
+                f"{_named(self.skipped)}"
+            )
+
+    def _tolerated(self, tried: int) -> float:
+        """Bad items that `tried` may hold. Chance (three standard deviations and one item) is allowed for, so that one
+        bad file among the first few does not stop a run whose data as a whole are well within the share."""
+        expected = self.bad_share * tried
+        return expected + 3 * math.sqrt(expected) + 1 if expected else 0.0
+
+    def _slots(self, rank: int, world: int) -> range:
+        if world < 1 or not 0 <= rank < world or self.batch_size % world:
+            raise UserError(f"batch {self.batch_size} does not divide among {world} ranks (rank {rank})")
+        own = self.batch_size // world
+        return range(rank * own, (rank + 1) * own)
+
+    def _choose(self, slot_key: int, chances: Sequence[float]) -> int:
+        draw = key(slot_key, "source") / (1 << 63)
+        last = 0
+        for place, chance in enumerate(chances):
+            if chance > 0:
+                last = place
+                if draw < chance:
+                    return place
+            draw -= chance
+        return last  # rounding left a remainder
+
+    def _load(
+        self,
+        place: int,
+        bucket: int,
+        counter: int,
+        draws: ItemDraws,
+        tried: list[Item],
+        bad: list[tuple[Item, BadItem]],
+    ) -> Sample:
+        """The item at `counter`, or the next readable one."""
+        source, assignment = self.sources[place], self._plan.assignments[place]
+        members = None if assignment is None else assignment.members[bucket]
+        count = len(source) if members is None else len(members)
+        epoch, position = divmod(counter, count)
+        order = self._order(place, bucket if members is not None else -1, epoch, count)
+        met: dict[str, str] = {}
+        for attempt in range(min(count, _MOST_ATTEMPTS)):
+            at = order((position + attempt) % count)
+            item = (place, at if members is None else members[at])
+            error = self._bad.get(item)
+            if error is None:
+                tried.append(item)
+                try:
+                    return source.load(item[1], draws, self.buckets[bucket])
+                except BadItem as found:
+                    error = self._bad[item] = found
+            bad.append((item, error))
+            met[error.id] = error.reason
+        raise UserError(f"{source.name}: {len(met)} items in a row are unreadable. {_named(met)}")
+
+    def _order(self, place: int, bucket: int, epoch: int, count: int) -> Permutation:
+        where = (place, bucket, epoch)
+        if where not in self._orders:
+            self._orders[where] = Permutation(count, key(self.seed, "order", *where))
+            if len(self._orders) > _ORDERS_KEPT:
+                self._orders.popitem(last=False)
+        return self._orders[where]
+
+    @cached_property
+    def _plan(self) -> _Plan:
+        for source in self.sources:
+            if source.dropped:
+                logger.warning("%s", source.describe())
+        assignments: list[Assignment | None] = [self._assign(source) for source in self.sources]
+        sized = [
+            [len(rows) / sum(map(len, assignment.members)) for rows in assignment.members] if assignment else None
+            for assignment in assignments
+        ]
+        shares = self._bucket_shares(sized)
+        spread = [row or shares for row in sized]  # an alike source follows the others
+        chances = [
+            [weight * row[bucket] / share if share else 0.0 for weight, row in zip(self.weights, spread, strict=True)]
+            for bucket, share in enumerate(shares)
+        ]
+        return _Plan(assignments, BucketPlan(shares, key(self.seed, "plan")), chances)
+
+    def _bucket_shares(self, sized: Sequence[Sequence[float] | None]) -> list[float]:
+        """Probability of each bucket: what the sized sources hold, by weight; the first when none has sizes."""
+        held = [
+            (weight, row) for weight, row in zip(self.weights, sized, strict=True) if row is not None and weight > 0
+        ]
+        if not held:
+            return [1.0, *[0.0] * (len(self.buckets) - 1)]
+        total = sum(weight for weight, _ in held)
+        return [sum(weight * row[bucket] for weight, row in held) / total for bucket in range(len(self.buckets))]
+
+    def _assign(self, source: Source) -> Assignment | None:
+        sizes = source.sizes() if self.bucketed else None
+        if sizes is None:
+            return None
+        assignment = assign(sizes, self.buckets, self.max_loss)
+        if assignment.extreme:
+            logger.warning("%s", assignment.report(self.buckets, source.name)[-2 if assignment.unreadable else -1])
+        if not any(assignment.members):
+            raise UserError(f"{source.name}: every item is too wide or too tall for the buckets; raise max_ratio")
+        return assignment
+
+
+def _named(bad: dict[str, str]) -> str:
+    """The first few bad items, in one line."""
+    first = "; ".join(f"{id}: {reason}" for id, reason in list(bad.items())[:_NAMED])
+    return f"{first}{'; ...' if len(bad) > _NAMED else ''}"

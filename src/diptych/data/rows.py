@@ -1,0 +1,179 @@
+"""A row, whatever file it came from, to a Sample: which keys each task reads, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from diptych.core.errors import UserError
+from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample, Task
+from diptych.data.imaging import FitMode, fit
+from diptych.data.source import BadItem, ItemDraws, Size
+
+KEYS: Mapping[Task, tuple[str, ...]] = {
+    "image": ("image",),
+    "text_to_image": ("image", "text"),
+    "edit": ("image", "instruction", "source", "sources"),
+    "understand": ("conversations", "messages", "image", "images"),
+}
+"""Keys that each task reads; of `source`/`sources`, `conversations`/`messages` and `image`/`images` a row has one."""
+
+ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+ReadImage = Callable[[Any, Size], Image.Image]
+"""(reference as it stands in the row, size wanted) to an RGB image; BadItem when unreadable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A checked row.
+
+    target: reference of the image to make. context: references of the images to read.
+    texts: captions or instructions, of which a visit draws one.
+    """
+
+    target: Any = None
+    context: tuple[Any, ...] = ()
+    texts: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+
+
+def parse_row(row: Mapping[str, Any], task: Task, where: str, references: tuple[type, ...] = (str,)) -> Row:
+    """Checks what `task` reads of a row.
+
+    Args:
+        where: file and row, for messages.
+        references: types that stand for an image in this kind of file.
+
+    Raises:
+        UserError: a key is missing or of the wrong type; the message starts with `where`.
+    """
+    if task == "understand":
+        context = _images(row, "image", "images", where, references, needed=False)
+        messages = parse_messages(row, where)
+        holes = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)
+        if holes != len(context):
+            raise UserError(f"{where}: {holes} {IMAGE_PLACEHOLDER} placeholders for {len(context)} images")
+        return Row(context=context, messages=messages)
+
+    target = _images(row, "image", "image", where, references)[0]
+    if task == "image":
+        return Row(target=target)
+    if task == "text_to_image":
+        return Row(target=target, texts=_texts(row, "text", where))
+    context = _images(row, "source", "sources", where, references)
+    return Row(target=target, context=context, texts=_texts(row, "instruction", where))
+
+
+def parse_messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """`conversations` (LLaVA: from, value) or `messages` (role, content) as messages; UserError when malformed."""
+    turns = row.get("conversations", row.get("messages"))
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise UserError(f"{where}: needs 'conversations' or 'messages', a list of turns")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        place = f"{where}, turn {number}"
+        if not isinstance(turn, Mapping):
+            raise UserError(f"{place}: must be an object with 'from' and 'value', or 'role' and 'content'")
+        role = turn.get("from", turn.get("role"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(f"{place}: unknown role {role!r}. Choices: {', '.join(sorted(ROLES))}.")
+        messages.append(Message(role=ROLES[role], text=_content(turn.get("value", turn.get("content")), place)))
+    if not any(message.role == "assistant" for message in messages):
+        raise UserError(f"{where}: no assistant turn to learn")
+    return tuple(messages)
+
+
+def make_sample(
+    row: Row, *, id: str, task: Task, read: ReadImage, draws: ItemDraws, size: Size, fit_mode: FitMode
+) -> Sample:
+    """Reads a row's images. Target and the sources of an edit are fitted alike, so that they stay aligned; the images
+    of a conversation are kept whole (`inside`)."""
+    context_mode: FitMode = "inside" if task == "understand" else fit_mode
+    text = row.texts[draws.integer("text", len(row.texts))] if row.texts else ""
+    return Sample(
+        id=id,
+        task=task,
+        image=None if row.target is None else fit(read(row.target, size), size, fit_mode),
+        text=text,
+        context_images=tuple(fit(read(image, size), size, context_mode) for image in row.context),
+        messages=row.messages,
+    )
+
+
+def usable_text(text: str, id: str) -> str:
+    """`text` stripped; BadItem when nothing is left."""
+    stripped = text.strip()
+    if not stripped:
+        raise BadItem(id, "empty caption")
+    return stripped
+
+
+def _content(content: object, where: str) -> str:
+    """A string, or a list of {"type": "text", "text"} and {"type": "image"} parts joined."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise UserError(f"{where}: text must be a string, not {_kind(content)}")
+    pieces: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind == "image":
+            pieces.append(IMAGE_PLACEHOLDER)
+        elif kind == "text" and isinstance(text, str):
+            pieces.append(text)
+        else:
+            raise UserError(f"{where}: a part must be a text with 'text' or an image, not {part!r}")
+    return "\n".join(pieces)
+
+
+def _texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    value = row.get(name)
+    if value is None:
+        raise UserError(f"{where}: {name!r} is missing")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: {name!r} must be a string or a list of strings, not {_kind(value)}")
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError(f"{where}: {name!r} is empty")
+    return tuple(text.strip() for text in texts)
+
+
+def _images(
+    row: Mapping[str, Any], one: str, many: str, where: str, references: tuple[type, ...], needed: bool = True
+) -> tuple[Any, ...]:
+    """The references under `one` or `many`; either may hold one image or a list, as files in the wild do."""
+    if one != many and row.get(one) is not None and row.get(many) is not None:
+        raise UserError(f"{where}: has both {one!r} and {many!r}; give one")
+    name = one if row.get(one) is not None else many
+    value = row.get(name)
+    if value is None:
+        if needed:
+            raise UserError(f"{where}: {one!r} is missing")
+        return ()
+    values = (
+        tuple(value) if one != many and isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
+    )
+    wanted = " or ".join(kind.__name__ for kind in references)
+    for item in values:
+        if not isinstance(item, references) or not item:
+            raise UserError(f"{where}: {name!r} must be an image ({wanted}), not {_kind(item)}")
+    if needed and not values:
+        raise UserError(f"{where}: {name!r} is empty")
+    return values
+
+
+def _kind(value: object) -> str:
+    return {"str": "an empty string", "dict": "an object", "list": "a list", "NoneType": "null"}.get(
+        type(value).__name__, type(value).__name__
+    )

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diptych.core.errors import UserError
+from diptych.data.parquet import ParquetSource
+from diptych.data.source import BadItem, ItemDraws
+
+DRAWS = ItemDraws(0)
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def picture(colour: str, size: tuple[int, int] = (20, 10)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def table(path: Path, **columns: list[Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_bytes_and_renamed_columns(tmp_path: Path) -> None:
+    file = table(tmp_path / "p.parquet", jpg=[picture("red"), picture("blue", (8, 9))], caption=["r", "b"], n=[1, 2])
+    source = ParquetSource(file, columns={"image": "jpg", "text": "caption"}, cache=tmp_path / "cache")
+    samples = [source.load(index, DRAWS, (8, 8)) for index in range(2)]
+    assert [(sample.id, sample.text) for sample in samples] == [("p.parquet:1", "r"), ("p.parquet:2", "b")]
+    assert source.sizes() == [(10, 20), (9, 8)]
+    assert source.fingerprint(0) != source.fingerprint(1)
+    with pytest.raises(UserError, match=r"unknown column 'jpeg'. Did you mean 'jpg'"):
+        ParquetSource(file, columns={"image": "jpeg"}, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"unknown column key 'txt'. Did you mean 'text'"):
+        ParquetSource(file, columns={"txt": "caption"}, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"no column 'image'.*Columns: jpg, caption, n"):
+        ParquetSource(file, cache=tmp_path / "cache")
+
+
+def test_image_feature_of_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "parts").mkdir()
+    made = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture("red"), "path": None}, {"bytes": b"junk", "path": None}], "text": ["r", "j"]},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    made.to_parquet(tmp_path / "parts" / "0.parquet")
+    source = ParquetSource(tmp_path / "parts", cache=tmp_path / "cache")
+    image = source.load(0, DRAWS, (8, 8)).image
+    assert image is not None
+    assert image[0].min() == 1
+    with pytest.raises(BadItem, match="parts:2: not an image"):
+        source.load(1, DRAWS, (8, 8))
+
+
+def test_edit_and_conversation(tmp_path: Path) -> None:
+    Image.new("RGB", (6, 6)).save(tmp_path / "x.png")
+    talk = [[{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "red"}]]
+    file = table(
+        tmp_path / "p.parquet", image=["x.png"], instruction=["do"], sources=[[picture("red")]], conversations=talk
+    )
+    edit = ParquetSource(file, task="edit", cache=tmp_path / "cache").load(0, DRAWS, (8, 8))
+    assert edit.text == "do"
+    assert edit.context_images[0][0].min() == 1
+    spoken = ParquetSource(file, task="understand", cache=tmp_path / "cache").load(0, DRAWS, (8, 8))
+    assert spoken.messages[1].text == "red"
+    assert len(spoken.context_images) == 1
+
+
+def test_null_cells_are_bad_items(tmp_path: Path) -> None:
+    source = ParquetSource(
+        table(tmp_path / "p.parquet", image=[None, picture("red")], text=["a", None]), cache=tmp_path
+    )
+    with pytest.raises(BadItem, match=r"p.parquet:1: 'image' is missing"):
+        source.load(0, DRAWS, (8, 8))
+    with pytest.raises(BadItem, match=r"p.parquet:2: 'text' is missing"):
+        source.load(1, DRAWS, (8, 8))
+    assert source.sizes() == [None, (10, 20)]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(UserError, match=r"broken.parquet: not readable as parquet") as caught:
+        ParquetSource(tmp_path / "broken.parquet", cache=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such parquet file"):
+        ParquetSource(tmp_path / "none.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.parquet file"):
+        ParquetSource(tmp_path / "empty")
+
+
+def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'diptych\[data\]'"):
+        ParquetSource(table(tmp_path / "p.parquet", image=[picture("red")]), task="image")
