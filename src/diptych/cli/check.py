@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import logging
     from pathlib import Path
 
     from transformers.utils import logging as transformers_logging
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.recipes.train import run_folder
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("diptych.data").setLevel(logging.ERROR)  # what it warns of is printed here
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     recipe, _ = load(args.recipe, args.set)

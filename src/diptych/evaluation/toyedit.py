@@ -41,6 +41,8 @@ def run(
         raise UserError(f"toyedit draws squares, not {height}x{width}")
     world = ToyWorld(SEED, height)
     requests = [world.sample("edit", index) for index in range(count)]
+    if progress is not None:
+        progress(0, n * count)
     images = engine.tensors(requests, n=n, seed=seed, progress=progress, **options)
     outcomes: dict[str, list[bool]] = {kind: [] for kind in EDIT_KINDS}
     preserved: list[float] = []

@@ -36,6 +36,8 @@ def run(
     """
     prompts = choose(limit)
     requests = [Sample(id=prompt.id, task="text_to_image", text=prompt.text) for prompt in prompts]
+    if progress is not None:
+        progress(0, n * len(prompts))
     images = engine.tensors(requests, n=n, seed=seed, progress=progress, **options)
     verdicts: list[Verdict] = []
     samples: list[Judged] = []

@@ -28,6 +28,8 @@ def run(
     world = ToyWorld(SEED, side, text_only=0.0, captions=0.0)
     outcomes: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
     samples: list[Judged] = []
+    if progress is not None:
+        progress(0, count)
     for start in range(0, count, batch_size):
         asked = [world.sample("understand", index) for index in range(start, min(start + batch_size, count))]
         images = [to_pil(sample.context_images[0]) for sample in asked]

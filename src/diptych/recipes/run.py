@@ -62,6 +62,7 @@ def train_recipe(
     if recipe.run.checkpointing:
         set_checkpointing(system)
     stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
+    apply = stage_settings(system, list(recipe.stages.values()))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed:
@@ -74,7 +75,6 @@ def train_recipe(
         resume=resumed,
         on_sample=sampler(system, recipe, folder) if accelerator.is_main_process else None,
     )
-    apply = stage_settings(system, list(recipe.stages.values()))
     done = loop.train(system.to(accelerator.device), stages, run, accelerator, on_stage=apply)
     for stage in stages:
         for item, reason in stage.data.skipped.items():

@@ -1,0 +1,222 @@
+"""The quick start: a generator that knows unlabelled images only learns to follow text, scored before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.checkpoints.tensors import atomic_text
+from diptych.core.errors import UserError
+from diptych.evaluation import evaluate, toyeval
+from diptych.evaluation.pictures import grid
+from diptych.evaluation.results import TaskResult, versions
+from diptych.inference.engine import Engine, from_pil, to_pil
+from diptych.recipes import quickstart_report
+from diptych.recipes.load import load
+from diptych.recipes.quickstart_report import Shown, Story
+from diptych.recipes.recipe import Recipe, parse, set_value
+from diptych.recipes.recipe import load_plain as load_recipe
+from diptych.recipes.run import train_recipe
+from diptych.toyworld.editjudge import judge_edit
+from diptych.toyworld.edits import Edit
+from diptych.toyworld.samples import ToyWorld
+from diptych.toyworld.toyeval import judge
+from diptych.training.metrics import read_metrics
+
+MODEL = "toy/iomm-pretrained"
+RECIPE = "toy/quickstart"
+SEED = 0
+IMAGES_PER_PROMPT = 1
+SAMPLER_STEPS = 16
+SHOWN_PROMPTS, SHOWN_IMAGES = 12, 3
+EXAMPLES_SEED = 900_003
+"""Of the scenes that are asked about and edited; training uses others."""
+
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The model before or after: its scores, the pictures of the shown prompts, and the seconds that took."""
+
+    result: TaskResult
+    shown: list[list[Shown]]
+    seconds: float
+
+
+def quickstart(
+    folder: Path,
+    *,
+    model: str = MODEL,
+    recipe: str = RECIPE,
+    steps: int | None = None,
+    limit: int | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Told | None = None,
+) -> dict[str, Any] | None:
+    """Score `model`, train `recipe` into `folder`, score again, and write results.json and report.html.
+
+    Args:
+        steps: of the recipe's stages, instead of its own number.
+        limit: ToyEval prompts; all when None.
+        force: replace what the folder holds, if that is a run.
+        say: told what happens next.
+
+    Returns:
+        What results.json holds: `before.toyeval.overall`, `after.toyeval.overall`, each category, `seconds`. None when
+        a signal stopped the training; the run is saved then.
+
+    Raises:
+        UserError: the folder holds something already; the model or the recipe is not there.
+    """
+    begin = time.perf_counter()
+    plain = plain_recipe(recipe, model, steps)
+    parsed = parse(plain, recipe)
+    check_room(folder, force)
+    engine = load(model)
+    if folder.exists():
+        shutil.rmtree(folder)
+    say(f"1/4  scoring {model}: a generator that has seen images, but never a caption")
+    before = side(engine, "before", limit, progress)
+    say("2/4  fine-tuning on unlabelled images and a few hundred captions")
+    clock = time.perf_counter()
+    if not train_recipe(parsed, plain, folder, announce=say):
+        return None
+    training = time.perf_counter() - clock
+    say("3/4  scoring the fine-tuned model, on the same prompts and the same noise")
+    engine = load(str(folder))
+    after = side(engine, "after", limit, progress)
+    say("4/4  writing the report")
+    seconds = {"before": before.seconds, "training": training, "after": after.seconds}
+    seconds["total"] = time.perf_counter() - begin
+    found = {
+        "before": {toyeval.NAME: before.result.scores},
+        "after": {toyeval.NAME: after.result.scores},
+        "seconds": round(seconds["total"], 1),
+        "seconds_of": {name: round(value, 1) for name, value in seconds.items()},
+        "model": model,
+        "recipe": recipe,
+        "steps": sum(stage.steps for stage in parsed.stages.values()),
+        "seed": SEED,
+        "sampling": before.result.sampling,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    write(folder, found, before, after, engine, parsed)
+    return found
+
+
+def plain_recipe(recipe: str, model: str, steps: int | None) -> dict[str, Any]:
+    """The recipe's values, starting from `model`, with `steps` in each stage where given."""
+    plain = load_recipe(recipe)
+    plain["start"] = model
+    if steps is not None:
+        for stage in plain.get("stages") or {}:
+            set_value(plain, f"stages.{stage}.steps={steps}")
+    return plain
+
+
+def check_room(folder: Path, force: bool) -> None:
+    """Nothing is replaced unless asked for, and only a run ever is; UserError otherwise."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: a file, not a folder; choose another --out")
+    if not any(folder.iterdir()):
+        return
+    run = (folder / "recipe.yaml").is_file() or (folder / "results.json").is_file()
+    if not run:
+        raise UserError(f"{folder}: holds other files, which are left alone; choose another --out")
+    if not force:
+        seen = f" See {folder / 'report.html'}." if (folder / "report.html").is_file() else ""
+        raise UserError(
+            f"{folder}: holds a quick start already.{seen} Replace it with --force, or choose another --out"
+        )
+
+
+def side(engine: Engine, name: str, limit: int | None, progress: Told | None) -> Side:
+    """Scores, and pictures for the shown prompts."""
+    clock = time.perf_counter()
+
+    def told(task: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{task}, {name}", done, total)
+
+    steps = min(SAMPLER_STEPS, engine.sampling.steps)
+    result = evaluate.run(engine, toyeval.NAME, n=IMAGES_PER_PROMPT, limit=limit, seed=SEED, progress=told, steps=steps)
+    prompts = toyeval.choose(SHOWN_PROMPTS)
+    images = engine.generate([prompt.text for prompt in prompts], n=SHOWN_IMAGES, seed=SEED, steps=steps)
+    shown = [
+        [Shown(image=image, correct=judge(from_pil(image), prompt).correct) for image in images[at : at + SHOWN_IMAGES]]
+        for at, prompt in zip(range(0, len(images), SHOWN_IMAGES), prompts, strict=True)
+    ]
+    return Side(result=result, shown=shown, seconds=time.perf_counter() - clock)
+
+
+def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine: Engine, recipe: Recipe) -> None:
+    """Grids, curves, results and the report."""
+    prompts = [prompt.text for prompt in toyeval.choose(SHOWN_PROMPTS)]
+    for name, one in (("before", before), ("after", after)):
+        flat = [shown for row in one.shown for shown in row]
+        sheet = grid([shown.image for shown in flat], columns=SHOWN_IMAGES * 3, marks=[shown.correct for shown in flat])
+        sheet.save(folder / f"{name}.png")
+    story = Story(
+        folder=folder,
+        found=found,
+        prompts=prompts,
+        before=before.shown,
+        after=after.shown,
+        rows=read_metrics(folder / "metrics.jsonl"),
+        answers=answers(engine),
+        edits=edits(engine),
+        recipe=recipe,
+    )
+    atomic_text(folder / "curves.svg", quickstart_report.curves_file(story.rows))
+    quickstart_report.save(story, folder / "report.html")
+    atomic_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
+
+
+def answers(engine: Engine, count: int = 4) -> list[quickstart_report.Answer]:
+    """Questions about new scenes, the model's answers and the true ones."""
+    world = ToyWorld(EXAMPLES_SEED, engine.sampling.size[0], text_only=0.0, captions=0.0)
+    asked = [world.sample("understand", index) for index in range(count)]
+    images = [to_pil(sample.context_images[0]) for sample in asked]
+    questions = [sample.messages[0].text.replace("<image>", "").strip() for sample in asked]
+    given = engine.ask(images, questions, max_new_tokens=16)
+    return [
+        quickstart_report.Answer(image=image, question=question, given=answer, truth=sample.messages[1].text)
+        for sample, image, question, answer in zip(asked, images, questions, given, strict=True)
+    ]
+
+
+def edits(engine: Engine, count: int = 3) -> list[quickstart_report.EditShown]:
+    """Edits of new scenes, asked of a model that was never trained to edit."""
+    world = ToyWorld(EXAMPLES_SEED, engine.sampling.size[0])
+    asked = [world.sample("edit", index) for index in range(count)]
+    images = engine.tensors(asked, n=1, seed=SEED)
+    return [
+        quickstart_report.EditShown(
+            before=to_pil(sample.context_images[0]),
+            after=to_pil(image),
+            instruction=sample.text,
+            done=judge_edit(image, Edit.from_dict(sample.extra["edit"])).success,
+        )
+        for sample, image in zip(asked, images, strict=True)
+    ]
+
+
+def hardware() -> str:
+    """The processor and what of it was used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors"

@@ -1,0 +1,244 @@
+"""The quick start's report: what was done, in words, pictures and numbers of this very run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diptych.evaluation import report
+from diptych.evaluation.report import Interval, Strip
+from diptych.evaluation.results import categories
+from diptych.recipes.recipe import Recipe
+
+TITLES = {
+    "single": "one object",
+    "two_object": "two objects",
+    "counting": "counting",
+    "colors": "colours",
+    "position": "position",
+    "color_attribution": "whose colour",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A picture, and whether it shows what it was asked to."""
+
+    image: Image.Image
+    correct: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    image: Image.Image
+    question: str
+    given: str
+    truth: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditShown:
+    """before, after: pictures. done: whether the detector finds the instruction carried out."""
+
+    before: Image.Image
+    after: Image.Image
+    instruction: str
+    done: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """All that the report tells. found: what results.json holds. rows: of metrics.jsonl."""
+
+    folder: Path
+    found: dict[str, Any]
+    prompts: Sequence[str]
+    before: Sequence[Sequence[Shown]]
+    after: Sequence[Sequence[Shown]]
+    rows: Sequence[dict[str, Any]]
+    answers: Sequence[Answer]
+    edits: Sequence[EditShown]
+    recipe: Recipe
+
+
+def save(story: Story, path: Path) -> None:
+    """Write report.html."""
+    report.save(path, html(story))
+
+
+def html(story: Story) -> str:
+    """The report as one document."""
+    found = story.found
+    before, after = found["before"]["toyeval"], found["after"]["toyeval"]
+    facts = {
+        "ToyEval before": f"{before['overall']:.2f}",
+        "ToyEval after": f"{after['overall']:.2f}",
+        "training steps": f"{found['steps']:,}",
+        "for everything": duration(found["seconds"]),
+    }
+    sections: list[tuple[str, Sequence[str]]] = [
+        ("", [report.facts(facts)]),
+        ("What happened", [report.text(words) for words in explained(story)]),
+        ("The same prompts, before and after", [pictures(story)]),
+        ("Scores", [scores(before, after), report.text(judged(before))]),
+        ("Learning", loss_charts(story.rows)),
+        ("It still understands", [answered(story.answers)]),
+        ("And it edits, somewhat", [report.text(EDITING), edited(story.edits)]),
+        ("Try next", [report.commands(next_commands(story.folder))]),
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in found["seconds_of"].items() if name != "total")
+    footer = f"{found['hardware']}. {parts}. {versions}. Recipe {found['recipe']}, seed {found['seed']}."
+    lead = "A generator that learned from images alone is taught to follow text with a few hundred captions."
+    return report.page("Diptych quick start", lead, sections, footer)
+
+
+EDITING = (
+    "No training step showed an edit. The instruction and the image are simply read together as the condition; how "
+    "far that carries is for you to judge."
+)
+
+
+def explained(story: Story) -> list[str]:
+    """What was done, from the recipe that was run."""
+    found, (stage, *_) = story.found, story.recipe.stages.values()
+    sources: list[str] = []
+    total = sum(source.share for source in stage.data.sources.values())
+    for source in stage.data.sources.values():
+        kind = {"image": "unlabelled images", "text_to_image": "text-image pairs"}.get(source.task, source.task)
+        number = f"{source.count:,} " if source.count else ""
+        sources.append(f"{source.share / total:.0%} {number}{kind}")
+    return [
+        f"The starting point, {found['model']}, joins a frozen multimodal language model to a small diffusion "
+        "transformer. Until now the transformer was trained on unlabelled pictures only: it drew what the language "
+        "model saw in a partly hidden picture. It has never met a caption, so it draws well and listens badly.",
+        f"This run continued for {found['steps']:,} steps of {stage.batch} samples: {', '.join(sources)}. The language "
+        f"model stayed frozen; what learned was: {', '.join(stage.train)}.",
+        "Both models then drew the same prompts from the same noise. No prompt below was in the training captions.",
+    ]
+
+
+def judged(scores: dict[str, Any]) -> str:
+    return (
+        f"ToyEval has GenEval's six categories: {scores['prompts']} prompts, {scores['images']} images. A detector "
+        "reads shapes, colours and boxes off each picture; a picture is right or wrong. Ranges are 95% intervals."
+    )
+
+
+def pictures(story: Story) -> str:
+    """A card for each prompt."""
+    made: list[str] = []
+    for prompt, before, after in zip(story.prompts, story.before, story.after, strict=True):
+        strips = [_strip("before", prompt, before), _strip("after", prompt, after)]
+        right = [sum(shown.correct for shown in row) for row in (before, after)]
+        made.append(report.card(prompt, strips, f"right: {right[0]} of {len(before)}, then {right[1]} of {len(after)}"))
+    return report.cards(made)
+
+
+def _strip(label: str, prompt: str, row: Sequence[Shown]) -> Strip:
+    alts = [f"{label}: {prompt} ({'right' if shown.correct else 'wrong'})" for shown in row]
+    return Strip(label=label, images=[shown.image for shown in row], alts=alts)
+
+
+def scores(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A chart and a table of both sides."""
+    rows: list[list[str]] = []
+    chart: dict[str, dict[str, Interval]] = {}
+    sides = {"before": before, "after": after}
+    for name, first in categories(before).items():
+        second = after[name]
+        chart[TITLES.get(name, name)] = {
+            label: Interval(value=side[name]["score"], low=side[name]["interval"][0], high=side[name]["interval"][1])
+            for label, side in sides.items()
+        }
+        rows.append([TITLES.get(name, name), _ranged(first, "score"), _ranged(second, "score")])
+    chart["overall"] = {
+        label: Interval(value=side["overall"], low=side["interval"][0], high=side["interval"][1])
+        for label, side in sides.items()
+    }
+    rows.append(["overall", _ranged(before, "overall"), _ranged(after, "overall")])
+    drawing = report.interval_chart(chart, title="Share of right pictures by category, with 95% intervals")
+    return drawing + report.table(["category", "before", "after"], rows, total=True)
+
+
+def _ranged(score: dict[str, Any], key: str) -> str:
+    low, high = score["interval"]
+    return f"{score[key]:.2f}  ({low:.2f}-{high:.2f})"
+
+
+def curves(rows: Sequence[dict[str, Any]], prefix: str) -> dict[str, list[tuple[float, float]]]:
+    """The columns of metrics.jsonl whose names begin with `prefix`, as (step, value)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(prefix):
+                found.setdefault(name.removeprefix(prefix), []).append((float(row["step"]), float(value)))
+    return found
+
+
+def loss_charts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Training and held-out losses."""
+    charts = [report.line_chart(curves(rows, "loss/"), x="step", y="loss", title="Training loss by kind of data")]
+    held_out = curves(rows, "held_out/")
+    if held_out:
+        title = "Held-out loss: samples that are never trained on"
+        charts.append(report.line_chart(held_out, x="step", y="loss", title=title))
+    return charts
+
+
+def curves_file(rows: Sequence[dict[str, Any]]) -> str:
+    """The training curves as an SVG file of its own."""
+    chart = report.line_chart(curves(rows, "loss/"), x="step", y="loss", title="Training loss by kind of data")
+    start, end = chart.find("<svg"), chart.find("</svg>")
+    colours = "svg{--s0:#3b5bdb;--s1:#d9822b;--s2:#2e9e5b;--s3:#b4508c;--s4:#0d9aa8;--s5:#8a6d3b;background:#fff;"
+    style = f"<style>{colours}font:12px sans-serif}}.axis{{stroke:#e1e5eb}}text{{fill:#5c6675}}</style>"
+    drawing = chart[start:end] + "</svg>\n" if start >= 0 else '<svg xmlns="http://www.w3.org/2000/svg"></svg>\n'
+    return drawing.replace("<title>", f"{style}<title>", 1)
+
+
+def answered(answers: Sequence[Answer]) -> str:
+    """Questions with the answers given, and the true ones where they differ."""
+    captions = [
+        f"{one.question} — {one.given.strip() or '(nothing)'}"
+        + ("" if one.given.strip() == one.truth else f" (true: {one.truth})")
+        for one in answers
+    ]
+    return report.gallery([one.image for one in answers], captions)
+
+
+def edited(edits: Sequence[EditShown]) -> str:
+    """A card for each edit."""
+    return report.cards(
+        [
+            report.card(
+                edit.instruction,
+                [
+                    Strip(
+                        label="",
+                        images=[edit.before, edit.after],
+                        alts=["before the edit", f"after: {edit.instruction}"],
+                    )
+                ],
+                "carried out" if edit.done else "not carried out",
+            )
+            for edit in edits
+        ]
+    )
+
+
+def next_commands(folder: Path) -> list[str]:
+    """Three commands to try next."""
+    return [
+        f'diptych generate {folder} "a red circle left of a blue square" --n 4 -o {folder / "pictures"}',
+        f"diptych eval {folder} --tasks toyeval,toyedit,toyvqa --output {folder / 'scores'}",
+        "diptych recipes",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

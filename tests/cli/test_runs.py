@@ -1,0 +1,146 @@
+"""Commands about recipes and runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from diptych.cli.main import main
+from diptych.recipes import train as training
+from diptych.recipes.quickstart import check_room
+
+
+def test_train_resume_and_another_recipe(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.yaml", "--set", "stages.mix.steps=2", "seed=4"]) == 0
+    assert Path("runs/tiny/model/config.json").is_file()
+    assert yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text())["seed"] == 4
+    assert "done: runs/tiny/model" in capsys.readouterr().out
+    assert main(["train", "tiny.yaml", "--set", "stages.mix.steps=2", "seed=4"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["train", "tiny.yaml", "--resume", "--set", "stages.mix.steps=2"]) == 2
+    assert "has another recipe (seed: 4 there, 1 here)" in capsys.readouterr().err
+    assert main(["train", "tiny.yaml", "--resume", "--out", "elsewhere"]) == 2
+    assert not Path("elsewhere").exists()
+
+
+def test_a_stopped_run_says_how_to_go_on(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "train_recipe", lambda *args, **options: False)
+    assert main(["train", "tiny.yaml", "--set", "seed=4"]) == 0
+    said = capsys.readouterr().out
+    assert said == "stopped and saved; continue with: diptych train tiny.yaml --out runs/tiny --resume --set seed=4\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.mix.step=2", "Did you mean 'steps'?"),
+        ("stages.mix.steps=many", "stages.mix.steps: needs a whole number, not 'many'"),
+        ("stages.mix.train=[decodr]", "Did you mean 'decoder'?"),
+        ("stages.mix.data.size=30", "size 30x30 is not divisible by 8"),
+        ("stages.mix.data.sources.pairs.task=edits", "Did you mean 'edit'?"),
+        ("system.decoder.kind=mmdt", "Did you mean 'mmdit'?"),
+        ("system.backbone.weights=gone", "gone"),
+        ("stages.mix.settings.mask_rato=1", "Did you mean 'mask_ratio'?"),
+        ("nothing", "key=value"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_recipes_that_do_not_work(
+    command: str, change: str, message: str, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "tiny.yaml", "--set", change]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("diptych: error: ")
+    assert message in line
+    assert not Path("runs").exists()
+
+
+def test_check_names_what_is_broken(tiny_plain: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    for number in range(10):
+        Image.new("RGB", (40, 48), (25 * number, 0, 0)).save(f"photos/{number}.png")
+        Path(f"photos/{number}.txt").write_text("a red square")
+    Path("photos/9.txt").unlink()
+    Path("photos/3.png").write_bytes(b"no picture")
+    sources = tiny_plain["stages"]["mix"]["data"]["sources"]
+    sources["pairs"] = {"kind": "folder", "task": "text_to_image", "path": "photos"}
+    tiny_plain["stages"]["mix"]["data"]["bad_share"] = 0.05
+    Path("r.yaml").write_text(yaml.safe_dump(tiny_plain))
+    assert main(["check", "r.yaml", "--output", "sheets"]) == 0
+    said = capsys.readouterr().out
+    assert "pairs (text_to_image): 9 items, 8 usable" in said
+    assert "1 dropped: no caption" in said
+    assert "pairs/3.png: " in said
+    assert "decoder" in said
+    assert "66.1k" in said
+    assert "time: about" in said
+    with Image.open("sheets/mix.png") as sheet:
+        assert sheet.width > 200
+
+    for number in range(8):
+        Path(f"photos/{number}.png").write_bytes(b"no picture")
+    assert main(["check", "r.yaml", "--output", "none"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "unreadable, more than bad_share 5.00%" in err
+    assert "pairs/0.png" in err
+    assert not Path("none").exists()
+
+
+def test_check_names_the_row(tiny_plain: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"image": "a.png", "text": "x"}\n{"image": \n')
+    sources = tiny_plain["stages"]["mix"]["data"]["sources"]
+    sources["pairs"] = {"kind": "jsonl", "task": "text_to_image", "path": "rows.jsonl"}
+    Path("r.yaml").write_text(yaml.safe_dump(tiny_plain))
+    assert main(["check", "r.yaml"]) == 2
+    assert "rows.jsonl:2" in capsys.readouterr().err
+
+
+def test_recipes(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    assert "iomm/b_pretrain_image" in capsys.readouterr().out
+    assert main(["recipes", "tiny.yaml", "--set", "seed=9"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("# A tiny recipe.\n# not run\n")
+    assert yaml.safe_load(said)["seed"] == 9
+
+
+def test_confusions_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["confusions", "--count", "20"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("shapes", "triangle", "lavender", "missed", "without any error: 1.0000"))
+    assert main(["doctor", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "[ ok ] torch" in said
+    assert "FAIL" not in said
+
+
+def test_quickstart(tiny_model: Path, tiny_recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["quickstart", "--model", str(tiny_model), "--recipe", "tiny.yaml", "--limit", "6"]
+    assert main([*command, "--steps", "2"]) == 0
+    out, err = capfd.readouterr()
+    assert out.count("  diptych ") == 3
+    assert "toyeval, before" in err
+    folder = Path("runs/quickstart")
+    found = json.loads((folder / "results.json").read_text())
+    assert found["steps"] == 2
+    assert 0 <= found["before"]["toyeval"]["overall"] <= 1
+    assert found["after"]["toyeval"]["counting"]["count"] == 1
+    assert found["seconds"] > 0
+    names = ["report.html", "before.png", "after.png", "curves.svg", "metrics.jsonl", "model/config.json"]
+    assert all((folder / name).is_file() for name in names)
+    assert list((folder / "checkpoints").iterdir())
+
+    kept = (folder / "report.html").read_bytes()
+    assert main(command) == 2
+    assert "runs/quickstart: holds a quick start already. See runs/quickstart/report.html" in capfd.readouterr().err
+    assert (folder / "report.html").read_bytes() == kept
+    assert main([*command, "--out", ".", "--force"]) == 2
+    assert "left alone" in capfd.readouterr().err
+    check_room(folder, force=True)

@@ -1,0 +1,71 @@
+"""What `check` says of a recipe, against counts made by other means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diptych.core.errors import UserError
+from diptych.recipes.build import build_system
+from diptych.recipes.check import check_data, check_system
+from diptych.recipes.recipe import load, parse
+from diptych.recipes.train import run_folder
+
+
+def test_parts_origins_and_memory(tiny_plain: dict[str, Any], tiny_mllm: Path) -> None:
+    tiny_plain["stages"]["mix"] |= {"ema": 0.99, "micro_batch": 2}
+    recipe = parse(tiny_plain)
+    found = check_system(recipe)
+    system = build_system(recipe.system)
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in system.named_parts().items()}
+    assert {part.name: part.parameters for part in found.parts} == sizes
+    origins = {part.name: part.weights for part in found.parts}
+    assert origins["llm"] == origins["vision"] == str(tiny_mllm)
+    assert origins["decoder"] == origins["queries"] == "random"
+    trained = {part.name: part.trained for part in found.parts if part.trained}
+    assert trained == {"queries": {"mix": sizes["queries"]}, "decoder": {"mix": sizes["decoder"]}}
+
+    (stage,) = found.stages
+    learned = sizes["queries"] + sizes["decoder"]
+    assert (stage.trained, stage.seen) == (learned, 12)
+    memory = stage.memory
+    assert memory.weights == 4 * sum(sizes.values())
+    assert (memory.gradients, memory.optimizer, memory.ema) == (4 * learned, 8 * learned, 4 * learned)
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.ema + memory.activations
+
+    tiny_plain["stages"]["mix"]["micro_batch"] = 4
+    twice = check_system(parse(tiny_plain)).stages[0].memory
+    assert twice.activations == 2 * memory.activations
+    tiny_plain["start"] = "toy/iomm"
+    assert {part.weights for part in check_system(parse(tiny_plain)).parts} == {"toy/iomm"}
+
+
+def test_a_full_size_recipe_without_its_weights() -> None:
+    recipe, _ = load("iomm/b_pretrain_image")
+    found = check_system(recipe)
+    sizes = {part.name: part for part in found.parts}
+    assert sizes["decoder"].parameters == pytest.approx(1.6e9, rel=0.02)
+    assert sizes["adapter"].parameters == pytest.approx(28.7e6, rel=0.02)
+    assert sizes["llm"].trained == {}
+    with pytest.raises(UserError, match="megalith"):
+        check_data(recipe, found, "pretrain")
+
+
+def test_data_time_and_sheet(tiny_plain: dict[str, Any]) -> None:
+    recipe = parse(tiny_plain)
+    told: list[tuple[str, int, int]] = []
+    data = check_data(recipe, check_system(recipe), "mix", limit=5, progress=lambda *x: told.append(x))
+    assert data.report.usable == 10
+    assert told[-1] == ("mix/pairs", 5, 5)
+    assert data.seconds is not None
+    assert data.seconds > 0
+    assert min(data.sheet.size) > 100
+
+
+def test_where_runs_go(tmp_path: Path) -> None:
+    assert run_folder("toy/quickstart") == Path("runs/toy-quickstart")
+    assert run_folder("toy/quickstart", tmp_path) == tmp_path
+    (tmp_path / "mine.yaml").write_text("seed: 1")
+    assert run_folder(str(tmp_path / "mine.yaml")) == Path("runs/mine")
