@@ -26,8 +26,10 @@ from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.dc import DCAutoencoder
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
+from diptych.parts.autoencoders.qwen_image import QwenImageAutoencoder
 from diptych.parts.backbones.base import Backbone
-from diptych.parts.backbones.internvl import InternVL, load_assets
+from diptych.parts.backbones.internvl import InternVL
+from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.connectors import OpenUniConnector
@@ -50,14 +52,19 @@ from diptych.systems.mllm import MLLMSystem
 from diptych.toyworld.samples import ToyWorld
 
 ENDLESS = 10_000_000
-BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL}
+BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL}
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "raw": Raw,
     "metaquery": LearnableQueries,
     "residual_query_adapter": ResidualQueryAdapter,
 }
 DECODERS: dict[str, Any] = {"mmdit": MMDiT, "zimage": ZImage, "sana": Sana, "qwen_image": QwenImage}
-AUTOENCODERS: dict[str, Any] = {"pixel": PixelAutoencoder, "kl": KLAutoencoder, "dc": DCAutoencoder}
+AUTOENCODERS: dict[str, Any] = {
+    "pixel": PixelAutoencoder,
+    "kl": KLAutoencoder,
+    "dc": DCAutoencoder,
+    "qwen_image": QwenImageAutoencoder,
+}
 
 
 def build_system(
@@ -104,7 +111,7 @@ def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
     """A backbone, and what its configuration file will say of it."""
     cls = _choose("backbone", part.kind, BACKBONES)
     if part.weights and not meta:
-        backbone = cls.from_pretrained(locate(part.weights))
+        backbone = cls.from_pretrained(locate(part.weights) / (part.subfolder or ""))
     else:
         config = part.config or published_config(part.weights, part.subfolder)
         with torch.device("meta" if meta else "cpu"):
@@ -174,7 +181,7 @@ def _tokenizer(part: Part, assets: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(str(locate(part.tokenizer)), trust_remote_code=False)
     if assets is None:
         raise UserError("backbone: random weights need a `tokenizer` (a folder, or 'toyworld')")
-    return load_assets(assets)[0]
+    return AutoTokenizer.from_pretrained(str(assets), trust_remote_code=False)
 
 
 def toy_texts(count: int = 3000) -> list[str]:
@@ -246,7 +253,9 @@ def _choose(what: str, name: str, table: dict[str, Any]) -> Any:
 
 def _call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:
     """Calls with keyword arguments; an argument that is not there is a user's error."""
-    parameters = inspect.signature(cls).parameters
+    gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    signature = inspect.signature(cls).parameters
+    parameters = {name: parameter for name, parameter in signature.items() if parameter.kind not in gathering}
     for name in values:
         if name not in parameters:
             raise unknown("key", name, parameters, where)

@@ -13,6 +13,7 @@ from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight
 from diptych.core.errors import UserError, unknown
 from diptych.inference.engine import Engine, Sampling
 from diptych.parts.backbones.internvl import InternVL
+from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, SystemSpec, parse
@@ -24,7 +25,7 @@ from diptych.training import state
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
 
-PUBLISHED = {"internvl": InternVL}
+PUBLISHED: dict[str, type[InternVL] | type[Qwen2_5VL]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL}
 """Backbones in transformers' own layout, by `model_type`."""
 
 

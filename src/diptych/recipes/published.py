@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.recipes.names import locate, shipped
 
 SIZES = Path(__file__).parent / "sizes"
 
@@ -19,8 +20,8 @@ def published_config(weights: str | None, subfolder: str | None = None) -> dict[
     """The config.json of a published model."""
     if weights is None:
         raise UserError("a part needs `weights` or a `config`")
-    if Path(weights).is_dir():
-        return json.loads((Path(weights) / (subfolder or "") / "config.json").read_text(encoding="utf-8"))
+    if weights in shipped() or Path(weights).is_dir():
+        return json.loads((locate(weights) / (subfolder or "") / "config.json").read_text(encoding="utf-8"))
     name = "__".join([*weights.split("/"), *([subfolder] if subfolder else [])]) + ".json"
     path = SIZES / name
     if not path.is_file():

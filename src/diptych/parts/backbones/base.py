@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,13 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same sequences on `device`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Sequences(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        return Sequences(
+            ids=self.ids.to(device),
+            mask=self.mask.to(device),
+            images=self.images.to(device),
+            learned=self.learned.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
 
 
 @dataclass

@@ -15,22 +15,30 @@ from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError
 from diptych.core.sample import Message
 from diptych.parts.backbones.base import Backbone, Prefix, Sequences
 from diptych.parts.backbones.causal import greedy, run_causal
 from diptych.parts.backbones.chat import Chat
+from diptych.parts.backbones.published import (
+    check_keys,
+    check_rows,
+    matching_chat,
+    read_config,
+    read_model,
+    unreadable,
+    without_origin,
+    write_model,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_OLD_KEYS = {"torch_dtype", "use_bfloat16", "rope_theta", "rope_scaling", "auto_map", "head_dim"}
-"""Keys of published text and vision configs that current config classes no longer list."""
-
-_ORIGIN_KEYS = {"_name_or_path", "architectures", "dtype", "transformers_version", "id2label", "label2id"}
+POSITION_STD = 0.5
+"""Of the vision tower's position table in random weights. transformers starts it at zero, from where a small model
+does not read places for thousands of steps."""
 
 
 class InternVL(Backbone):
@@ -67,7 +75,7 @@ class InternVL(Backbone):
                 f"image processor gives {size['height']}x{size['width']} px, "
                 f"but the vision tower takes {self.image_size}x{self.image_size}"
             )
-        self._chat = None if tokenizer is None else _matching_chat(tokenizer, config)
+        self._chat = None if tokenizer is None else matching_chat(Chat(tokenizer), tokenizer, config)
 
     @classmethod
     def from_config(
@@ -78,7 +86,9 @@ class InternVL(Backbone):
         *,
         max_tiles: int = 1,
     ) -> InternVL:
-        """Random weights, by transformers' own initialisation; under `torch.device("meta")` without memory.
+        """Random weights, by transformers' own initialisation but for the tower's position table.
+
+        Under `torch.device("meta")` without memory.
 
         Args:
             config: keys of transformers' InternVLConfig, with `text_config` and `vision_config` inside.
@@ -90,6 +100,9 @@ class InternVL(Backbone):
         """
         built = _checked_config(config)
         model = InternVLForConditionalGeneration._from_config(built, attn_implementation="sdpa")
+        positions = getattr(model.model.vision_tower.embeddings, "position_embeddings", None)
+        if positions is not None:
+            nn.init.normal_(positions, std=POSITION_STD)
         return cls(model, tokenizer, image_processor, max_tiles=max_tiles)
 
     @classmethod
@@ -100,39 +113,12 @@ class InternVL(Backbone):
             UserError: unreachable hub id, a folder that is no InternVL, no safetensors, or missing, unexpected or
                 wrongly shaped keys (named).
         """
-        name = str(source)
-        local = Path(source).expanduser()
-        if local.is_dir():
-            name = str(local)
-            if not (local / "config.json").is_file():
-                raise UserError(f"{source}: no model folder (it has no config.json)")
-        elif local.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-            raise UserError(f"{source}: no such folder, and no hub id (owner/name)")
+        name, config = read_config(source, InternVLConfig, "InternVL", "OpenGVLab/InternVL3-1B-hf")
+        model = read_model(InternVLForConditionalGeneration, source, name, config, dtype)
         try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, StrictDataclassError) as error:
-            raise _unreadable(source, local, error) from error
-        if not isinstance(config, InternVLConfig):
-            raise UserError(
-                f"{source}: a {config.model_type!r} model, not InternVL in transformers' layout "
-                "(for example OpenGVLab/InternVL3-1B-hf)"
-            )
-        try:
-            loaded: Any = InternVLForConditionalGeneration.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-            model, info = loaded
             tokenizer, processor = load_assets(name)
         except (OSError, ValueError) as error:
-            raise _unreadable(source, local, error) from error
-        _check_loaded(source, info)
+            raise unreadable(source, error) from error
         return cls(model, tokenizer, processor, max_tiles=max_tiles)
 
     @property
@@ -147,7 +133,7 @@ class InternVL(Backbone):
 
     def config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
-        return _without_origin(self.model.config.to_dict())
+        return without_origin(self.model.config.to_dict())
 
     def tokenize(
         self,
@@ -160,10 +146,7 @@ class InternVL(Backbone):
         counts = [[self._tiles(image) * self.tile_tokens for image in row] for row in images]
         slots = counts if images else [[] for _ in conversations]
         encoded = self.chat.encode(conversations, slots, generate=generate, max_length=self.max_length, opening=opening)
-        rows = self.model.config.text_config.vocab_size
-        if (encoded.ids >= rows).any():
-            token = self.tokenizer.convert_ids_to_tokens(int(encoded.ids.max()))
-            raise UserError(f"a text holds {token!r}, which this model has no embedding for")
+        check_rows(encoded.ids, self.tokenizer, self.model.config.text_config.vocab_size)
         return encoded.to(self.model.device)
 
     def pixels(self, images: Sequence[Tensor]) -> Tensor:
@@ -240,11 +223,7 @@ class InternVL(Backbone):
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """config.json, safetensors and assets, in transformers' own layout; weights as `dtype` where one is given."""
-        weights: dict[str, Tensor] = self.model.state_dict()
-        if dtype is not None:
-            cast = {x.data_ptr(): x.to(dtype) for x in weights.values()}  # tied weights stay one
-            weights = {name: cast[x.data_ptr()] for name, x in weights.items()}
-        self.model.save_pretrained(folder, state_dict=weights)
+        write_model(self.model, folder, dtype)
         self.save_assets(folder)
 
     def _normalised(self, images: Tensor) -> Tensor:
@@ -270,14 +249,6 @@ def load_assets(source: str | Path) -> tuple[PreTrainedTokenizerBase, GotOcr2Ima
     return tokenizer, processor
 
 
-def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_origin(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _ORIGIN_KEYS
-    }
-
-
 def _geometry(config: Any) -> tuple[int, int]:
     """Side of a tile in pixels, and its number of vision tokens."""
     vision = config.vision_config
@@ -295,37 +266,15 @@ def _geometry(config: Any) -> tuple[int, int]:
     return height, tokens
 
 
-def _matching_chat(tokenizer: PreTrainedTokenizerBase, config: Any) -> Chat:
-    chat = Chat(tokenizer)
-    if chat.image_id != config.image_token_id:
-        raise UserError(
-            f"tokenizer: {chat.image} has id {chat.image_id}, "
-            f"but the config's image_token_id is {config.image_token_id}"
-        )
-    rows = config.text_config.vocab_size
-    if tokenizer.vocab_size > rows:  # published tokenizers may add tokens, such as <video>, that have no row
-        raise UserError(f"tokenizer has {tokenizer.vocab_size} tokens, but text_config.vocab_size is {rows}")
-    return chat
-
-
 def _checked_config(values: Mapping[str, Any]) -> InternVLConfig:
     default = InternVLConfig()
-    for place in ("text_config", "vision_config"):
-        if not isinstance(values.get(place, {}), Mapping):
-            raise UserError(f"{place}: a mapping is needed, not {values[place]!r}")
-    places: dict[str, tuple[Mapping[str, Any], PreTrainedConfig]] = {"config": (values, default)}
-    text = dict(values.get("text_config") or {})
-    model_type = text.pop("model_type", "qwen2")
+    text = values.get("text_config") or {}
+    model_type = text.get("model_type", "qwen2") if isinstance(text, Mapping) else "qwen2"
     try:
-        places["text_config"] = (text, AutoConfig.for_model(model_type))
+        known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise UserError(f"text_config: transformers has no model_type {model_type!r}") from error
-    places["vision_config"] = (values.get("vision_config") or {}, default.vision_config)  # type: ignore[dict-item]
-    for place, (given, known) in places.items():
-        choices = set(known.to_dict())
-        for key in given:
-            if key not in choices | _OLD_KEYS:
-                raise unknown("key", key, choices, place)
+    check_keys(values, known, default)
     ratio = values.get("downsample_ratio", default.downsample_ratio)
     plain = {**values, "downsample_ratio": float(ratio) if isinstance(ratio, int) else ratio}
     try:
@@ -334,25 +283,3 @@ def _checked_config(values: Mapping[str, Any]) -> InternVLConfig:
         raise UserError(f"InternVL config: {' '.join(str(error).split())}") from error
     assert isinstance(built, InternVLConfig)
     return built
-
-
-def _check_loaded(source: str | Path, info: Mapping[str, Any]) -> None:
-    """Stops when weights are missing, left over, or of another shape."""
-    complaints = [
-        f"{what} {', '.join(sorted(str(key) for key in info[field]))}"
-        for what, field in (
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("wrongly shaped", "mismatched_keys"),
-        )
-        if info[field]
-    ]
-    if complaints:
-        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(complaints)}")
-
-
-def _unreadable(source: str | Path, local: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    if local.is_dir():
-        return UserError(f"{source}: no InternVL folder with safetensors and tokenizer files ({reason})")
-    return UserError(f"{source}: hub id not reachable, unknown, or without safetensors ({reason})")

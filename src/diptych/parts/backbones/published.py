@@ -1,0 +1,135 @@
+"""What the backbones over transformers share: reading their folders, checking keys, writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from diptych.core.errors import UserError, unknown
+from diptych.parts.backbones.chat import Chat
+
+_OLD_KEYS = {"torch_dtype", "use_bfloat16", "rope_theta", "rope_scaling", "auto_map", "head_dim", "tie_word_embeddings"}
+"""Keys of published text and vision configs that current config classes no longer list."""
+
+_ORIGIN_KEYS = {"_name_or_path", "architectures", "dtype", "transformers_version", "id2label", "label2id"}
+
+
+def without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values without where it came from or how it was stored."""
+    return {
+        key: without_origin(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _ORIGIN_KEYS
+    }
+
+
+def check_keys(values: Mapping[str, Any], text: PreTrainedConfig, whole: PreTrainedConfig) -> None:
+    """UserError on a key that neither the configuration nor its `text_config` or `vision_config` has."""
+    for place in ("text_config", "vision_config"):
+        if not isinstance(values.get(place, {}), Mapping):
+            raise UserError(f"{place}: a mapping is needed, not {values[place]!r}")
+    vision: Any = whole.vision_config
+    for place, given, known in (
+        ("config", values, whole),
+        ("text_config", values.get("text_config") or {}, text),
+        ("vision_config", values.get("vision_config") or {}, vision),
+    ):
+        choices = set(known.to_dict()) | {"model_type"}
+        for key in given:
+            if key not in choices | _OLD_KEYS:
+                raise unknown("key", key, choices, place)
+
+
+def read_config(
+    source: str | Path, cls: type[PreTrainedConfig], family: str, example: str
+) -> tuple[str, PreTrainedConfig]:
+    """The name by which transformers finds `source`, and its configuration, which must be of `cls`."""
+    name = str(source)
+    local = Path(source).expanduser()
+    if local.is_dir():
+        name = str(local)
+        if not (local / "config.json").is_file():
+            raise UserError(f"{source}: no model folder (it has no config.json)")
+    elif local.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"{source}: no such folder, and no hub id (owner/name)")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise unreadable(source, error) from error
+    if not isinstance(config, cls):
+        raise UserError(
+            f"{source}: a {config.model_type!r} model, not {family} in transformers' layout (for example {example})"
+        )
+    return name, config
+
+
+def read_model(architecture: Any, source: str | Path, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The weights of a folder or hub id, safetensors only, strictly: every key there, none left over."""
+    try:
+        loaded: Any = architecture.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError) as error:
+        raise unreadable(source, error) from error
+    model, info = loaded
+    complaints = [
+        f"{what} {', '.join(sorted(str(key) for key in info[field]))}"
+        for what, field in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("wrongly shaped", "mismatched_keys"),
+        )
+        if info[field]
+    ]
+    if complaints:
+        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(complaints)}")
+    return model
+
+
+def write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """config.json and safetensors in transformers' own layout; weights as `dtype` where one is given."""
+    weights: dict[str, Tensor] = model.state_dict()
+    if dtype is not None:
+        cast = {x.data_ptr(): x.to(dtype) for x in weights.values()}  # tied weights stay one
+        weights = {name: cast[x.data_ptr()] for name, x in weights.items()}
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def matching_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, config: Any) -> Chat:
+    """The same chat, whose image token and vocabulary are those of the configuration."""
+    if chat.image_id != config.image_token_id:
+        raise UserError(
+            f"tokenizer: {chat.image} has id {chat.image_id}, "
+            f"but the config's image_token_id is {config.image_token_id}"
+        )
+    rows = config.text_config.vocab_size
+    if tokenizer.vocab_size > rows:  # published tokenizers may add tokens, such as <video>, that have no row
+        raise UserError(f"tokenizer has {tokenizer.vocab_size} tokens, but text_config.vocab_size is {rows}")
+    return chat
+
+
+def check_rows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """UserError on a token beyond the embedding's rows."""
+    if (ids >= rows).any():
+        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise UserError(f"a text holds {token!r}, which this model has no embedding for")
+
+
+def unreadable(source: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    if Path(source).expanduser().is_dir():
+        return UserError(f"{source}: not readable; safetensors and tokenizer files are needed ({reason})")
+    return UserError(f"{source}: hub id not reachable, unknown, or without safetensors ({reason})")

@@ -1,0 +1,239 @@
+"""Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923) through transformers' own classes; Qwen-Image's text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from diptych.core.errors import UserError
+from diptych.core.sample import Message
+from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.causal import greedy, run_causal
+from diptych.parts.backbones.chat import Chat
+from diptych.parts.backbones.published import (
+    check_keys,
+    check_rows,
+    matching_chat,
+    read_config,
+    read_model,
+    unreadable,
+    without_origin,
+    write_model,
+)
+
+
+class Qwen2_5VL(Backbone):
+    """Window-attention vision tower, merger and a Qwen2 language model with rotary positions by time, row and column.
+
+    An image keeps its aspect ratio: it is resized to whole merged patches within the processor's least and greatest
+    area, and has N = (H / (patch * merge)) (W / (patch * merge)) vision tokens. `Sequences.positions` holds the
+    positions of image tokens, None where no conversation has an image.
+
+    Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase | None,
+        image_processor: Qwen2VLImageProcessorPil | None,
+    ) -> None:
+        super().__init__()
+        config: Any = model.config
+        vision = config.vision_config
+        self.model: Any = model
+        self.width = config.text_config.hidden_size
+        self.max_length = config.text_config.max_position_embeddings
+        self.merge = vision.spatial_merge_size
+        self.image_processor: Any = image_processor or Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=self.merge
+        )
+        for name, needed in (("patch_size", vision.patch_size), ("merge_size", self.merge)):
+            if getattr(self.image_processor, name) != needed:
+                raise UserError(
+                    f"image processor: {name} {getattr(self.image_processor, name)}, the tower has {needed}"
+                )
+        self._chat = None
+        if tokenizer is not None:
+            chat = Chat(tokenizer, image="<|image_pad|>", start="<|vision_start|>", end="<|vision_end|>")
+            self._chat = matching_chat(chat, tokenizer, config)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        image_processor: Qwen2VLImageProcessorPil | None = None,
+    ) -> Qwen2_5VL:
+        """Random weights, by transformers' own initialisation; under `torch.device("meta")` without memory.
+
+        Args:
+            config: keys of transformers' Qwen2_5_VLConfig, with `text_config` and `vision_config` inside.
+            tokenizer: None where no text is read, as in builds on the meta device.
+            image_processor: None for Qwen2-VL's own with the tower's patches.
+
+        Raises:
+            UserError: an unknown key, a wrong value, or parts that do not fit each other.
+        """
+        default = Qwen2_5_VLConfig()
+        text: Any = default.text_config
+        check_keys(config, text, default)
+        try:
+            built = Qwen2_5_VLConfig.from_dict(dict(config))
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise UserError(f"Qwen2.5-VL config: {' '.join(str(error).split())}") from error
+        model = Qwen2_5_VLForConditionalGeneration._from_config(built, attn_implementation="sdpa")
+        return cls(model, tokenizer, image_processor)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Qwen2_5VL:
+        """Weights, tokenizer and image processor from a folder or a hub id; safetensors only, no remote code.
+
+        A `text_encoder` folder of a diffusers pipeline has neither tokenizer nor image processor: the tokenizer is
+        then read from the folder `tokenizer` beside it, and the image processor is Qwen2-VL's own.
+
+        Raises:
+            UserError: unreachable hub id, a folder that is no Qwen2.5-VL, no safetensors, or missing, unexpected or
+                wrongly shaped keys (named).
+        """
+        name, config = read_config(source, Qwen2_5_VLConfig, "Qwen2.5-VL", "Qwen/Qwen2.5-VL-3B-Instruct")
+        model = read_model(Qwen2_5_VLForConditionalGeneration, source, name, config, dtype)
+        folder = Path(name)
+        words, pictures = folder, folder
+        if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+            words, pictures = folder.parent / "tokenizer", folder.parent / "processor"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(words), trust_remote_code=False)
+            there = not folder.is_dir() or (pictures / "preprocessor_config.json").is_file()
+            processor = Qwen2VLImageProcessorPil.from_pretrained(str(pictures)) if there else None
+        except (OSError, ValueError) as error:
+            raise unreadable(source, error) from error
+        return cls(model, tokenizer, processor)
+
+    @property
+    def chat(self) -> Chat:
+        if self._chat is None:
+            raise UserError("this Qwen2.5-VL was built without a tokenizer")
+        return self._chat
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.chat.tokenizer
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
+        return without_origin(self.model.config.to_dict())
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+    ) -> Sequences:
+        grids = [[self._grid(image) for image in row] for row in images]
+        slots = [[rows * columns // self.merge**2 for rows, columns in row] for row in grids]
+        encoded = self.chat.encode(
+            conversations,
+            slots if images else [[] for _ in conversations],
+            generate=generate,
+            max_length=self.max_length,
+            opening=opening,
+        )
+        check_rows(encoded.ids, self.tokenizer, self.model.config.text_config.vocab_size)
+        flat = [[1, rows, columns] for row in grids for rows, columns in row]
+        if flat:
+            positions, _ = self.model.model.get_rope_index(
+                encoded.ids,
+                mm_token_type_ids=encoded.images.int(),
+                image_grid_thw=torch.tensor(flat),
+                attention_mask=encoded.mask.long(),
+            )  # (3, B, L)
+            encoded = replace(encoded, positions=positions.permute(1, 2, 0))
+        return encoded.to(self.model.device)
+
+    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        if not images:
+            return []
+
+        levels = [((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for image in images]
+        arrays = [image.permute(1, 2, 0).cpu().numpy() for image in levels]  # each (H, W, 3)
+        inputs = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
+        pixels, grids = (inputs[name].to(self.model.device) for name in ("pixel_values", "image_grid_thw"))
+        return list(self.model.get_image_features(pixels, grids).pooler_output)  # each (N, D)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def run(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: bool = False,
+    ) -> Prefix:
+        language_model = self.model.model.language_model
+        return run_causal(language_model, embeddings, mask, prefix, positions=positions, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden)
+
+    @torch.no_grad()
+    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
+        embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
+        ids = greedy(self, embeddings, sequences, ends=self.chat.end_ids, max_new_tokens=max_new_tokens)
+        return [self.chat.decode(row) for row in ids]
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        """`llm` (with the output head, tied or not), `vision`, `projector` (the merger)."""
+        inner = self.model.model
+        tower = inner.visual
+        return {
+            "llm": nn.ModuleList([inner.language_model, self.model.lm_head]),
+            "vision": nn.ModuleList([tower.patch_embed, tower.blocks]),
+            "projector": tower.merger,
+        }
+
+    def shard_units(self) -> list[nn.Module]:
+        inner = self.model.model
+        return [*inner.visual.blocks, *inner.language_model.layers]
+
+    def save_assets(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        write_model(self.model, folder, dtype)
+        self.save_assets(folder)
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches that the processor cuts an image into."""
+        height, width = image.shape[-2:]
+        if max(height, width) > 200 * min(height, width):
+            raise UserError(f"image of size {height}x{width}: Qwen2.5-VL takes aspect ratios up to 200")
+        size, patch = self.image_processor.size, self.image_processor.patch_size
+        rows, columns = smart_resize(
+            height,
+            width,
+            factor=patch * self.merge,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return rows // patch, columns // patch
