@@ -24,12 +24,13 @@ from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample, Task
-from diptych.objectives import cross_entropy, flow_matching, masked_image
+from diptych.objectives import flow_matching, masked_image
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.decoders.base import Decoder
+from diptych.systems import conversation
 from diptych.systems.base import Dropped, System
 
 LORA = ".lora_"
@@ -211,7 +212,7 @@ class ComposedSystem(System):
             terms |= self._flow(batch.take(drawn), draws.take(drawn))
         told = batch.rows("understand")
         if told:
-            terms["cross_entropy.understand"] = self._understand(batch.take(told))
+            terms["cross_entropy.understand"] = conversation.learn(self.backbone, batch.take(told), self.device)
         return terms
 
     def _flow(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -235,15 +236,6 @@ class ComposedSystem(System):
             return torch.stack(cached)
         return self.to_latents(batch.images())
 
-    def _understand(self, batch: Batch) -> Tensor:
-        images = [sample.context_images for sample in batch]
-        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images).to(self.device)
-        ids, mask, slots = sequences.ids, sequences.mask, sequences.images
-        vision = self.backbone.vision_tokens([image for row in images for image in row])
-        embeddings = self.backbone.place(self.backbone.embed(ids), slots, vision)
-        hidden = self.backbone.run(embeddings, mask, positions=sequences.positions).hidden
-        return cross_entropy.next_token_loss(self.backbone.logits(hidden), ids, sequences.learned)
-
     def generate_text(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -251,10 +243,7 @@ class ComposedSystem(System):
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
-        sequences = self.backbone.tokenize(conversations, images=images, generate=True)
-        with torch.no_grad():
-            vision = self.backbone.vision_tokens([image for row in images for image in row])
-            return self.backbone.generate(sequences, vision, max_new_tokens=max_new_tokens)
+        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
 
     # Structure
 

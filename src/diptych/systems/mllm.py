@@ -13,8 +13,8 @@ from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Task
-from diptych.objectives.cross_entropy import next_token_loss
 from diptych.parts.backbones.base import Backbone
+from diptych.systems import conversation
 from diptych.systems.base import Dropped, System
 
 
@@ -33,14 +33,7 @@ class MLLMSystem(System):
         others = [sample for sample in batch if sample.task != "understand"]
         if others:
             raise UserError(f"{others[0].id}: task {others[0].task!r} cannot train an MLLM by itself; use 'understand'")
-        images = [sample.context_images for sample in batch]
-        sequences = self.backbone.tokenize([sample.messages for sample in batch], images=images).to(self.device)
-        ids, mask, slots = sequences.ids, sequences.mask, sequences.images
-        vision = self.backbone.vision_tokens([image for row in images for image in row])
-        embeddings = self.backbone.place(self.backbone.embed(ids), slots, vision)
-        hidden = self.backbone.run(embeddings, mask, positions=sequences.positions).hidden
-        loss = next_token_loss(self.backbone.logits(hidden), ids, sequences.learned)
-        return {"cross_entropy.understand": loss}
+        return {"cross_entropy.understand": conversation.learn(self.backbone, batch, self.device)}
 
     def generate_text(
         self,
@@ -49,10 +42,7 @@ class MLLMSystem(System):
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
-        sequences = self.backbone.tokenize(conversations, images=images, generate=True)
-        with torch.no_grad():
-            vision = self.backbone.vision_tokens([image for row in images for image in row])
-            return self.backbone.generate(sequences, vision, max_new_tokens=max_new_tokens)
+        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
 
     def named_parts(self) -> dict[str, nn.Module]:
         return dict(self.backbone.named_parts())
