@@ -126,8 +126,8 @@ def judged(found: dict[str, Any], scores: dict[str, Any]) -> str:
     """How the scores came about."""
     return (
         f"ToyEval has GenEval's six categories: {scores['prompts']} prompts, {scores['images']} images. A detector "
-        "reads shapes, colours and boxes off each picture; a picture is right or wrong. Ranges are 95% intervals. To be "
-        f"quick, this draws fewer pictures per prompt than 'diptych eval', in {found['sampling']['steps']} sampler steps."
+        "reads shapes, colours and boxes off each picture; a picture is right or wrong. Ranges are 95% intervals. "
+        f"To be quick, this draws fewer pictures per prompt than 'diptych eval', in {found['sampling']['steps']} steps."
     )
 
 
