@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,28 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from PIL import Image
+from accelerate.state import AcceleratorState
 
 from diptych.checkpoints.tensors import atomic_folder, atomic_text
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Batch
 from diptych.data.source import BadItem, ItemDraws, Source
+from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes import build
-from diptych.recipes.load import start
+from diptych.recipes.load import from_checkpoint, settings_of, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
-from diptych.recipes.schema import read
 from diptych.systems.base import System
-from diptych.systems.composed import ComposedConfig, ComposedSystem
+from diptych.systems.composed import ComposedSystem
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 
 log = logging.getLogger(__name__)
 
 FREE = ("run", "sampling", "sample_prompts")
-"""Sections that may differ between a run and its resumption: they do not change what is learned."""
+"""Sections that may differ between a run and its resumption: but for the precision, they do not change what is learned.
+"""
 
 
 def train_recipe(
@@ -62,7 +62,7 @@ def train_recipe(
     if recipe.run.checkpointing:
         set_checkpointing(system)
     stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
-    apply = stage_settings(system, list(recipe.stages.values()))
+    apply = stage_settings(system, recipe)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed:
@@ -73,14 +73,21 @@ def train_recipe(
         seed=recipe.seed,
         recipe=plain,
         resume=resumed,
+        on_stage=apply,
         on_sample=sampler(system, recipe, folder) if accelerator.is_main_process else None,
     )
-    done = loop.train(system.to(accelerator.device), stages, run, accelerator, on_stage=apply)
+    done = loop.train(system.to(accelerator.device), stages, run, accelerator)
     for stage in stages:
         for item, reason in stage.data.skipped.items():
             announce(f"skipped {item}: {reason}")
     if done and accelerator.is_main_process:
+        if recipe.run.strategy == "fsdp":  # no process has the whole system; the last checkpoint does
+            system = from_checkpoint(state.checkpoints(folder / "checkpoints")[-1], str(folder))
+            system.own(dict.fromkeys(trained))
         save_model(system, recipe, folder / "model")
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     return done
 
 
@@ -105,7 +112,8 @@ def claim(folder: Path, plain: dict[str, Any], resume: bool) -> bool:
 
 
 def strip(plain: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in plain.items() if name not in FREE}
+    precision = plain.get("run", {}).get("precision", RunConfig.precision)
+    return {**{name: value for name, value in plain.items() if name not in FREE}, "run.precision": precision}
 
 
 def difference(a: Any, b: Any, where: str = "") -> str:
@@ -120,18 +128,11 @@ def difference(a: Any, b: Any, where: str = "") -> str:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """One process, DDP under a launcher, or FSDP2."""
-    if config.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    plugin = None
-    if config.strategy == "fsdp":
-        from accelerate import FullyShardedDataParallelPlugin
-
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    """One process, or several under a launcher."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     return Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=config.device == "cpu",
-        fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
@@ -186,20 +187,14 @@ def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: Data
     return batches
 
 
-def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int], None]:
-    """Sets the system's options at the start of each stage."""
-    base = system.settings if isinstance(system, ComposedSystem) else None
+def stage_settings(system: System, recipe: Recipe) -> Callable[[int], None]:
+    """Sets the system's options at the start of each stage; a setting that does not fit fails now."""
+    wanted = [settings_of(system, recipe, position) for position in range(len(recipe.stages))]
 
     def apply(position: int) -> None:
-        changes = stages[position].settings
-        if base is None or not isinstance(system, ComposedSystem):
-            if changes:
-                raise UserError("settings: this system has no options that a stage could set")
-            return
-        system.settings = read(ComposedConfig, {**dataclasses.asdict(base), **changes}, "settings")
+        if isinstance(system, ComposedSystem):
+            system.settings = wanted[position]
 
-    for position in range(len(stages)):
-        apply(position)
     return apply
 
 
@@ -224,20 +219,6 @@ def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], Non
         grid(images).save(folder / "samples" / f"step-{step:08d}.png")
 
     return draw
-
-
-def grid(images: Sequence[Image.Image], columns: int = 8, scale: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows on white; small ones enlarged without smoothing."""
-    width, height = images[0].size
-    factor = scale or max(1, 96 // width)
-    width, height = width * factor + gap, height * factor + gap
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
-    for i, image in enumerate(images):
-        enlarged = image.resize((width - gap, height - gap), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (gap + i % columns * width, gap + i // columns * height))
-    return sheet
 
 
 def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype | None = None) -> None:
