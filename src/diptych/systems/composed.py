@@ -118,7 +118,7 @@ class ComposedSystem(System):
 
     def encode(self, batch: Batch, draws: Draws | None = None) -> TokenCondition:
         if draws is not None:
-            dropped = (draws.uniform("drop")[:, None] < self.settings.drop).flatten().tolist()
+            dropped = (draws.uniform("drop") < self.settings.drop).tolist()
             null = self.without(batch, "text_and_images")
             batch = Batch(tuple(null.samples[i] if off else batch.samples[i] for i, off in enumerate(dropped)))
         images = [self._read_images(sample) for sample in batch]
@@ -133,9 +133,9 @@ class ComposedSystem(System):
             embeddings = self.backbone.embed(ids)  # (B, L, D)
         keep = torch.ones_like(slots)  # (B, L)
         if draws is not None and self.settings.mask_ratio > 0:
-            hidden = torch.tensor([sample.task == "image" for sample in batch], device=ids.device)[:, None]  # (B, 1)
-            kept = masked_image.keep_tokens(draws.uniform("image_mask", ids.shape[1]), self.settings.mask_ratio)
-            keep = kept.to(ids.device) | ~slots | ~hidden
+            for row in batch.rows("image"):  # each from its own draw, whatever the batch is padded to
+                uniform = draws.take([row]).uniform("image_mask", int(slots[row].sum()))[0]
+                keep[row, slots[row]] = masked_image.keep_tokens(uniform, self.settings.mask_ratio)
         embeddings = self.backbone.place(embeddings, slots, vision)
         if self.settings.mask_way == "drop":
             if positions is not None:
