@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,7 +87,10 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors shards (no weight_map)") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{index}: shard {missing[0]} is missing")
@@ -122,9 +125,11 @@ def load_into(
     otherwise a UserError names the first few. Meta parameters are materialised from the file.
     """
     expected = own_tensors(module)
-    aliases = {name: name for name in expected}
     first = {id(tensor): name for name, tensor in expected.items()}
-    aliases |= {name: first[id(tensor)] for name, tensor in module.state_dict(keep_vars=True).items()}
+    aliases = {name: first[id(tensor)] for name, tensor in module.state_dict(keep_vars=True).items()}
+    tied: dict[str, list[str]] = {}
+    for name, target in aliases.items():
+        tied.setdefault(target, []).append(name)
     seen: set[str] = set()
     unexpected: list[str] = []
     for name, tensor in tensors:
@@ -137,24 +142,25 @@ def load_into(
             raise UserError(
                 f"{source}: {name} has shape {list(tensor.shape)}, the model needs {list(expected[target].shape)}"
             )
-        assign(module, target, tensor)
+        assign(module, tied[target], tensor)
         seen.add(target)
     missing = [name for name in expected if name not in seen and not optional(name)]
     if missing or unexpected:
         raise UserError(f"{source}: {_difference(missing, unexpected)}")
 
 
-def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Copy a tensor into the parameter or buffer of this name, creating it when it is on the meta device."""
-    owner, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(owner)
-    current = getattr(parent, leaf)
-    if current.is_meta:
-        new = tensor.to(current.dtype)
-        setattr(parent, leaf, nn.Parameter(new, current.requires_grad) if isinstance(current, nn.Parameter) else new)
+def assign(module: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    """Copy a tensor into the parameter or buffer of these (tied) names, creating it when it is on the meta device."""
+    owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    current = getattr(*owners[0])
+    if not current.is_meta:
+        with torch.no_grad():
+            current.copy_(tensor)
         return
-    with torch.no_grad():
-        current.copy_(tensor)
+    new = tensor.to(current.dtype)
+    made = nn.Parameter(new, current.requires_grad) if isinstance(current, nn.Parameter) else new
+    for owner, leaf in owners:
+        setattr(owner, leaf, made)
 
 
 def _difference(missing: list[str], unexpected: list[str]) -> str:
@@ -168,23 +174,56 @@ def _difference(missing: list[str], unexpected: list[str]) -> str:
 
 
 def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Run `write` on a temporary folder beside `final`, then rename it; nothing half-written stays on an error."""
+    """Run `write` on a temporary folder beside `final`, then rename it; nothing half-written stays on an error.
+
+    A process that is killed leaves hidden folders of its own behind; the next call for the same `final` removes them,
+    and puts back a folder that was moved away for a new one that never came.
+
+    Raises:
+        UserError: the folder could not be written (a full disk, no permission); what was there before is untouched.
+    """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")
     try:
+        clear_leftovers(final)
+        temporary.mkdir(parents=True)
         write(temporary)
         if final.exists():
-            old = final.with_name(f".{final.name}.{os.getpid()}.old")
             os.replace(final, old)
-            os.replace(temporary, final)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, final)
-    except OSError as error:
-        raise UserError(f"{final}: could not be written ({error.strerror or error}); nothing was changed") from error
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        if old.exists():
+            os.replace(old, final)
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"{final}: could not be written ({reason}); nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(final: Path) -> None:
+    """Remove what killed processes left beside `final`; an older `final` that one had moved away comes back."""
+    for path in final.parent.glob(f".{final.name}.*"):
+        process, _, state = path.name.removeprefix(f".{final.name}.").partition(".")
+        if state not in ("partial", "old") or not process.isdigit() or _lives(int(process)):
+            continue
+        if state == "old" and not final.exists():
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of this number runs."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def atomic_text(final: Path, text: str) -> None:

@@ -24,8 +24,8 @@ class Condition(abc.ABC):
     def batch_size(self) -> int: ...
 
     @abc.abstractmethod
-    def join(self, others: Sequence[Self]) -> Self:
-        """This condition followed by `others` along the batch; lengths are padded, masks kept."""
+    def join(self, others: Sequence[Condition]) -> Self:
+        """This condition followed by `others` of its kind along the batch; lengths are padded, masks kept."""
 
     @abc.abstractmethod
     def take(self, rows: Sequence[int]) -> Self:
@@ -57,8 +57,11 @@ class TokenCondition(Condition):
             return self.mask
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
 
-    def join(self, others: Sequence[Self]) -> Self:
-        parts = [self, *others]
+    def join(self, others: Sequence[Condition]) -> Self:
+        parts: list[TokenCondition] = [self]
+        for other in others:
+            assert isinstance(other, TokenCondition), "join of unlike conditions"
+            parts.append(other)
         length = max(part.tokens.shape[1] for part in parts)
         masked = any(part.mask is not None or part.tokens.shape[1] < length for part in parts)
         tokens = torch.cat([pad_length(part.tokens, length) for part in parts])  # (sum B, L, D)

@@ -43,6 +43,10 @@ class Draws:
         return torch.stack(rows).to(self.device)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
-        """Uniform in [0, 1), (B, *shape) float32."""
+        """Uniform in [0, 1), (B, *shape) float32.
+
+        A longer vector begins with the numbers of a shorter one, so what a sample draws for its positions does not
+        depend on how far its batch is padded. Normal numbers have no such property.
+        """
         rows = [torch.rand(shape, generator=generator) for generator in self._generators(name)]
         return torch.stack(rows).to(self.device)

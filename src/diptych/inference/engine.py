@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws, key
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.inference.guidance import guided
 from diptych.inference.sampler import Method, sample, times
@@ -44,6 +44,8 @@ class Sampling:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.cfg < 0 or self.image_cfg < 0:
             raise UserError(f"guidance scales must not be negative (cfg {self.cfg}, image_cfg {self.image_cfg})")
+        if self.shift <= 0:
+            raise UserError(f"shift must be above 0, not {self.shift}")
 
 
 class Engine:
@@ -71,8 +73,8 @@ class Engine:
     ) -> list[Image.Image]:
         """Images for one prompt or several, n each, prompt by prompt.
 
-        `options` are fields of `Sampling`. The same (seed, prompt position, image position) gives the same noise for
-        any batch size.
+        `options` are fields of `Sampling` (`size` may be one number). The same (seed, prompt position, image position)
+        gives the same noise for any batch size.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         empty = [i for i, text in enumerate(prompts) if not text.strip()]
@@ -135,51 +137,64 @@ class Engine:
     def tensors(
         self, samples: Sequence[Sample], *, n: int, seed: int, progress: Progress | None = None, **options: Any
     ) -> list[Tensor]:
-        """Images (3, H, W) in [-1, 1] for requests, n each, request by request. Conditions are computed once."""
+        """Images (3, H, W) in [-1, 1] for requests, n each, request by request.
+
+        The condition of a request is computed once, however many images are drawn from it, and the null condition of
+        guidance once for all.
+        """
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
-        settings = replace(self.sampling, **options)
+        settings = self._settings(options)
         shape = self.system.latent_shape(*settings.size)
         steps = times(settings.steps, settings.shift)
-        jobs = [(i, k) for i in range(len(samples)) for k in range(n)]
+        device, size = self.system.device, settings.batch_size
+        null: Condition | None = None
         made: list[Tensor] = []
-        for start in range(0, len(jobs), settings.batch_size):
-            block = jobs[start : start + settings.batch_size]
-            first, last = block[0][0], block[-1][0]
-            batch = Batch(tuple(samples[first : last + 1])).to(self.system.device)
-            branches, scales = self._branches(batch, settings)
-            rows = [i - first for i, _ in block]
-            velocity = guided(self.system, [branch.take(rows) for branch in branches], scales)
-            draws = Draws([key(seed, i, k) for i, k in block], self.system.device)
-            latents = sample(velocity, draws.normal("noise", *shape), steps, settings.method)
-            made += list(self.system.to_images(latents).clamp(-1, 1).float().cpu())
-            if progress is not None:
-                progress(len(made), len(jobs))
+        for start in range(0, len(samples), size):
+            group = Batch(tuple(samples[start : start + size])).to(device)
+            if null is None and guides_from_null(group, settings):
+                null = self.system.encode(self.system.without(group.take([0]), "text_and_images"))
+            branches, scales = self._branches(group, settings, null)
+            jobs = [(row, k) for row in range(len(group)) for k in range(n)]
+            for block in (jobs[at : at + size] for at in range(0, len(jobs), size)):
+                rows = [row for row, _ in block]
+                velocity = guided(self.system, [branch.take(rows) for branch in branches], scales)
+                draws = Draws([key(seed, start + row, k) for row, k in block], device)
+                latents = sample(velocity, draws.normal("noise", *shape), steps, settings.method)
+                made += list(self.system.to_images(latents).clamp(-1, 1).float().cpu())
+                if progress is not None:
+                    progress(len(made), len(samples) * n)
         return made
 
-    def _branches(self, batch: Batch, settings: Sampling) -> tuple[list[Condition], list[float]]:
-        edits = bool(batch.rows("edit"))
-        full = self.system.encode(batch)
-        if not edits:
-            if settings.cfg == 1:
-                return [full], []
-            return [self._null(batch), full], [settings.cfg]
-        if settings.image_cfg == 1:
-            return (
-                ([full], [])
-                if settings.cfg == 1
-                else (
-                    [self.system.encode(self.system.without(batch, "text")), full],
-                    [settings.cfg],
-                )
-            )
-        image = self.system.encode(self.system.without(batch, "text"))
-        return [self._null(batch), image, full], [settings.image_cfg, settings.cfg]
+    def _settings(self, options: dict[str, Any]) -> Sampling:
+        names = [field.name for field in fields(Sampling)]
+        for name in options:
+            if name not in names:
+                raise unknown("option", name, names)
+        if isinstance(side := options.get("size"), int):
+            options = {**options, "size": (side, side)}
+        return replace(self.sampling, **options)
 
-    def _null(self, batch: Batch) -> Condition:
-        """The null condition, encoded once and repeated."""
-        null = self.system.encode(self.system.without(batch.take([0]), "text_and_images"))
-        return null.take([0] * len(batch))
+    def _branches(
+        self, batch: Batch, settings: Sampling, null: Condition | None
+    ) -> tuple[list[Condition], list[float]]:
+        """Conditions from the least to the most conditioned, and the scale of each step between them."""
+        full = self.system.encode(batch)
+        if null is not None:
+            null = null.take([0] * len(batch))
+        if not batch.rows("edit"):
+            return ([full], []) if null is None else ([null, full], [settings.cfg])
+        if null is None and settings.cfg == 1:
+            return [full], []
+        image = self.system.encode(self.system.without(batch, "text"))
+        if null is None:
+            return [image, full], [settings.cfg]
+        return [null, image, full], [settings.image_cfg, settings.cfg]
+
+
+def guides_from_null(batch: Batch, settings: Sampling) -> bool:
+    """Whether guidance starts from the null condition: of an edit, it does for image guidance alone."""
+    return (settings.image_cfg if batch.rows("edit") else settings.cfg) != 1
 
 
 Progress = Callable[[int, int], None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
+from diptych.objectives.flow_matching import shift_times
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), t (B,)) to velocity noise - data (B, C, h, w)."""
@@ -20,8 +21,7 @@ def times(steps: int, shift: float = 1.0) -> Tensor:
     """`steps` + 1 times from 1 to 0, shifted by s t / (1 + (s - 1) t); float32."""
     if steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    t = torch.linspace(1, 0, steps + 1)
-    return shift * t / (1 + (shift - 1) * t)
+    return shift_times(torch.linspace(1, 0, steps + 1), shift)
 
 
 def sample(velocity: Velocity, noise: Tensor, t: Tensor, method: Method = "euler") -> Tensor:

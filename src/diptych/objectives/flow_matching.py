@@ -60,10 +60,10 @@ def velocity_loss(output: Tensor, data: Tensor, noise: Tensor, x: Tensor, t: Ten
     if prediction == "velocity":
         error = output.float() - (noise - data).float()
     else:
-        error = (output.float() - data.float()) / expand(t, x).float().clamp_min(SMALLEST_TIME)
+        error = (output.float() - data.float()) / expand(t, x).clamp_min(SMALLEST_TIME)
     return error.square().flatten(1).mean(1)
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1), in the dtype of `like`."""
-    return t.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    """(B,) as (B, 1, 1, 1), in its own dtype: times rounded to bfloat16 would not be those that the decoder is told."""
+    return t.reshape(-1, *[1] * (like.ndim - 1))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from diptych.checkpoints.openuni import load_openuni
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
+from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.inference.engine import Engine, Sampling
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
-from diptych.recipes.recipe import VARIANTS, Recipe, SystemSpec, parse
+from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.schema import read
 from diptych.systems.base import System
-from diptych.systems.composed import ComposedSystem
+from diptych.systems.composed import COMPONENTS, ComposedConfig, ComposedSystem
 from diptych.systems.mllm import MLLMSystem
 from diptych.training import state
 from diptych.training.loop import freeze
@@ -48,7 +52,7 @@ def load_system(model: str) -> tuple[System, Sampling]:
         return _from_folder(folder / "model", model)
     found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
     if found:
-        return _from_checkpoint(found[-1], model)
+        return from_checkpoint(found[-1], model), parse(state.read_recipe(found[-1]), model).sampling
     raise UserError(f"{model}: no model here (neither config.json nor a run's checkpoints)")
 
 
@@ -82,7 +86,7 @@ def load_folder_weights(system: System, folder: Path) -> None:
     load_into(system, read_tensors(weight_files(folder)), str(folder), optional=optional)
 
 
-def _from_checkpoint(checkpoint: Path, model: str) -> tuple[System, Sampling]:
+def from_checkpoint(checkpoint: Path, model: str) -> System:
     """An unfinished run: the recipe's start, and the (averaged) weights that were trained so far on top."""
     recipe = parse(state.read_recipe(checkpoint), model)
     system = start(recipe)
@@ -93,11 +97,46 @@ def _from_checkpoint(checkpoint: Path, model: str) -> tuple[System, Sampling]:
         learned |= trainable(system)
     state.load_weights(checkpoint, learned, averaged=True)
     system.requires_grad_(False)
-    return system, recipe.sampling
+    stage_settings(system, list(recipe.stages.values()))(position)
+    return system
+
+
+def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int], None]:
+    """Sets the system's options for a stage: its own, with those that the stage sets on top.
+
+    Raises:
+        UserError: now, for an option of any stage that is unknown or wrong, that needs weights the system does not
+            have, or that is set for a system without options.
+    """
+
+    def wanted(position: int) -> ComposedConfig | None:
+        changes, where = stages[position].settings, f"settings of stage {position + 1}"
+        if base is None:
+            if changes:
+                raise UserError(f"{where}: this system has no options that a stage could set")
+            return None
+        settings: ComposedConfig = read(ComposedConfig, merge(base, changes), where)
+        if settings.mask_way == "mask_token" and base["mask_way"] != "mask_token":
+            raise UserError(f"{where}: mask_way 'mask_token' is learned; set it for the system, not for a stage alone")
+        return settings
+
+    base = dataclasses.asdict(system.settings) if isinstance(system, ComposedSystem) else None
+    found = [wanted(position) for position in range(len(stages))]
+
+    def apply(position: int) -> None:
+        settings = found[position]
+        if isinstance(system, ComposedSystem) and settings is not None:
+            system.settings = settings
+
+    return apply
 
 
 def start(recipe: Recipe) -> System:
-    """The system that a recipe starts from: its own parts, with the weights of `start` on top where given."""
+    """The system that a recipe starts from: its own parts, with the weights of `start` on top where given.
+
+    Random weights are those of the recipe's seed, so that a resumed run has the same ones.
+    """
+    torch.manual_seed(key(recipe.seed, "weights"))
     system = build_system(recipe.system)
     if recipe.start is None:
         return system
@@ -107,7 +146,16 @@ def start(recipe: Recipe) -> System:
         return system
     source, _ = load_system(recipe.start)
     copy_weights(system, source, recipe.start)
+    own_others(system, source)
     return system
+
+
+def own_others(system: System, source: System) -> None:
+    """Parts whose weights in `source` are not those that `system` names no longer stand for that name."""
+    if isinstance(system, ComposedSystem) and isinstance(source, ComposedSystem):
+        for part in COMPONENTS:
+            if system.origins[part].get("weights") != source.origins[part].get("weights"):
+                system.origins[part] = {**system.origins[part], "weights": None}
 
 
 def copy_weights(system: System, source: System, name: str) -> None:

@@ -22,7 +22,7 @@ from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes import build
-from diptych.recipes.load import from_checkpoint, settings_of, start
+from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedSystem
@@ -62,7 +62,7 @@ def train_recipe(
     if recipe.run.checkpointing:
         set_checkpointing(system)
     stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
-    apply = stage_settings(system, recipe)
+    apply = stage_settings(system, list(recipe.stages.values()))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed:
@@ -185,17 +185,6 @@ def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: Data
                 log.warning("held out: %s", error)
         batches += [Batch(tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
     return batches
-
-
-def stage_settings(system: System, recipe: Recipe) -> Callable[[int], None]:
-    """Sets the system's options at the start of each stage; a setting that does not fit fails now."""
-    wanted = [settings_of(system, recipe, position) for position in range(len(recipe.stages))]
-
-    def apply(position: int) -> None:
-        if isinstance(system, ComposedSystem):
-            system.settings = wanted[position]
-
-    return apply
 
 
 def set_checkpointing(system: System) -> None:

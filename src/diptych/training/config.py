@@ -27,7 +27,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """kind: `constant` or `cosine` after a linear warm-up.
 
-    warmup: steps. start, end: learning rate at step 0 and at the last step, as shares of the peak.
+    warmup: steps to the peak. start: share of the peak that the warm-up rises from; step 0 is one rise above it.
+    end: share of the peak at the last step of `cosine`.
     """
 
     kind: Literal["constant", "cosine"] = "constant"
@@ -60,6 +61,12 @@ class StageConfig:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"stage {self.name!r}: {name} must be at least 1, not {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise UserError(f"stage {self.name!r}: micro_batch must be at least 1, not {self.micro_batch}")
+        if self.clip <= 0:
+            raise UserError(f"stage {self.name!r}: clip must be above 0, not {self.clip}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"stage {self.name!r}: ema must be between 0 and 1, not {self.ema}; leave it out for none")
         if not self.train:
             raise UserError(f"stage {self.name!r}: trains nothing; name parts under `train`")
 
@@ -68,9 +75,10 @@ class StageConfig:
 class RunConfig:
     """What does not change the result: when to log, save, validate and draw; how to run.
 
-    save_every, validate_every, sample_every: steps, 0 for never (a stage's end always saves). keep: checkpoints kept.
-    workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: recompute activations.
-    strategy: `auto` (one process, or DDP when started by a launcher) or `fsdp`.
+    save_every, validate_every, sample_every: steps, and at a stage's end; 0 for never, but a stage's end always saves.
+    keep: checkpoints kept. workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: recompute
+    activations. strategy: `auto` (one process, or DDP when started by a launcher) or `fsdp`, which draws no pictures
+    on the way.
     """
 
     log_every: int = 10
@@ -84,3 +92,13 @@ class RunConfig:
     strategy: Literal["auto", "fsdp"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("log_every", 1), ("keep", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("save_every", "validate_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0 (never), not {getattr(self, name)}")
+        if self.strategy == "fsdp" and self.sample_every:
+            raise UserError("sample_every must be 0 with strategy 'fsdp': no process has the whole model to draw with")

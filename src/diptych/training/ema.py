@@ -23,8 +23,8 @@ class EMA:
         """Take the weights as they are now into the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        now = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

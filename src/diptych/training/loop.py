@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch
-from diptych.data.loader import load_steps
+from diptych.data import loader
 from diptych.data.mixture import Mixture
 from diptych.systems.base import System
 from diptych.training import state
@@ -28,7 +27,9 @@ from diptych.training.config import RunConfig, StageConfig
 from diptych.training.ema import EMA
 from diptych.training.metrics import Metrics
 from diptych.training.optimizers import build_optimizers, set_rate, trainable
+from diptych.training.parallel import clip, prepare, shard
 from diptych.training.schedule import factor
+from diptych.training.step import backward, exchange, mean_losses, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Stage:
 class Run:
     """Where a run lives and what is called on the way.
 
-    recipe: the resolved recipe, stored in every checkpoint. on_sample(step): draws pictures with the averaged weights.
+    recipe: the resolved recipe, stored in every checkpoint. on_stage(position): before a stage. on_sample(step): draws
+    pictures with the averaged weights.
     """
 
     folder: Path
@@ -54,59 +56,40 @@ class Run:
     seed: int
     recipe: dict[str, Any]
     resume: bool = False
+    on_stage: Callable[[int], None] | None = None
     on_sample: Callable[[int], None] | None = None
-    stop_after: int | None = None
 
 
-class LossStep(nn.Module):
-    """Gives a system's losses as a forward pass, which data-parallel wrappers need."""
-
-    def __init__(self, system: System) -> None:
-        super().__init__()
-        self.system = system
-
-    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        return self.system.losses(batch, draws)
-
-
-def train(
-    system: System,
-    stages: Sequence[Stage],
-    run: Run,
-    accelerator: Accelerator,
-    on_stage: Callable[[int], None] = lambda position: None,
-) -> bool:
-    """Run the stages in order, from the last checkpoint with `run.resume`; `on_stage` is called before each.
+def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accelerator) -> bool:
+    """Run the stages in order, from the last checkpoint with `run.resume`.
 
     Returns:
         True when all stages are done, False when a signal stopped the run after saving.
+
+    Raises:
+        UserError: a loss or gradient that is not finite, a checkpoint that cannot be written or does not fit.
     """
-    last = (state.checkpoints(run.folder / "checkpoints") or [None])[-1] if run.resume else None
+    found = state.checkpoints(run.folder / "checkpoints") if run.resume else []
+    last = found[-1] if found else None
     progress = state.read_progress(last) if last else state.Progress()
-    metrics = (
-        Metrics(run.folder, start=progress.total, tensorboard=run.config.tensorboard)
-        if (accelerator.is_main_process)
-        else None
-    )
-    learned: dict[str, nn.Parameter] = {}
-    with stop_signal() as stopped:
+    if run.config.strategy == "fsdp":
+        shard(system, accelerator, [{source.task for source in stage.data.sources} for stage in stages])
+    board = run.config.tensorboard
+    metrics = Metrics(run.folder, start=progress.total, tensorboard=board, main=accelerator.is_main_process)
+    learned: set[str] = set()
+    with closing(metrics), stop_signal() as stopped:
         for position, stage in enumerate(stages):
+            freeze(system, stage.config.train)
+            learned |= set(trainable(system))
             if position < progress.stage:
-                freeze(system, stage.config.train)
-                learned |= trainable(system)
                 continue
             if position > progress.stage:
-                progress = state.Progress(stage=position, total=progress.total)
-            on_stage(position)
-            done = train_stage(system, stage, run, accelerator, progress, learned, last, metrics, stopped)
-            if not done:
-                break
-            last = None
-        else:
-            position = len(stages)
-    if metrics:
-        metrics.close()
-    return position == len(stages)
+                progress, last = state.Progress(stage=position, total=progress.total), None
+            if run.on_stage:
+                run.on_stage(position)
+            if not train_stage(system, stage, run, accelerator, progress, last, learned, metrics, stopped):
+                return False
+    return True
 
 
 def train_stage(
@@ -115,175 +98,129 @@ def train_stage(
     run: Run,
     accelerator: Accelerator,
     progress: state.Progress,
-    learned: dict[str, nn.Parameter],
     last: Path | None,
-    metrics: Metrics | None,
+    learned: set[str],
+    metrics: Metrics,
     stopped: Callable[[], bool],
 ) -> bool:
-    """One stage, from `progress.step`; ends with a checkpoint and with the averaged weights in place."""
-    config = stage.config
-    freeze(system, config.train)
-    model, parameters, optimizers = prepare(system, config, accelerator)
-    learned |= parameters
-    if last is not None:
-        state.load_weights(last, learned)
+    """One stage, from `progress.step`; ends with a checkpoint and then with the averaged weights in place."""
+    config, often = stage.config, run.config
+    main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    model = prepare(system, accelerator)
+    parameters = trainable(system)
+    optimizers = build_optimizers(config.optimizer, parameters, system.shard_units())
     ema = EMA(parameters, config.ema) if config.ema else None
-    if last is not None:
-        state.load_optimizers(last, parameters, optimizers, ema)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    bar = tqdm(
-        total=config.steps,
-        initial=progress.step,
-        desc=config.name,
-        unit="step",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-        mininterval=1.0,
-    )
-    saved = progress.step
-    checked = last is not None
+    weights = {name: parameter for name, parameter in system.named_parameters() if name in learned}
+    held = state.Held(weights=weights, parameters=parameters, optimizers=optimizers, ema=ema)
+    if last:
+        state.load(last, held)
+    saved = progress.total if last else None
 
     def save() -> None:
-        nonlocal saved, checked
-        progress.ema_steps = ema.steps if ema else 0
-        state.save(
-            run.folder / "checkpoints",
-            progress,
-            parameters,
-            learned,
-            optimizers,
-            ema,
-            run.recipe,
-            keep=run.config.keep,
-            main=accelerator.is_main_process,
-            check=not checked,
-        )
-        saved, checked = progress.step, True
+        nonlocal saved
+        checkpoints = run.folder / "checkpoints"
+        state.save(checkpoints, progress, held, run.recipe, keep=often.keep, main=main, check=saved is None)
+        saved = progress.total
 
-    steps = load_steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=run.config.workers)
-    clock = time.perf_counter()
-    for step, batch, keys in steps:
-        rate = config.optimizer.lr * factor(config.schedule, step, config.steps)
-        set_rate(optimizers, rate)
-        terms = backward(model, batch.to(accelerator.device), keys, config, accelerator)
-        bad = [name for name, values in terms.items() if not torch.isfinite(values).all()]
-        if accelerator.reduce(torch.tensor(float(bool(bad)), device=accelerator.device)).item() > 0:
-            save()
-            raise UserError(non_finite(step, terms, batch) + f"; saved at {run.folder / 'checkpoints'}")
-        norm = accelerator.clip_grad_norm_(list(parameters.values()), config.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update()
-        progress.step, progress.total = step + 1, progress.total + 1
-        ends = progress.step == config.steps
-        values = {f"loss/{name}": float(x.mean()) for name, x in terms.items()} | {"grad_norm": float(norm or 0)}
-        for name, value in values.items():
-            progress.sums.setdefault(name, []).append(value)
-        if progress.total % run.config.log_every == 0 or ends:
-            row = {name: math.fsum(x) / len(x) for name, x in progress.sums.items()} | {"lr": rate}
-            progress.sums = {}
-            if metrics:
+    steps = loader.steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=often.workers)
+    with progress_bar(config, progress.step, main) as bar:
+        for step, batch, keys in steps:
+            torch.manual_seed(key(run.seed, config.name, step, rank))
+            rate = config.optimizer.lr * factor(config.schedule, step, config.steps)
+            set_rate(optimizers, rate)
+            terms = backward(model, batch.to(accelerator.device), keys, config, accelerator)
+            norm = clip(list(parameters.values()), config.clip)
+            reports = exchange(terms, batch, stopped())
+            if bad := not_finite(reports, norm):
+                if saved != progress.total:
+                    save()
+                raise UserError(f"stage {config.name!r}, step {step}: {bad}; saved in {run.folder / 'checkpoints'}")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update()
+
+            progress.advance({**mean_losses(reports), "grad_norm": norm})
+            ends = progress.step == config.steps
+            bar.update()
+            if progress.total % often.log_every == 0 or ends:
+                row = {**progress.take_means(), "lr": rate}
                 metrics.write(progress.total, config.name, row)
-            bar.set_postfix({k.removeprefix("loss/"): f"{v:.4f}" for k, v in row.items() if k.startswith("loss/")})
-        bar.update()
-        if due(progress.step, run.config.validate_every, ends) and stage.held_out:
-            with ema.applied() if ema else nullcontext():
-                row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator)
-            if metrics:
+                bar.set_postfix({name: f"{x:.4f}" for name, x in row.items() if name.startswith("loss/")})
+            if due(progress.step, often.validate_every, ends) and stage.held_out:
+                with ema.applied() if ema else nullcontext():
+                    row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator)
                 metrics.write(progress.total, config.name, row)
-        if due(progress.step, run.config.sample_every, ends and run.config.sample_every > 0) and run.on_sample:
-            with ema.applied() if ema else nullcontext():
-                run.on_sample(progress.total)
-            system.train()
-        halt = stopped() or (run.stop_after is not None and progress.total >= run.stop_after)
-        if due(progress.step, run.config.save_every, ends) or halt:
-            save()
-        if halt and not ends:
-            bar.close()
-            return False
-    bar.close()
-    log.info("stage %s: %d steps in %.0f s", config.name, config.steps, time.perf_counter() - clock)
+                set_modes(system, config.train)
+            if due(progress.step, often.sample_every, ends) and run.on_sample:
+                with ema.applied() if ema else nullcontext():
+                    run.on_sample(progress.total)
+                set_modes(system, config.train)
+            halt = any(report.stop for report in reports)
+            if due(progress.step, often.save_every, ends) or ends or halt:
+                save()
+            if halt and not ends:
+                return False
     if ema:
         ema.copy_in()
     return True
 
 
 def due(step: int, every: int, ends: bool) -> bool:
-    return ends or (every > 0 and step % every == 0)
-
-
-def backward(
-    model: nn.Module, batch: Batch, keys: Sequence[int], config: StageConfig, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Gradients of the weighted mean loss over this process's samples; unweighted terms, detached."""
-    size = config.micro_batch or len(batch)
-    starts = range(0, len(batch), size)
-    found: dict[str, list[Tensor]] = {}
-    for start in starts:
-        rows = list(range(start, min(start + size, len(batch))))
-        draws = Draws([keys[row] for row in rows], accelerator.device)
-        with nullcontext() if start == starts[-1] else accelerator.no_sync(model), accelerator.autocast():
-            terms = model(batch.take(rows), draws)
-            total = sum(weight(config.weights, name) * values.sum() for name, values in terms.items()) / len(batch)
-            accelerator.backward(total)
-        for name, values in terms.items():
-            found.setdefault(name, []).append(values.detach())
-    return {name: torch.cat(values) for name, values in found.items()}
-
-
-def weight(weights: dict[str, float], name: str) -> float:
-    """A term's factor: its own ("flow.image"), else its family's ("flow"), else 1."""
-    return weights.get(name, weights.get(name.split(".")[0], 1.0))
+    """Whether something that happens each `every` steps and at a stage's end happens now; never for 0."""
+    return every > 0 and (step % every == 0 or ends)
 
 
 def freeze(system: System, parts: Sequence[str]) -> None:
-    """Only the named parts learn."""
+    """Only the named parts learn; the others are in eval mode."""
     known = system.named_parts()
     system.requires_grad_(False)
     for name in parts:
         known[name].requires_grad_(True)
+    set_modes(system, parts)
+
+
+def set_modes(system: System, parts: Sequence[str]) -> None:
+    """Train mode where something learns, eval mode in the other parts."""
     system.train()
-
-
-def prepare(
-    system: System, config: StageConfig, accelerator: Accelerator
-) -> tuple[nn.Module, dict[str, nn.Parameter], list[Any]]:
-    """The system wrapped for its devices, its learning parameters by their own names, and their optimisers."""
-    model = accelerator.prepare_model(LossStep(system))
-    parameters = trainable(accelerator.unwrap_model(model).system)
-    return model, parameters, build_optimizers(config.optimizer, parameters, system.shard_units())
+    for name, part in system.named_parts().items():
+        if name not in parts:
+            part.eval()
 
 
 @torch.no_grad()
 def validate(system: System, batches: Sequence[Batch], seed: int, accelerator: Accelerator) -> dict[str, float]:
-    """Mean held-out loss of each term, with the same draws every time."""
+    """Mean held-out loss of each term, with the same draws every time; every process measures all of it."""
     found: dict[str, list[Tensor]] = {}
     system.eval()
     for number, batch in enumerate(batches):
         draws = Draws([key(seed, number, row) for row in range(len(batch))], accelerator.device)
         with accelerator.autocast():
-            for name, values in system.losses(batch.to(accelerator.device), draws).items():
-                found.setdefault(name, []).append(values)
-    system.train()
+            terms = system.losses(batch.to(accelerator.device), draws)
+        for name, values in terms.items():
+            found.setdefault(name, []).append(values.float())
     return {f"held_out/{name}": float(torch.cat(values).mean()) for name, values in found.items()}
 
 
-def non_finite(step: int, terms: dict[str, Tensor], batch: Batch) -> str:
-    """What to say of a loss that is not a number."""
-    for name, values in terms.items():
-        task = name.rpartition(".")[2]
-        samples = [sample for sample in batch if sample.task == task]
-        culprits = [sample.id for sample, value in zip(samples, values, strict=False) if not torch.isfinite(value)]
-        if culprits:
-            return f"step {step}: loss {name} is not finite for task {task!r}, samples {', '.join(culprits[:8])}"
-    return f"step {step}: the loss is not finite on another process"
+def progress_bar(config: StageConfig, done: int, main: bool) -> tqdm[Any]:
+    return tqdm(
+        total=config.steps,
+        initial=done,
+        desc=config.name,
+        unit="step",
+        disable=not main,
+        dynamic_ncols=True,
+        mininterval=1.0,
+    )
 
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once."""
+    """SIGTERM and Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once.
+
+    Outside the main thread, where Python takes no signals, nothing changes.
+    """
     asked = False
 
     def ask(number: int, frame: object) -> None:
@@ -292,6 +229,9 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
 
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: asked

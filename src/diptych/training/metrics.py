@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from diptych.checkpoints.tensors import atomic_text
 
 
 class Metrics:
     """Appends to `metrics.jsonl` and to `tensorboard/`.
 
-    On resume, lines after the resumed step are cut off, so that the file reads as that of an unbroken run.
+    Rows after step `start` are cut off, so that the file of a resumed run reads as that of an unbroken one. Only the
+    `main` process writes.
     """
 
-    def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = True) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= start] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = True, main: bool = True) -> None:
+        self.file: TextIO | None = None
         self.board: Any = None
+        if not main:
+            return
+        path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= start] if path.exists() else []
+        atomic_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -26,14 +32,16 @@ class Metrics:
 
     def write(self, step: int, stage: str, values: dict[str, float]) -> None:
         """One row: the run's step (counted over all stages), the stage, and named values."""
-        self.file.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
+            self.file.flush()
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.board is not None:
             self.board.close()
 

@@ -1,13 +1,15 @@
 """A run's checkpoints: written beside and renamed, read back once, enough to continue bit for bit.
 
-A checkpoint holds the weights that learn, their averages, the optimisers' tensors, the step, the random state and the
-resolved recipe. Parts that do not learn are those of the recipe.
+A checkpoint holds the weights that learn, their averages, the optimisers' tensors, the step and the resolved recipe.
+The step is the place in the data and in the schedule, and with the recipe's seed it is every random state: each step
+seeds its own draws. Parts that do not learn are those of the recipe.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,22 +25,49 @@ from diptych.checkpoints.tensors import atomic_folder, read_tensors, weight_file
 from diptych.core.errors import UserError
 from diptych.training.ema import EMA
 
-log = logging.getLogger(__name__)
 PREFIX = "step-"
+COUNTER = "step"
+"""AdamW's count of its steps, the one entry of an optimiser's state that is not laid out as its parameter."""
 
 
 @dataclass
 class Progress:
     """Where a run stands: `stage` (position in the recipe), `step` within it, `total` steps over all stages.
 
-    sums: running sums of the metrics since the last logged row.
+    unlogged: each metric's values in the steps since the last logged row.
     """
 
     stage: int = 0
     step: int = 0
     total: int = 0
     ema_steps: int = 0
-    sums: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    unlogged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+
+    def advance(self, metrics: dict[str, float]) -> None:
+        """One step further, with its metrics."""
+        self.step, self.total = self.step + 1, self.total + 1
+        for name, value in metrics.items():
+            self.unlogged.setdefault(name, []).append(value)
+
+    def take_means(self) -> dict[str, float]:
+        """Mean of each metric over the steps since this was called last."""
+        means = {name: math.fsum(values) / len(values) for name, values in self.unlogged.items()}
+        self.unlogged = {}
+        return means
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a checkpoint of a stage holds.
+
+    weights: parameters that learn in this stage or did in one before it, by name. parameters: those of this stage.
+    optimizers: theirs. ema: their averages, where the stage keeps them.
+    """
+
+    weights: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]
+    optimizers: Sequence[Optimizer]
+    ema: EMA | None
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -57,7 +86,7 @@ def optimizer_tensors(
     optimizers: Sequence[Optimizer], parameters: dict[str, nn.Parameter]
 ) -> Iterator[tuple[str, Tensor]]:
     """Optimiser state as "parameter:key" tensors."""
-    names = {parameter: name for name, parameter in parameters.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for entry, value in state.items():
@@ -67,53 +96,56 @@ def optimizer_tensors(
 def save(
     folder: Path,
     progress: Progress,
-    parameters: dict[str, nn.Parameter],
-    learned: dict[str, nn.Parameter],
-    optimizers: Sequence[Optimizer],
-    ema: EMA | None,
+    held: Held,
     recipe: dict[str, Any],
     *,
     keep: int,
     main: bool = True,
     check: bool = False,
-) -> Path:
+) -> None:
     """Write a checkpoint of the step into `folder` and keep the last `keep`. All processes call it, `main` writes.
 
-    parameters: those of this stage. learned: those of this and of the stages before it, by name.
-    With `check`, what was written is read again and compared.
+    With `check`, the weights that were written are read again and compared.
+
+    Raises:
+        UserError: it could not be written, or reads back differently; the checkpoints before it are untouched.
     """
     final = folder / f"{PREFIX}{progress.total:08d}"
+    progress.ema_steps = held.ema.steps if held.ema else 0
     groups: dict[str, Iterator[tuple[str, Tensor]]] = {
-        "trained": ((name, whole(parameter)) for name, parameter in learned.items()),
-        "optimizer": optimizer_tensors(optimizers, parameters),
+        "trained": ((name, whole(parameter)) for name, parameter in held.weights.items()),
+        "optimizer": optimizer_tensors(held.optimizers, held.parameters),
     }
-    if ema is not None:
-        groups["ema"] = ((name, whole(value)) for name, value in ema.average.items())
+    if held.ema is not None:
+        groups["ema"] = ((name, whole(value)) for name, value in held.ema.average.items())
     if not main:
         for tensors in groups.values():
-            for _ in tensors:
+            for _ in tensors:  # sharded tensors are put together by all processes
                 pass
-        return final
+        return
 
     def write(temporary: Path) -> None:
         for stem, tensors in groups.items():
             write_tensors(temporary, tensors, stem)
-        write_tensors(temporary, [("cpu", torch.get_rng_state())], "random")
         (temporary / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
 
-    folder.mkdir(parents=True, exist_ok=True)
     atomic_folder(final, write)
     if check:
-        back = dict(read_tensors(weight_files(final, "trained")))
-        for name, parameter in learned.items():
-            if not isinstance(parameter, DTensor) and not torch.equal(back[name], parameter.detach().cpu()):
-                raise UserError(f"{final}: {name} reads back differently from what was written; is the disk sound?")
+        read_back(final, held.weights)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        gone = old.with_name(f".{old.name}.gone")
+        os.replace(old, gone)  # a checkpoint in sight is whole
     for stale in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(stale, ignore_errors=True)
-    return final
+
+
+def read_back(checkpoint: Path, weights: dict[str, nn.Parameter]) -> None:
+    """UserError when a written weight is not the one in memory; sharded ones are not compared."""
+    back = dict(read_tensors(weight_files(checkpoint, "trained")))
+    for name, parameter in weights.items():
+        if not isinstance(parameter, DTensor) and not torch.equal(back[name], parameter.detach().cpu()):
+            raise UserError(f"{checkpoint}: {name} reads back differently from what was written; is the disk sound?")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -143,28 +175,26 @@ def load_weights(checkpoint: Path, parameters: dict[str, nn.Parameter], *, avera
 
 
 @torch.no_grad()
-def load_optimizers(
-    checkpoint: Path, parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], ema: EMA | None
-) -> None:
-    """Optimiser state, averages and random state as they were saved."""
+def load(checkpoint: Path, held: Held) -> None:
+    """Weights, optimiser state and averages as they were saved, strictly."""
+    load_weights(checkpoint, held.weights)
     states: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(weight_files(checkpoint, "optimizer")):
         parameter, _, entry = name.rpartition(":")
         states.setdefault(parameter, {})[entry] = tensor
-    for optimizer in optimizers:
+    for optimizer in held.optimizers:
         owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in parameters.items():
+        for name, parameter in held.parameters.items():
             if parameter in owned:
                 optimizer.state[parameter] = {
-                    entry: like(value, parameter) if value.shape == parameter.shape else value
+                    entry: value if entry == COUNTER else like(value, parameter)
                     for entry, value in states.get(name, {}).items()
                 }
-    if ema is not None:
+    if held.ema is not None:
         values = dict(read_tensors(weight_files(checkpoint, "ema")))
-        _same_names(checkpoint, set(values), set(ema.average))
-        ema.average = {name: like(values[name], average) for name, average in ema.average.items()}
-        ema.steps = read_progress(checkpoint).ema_steps
-    torch.set_rng_state(dict(read_tensors(weight_files(checkpoint, "random")))["cpu"])
+        _same_names(checkpoint, set(values), set(held.ema.average))
+        held.ema.average = {name: like(values[name], average) for name, average in held.ema.average.items()}
+        held.ema.steps = read_progress(checkpoint).ema_steps
 
 
 def _same_names(checkpoint: Path, found: set[str], wanted: set[str]) -> None:

@@ -1,0 +1,107 @@
+"""One optimiser step's gradients, and what all processes tell each other of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from diptych.core.draws import Draws
+from diptych.core.sample import Batch
+from diptych.systems.base import System
+from diptych.training.config import StageConfig
+
+NAMED = 8
+"""Samples that an error names at most."""
+
+
+class LossStep(nn.Module):
+    """Gives a system's losses as a forward pass, which data-parallel wrappers need."""
+
+    def __init__(self, system: System) -> None:
+        super().__init__()
+        self.system = system
+
+    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        return self.system.losses(batch, draws)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one process says of a step.
+
+    losses: values of each term, one per sample of its task. ids: samples by task, in the same order. stop: whether a
+    signal asks this process to stop.
+    """
+
+    losses: dict[str, list[float]]
+    ids: dict[str, list[str]]
+    stop: bool
+
+
+def backward(
+    model: nn.Module, batch: Batch, keys: Sequence[int], config: StageConfig, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Gradients of the weighted mean loss over this process's samples; unweighted terms, detached."""
+    size = config.micro_batch or len(batch)
+    starts = range(0, len(batch), size)
+    found: dict[str, list[Tensor]] = {}
+    for start in starts:
+        rows = list(range(start, min(start + size, len(batch))))
+        draws = Draws([keys[row] for row in rows], accelerator.device)
+        with nullcontext() if start == starts[-1] else accelerator.no_sync(model):
+            with accelerator.autocast():
+                terms = model(batch.take(rows), draws)
+            weighted = [weight(config.weights, name) * values.float().sum() for name, values in terms.items()]
+            accelerator.backward(torch.stack(weighted).sum() / len(batch))
+        for name, values in terms.items():
+            found.setdefault(name, []).append(values.detach().float())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def weight(weights: dict[str, float], name: str) -> float:
+    """A term's factor: its own ("flow.image"), else its family's ("flow"), else 1."""
+    return weights.get(name, weights.get(name.split(".")[0], 1.0))
+
+
+def exchange(terms: dict[str, Tensor], batch: Batch, stop: bool) -> list[Report]:
+    """The reports of all processes, in order; the same list on each."""
+    ids: dict[str, list[str]] = {}
+    for sample in batch:
+        ids.setdefault(sample.task, []).append(sample.id)
+    return gather_object([Report(losses={name: x.tolist() for name, x in terms.items()}, ids=ids, stop=stop)])
+
+
+def mean_losses(reports: Sequence[Report]) -> dict[str, float]:
+    """Mean of each term over the samples of all processes, as "loss/flow.image"."""
+    found: dict[str, list[float]] = {}
+    for report in reports:
+        for name, values in report.losses.items():
+            found.setdefault(name, []).extend(values)
+    return {f"loss/{name}": math.fsum(found[name]) / len(found[name]) for name in sorted(found)}
+
+
+def not_finite(reports: Sequence[Report], norm: float) -> str:
+    """What to say of a loss or gradient that is no number: term, task and samples; "" when all is well."""
+    for report in reports:
+        for name, values in report.losses.items():
+            task = name.rpartition(".")[2]
+            bad = [id for id, value in zip(report.ids[task], values, strict=True) if not math.isfinite(value)]
+            if bad:
+                return f"loss {name} is not finite for task {task!r}, {named(bad)}"
+    if not math.isfinite(norm):
+        ids = [id for report in reports for row in report.ids.values() for id in row]
+        tasks = sorted({task for report in reports for task in report.ids})
+        return f"the gradient's norm is {norm} though every loss is finite (tasks {', '.join(tasks)}), {named(ids)}"
+    return ""
+
+
+def named(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return f"samples {', '.join(ids[:NAMED])}{more}"

@@ -1,0 +1,226 @@
+"""A run that is killed, stopped or moved to other workers is the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from diptych.core.errors import UserError
+from diptych.recipes.load import load_system
+from diptych.recipes.recipe import load, parse
+from diptych.recipes.run import train_recipe
+from diptych.training import state
+from diptych.training.metrics import read_metrics
+
+FIRST, SECOND = 24, 24
+
+
+def two_stages(plain: dict[str, Any]) -> dict[str, Any]:
+    """Adapter and decoder, then the decoder alone under a cosine; averages, micro-batches, all three generating tasks."""
+    plain["system"] |= {
+        "conditioner": {"kind": "residual_query_adapter", "config": {"queries": 4, "heads": 4}},
+        "mask_ratio": 0.5,
+        "drop": 0.3,
+    }
+    stage = plain["stages"].pop("mix")
+    stage["data"]["sources"]["edits"] = {"kind": "toyworld", "task": "edit", "count": 16, "seed": 3}
+    stage["data"]["held_out"] = 2
+    stage |= {"batch": 4, "micro_batch": 3, "ema": 0.9, "optimizer": {"kind": "adamw", "lr": 1e-3}}
+    schedule = {"kind": "cosine", "warmup": 4}
+    plain["stages"] = {
+        "first": {**stage, "train": ["adapter", "decoder"], "steps": FIRST},
+        "second": {**stage, "train": ["decoder"], "steps": SECOND, "schedule": schedule, "settings": {"drop": 0.5}},
+    }
+    plain["run"] |= {"save_every": 3, "validate_every": 7, "log_every": 2, "keep": 2}
+    return plain
+
+
+def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> bool:
+    return train_recipe(parse(plain), plain, folder, resume=resume)
+
+
+def start(plain: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[str]:
+    """The same in a process of its own."""
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(plain, sort_keys=False))
+    return subprocess.Popen(
+        [sys.executable, "-m", "diptych", "train", str(recipe), "--out", str(folder), *options],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def signalled(process: subprocess.Popen[str], folder: Path, step: int, number: signal.Signals) -> str:
+    """Send a signal once the metrics reach a step; what the process said, and its end awaited."""
+    path = folder / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (path.exists() and any(row["step"] >= step for row in read_metrics(path))):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "the run does not get on"
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return out + err
+
+
+def same_runs(a: Path, b: Path) -> None:
+    """Same rows of metrics, same final checkpoint, same model; all to the bit."""
+    assert read_metrics(a / "metrics.jsonl") == read_metrics(b / "metrics.jsonl")
+    for file in ("model/model.safetensors", f"checkpoints/step-{FIRST + SECOND:08d}/optimizer.safetensors"):
+        one, other = load_file(a / file), load_file(b / file)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+
+
+@pytest.fixture(scope="module")
+def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two stages that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    plain = two_stages(json.loads(json.dumps(_tiny_plain)))
+    assert run(plain, folder)
+    return folder
+
+
+def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    plain, folder = two_stages(tiny_plain), tmp_path / "run"
+    for step, options in ((10, ()), (FIRST + 12, ("--resume",))):
+        process = start(plain, folder, *options)
+        signalled(process, folder, step, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+        assert not (folder / "model").exists()
+    assert 0 < state.read_progress(state.checkpoints(folder / "checkpoints")[-1]).step < SECOND
+    system, _ = load_system(str(folder))  # a run that was killed is a model too
+    assert system.named_parts()["decoder"] is not None
+    assert run(plain, folder, resume=True)
+    same_runs(unbroken, folder)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {
+        f"step-{FIRST + SECOND:08d}",
+        f"step-{FIRST + SECOND - 3:08d}",
+    }  # keep: 2, and nothing half-written
+
+
+def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    """SIGTERM to the whole group, loading worker included, saves the step it meets; the rest follows without one."""
+    plain, folder = two_stages(tiny_plain), tmp_path / "run"
+    plain["run"] |= {"workers": 1, "save_every": 0}
+    process = start(plain, folder)
+    said = signalled(process, folder, 6, signal.SIGTERM)
+    assert process.returncode == 0, said
+    assert "stopped and saved; continue with:" in said
+    (checkpoint,) = state.checkpoints(folder / "checkpoints")
+    assert 6 <= state.read_progress(checkpoint).total < FIRST
+    plain["run"] |= {"workers": 0, "save_every": 3}
+    assert run(plain, folder, resume=True)
+    same_runs(unbroken, folder)
+
+
+def test_killed_at_the_end_of_a_stage(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    """The checkpoint of a stage's last step holds what comes before its averages are put in place."""
+    plain, folder = two_stages(tiny_plain), tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def die(position: int, *_: object) -> None:
+        if position == 1:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("diptych.recipes.run.stage_settings", lambda *_: die)
+        run(plain, folder)
+    last = state.read_progress(state.checkpoints(folder / "checkpoints")[-1])
+    assert (last.stage, last.step) == (0, FIRST)
+    assert run(plain, folder, resume=True)
+    same_runs(unbroken, folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_change_nothing(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    plain = two_stages(tiny_plain)
+    plain["run"] |= {"workers": 1}
+    assert run(plain, tmp_path / "run")
+    same_runs(unbroken, tmp_path / "run")
+
+
+def test_resumed_when_done(unbroken: Path, tiny_plain: dict[str, Any]) -> None:
+    before = (unbroken / "model/model.safetensors").read_bytes()
+    assert run(two_stages(tiny_plain), unbroken, resume=True)
+    assert (unbroken / "model/model.safetensors").read_bytes() == before
+
+
+def test_metrics(unbroken: Path) -> None:
+    rows = read_metrics(unbroken / "metrics.jsonl")
+    trained = [row for row in rows if "lr" in row]
+    assert [row["step"] for row in trained] == [*range(2, FIRST + SECOND + 1, 2)]
+    assert {row["stage"] for row in trained if row["step"] <= FIRST} == {"first"}
+    assert trained[0]["lr"] == 1e-3
+    assert trained[-1]["lr"] == 0  # the cosine's end
+    held_out = [row["step"] for row in rows if "held_out/flow.edit" in row]
+    assert held_out == [7, 14, 21, FIRST, *(FIRST + step for step in (7, 14, 21, SECOND))]
+
+
+def test_an_unfinished_run_is_its_averages(tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    plain = two_stages(tiny_plain)
+    del plain["stages"]["second"]
+    plain["stages"]["first"]["steps"] = 3
+    assert run(plain, tmp_path / "run")
+    finished, _ = load_system(str(tmp_path / "run"))
+    (tmp_path / "run" / "model").rename(tmp_path / "away")
+    unfinished, _ = load_system(str(tmp_path / "run"))
+    for (name, one), other in zip(finished.state_dict().items(), unfinished.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    trained = load_file(tmp_path / "run/checkpoints/step-00000003/trained.safetensors")
+    moved = [name for name, value in trained.items() if not torch.equal(value, unfinished.state_dict()[name])]
+    assert any(name.startswith("decoder.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("seed", 9, "seed: 1 there, 9 here"),
+        ("run.precision", "bf16", "run.precision: 'fp32' there, 'bf16' here"),
+        ("stages.second.steps", 5, f"stages.second.steps: {SECOND} there, 5 here"),
+        ("run.keep", 7, None),
+    ],
+)
+def test_another_recipe(
+    unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path, place: str, value: Any, message: str | None
+) -> None:
+    from diptych.recipes.run import claim
+
+    plain = two_stages(tiny_plain)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+    _, changed = load(str(path), [f"{place}={value}"])
+    if message is None:
+        assert claim(unbroken, changed, resume=True)
+        return
+    with pytest.raises(UserError, match=message):
+        claim(unbroken, changed, resume=True)
+
+
+def test_a_checkpoint_that_does_not_fit(tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    plain = two_stages(tiny_plain)
+    plain["stages"]["first"]["steps"] = 2
+    plain["run"]["validate_every"] = 0
+    assert run(plain, tmp_path / "run")
+    weights = tmp_path / "run/checkpoints" / f"step-{2 + SECOND:08d}" / "trained.safetensors"
+    tensors = load_file(weights)
+    tensors["decoder.imposter"] = tensors.pop("decoder.final.weight")
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"missing \['decoder.final.weight'\], unexpected \['decoder.imposter'\]"):
+        run(plain, tmp_path / "run", resume=True)
