@@ -27,7 +27,7 @@ FIRST, SECOND = 24, 24
 
 
 def two_stages(plain: dict[str, Any]) -> dict[str, Any]:
-    """Adapter and decoder, then the decoder alone under a cosine; averages, micro-batches, all three generating tasks."""
+    """Adapter and decoder, then the decoder alone under a cosine; averages, micro-batches, three tasks."""
     plain["system"] |= {
         "conditioner": {"kind": "residual_query_adapter", "config": {"queries": 4, "heads": 4}},
         "mask_ratio": 0.5,
@@ -110,7 +110,7 @@ def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path
     assert names == {
         f"step-{FIRST + SECOND:08d}",
         f"step-{FIRST + SECOND - 3:08d}",
-    }  # keep: 2, and nothing half-written
+    }  # the last two, no leftovers
 
 
 def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
@@ -139,9 +139,10 @@ def test_killed_at_the_end_of_a_stage(unbroken: Path, tiny_plain: dict[str, Any]
         if position == 1:
             raise Killed
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diptych.recipes.run.stage_settings", lambda *_: die)
-        run(plain, folder)
+        with pytest.raises(Killed):
+            run(plain, folder)
     last = state.read_progress(state.checkpoints(folder / "checkpoints")[-1])
     assert (last.stage, last.step) == (0, FIRST)
     assert run(plain, folder, resume=True)

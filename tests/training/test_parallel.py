@@ -1,0 +1,88 @@
+"""Two processes against one: the same samples, losses and weights, whole (DDP) or sharded (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from diptych.core.errors import UserError
+from diptych.recipes.recipe import parse
+from diptych.recipes.run import train_recipe
+from diptych.training.metrics import read_metrics
+
+KINDS = {"auto": "muon", "fsdp": "adamw"}
+LAST = "checkpoints/step-00000007"
+
+
+def two_stages(plain: dict[str, Any], strategy: str) -> dict[str, Any]:
+    plain = copy.deepcopy(plain)
+    optimizer = {"kind": KINDS[strategy], "lr": 1e-3}
+    stage = plain["stages"].pop("mix") | {"ema": 0.5, "micro_batch": 1, "optimizer": optimizer}
+    stage["data"]["held_out"] = 2
+    plain["stages"] = {"first": {**stage, "steps": 4}, "second": {**stage, "train": ["decoder"], "steps": 3}}
+    plain["run"] |= {"validate_every": 3, "save_every": 2, "keep": 9, "strategy": strategy}
+    return plain
+
+
+@pytest.fixture(scope="module")
+def together(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both strategies under torchrun with two processes on the CPU; the sharded run also continued."""
+    folder = tmp_path_factory.mktemp("together")
+    for strategy in KINDS:
+        (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(two_stages(_tiny_plain, strategy), sort_keys=False))
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("strategy", KINDS)
+def test_two_processes_are_one(strategy: str, together: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    plain = two_stages(tiny_plain, strategy)
+    plain["run"]["strategy"] = "auto"
+    assert train_recipe(parse(plain), plain, tmp_path / "one")
+    alone, both = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "one", together / strategy))
+    assert [(row.pop("stage"), sorted(row)) for row in alone] == [(row.pop("stage"), sorted(row)) for row in both]
+    for one, two in zip(alone, both, strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    for file in ("model/model.safetensors", f"{LAST}/trained.safetensors"):
+        one, two = load_file(tmp_path / "one" / file), load_file(together / strategy / file)
+        assert one.keys() == two.keys()
+        apart = torch.cat([(one[name].float() - two[name].float()).flatten() for name in one])
+        assert apart.square().mean().sqrt() < 1e-4, file  # both optimisers blow up rounding where gradients vanish
+
+
+def test_a_sharded_run_goes_on(together: Path) -> None:
+    whole, resumed = together / "fsdp", together / "fsdp-continued"
+    assert read_metrics(whole / "metrics.jsonl") == read_metrics(resumed / "metrics.jsonl")
+    for file in ("model/model.safetensors", f"{LAST}/trained.safetensors", f"{LAST}/optimizer.safetensors"):
+        one, two = load_file(whole / file), load_file(resumed / file)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one), file
+
+
+def test_sharding_alone_is_refused(tiny_plain: dict[str, Any], tmp_path: Path) -> None:
+    tiny_plain["run"]["strategy"] = "fsdp"
+    with pytest.raises(UserError, match="start with torchrun --nproc-per-node"):
+        train_recipe(parse(tiny_plain), tiny_plain, tmp_path / "run")
+
+
+def test_sharded_runs_draw_no_pictures(tiny_plain: dict[str, Any]) -> None:
+    tiny_plain["run"] |= {"strategy": "fsdp", "sample_every": 5}
+    with pytest.raises(UserError, match="sample_every must be 0"):
+        parse(tiny_plain)
