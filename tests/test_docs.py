@@ -1,0 +1,200 @@
+"""The documentation says what the code does: commands, recipe keys and their defaults, examples, links."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import diptych
+from diptych.cli import options
+from diptych.cli.main import COMMANDS, main
+from diptych.core.errors import UserError
+from diptych.core.sample import TASKS, Task
+from diptych.data.rows import KEYS, parse_row
+from diptych.inference.engine import Engine, Sampling
+from diptych.recipes import recipe, study
+from diptych.recipes.recipe import ComposedSpec, DataSpec, MLLMSpec, Part, Recipe, SourceSpec, StageSpec
+from diptych.recipes.schema import read
+from diptych.recipes.study import RunSpec, StudySpec, TaskSpec
+from diptych.systems.composed import Prompts
+from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+SECTIONS: dict[str, type] = {
+    "## Top level": Recipe,
+    "## system, kind composed": ComposedSpec,
+    "### prompts": Prompts,
+    "### Parts": Part,
+    "## system, kind mllm": MLLMSpec,
+    "## stages": StageSpec,
+    "### optimizer": OptimizerConfig,
+    "### schedule": ScheduleConfig,
+    "## data": DataSpec,
+    "### sources": SourceSpec,
+    "## run": RunConfig,
+    "## sampling": Sampling,
+    "### The study": StudySpec,
+    "### Its runs": RunSpec,
+    "### Its tasks": TaskSpec,
+}
+"""Headings of docs/recipes.md and what their first table describes."""
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Fenced code of these languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [code for language, code in found if language in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `diptych` command in the page's shell blocks."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diptych ")]
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cli_page_is_what_the_parsers_say() -> None:
+    written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written == generator().page(), "docs/cli.md is out of date; run: python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_is_documented(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    flags = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out)) - {"-h", "--help", "--verbose"}
+    assert "-v" in flags
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    own = text.split(f"## diptych {name}\n")[1].split("\n## ")[0] + text.split("\n## ")[0]
+    assert {flag for flag in flags if not re.search(rf"`[^`]*{flag}\b", own)} == set()
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_recipe_keys_and_defaults(heading: str) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    section = text.split(f"\n{heading}\n")[1].split("\n#")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.MULTILINE)
+    documented = {name: default.strip() for name, default in rows}
+    assert len(rows) == len(documented)
+    assert documented == {field.name: shown(field) for field in dataclasses.fields(SECTIONS[heading])}
+
+
+def shown(field: dataclasses.Field[Any]) -> str:
+    """A default as the page writes it."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        if isinstance(value, Part):
+            return f"{{kind: {value.kind}}}"
+        if dataclasses.is_dataclass(value):
+            return "see below"
+    if value is dataclasses.MISSING:
+        return "required"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@pages
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real parsers; recipes are found, and what they are told with --set fits."""
+    monkeypatch.chdir(tmp_path)
+    for code in blocks(page, "yaml"):
+        if name := re.match(r"# (\w+\.yaml)", code):
+            Path(name[1]).write_text(code, encoding="utf-8")
+    for words in commands(page):
+        if words[0].startswith("-"):
+            assert main(words) == 0
+            continue
+        assert words[0] in COMMANDS, words
+        args = generator().parser_of(words[0]).parse_strictly(words[1:])
+        if getattr(args, "size", None) is not None and words[0] != "confusions":
+            options.size(args.size)
+        if words[0] in ("train", "check") and args.recipe != "RECIPE":
+            recipe.load(args.recipe, args.set)
+        if words[0] == "study" and args.name is not None:
+            study.load(args.name, args.set)
+        if words[0] == "recipes" and args.name is not None:
+            recipe.load(args.name, args.set)
+
+
+def test_readme_shows_every_kind_of_use() -> None:
+    assert {"generate", "edit", "ask", "eval", "train", "check", "recipes"} <= {
+        words[0] for words in commands(ROOT / "README.md")
+    }
+
+
+@pages
+def test_yaml_examples_are_read(page: Path, tmp_path: Path) -> None:
+    for code in blocks(page, "yaml"):
+        plain = yaml.safe_load(code)
+        path = tmp_path / "example.yaml"
+        path.write_text(code, encoding="utf-8")
+        if "runs" in plain:
+            study.plan(study.load(str(path)), [0], tmp_path)
+        elif set(plain) & {"base", "system"}:
+            recipe.load(str(path))
+        else:
+            data = plain.get("data", plain)
+            read(DataSpec, data, page.name)
+
+
+def test_rows_in_the_data_page_are_rows() -> None:
+    lines = [line for code in blocks(ROOT / "docs" / "data.md", "json") for line in code.splitlines()]
+    assert len(lines) >= 6
+    served: set[Task] = set()
+    for line in lines:
+        row = json.loads(line)
+        fits = [task for task in KEYS if set(row) <= {*KEYS[task], "id", "width", "height"} and parses(row, task)]
+        assert fits, line
+        served.update(fits)
+    assert served == set(TASKS)
+
+
+def parses(row: dict[str, Any], task: Task) -> bool:
+    try:
+        parse_row(row, task, "row")
+    except UserError:
+        return False
+    return True
+
+
+@pages
+def test_python_examples_use_public_names(page: Path) -> None:
+    public = {"diptych": set(diptych.__all__), "model": set(dir(Engine))}
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in public:
+                assert node.attr in public[node.value.id], node.attr
+
+
+@pages
+def test_links_and_targets_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    for anchored, anchor in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", text):
+        target = page.parent / anchored if anchored else page
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks(page, "", "sh")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
