@@ -113,6 +113,15 @@ def shown(field: dataclasses.Field[Any]) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def test_toy_page_has_the_recipes_budgets() -> None:
+    text = (ROOT / "docs" / "toy.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(toy/\w+)` \| ([\d,]+) \| (\d+) \| ([\d,]+) \|", text, re.MULTILINE)
+    assert len(rows) == 3
+    for name, steps, batch, samples in rows:
+        (stage,) = recipe.load(name)[0].stages.values()
+        assert (steps, batch, samples) == (f"{stage.steps:,}", str(stage.batch), f"{stage.steps * stage.batch:,}")
+
+
 @pages
 def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real parsers; recipes are found, and what they are told with --set fits."""
