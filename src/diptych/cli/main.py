@@ -23,6 +23,7 @@ COMMANDS = {
     "ask": "answers to a question about images",
     "eval": "score a model on benchmarks",
     "train": "run a recipe",
+    "study": "run a set of recipes at equal budget and tabulate them",
     "check": "look at a recipe and its data before a run",
     "recipes": "list the recipes, or show one",
     "pack": "a run's model as one small folder",

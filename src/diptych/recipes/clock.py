@@ -1,0 +1,40 @@
+"""Training time of a run over all its sessions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diptych.checkpoints.tensors import atomic_text
+from diptych.training import state
+
+CLOCK = "seconds.json"
+
+
+@contextmanager
+def clock(folder: Path) -> Iterator[None]:
+    """Add the time of this block to a run's training time."""
+    before, since = seconds(folder), time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CLOCK
+    atomic_text(path, json.dumps({"seconds": before, "since": since}) + "\n")
+    try:
+        yield
+    finally:
+        atomic_text(path, json.dumps({"seconds": before + time.time() - since, "since": None}) + "\n")
+
+
+def seconds(folder: Path) -> float:
+    """Training time of a run in all; of a session that was killed, the part up to its last checkpoint."""
+    path = folder / CLOCK
+    if not path.is_file():
+        return 0.0
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["since"] is None:
+        return found["seconds"]
+    kept = state.checkpoints(folder / "checkpoints")
+    last = (kept[-1] / "progress.json").stat().st_mtime if kept else found["since"]
+    return found["seconds"] + max(0.0, last - found["since"])

@@ -1,0 +1,231 @@
+"""A study: recipes run at equal budget with one or more seeds, scored alike, and set beside each other in a table.
+
+A study is a YAML file, read as strictly as a recipe. `plan` turns it into runs; `study_run` performs them, and
+`study_report` tabulates them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diptych.core.errors import UserError, unknown
+from diptych.evaluation import toyvqa
+from diptych.evaluation.evaluate import TASKS
+from diptych.recipes.build import build_system
+from diptych.recipes.recipe import Recipe, load_plain, merge, parse, set_value
+from diptych.recipes.run import check_parts
+from diptych.recipes.schema import read
+
+STUDIES = Path(__file__).parent / "studies"
+RUNS = Path("runs")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """How a benchmark is run; what is None is the model's or the benchmark's own. n: images per prompt. limit: at most
+    this many prompts, edits or questions. steps, cfg: of the sampler."""
+
+    n: int | None = None
+    limit: int | None = None
+    steps: int | None = None
+    cfg: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run. set: changes to its recipe. start: an earlier run whose model it starts from; the recipe's own start
+    when None. report: whether it is scored and stands in the table. labels: its entries in the table's columns."""
+
+    recipe: str
+    set: tuple[str, ...] = ()
+    start: str | None = None
+    report: bool = True
+    labels: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """A whole study.
+
+    text: a paragraph under the table's title. seeds: used where the command names none. stages: values of the stages of
+    these names in every run that has them (the one place for steps and batch). set: changes to every run's recipe.
+    """
+
+    title: str
+    tasks: dict[str, TaskSpec]
+    runs: dict[str, RunSpec]
+    text: str = ""
+    seeds: tuple[int, ...] = (0,)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run with one seed. plain: its resolved recipe. start: the run it starts from. chain: (steps, batch) of every
+    stage behind its model, those of the runs it starts from first."""
+
+    name: str
+    seed: int
+    spec: RunSpec
+    folder: Path
+    plain: dict[str, Any]
+    recipe: Recipe
+    start: Planned | None
+    chain: tuple[tuple[int, int], ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def lineage(self) -> list[Planned]:
+        """The runs behind its model, itself last."""
+        return [*(self.start.lineage if self.start else []), self]
+
+    @property
+    def samples(self) -> int:
+        """Samples seen in training, in the runs it starts from too."""
+        return sum(steps * batch for steps, batch in self.chain)
+
+
+def names() -> list[str]:
+    """Studies that come with the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a study: a path, or a name of the package."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{name}: no such study file")
+        return path
+    if name not in names():
+        raise unknown("study", name, names())
+    return STUDIES / f"{name}.yaml"
+
+
+def load(name: str, overrides: Sequence[str] = (), limit: int | None = None) -> StudySpec:
+    """A study from its file, with "dotted.key=value" overrides, and `limit` for every task where given.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a task or start that is not there, or a setting that does nothing.
+    """
+    path = find(name)
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: a study is a mapping")
+    for override in overrides:
+        set_value(plain, override)
+    try:
+        study: StudySpec = read(StudySpec, plain, "")
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if limit is not None:
+        tasks = {task: dataclasses.replace(spec, limit=limit) for task, spec in study.tasks.items()}
+        study = dataclasses.replace(study, tasks=tasks)
+    _check(study, name)
+    return study
+
+
+def _check(study: StudySpec, name: str) -> None:
+    if not study.tasks or not any(run.report for run in study.runs.values()):
+        raise UserError(f"{name}: needs at least one task and one run that is reported")
+    for task, spec in study.tasks.items():
+        if task not in TASKS:
+            raise unknown("task", task, TASKS, f"{name}: tasks")
+        for key, value in dataclasses.asdict(spec).items():
+            if value is not None and key != "cfg" and value < 1:
+                raise UserError(f"{name}: tasks.{task}.{key} must be at least 1, not {value}")
+            if value is not None and key != "limit" and task == toyvqa.NAME:
+                raise UserError(f"{name}: tasks.{task}.{key} does nothing; {task} asks questions and draws no images")
+    earlier: list[str] = []
+    for run, spec in study.runs.items():
+        if not NAME.fullmatch(run):
+            raise UserError(f"{name}: runs.{run}: its name becomes a folder; use letters, digits, '_', '.' and '-'")
+        if spec.start is not None and spec.start not in earlier:
+            raise unknown("earlier run", spec.start, earlier, f"{name}: runs.{run}.start")
+        earlier.append(run)
+
+
+def plan(study: StudySpec, seeds: Sequence[int], out: Path) -> list[Planned]:
+    """Every run of every seed, in the order in which they can be performed; nothing is written.
+
+    Each recipe is parsed, and each system built on the meta device, so that mistakes show before the first run.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"seeds {list(seeds)}: give at least one, and each once")
+    planned: list[Planned] = []
+    seen: set[str] = set()
+    for seed in seeds:
+        of_seed: dict[str, Planned] = {}
+        for name, spec in study.runs.items():
+            of_seed[name] = run = _plan_run(study, name, spec, seed, out, of_seed)
+            seen |= set(run.recipe.stages)
+            planned.append(run)
+    for stage in study.stages:
+        if stage not in seen:
+            raise unknown("stage", stage, seen, "stages")
+    built: set[str] = set()
+    for run in planned:
+        fingerprint = json.dumps([run.plain["system"], run.plain["stages"]], sort_keys=True, default=str)
+        if fingerprint not in built:
+            built.add(fingerprint)
+            check_parts(run.recipe, build_system(run.recipe.system, meta=True))
+    return planned
+
+
+def _plan_run(
+    study: StudySpec, name: str, spec: RunSpec, seed: int, out: Path, earlier: Mapping[str, Planned]
+) -> Planned:
+    plain = load_plain(spec.recipe)
+    stages = plain.get("stages")
+    for stage, values in study.stages.items():
+        if isinstance(stages, dict) and isinstance(stages.get(stage), dict):
+            stages[stage] = merge(stages[stage], values)
+    plain["seed"] = seed
+    start = None if spec.start is None else earlier[spec.start]
+    if start is not None:
+        plain["start"] = str(start.folder / "model")
+    for override in (*study.set, *spec.set):
+        set_value(plain, override)
+    recipe = parse(plain, f"runs.{name}: {spec.recipe}")
+    own = tuple((stage.steps, stage.batch) for stage in recipe.stages.values())
+    return Planned(
+        name=name,
+        seed=seed,
+        spec=spec,
+        folder=out / str(seed) / name,
+        plain=json.loads(json.dumps(plain)),
+        recipe=recipe,
+        start=start,
+        chain=(*(start.chain if start else ()), *own),
+    )
+
+
+def asked(study: StudySpec) -> dict[str, dict[str, Any]]:
+    """What each benchmark is told, without what is left to the model or the benchmark."""
+    return {
+        task: {key: value for key, value in dataclasses.asdict(spec).items() if value is not None}
+        for task, spec in study.tasks.items()
+    }
+
+
+def study_folder(name: str, out: str | Path | None = None) -> Path:
+    """Where a study goes: `out`, or runs/<name>."""
+    return Path(out).expanduser() if out is not None else RUNS / find(name).stem

@@ -1,0 +1,231 @@
+"""What a study found: results.json, table.md and plot.png, from the runs that are scored so far."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.checkpoints.tensors import atomic_text
+from diptych.evaluation.results import categories
+from diptych.recipes.clock import seconds
+from diptych.recipes.study import Planned, StudySpec, asked
+
+NONE_YET = "-"
+COLOURS = ("#3b5bdb", "#d9822b", "#2e9e5b", "#b4508c", "#0d9aa8", "#8a6d3b")
+
+
+def write(study: StudySpec, runs: Sequence[Planned], out: Path, *, draw: bool = False) -> dict[str, Any]:
+    """Write the study's files as far as its runs are scored; what results.json holds.
+
+    draw: also plot.png, where matplotlib (extra `eval`) is installed; `plot` names the file, or says why there is none.
+    """
+    found = collect(study, runs)
+    found["plot"] = None
+    if draw:
+        found["plot"] = "plot.png" if plot(found, out / "plot.png") else "none: pip install 'diptych[eval]'"
+    atomic_text(out / "table.md", "\n".join(markdown(found)) + "\n")
+    atomic_text(out / "results.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
+    """All figures: of each run and seed, and over the seeds."""
+    tasks = asked(study)
+    scores = {(run.name, run.seed): _scores(run, tasks) for run in runs}
+    seeds = list(dict.fromkeys(run.seed for run in runs))
+    rows: dict[str, Any] = {}
+    for name, spec in study.runs.items():
+        same = [run for run in runs if run.name == name]
+        each = {str(run.seed): one for run in same if (one := scores[name, run.seed]) is not None}
+        rows[name] = {
+            "recipe": spec.recipe,
+            "set": list(spec.set),
+            "start": spec.start,
+            "reported": spec.report,
+            "labels": dict(spec.labels),
+            "budget": [list(part) for part in same[0].chain],
+            "samples": same[0].samples,
+            "training_seconds": _mean([_seconds(run) for run in same if _seconds(run)]),
+            "tasks": {task: _over_seeds([one["tasks"][task] for one in each.values()]) for task in tasks if each},
+            "seeds": each,
+        }
+    reported = [row for row in rows.values() if row["reported"]]
+    every = [one for one in scores.values() if one is not None]
+    return {
+        "title": study.title,
+        "text": study.text,
+        "complete": all(len(row["seeds"]) == len(seeds) for row in reported),
+        "equal_budget": len({row["samples"] for row in reported}) == 1,
+        "seeds": seeds,
+        "tasks": tasks,
+        "runs": rows,
+        "hardware": sorted({one["hardware"] for one in every}),
+        "versions": every[0]["versions"] if every else {},
+    }
+
+
+def _scores(run: Planned, tasks: dict[str, Any]) -> dict[str, Any] | None:
+    """A run's eval/results.json, None where it is not scored as `tasks` asks."""
+    path = run.folder / "eval" / "results.json"
+    if not run.spec.report or not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["asked"] == tasks else None
+
+
+def _seconds(run: Planned) -> float:
+    """Training time of a run and of those it starts from."""
+    return sum(seconds(one.folder) for one in run.lineage)
+
+
+def _over_seeds(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """mean: over seeds. lowest, highest, deviation: of the seeds. interval: mean of the seeds' 95% intervals, which are
+    over prompts."""
+    overall = [one["overall"] for one in scores]
+    return {
+        "mean": statistics.fmean(overall),
+        "interval": [statistics.fmean(one["interval"][side] for one in scores) for side in (0, 1)],
+        "lowest": min(overall),
+        "highest": max(overall),
+        "deviation": statistics.stdev(overall) if len(overall) > 1 else None,
+        "categories": {
+            name: statistics.fmean(one[name]["score"] for one in scores) for name in (categories(scores[0]))
+        },
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(statistics.fmean(values), 1) if values else None
+
+
+# Text
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    """The study as Markdown: for each task a table of the reported runs and one of its categories; then how it was
+    run."""
+    lines = [f"# {found['title']}", ""]
+    if found["text"]:
+        lines += [found["text"].strip(), ""]
+    if not found["complete"]:
+        lines += ["Not complete: runs without a score are still to be done.", ""]
+    for task in found["tasks"]:
+        lines += [*rows(table(found, task)), ""]
+        if by_category := category_table(found, task):
+            lines += [f"{task} by category:", "", *rows(by_category), ""]
+    return [*lines, *facts(found)]
+
+
+def table(found: dict[str, Any], task: str) -> list[list[str]]:
+    """Header and one row for each reported run."""
+    several = len(found["seeds"]) > 1
+    reported = {name: row for name, row in found["runs"].items() if row["reported"]}
+    header, names = _labels(reported)
+    header += [task, "95% interval", *(["seeds"] if several else []), "steps x batch", "samples", "training s"]
+    lines = [header]
+    for name, row in reported.items():
+        score = row["tasks"].get(task)
+        cells = [NONE_YET] * (3 if several else 2)
+        if score is not None:
+            low, high = score["interval"]
+            cells = [f"{score['mean']:.3f}", f"{low:.3f}-{high:.3f}"]
+            if several:
+                values = " ".join(f"{one['tasks'][task]['overall']:.3f}" for one in row["seeds"].values())
+                deviation = score["deviation"]
+                cells.append(values + (f" (sd {deviation:.3f})" if deviation is not None else ""))
+        budget = " + ".join(f"{steps:,} x {batch}" for steps, batch in row["budget"])
+        spent = row["training_seconds"]
+        lines.append(
+            [*names[name], *cells, budget, f"{row['samples']:,}", NONE_YET if spent is None else f"{spent:,.0f}"]
+        )
+    return lines
+
+
+def category_table(found: dict[str, Any], task: str) -> list[list[str]]:
+    """Header and one row for each scored run; empty where none is."""
+    scored = {name: row for name, row in found["runs"].items() if task in row["tasks"]}
+    if not scored:
+        return []
+    header, names = _labels(scored)
+    columns = list(next(iter(scored.values()))["tasks"][task]["categories"])
+    lines = [[*header, *columns]]
+    for name, row in scored.items():
+        each = row["tasks"][task]["categories"]
+        lines.append([*names[name], *(f"{each[column]:.3f}" for column in columns)])
+    return lines
+
+
+def _labels(runs: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Columns of the labels that runs carry, or of their names where they carry none."""
+    columns = list(dict.fromkeys(column for row in runs.values() for column in row["labels"]))
+    if not columns:
+        return ["run"], {name: [name] for name in runs}
+    return columns, {
+        name: [str(row["labels"].get(column, NONE_YET)) for column in columns] for name, row in runs.items()
+    }
+
+
+def rows(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, its columns aligned as text too."""
+    widths = [max(len(row[at]) for row in cells) for at in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def facts(found: dict[str, Any]) -> list[str]:
+    """How the study was run and how the table is to be read."""
+    seeds = ", ".join(str(seed) for seed in found["seeds"])
+    equal = "The budgets are equal." if found["equal_budget"] else "The budgets differ; see the samples."
+    lines = [
+        f"- Seeds: {seeds}. A seed sets the first weights, the data order, and all noise of training and sampling.",
+        f"- Budget and time include the runs that a run starts from. {equal}",
+        "- Intervals are bootstrapped over prompts"
+        + (", and averaged over the seeds." if len(found["seeds"]) > 1 else "; they say nothing of other seeds."),
+    ]
+    for task, options in found["tasks"].items():
+        given = ", ".join(f"{key} {value}" for key, value in options.items()) or "its own settings"
+        lines.append(f"- {task}: {given}.")
+    if found["hardware"]:
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        lines.append(f"- Run on {'; '.join(found['hardware'])}, with {versions}.")
+    return lines
+
+
+# Picture
+
+
+def plot(found: dict[str, Any], path: Path) -> bool:
+    """A bar for each reported run with its interval, and a point for each seed; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    reported = {name: row for name, row in found["runs"].items() if row["reported"] and row["tasks"]}
+    columns, names = _labels(reported)
+    figure = Figure(figsize=(max(5.0, 1.0 + 1.1 * len(reported)), 3.8 * len(found["tasks"])), layout="constrained")
+    panels = figure.subplots(len(found["tasks"]), 1, squeeze=False)[:, 0]
+    for panel, task in zip(panels, found["tasks"], strict=True):
+        for at, row in enumerate(reported.values()):
+            score = row["tasks"][task]
+            low, high = score["interval"]
+            mean = score["mean"]
+            panel.bar(at, mean, width=0.7, color=COLOURS[0], alpha=0.75)
+            errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+            panel.errorbar(at, mean, yerr=errors, color="#1c2330", capsize=3, linewidth=1)
+            points = [one["tasks"][task]["overall"] for one in row["seeds"].values()]
+            offsets = [at + 0.12 * (number - (len(points) - 1) / 2) for number in range(len(points))]
+            panel.scatter(offsets, points, s=16, color=COLOURS[1], zorder=3)
+            panel.annotate(f"{mean:.2f}", (at, 0.01), ha="center", va="bottom", color="white", fontsize=8)
+        panel.set_xticks(range(len(reported)), ["\n".join(cells) for cells in names.values()], fontsize=8)
+        panel.set_xlabel(" / ".join(columns), fontsize=8)
+        panel.set_ylabel(task)
+        panel.set_ylim(0, 1)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(found["title"], fontsize=10)
+    temporary = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    return True

@@ -1,0 +1,245 @@
+"""Performs a study's runs: trains what is not trained, resumes what was stopped, scores what is not scored."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diptych.checkpoints.tensors import atomic_text
+from diptych.core.errors import UserError
+from diptych.evaluation import evaluate, results
+from diptych.recipes import study_report
+from diptych.recipes.clock import clock, seconds
+from diptych.recipes.load import load
+from diptych.recipes.quickstart import hardware
+from diptych.recipes.run import difference, strip, train_recipe
+from diptych.recipes.study import Planned, StudySpec, asked, plan
+
+STOPPED = 3
+"""Exit code of a process whose run was stopped by a signal after saving."""
+
+Asked = Mapping[str, Mapping[str, Any]]
+Say = Callable[[str], None]
+Told = Callable[[str, int, int], None]
+
+
+def run_study(
+    study: StudySpec,
+    out: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    jobs: int = 1,
+    say: Say = lambda line: None,
+    progress: Told | None = None,
+) -> dict[str, Any] | None:
+    """Perform a study into `out`: a run folder for each seed and run, results.json, table.md and plot.png.
+
+    What is finished is kept, so a study that was stopped, or killed, goes on where it was. The table is written anew
+    after every run.
+
+    Args:
+        seeds: instead of the study's own.
+        jobs: runs at a time, each in a process of its own when there are several.
+        say: told what happens next. progress: told (what is scored, images done, images in all).
+
+    Returns:
+        What results.json holds; None when a signal stopped the study after saving.
+
+    Raises:
+        UserError: `out` holds something else, or runs of other recipes; a run that fails.
+    """
+    if jobs < 1:
+        raise UserError(f"jobs must be at least 1, not {jobs}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
+    runs = plan(study, study.seeds if seeds is None else seeds, out)
+    tasks = asked(study)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "study.json").is_file())):
+        raise UserError(f"{out}: holds something other than a study; choose another --out")
+    for run in runs:
+        check_same(run)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
+    waiting = [run for run in runs if not (trained(run) and scored(run, tasks))]
+    if len(waiting) < len(runs):
+        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+    if jobs == 1:
+        for run in waiting:
+            say(f"run {runs.index(run) + 1} of {len(runs)}: {run.title}")
+            if not perform(run, tasks, say=say, progress=progress):
+                return None
+            study_report.write(study, runs, out)
+    elif not at_once(waiting, tasks, jobs, say, lambda: study_report.write(study, runs, out)):
+        return None
+    return study_report.write(study, runs, out, draw=True)
+
+
+def check_same(run: Planned) -> None:
+    """UserError when the folder of a run holds one of another recipe."""
+    path = run.folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    before, now = strip(yaml.safe_load(path.read_text(encoding="utf-8"))), strip(run.plain)
+    if run.start is not None and trained(run):  # the study may have been moved
+        before, now = {**before, "start": None}, {**now, "start": None}
+    if changed := difference(before, now):
+        raise UserError(f"{run.folder}: holds a run of another recipe ({changed}); choose another --out")
+
+
+def trained(run: Planned) -> bool:
+    return (run.folder / "model" / "config.json").is_file()
+
+
+def scored(run: Planned, tasks: Asked) -> bool:
+    """Whether a run's scores are there, asked for as `tasks` does; a run that is not reported needs none."""
+    path = run.folder / "eval" / "results.json"
+    if not run.spec.report:
+        return True
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == tasks
+
+
+def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = None) -> bool:
+    """Train and score one run as far as that is left to do; False when a signal stopped it after saving."""
+    with alone(run.folder):
+        if not trained(run):
+            resume = (run.folder / "recipe.yaml").is_file()
+            with clock(run.folder):
+                if not train_recipe(run.recipe, run.plain, run.folder, resume=resume, announce=say):
+                    return False
+            if not trained(run):
+                raise UserError(f"{run.folder}: its training left no model")
+        if not scored(run, tasks):
+            score(run, tasks, progress)
+    return True
+
+
+def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
+    """Scores of a trained run in eval/, with its seed for the noise."""
+    device = "cuda" if torch.cuda.is_available() and run.recipe.run.device == "auto" else "cpu"
+    engine = load(str(run.folder), device=device)
+
+    def told(task: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{run.title}: {task}", done, total)
+
+    begin = time.perf_counter()
+    done = [evaluate.run(engine, task, seed=run.seed, progress=told, **options) for task, options in tasks.items()]
+    found = results.summary(engine, done, seed=run.seed, seconds=time.perf_counter() - begin)
+    found |= {"asked": tasks, "training_seconds": round(seconds(run.folder), 1), "hardware": hardware()}
+    results.write(run.folder / "eval", done, found)
+
+
+# Several at a time
+
+
+def at_once(waiting: Sequence[Planned], tasks: Asked, jobs: int, say: Say, after: Callable[[], object]) -> bool:
+    """Perform runs in up to `jobs` processes; a run waits for the one it starts from. Each writes OUT/seed/RUN.log.
+
+    When this process ends, by whatever signal, the others save and end too. False when they were stopped.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    left, active = list(waiting), dict[int, tuple[Planned, Any]]()
+    with _ending_on_sigterm():
+        try:
+            while left or active:
+                open_names = {(run.seed, run.name) for run in left} | {(r.seed, r.name) for r, _ in active.values()}
+                for run in [run for run in left if run.start is None or (run.seed, run.start.name) not in open_names]:
+                    if len(active) == jobs:
+                        break
+                    say(f"starting {run.title}; see {_log(run)}")
+                    process = context.Process(target=_work, args=(run, tasks, threads, os.getpid()))
+                    process.start()
+                    active[process.sentinel] = run, process
+                    left.remove(run)
+                for sentinel in wait(list(active)):
+                    run, process = active.pop(sentinel)  # type: ignore[arg-type]
+                    process.join()
+                    if process.exitcode == STOPPED:
+                        return False
+                    if process.exitcode != 0:
+                        raise UserError(f"{run.title}: failed with exit code {process.exitcode}; see {_log(run)}")
+                    say(f"finished {run.title}")
+                    after()
+        finally:
+            for _, process in active.values():
+                process.terminate()
+            for _, process in active.values():
+                process.join()
+    return True
+
+
+def _log(run: Planned) -> Path:
+    return run.folder.parent / f"{run.name}.log"
+
+
+def _work(run: Planned, tasks: Asked, threads: int, parent: int) -> None:
+    """A process that performs one run and writes what it says to a file."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with _log(run).open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    try:
+        done = perform(run, tasks, say=say)
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    sys.exit(0 if done else STOPPED)
+
+
+def _end_with(parent: int) -> None:
+    """Ask this process to save and end when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process through its `finally` blocks."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; UserError when another process holds it. The lock ends with the process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another process is working on this run") from error
+        yield

@@ -1,0 +1,225 @@
+"""Studies: planned strictly, performed once, continued exactly, tabulated with their spread."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from diptych.core.errors import UserError
+from diptych.recipes import clock, study, study_report, study_run
+from diptych.recipes.study import StudySpec, asked, load, plan
+from diptych.recipes.study_run import run_study
+from diptych.training import loop
+
+PLAIN: dict[str, Any] = {
+    "title": "Tiny",
+    "tasks": {"toyeval": {"n": 1, "limit": 6, "steps": 2}},
+    "stages": {"mix": {"steps": 2}},
+    "set": ["run.save_every=1"],
+    "runs": {
+        "first": {"recipe": "tiny.yaml", "report": False},
+        "second": {
+            "recipe": "tiny.yaml",
+            "set": ["stages.mix.batch=2"],
+            "start": "first",
+            "labels": {"ratio": 0.5, "tuning": "mix"},
+        },
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tiny_study(tiny_recipe: Path) -> StudySpec:
+    Path("study.yaml").write_text(yaml.safe_dump(PLAIN))
+    return load("study.yaml")
+
+
+def weights(out: str, run: str = "0/second") -> dict[str, torch.Tensor]:
+    return load_file(f"{out}/{run}/model/model.safetensors")
+
+
+def test_plan_puts_seed_budget_and_start_into_each_recipe(tiny_study: StudySpec) -> None:
+    first, second, *others = plan(tiny_study, (0, 3), Path("out"))
+    assert [run.folder for run in others] == [Path("out/3/first"), Path("out/3/second")]
+    assert [run.recipe.seed for run in (first, others[0])] == [0, 3]
+    assert second.recipe.start == "out/0/first/model"
+    assert others[1].recipe.start == "out/3/first/model"
+    assert first.recipe.stages["mix"].steps == second.recipe.stages["mix"].steps == 2
+    assert (first.chain, second.chain) == (((2, 4),), ((2, 4), (2, 2)))
+    assert (first.samples, second.samples) == (8, 12)
+    assert second.lineage == [first, second]
+    assert first.recipe.run.save_every == 1
+    assert not Path("out").exists()
+
+
+def test_a_stopped_study_goes_on_exactly(
+    tiny_study: StudySpec, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_study(tiny_study, Path("whole"))
+    assert whole is not None
+    assert whole["complete"]
+
+    calls: list[int] = []
+    set_rate = loop.set_rate
+
+    def set_rate_and_ask_to_stop(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:  # the second run's first step
+            os.kill(os.getpid(), signal.SIGTERM)
+        set_rate(*args)
+
+    monkeypatch.setattr(loop, "set_rate", set_rate_and_ask_to_stop)
+    assert run_study(tiny_study, Path("parts")) is None
+    done = Path("parts/0/first/model/config.json").stat().st_mtime_ns
+    assert not Path("parts/0/second/model").exists()
+    said: list[str] = []
+    found = run_study(tiny_study, Path("parts"), say=said.append)
+    assert said == ["1 of 2 runs are finished already", "run 2 of 2: second, seed 0"]
+    assert len(calls) == 4
+    assert Path("parts/0/first/model/config.json").stat().st_mtime_ns == done
+    assert found is not None
+    assert found["runs"]["second"]["tasks"] == whole["runs"]["second"]["tasks"]
+    for name, tensor in weights("whole").items():
+        assert torch.equal(tensor, weights("parts")[name]), name
+
+    evaluated = Path("parts/0/second/eval/results.json").stat().st_mtime_ns
+    assert run_study(tiny_study, Path("parts"), say=said.append) == found
+    assert len(calls) == 4
+    assert Path("parts/0/second/eval/results.json").stat().st_mtime_ns == evaluated
+    fewer = load("study.yaml", limit=2)
+    assert run_study(fewer, Path("parts")) is not None
+    assert len(calls) == 4
+    assert json.loads(Path("parts/0/second/eval/results.json").read_text())["asked"]["toyeval"]["limit"] == 2
+    assert not Path("parts/0/first/eval").exists()
+
+    with Image.open("parts/plot.png") as picture:
+        assert picture.width > 200
+    text = Path("parts/table.md").read_text()
+    assert "| ratio | tuning | toyeval |" in text
+    assert "| 2 x 4 + 2 x 2 | 12      |" in text
+    results = json.loads(Path("parts/results.json").read_text())
+    assert results["runs"]["second"]["seeds"]["0"]["tasks"]["toyeval"]["images"] == 2
+    assert results["runs"]["second"]["training_seconds"] > 0
+
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(stages.mix.steps: 2 there, 3 here\)"):
+        run_study(load("study.yaml", ["stages.mix.steps=3"]), Path("parts"))
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("")
+    with pytest.raises(UserError, match="something other than a study"):
+        run_study(tiny_study, Path("mine"))
+
+
+def test_table_has_every_seed_and_their_spread(tiny_study: StudySpec) -> None:
+    runs = plan(tiny_study, (0, 1), Path("out"))
+    for run, overall in ((runs[1], 0.25), (runs[3], 0.75)):
+        scores = {"overall": overall, "interval": [overall - 0.25, overall], "counting": {"score": overall}}
+        found = {"tasks": {"toyeval": scores}, "asked": asked(tiny_study), "hardware": "abacus", "versions": {"x": "1"}}
+        (run.folder / "eval").mkdir(parents=True)
+        (run.folder / "eval" / "results.json").write_text(json.dumps(found))
+    found = study_report.collect(tiny_study, runs)
+    row = found["runs"]["second"]["tasks"]["toyeval"]
+    assert (row["mean"], row["lowest"], row["highest"], row["interval"]) == (0.5, 0.25, 0.75, [0.25, 0.5])
+    assert row["deviation"] == pytest.approx(0.3536, abs=1e-4)
+    assert study_report.table(found, "toyeval")[1] == [
+        *("0.5", "mix", "0.500", "0.250-0.500", "0.250 0.750 (sd 0.354)", "2 x 4 + 2 x 2", "12", "-")
+    ]
+    assert found["complete"]
+    assert found["hardware"] == ["abacus"]
+    other = study_report.collect(load("study.yaml", limit=3), runs)
+    assert not other["complete"]
+    assert study_report.table(other, "toyeval")[1][2] == "-"
+    assert study_report.category_table(other, "toyeval") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("runs.second.start=frist", "runs.second.start: unknown earlier run 'frist'. Did you mean 'first'?"),
+        ("runs.first.start=second", "unknown earlier run 'second'"),
+        ("runs.first.sets=[]", "Did you mean 'set'?"),
+        ("tasks={toyval: {}}", "Did you mean 'toyeval'?"),
+        ("tasks={toyvqa: {cfg: 2}}", "toyvqa.cfg does nothing"),
+        ("tasks.toyeval.n=0", "tasks.toyeval.n must be at least 1"),
+        ("tasks={}", "at least one task"),
+        ("runs={../x: {recipe: tiny.yaml}}", "becomes a folder"),
+        ("stages={mx: {steps: 2}}", "unknown stage 'mx'. Did you mean 'mix'?"),
+        ("stages.mix.step=2", "Did you mean 'steps'?"),
+        ("runs.first.recipe=toy/gone", "unknown recipe 'toy/gone'"),
+        ("runs.second.set=['stages.mix.train=[decodr]']", "Did you mean 'decoder'?"),
+        ("seeds=[1, 1]", "each once"),
+    ],
+)
+def test_mistakes_show_before_anything_is_written(tiny_study: StudySpec, change: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        run_study(load("study.yaml", [change]), Path("out"))
+    assert message in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_studies_of_the_package_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "build_system", lambda *args, **options: None)  # test_library builds them
+    monkeypatch.setattr(study, "check_parts", lambda *args: None)
+    assert "toy_iomm" in study.names()
+    for name in study.names():
+        wanted = load(name)
+        runs = plan(wanted, wanted.seeds, Path("out"))
+        assert len({run.samples for run in runs if run.spec.report}) == 1
+    reported = [run.spec.labels for run in plan(load("toy_iomm"), (0,), Path("out")) if run.spec.report]
+    assert len(reported) == 8
+    with pytest.raises(UserError, match="Did you mean 'toy_iomm'"):
+        load("toy_iom")
+
+
+def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with (
+        study_run.alone(folder),
+        pytest.raises(UserError, match="another process"),
+        study_run.alone(folder),
+    ):
+        pass
+    with study_run.alone(folder):
+        pass
+
+
+def test_seconds_of_a_killed_session_count_up_to_its_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text("{}")
+    os.utime(checkpoint / "progress.json", (1030.0, 1030.0))
+    (tmp_path / clock.CLOCK).write_text('{"seconds": 5.0, "since": 1000.0}')
+    assert clock.seconds(tmp_path) == 35.0
+    with clock.clock(tmp_path):
+        pass
+    assert json.loads((tmp_path / clock.CLOCK).read_text())["since"] is None
+    assert clock.seconds(tmp_path) == pytest.approx(35.0, abs=1.0)
+
+
+@pytest.mark.slow
+def test_several_runs_at_once(tiny_study: StudySpec) -> None:
+    two = {"first": {"recipe": "tiny.yaml"}, "third": {"recipe": "tiny.yaml"}}
+    Path("two.yaml").write_text(yaml.safe_dump({**PLAIN, "runs": two}))
+    found = run_study(load("two.yaml"), Path("out"), jobs=2)
+    assert found is not None
+    assert found["complete"]
+    assert Path("out/0/third.log").is_file()
+    Path("broken.yaml").write_text(
+        yaml.safe_dump({**PLAIN, "runs": {"first": {**two["first"], "set": ["start=gone"]}}})
+    )
+    with pytest.raises(UserError, match=r"first, seed 0: failed with exit code 2; see .*first.log"):
+        run_study(load("broken.yaml"), Path("broken"), jobs=2)
+    assert "gone" in Path("broken/0/first.log").read_text()
