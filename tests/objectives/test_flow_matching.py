@@ -1,0 +1,98 @@
+"""Straight paths, their velocity, and the two things a network may predict."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diptych.objectives.flow_matching import (
+    SMALLEST_TIME,
+    Prediction,
+    interpolate,
+    logit_normal_times,
+    resolution_shift,
+    shift_times,
+    to_velocity,
+    velocity_loss,
+)
+
+SEEDS = st.integers(0, 2**31)
+TIMES = st.floats(0, 1, width=32)
+
+
+def pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
+
+
+@given(seed=SEEDS)
+@settings(max_examples=10, deadline=None)
+def test_ends_of_the_path(seed: int) -> None:
+    data, noise = pair(seed)
+    x = interpolate(data, noise, torch.tensor([0.0, 1.0]))
+    assert torch.equal(x[0], data[0])
+    assert torch.equal(x[1], noise[1])
+
+
+@given(seed=SEEDS, t=TIMES)
+@settings(max_examples=40, deadline=None)
+def test_both_predictions_mean_the_same_velocity(seed: int, t: float) -> None:
+    data, noise = pair(seed)
+    times = torch.full((2,), t, dtype=torch.float64)
+    x = interpolate(data, noise, times)
+    assert torch.equal(to_velocity(noise - data, x, times, "velocity"), noise - data)
+    velocity = to_velocity(data, x, times, "data")
+    share = min(1.0, t / SMALLEST_TIME)  # below the smallest time the division is held, and the velocity shrinks
+    torch.testing.assert_close(velocity, (noise - data) * share, atol=1e-9, rtol=1e-6)
+    kinds: tuple[tuple[Prediction, torch.Tensor], ...] = (("velocity", noise - data), ("data", data))
+    for prediction, perfect in kinds:
+        assert velocity_loss(perfect, data, noise, x, times, prediction).tolist() == [0, 0]
+
+
+@given(seed=SEEDS, t=st.floats(SMALLEST_TIME, 1))
+@settings(max_examples=30, deadline=None)
+def test_the_loss_is_that_of_the_velocity(seed: int, t: float) -> None:
+    """A wrong data prediction costs what the velocity that it means is wrong by."""
+    data, noise = pair(seed)
+    times = torch.full((2,), t)
+    x = interpolate(data, noise, times)
+    wrong = data + torch.tensor([0.5, -0.25])[:, None, None, None]
+    meant = to_velocity(wrong, x, times, "data")
+    by_data = velocity_loss(wrong, data, noise, x, times, "data")
+    by_velocity = velocity_loss(meant, data, noise, x, times, "velocity")
+    torch.testing.assert_close(by_data, by_velocity, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_data, torch.tensor([0.5, 0.25]).square() / t**2, rtol=1e-4, atol=1e-6)
+
+
+def test_times_keep_their_precision_beside_half_precision_data() -> None:
+    data, t = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.tensor([0.123456])
+    assert interpolate(data, torch.zeros(1, 1, 1, 1), t).item() == pytest.approx(1 - 0.123456, rel=1e-6)
+
+
+@given(t=st.floats(0.01, 0.99), shift=st.floats(0.1, 10))
+@settings(max_examples=40, deadline=None)
+def test_shifts(t: float, shift: float) -> None:
+    time = torch.tensor(t, dtype=torch.float64)
+    shifted = shift_times(time, shift)
+    assert shift_times(time, 1.0).item() == pytest.approx(t)
+    assert shift_times(shifted, 1 / shift).item() == pytest.approx(t)
+    assert (shifted > time).item() == (shift > 1) or shift == pytest.approx(1)
+
+
+def test_logit_normal_times() -> None:
+    normal = torch.tensor([-1.0, 0.0, 2.0])
+    expected = [1 / (1 + math.exp(-(0.5 + 2 * n))) for n in (-1, 0, 2)]
+    assert logit_normal_times(normal, mean=0.5, std=2.0).tolist() == pytest.approx(expected)
+    shifted = [3 * t / (1 + 2 * t) for t in expected]
+    assert logit_normal_times(normal, mean=0.5, std=2.0, shift=3.0).tolist() == pytest.approx(shifted)
+
+
+def test_flux_shift() -> None:
+    """FLUX at 256 tokens exp(0.5), at 4,096 exp(1.15)."""
+    assert resolution_shift(256) == pytest.approx(math.exp(0.5))
+    assert resolution_shift(4096) == pytest.approx(math.exp(1.15))
+    assert math.log(resolution_shift(2176)) == pytest.approx(0.825)
