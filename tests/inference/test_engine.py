@@ -1,0 +1,148 @@
+"""The engine over a real tiny system: what is encoded how often, and what depends on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.core.sample import Batch
+from diptych.inference.engine import Engine, Sampling, from_pil, to_pil
+from diptych.recipes.load import load
+
+PROMPTS = ["a red circle", "how many blue crosses are there left of a square?", "two"]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return load(str(tiny_model))
+
+
+@pytest.fixture
+def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Requests by call of `encode`, as "id:text" (with "+" where an image is read)."""
+    calls: list[list[str]] = []
+    encode = engine.system.encode
+
+    def counted(batch: Batch, draws: Draws | None = None) -> Any:
+        assert draws is None
+        calls.append([f"{sample.id}:{sample.text}" + "+" * len(sample.context_images) for sample in batch])
+        return encode(batch, draws)
+
+    monkeypatch.setattr(engine.system, "encode", counted)
+    return calls
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def test_conditions_are_computed_once(engine: Engine, encoded: list[list[str]]) -> None:
+    seen: list[tuple[int, int]] = []
+    images = engine.generate(PROMPTS, n=5, batch_size=2, progress=lambda done, of: seen.append((done, of)))
+    assert len(images) == 15
+    requests = [[f"prompt {i}:{PROMPTS[i]}" for i in group] for group in ([0, 1], [2])]
+    assert encoded == [["prompt 0:"], *requests]  # the null condition, then each prompt, once
+    assert [done for done, _ in seen] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert {of for _, of in seen} == {15}
+
+
+def test_no_guidance_needs_no_null(engine: Engine, encoded: list[list[str]]) -> None:
+    engine.generate("a red circle", n=3, cfg=1.0)
+    assert encoded == [["prompt 0:a red circle"]]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "image_cfg", "expected"),
+    [
+        (1.0, 1.0, [["edit 0:paint it+"]]),
+        (3.0, 1.0, [["edit 0:paint it+"], ["edit 0:+"]]),
+        (3.0, 1.5, [["edit 0:"], ["edit 0:paint it+"], ["edit 0:+"]]),
+    ],
+)
+def test_branches_of_an_edit(
+    cfg: float, image_cfg: float, expected: list[list[str]], engine: Engine, encoded: list[list[str]]
+) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    assert len(engine.edit(picture, "paint it", cfg=cfg, image_cfg=image_cfg)) == 1
+    assert encoded == expected
+
+
+def test_any_batch_size_gives_the_same_images(engine: Engine) -> None:
+    whole = pixels(engine.generate(PROMPTS, n=2, seed=3))
+    for size in (1, 4):
+        apart = np.abs(pixels(engine.generate(PROMPTS, n=2, seed=3, batch_size=size)) - whole)
+        assert apart.max() <= 1, size  # rounding to 8 bits
+    assert pixels(engine.generate(PROMPTS[:1], n=1, seed=3)) == pytest.approx(whole[:1], abs=1)
+
+
+def test_images_differ_by_prompt_place_and_seed(engine: Engine) -> None:
+    a, b = pixels(engine.generate("a red circle", n=2, seed=0))
+    (c,) = pixels(engine.generate("a red circle", seed=1))
+    (d,) = pixels(engine.generate("a blue square", seed=0, cfg=8.0))
+    (e,) = pixels(engine.generate("a red circle", seed=0, cfg=8.0))
+    assert all(np.abs(x - y).max() > 2 for x, y in ((a, b), (a, c), (d, e), (a, e)))
+    assert a.shape == (32, 32, 3)
+
+
+def test_options(engine: Engine) -> None:
+    (wide,) = engine.generate("a red circle", size=(16, 32))
+    assert wide.size == (32, 16)
+    (small,) = engine.generate("a red circle", size=16, method="heun", steps=1)
+    assert small.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 3}, "unknown option 'step'. Did you mean 'steps'"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"cfg": -1.0}, "must not be negative"),
+        ({"shift": 0.0}, "shift must be above 0"),
+        ({"size": 30}, "size 30x30 is not divisible by 8"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"method": "hein"}, "Did you mean 'heun'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str, engine: Engine) -> None:
+    with pytest.raises(UserError, match=message):
+        engine.generate("a red circle", **options)
+
+
+def test_bad_requests(engine: Engine) -> None:
+    picture = Image.new("RGB", (32, 32))
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        engine.generate(["a red circle", " "])
+    with pytest.raises(UserError, match="1 images but 2 instructions"):
+        engine.edit(picture, ["a", "b"])
+    with pytest.raises(UserError, match="2 questions need as many images"):
+        engine.ask(picture, ["a?", "b?"])
+
+
+def test_answers(engine: Engine) -> None:
+    picture = Image.new("RGB", (32, 32), "blue")
+    one = engine.ask(picture, "how many?", max_new_tokens=4)
+    assert isinstance(one, str)
+    assert engine.ask([picture, picture], ["how many?", "how many?"], max_new_tokens=4) == [one, one]
+    assert isinstance(engine.ask(None, "yes?", max_new_tokens=2), str)
+
+
+def test_pictures_and_tensors() -> None:
+    levels = torch.arange(3 * 2 * 4, dtype=torch.uint8).reshape(2, 4, 3).numpy() * 10
+    picture = Image.fromarray(levels)
+    tensor = from_pil(picture)
+    assert tensor.shape == (3, 2, 4)
+    assert tensor[0, 0, 0] == -1
+    assert np.array_equal(np.asarray(to_pil(tensor)), levels)
+    assert from_pil(Image.new("L", (2, 2), 255)).tolist() == [[[1.0, 1.0]] * 2] * 3
+
+
+def test_defaults_come_with_the_model(engine: Engine) -> None:
+    assert engine.sampling == Sampling(size=(32, 32), steps=2, cfg=2.0, batch_size=64)
