@@ -47,13 +47,13 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source | None]:
 class _Others(Sequence[int]):
     """0 to `length` without the first `count` multiples of `stride`, not stored."""
 
-    def __init__(self, length: int, count: int, stride: int) -> None:
-        self.length, self.count, self.stride = length, count, stride
+    def __init__(self, length: int, held: int, stride: int) -> None:
+        self.length, self.held, self.stride = length, held, stride
 
     def __len__(self) -> int:
-        return self.length - self.count
+        return self.length - self.held
 
     def __getitem__(self, index: int) -> int:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return index + min(index // (self.stride - 1) + 1, self.count)
+        return index + min(index // (self.stride - 1) + 1, self.held)

@@ -16,6 +16,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.folder import FolderSource
 from diptych.data.jsonl import JsonlSource
+from diptych.data.latent_cache import CachedLatents
 from diptych.data.mixture import Mixture
 from diptych.data.parquet import ParquetSource
 from diptych.data.source import Source
@@ -196,36 +197,59 @@ def toy_texts(count: int = 3000) -> list[str]:
 # Data
 
 
+SOURCE_KEYS = {
+    "toyworld": {"count", "seed", "options"},
+    "folder": {"path"},
+    "jsonl": {"path", "ignore"},
+    "webdataset": {"path"},
+    "parquet": {"path", "columns", "split"},
+}
+"""Keys of a source beside `kind`, `task` and `share`, by its kind; others would be ignored and are refused."""
+
+
 def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
-    """A source from its specification."""
-    size = data.size if isinstance(data.size, int) else data.size[0]
+    """A source from its specification; UserError for a key that this kind of source does not read."""
+    for field in dataclasses.fields(spec):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        given_value = getattr(spec, field.name) not in (default, {}, ())
+        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "share"}:
+            reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
+            raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
     if spec.kind == "toyworld":
-        return ToyWorldSource(
-            task=spec.task, count=spec.count or ENDLESS, seed=spec.seed, size=size, name=name, **spec.options
-        )
+        size = data.size if isinstance(data.size, int) else data.size[0]
+        options = {**spec.options, "count": spec.count or ENDLESS, "seed": spec.seed, "size": size}
+        return _call(ToyWorldSource, f"sources.{name}.options", {**options, "task": spec.task, "name": name})
     if spec.path is None:
         raise UserError(f"sources.{name}: 'path' is missing")
-    if spec.options or spec.count:
-        raise UserError(f"sources.{name}: 'options' and 'count' are for the toy world, not for {spec.kind!r}")
     given: dict[str, Any] = {"task": spec.task, "name": name, "fit": data.fit}
     if spec.kind == "folder":
         return FolderSource(spec.path, **given)
     if spec.kind == "jsonl":
-        return JsonlSource(spec.path, **given)
+        return JsonlSource(spec.path, ignore=spec.ignore, **given)
     if spec.kind == "webdataset":
         return WebDatasetSource(spec.path, **given)
     return ParquetSource(spec.path, columns=spec.columns, split=spec.split or "train", **given)
 
 
 def build_data(
-    spec: DataSpec, seed: int, batch: int, step: int = 1
+    spec: DataSpec, seed: int, batch: int, step: int = 1, autoencoder: Autoencoder | None = None
 ) -> tuple[Mixture, list[tuple[Source, Source | None]]]:
     """A stage's mixture, and each source as (trained on, held out).
 
     Args:
         step: image sides must be multiples of it (autoencoder factor times patch).
+        autoencoder: makes the latents that `spec.cache` keeps.
     """
-    parts = [hold_out(build_source(name, source, spec), spec.held_out) for name, source in spec.sources.items()]
+
+    def whole(name: str, source: SourceSpec) -> Source:
+        built = build_source(name, source, spec)
+        if spec.cache is None or source.task == "understand":
+            return built
+        if autoencoder is None:
+            raise UserError("data.cache: this system has no autoencoder whose latents could be kept")
+        return CachedLatents(built, spec.cache, autoencoder)
+
+    parts = [hold_out(whole(name, source), spec.held_out) for name, source in spec.sources.items()]
     shares = [source.share for source in spec.sources.values()]
     size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
     sizes = None

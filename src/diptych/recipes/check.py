@@ -234,7 +234,8 @@ def check_data(
     system = start(recipe) if found.parameters <= SMALL else build.build_system(recipe.system, meta=True)
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch, SHEET_SAMPLES)
-    mixture, _ = build.build_data(spec.data, key(recipe.seed, name), few, image_step(system, images))
+    looked = replace(spec.data, cache=None)  # looking makes no latents
+    mixture, _ = build.build_data(looked, key(recipe.seed, name), few, image_step(system, images))
     reports: list[report.SourceReport] = []
     for source_name, source_spec in spec.data.sources.items():
         source = build.build_source(source_name, source_spec, spec.data)

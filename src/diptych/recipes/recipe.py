@@ -71,18 +71,20 @@ class SourceSpec:
     """A source of samples.
 
     task: what its samples are for. share: its part of the mixture (the paper's mix ratio is the share of images).
-    path: folder, file, pattern or URL. count: toy samples, 0 for endless. offset: first toy index, so that sets differ.
-    split: of a parquet data set. columns: names of its columns by our names. options: of the toy world.
+    path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
+    columns: names of its columns by our names. count: toy samples, 0 for endless. seed: of the toy world. options: its
+    others (`start`: first index, so that sets differ; `text_only`, `full`, `captions`: shares).
     """
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet"]
     task: Task
     share: float = 1.0
     path: str | None = None
-    count: int = 0
-    seed: int = 0
+    ignore: tuple[str, ...] = ()
     split: str | None = None
     columns: dict[str, str] = field(default_factory=dict[str, str])
+    count: int = 0
+    seed: int = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -158,7 +158,11 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
     if images:
         size = spec.data.size
         system.latent_shape(*((size, size) if isinstance(size, int) else size))
-    mixture, sources = build.build_data(spec.data, key(recipe.seed, name), spec.batch, image_step(system, images))
+    if spec.data.cache and recipe.run.workers:
+        raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.workers to 0")
+    autoencoder = system.autoencoder if isinstance(system, ComposedSystem) else None
+    step = image_step(system, images)
+    mixture, sources = build.build_data(spec.data, key(recipe.seed, name), spec.batch, step, autoencoder)
     batches = [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch or spec.batch)
     return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches)
 
