@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.conditioners.residual_query_adapter import ResidualQueryAdapter
+from measure import Peak, in_own_process, machine, synchronize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +46,15 @@ class Size:
 
 
 SIZES = {
-    "toy": Size(
-        width=192,
-        intermediate=512,
-        heads=6,
-        kv_heads=6,
-        layers=4,
-        prompt=64,
+    "toy": Size(  # library/toy/mllm.yaml; 16 of the prompt's tokens are the image's
+        width=128,
+        intermediate=384,
+        heads=4,
+        kv_heads=2,
+        layers=3,
+        prompt=38,
         queries=16,
-        adapter_heads=6,
+        adapter_heads=4,
         batch=16,
     ),
     "wide": Size(  # InternVL3-2B, two of its 28 layers
@@ -109,8 +106,7 @@ class Conditioning:
         self.adapter.zero_grad(set_to_none=True)
         loss = self.forward(reuse)
         loss.backward()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return float(loss.detach())
 
     def flops(self, reuse: bool) -> int:
@@ -135,38 +131,12 @@ class Conditioning:
         return sum(count for count, _ in kept.values())
 
 
-def peak(size: Size, device: str, reuse: bool, sender: Any) -> None:
-    """Peak bytes above the level before the first step, from a process that does nothing else."""
-    torch.set_num_threads(1)
+def peak(size: Size, device: str, reuse: bool) -> int:
+    """Peak bytes above the level before the first step."""
     work = Conditioning(size, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work.step(reuse)
-        sender.send(torch.cuda.max_memory_allocated() - before)
-        return
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again from the present level
-    before = resident("VmRSS")
+    memory = Peak(device)
     work.step(reuse)
-    sender.send(resident("VmHWM") - before)
-
-
-def resident(field: str) -> int:
-    """A size from Linux's /proc/self/status, in bytes."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
-
-
-def peak_in_own_process(size: Size, device: str, reuse: bool) -> int:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=peak, args=(size, device, reuse, sender))
-    process.start()
-    sender.close()
-    found = receiver.recv()
-    process.join()
-    return found
+    return memory.rise()
 
 
 def compare(size: Size, device: str, repeats: int) -> dict[str, Any]:
@@ -183,7 +153,7 @@ def compare(size: Size, device: str, repeats: int) -> dict[str, Any]:
     middle = {reuse: statistics.median(values) for reuse, values in times.items()}
     flops = {reuse: work.flops(reuse) / 1e9 for reuse in (True, False)}
     saved = {reuse: work.saved(reuse) / 2**20 for reuse in (True, False)}
-    peaks = {reuse: peak_in_own_process(size, device, reuse) / 2**20 for reuse in (True, False)}
+    peaks = {reuse: in_own_process(peak, size, device, reuse) / 2**20 for reuse in (True, False)}
     return {
         "size": asdict(size),
         "loss_difference": abs(losses[True] - losses[False]),
@@ -193,14 +163,6 @@ def compare(size: Size, device: str, repeats: int) -> dict[str, Any]:
         "saved_mib": {"plain": saved[False], "reuse": saved[True], "ratio": saved[False] / saved[True]},
         "peak_mib": {"plain": peaks[False], "reuse": peaks[True], "ratio": peaks[False] / peaks[True]},
     }
-
-
-def processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -220,18 +182,7 @@ def main() -> None:
         for measure in ("seconds", "median_seconds", "gflop", "saved_mib", "peak_mib"):
             row = results[name][measure]
             print(f"{name:6} {measure:16} {row['plain']:10.4f} {row['reuse']:10.4f} {row['ratio']:6.2f}x")
-    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else processor_name()
-    about = {
-        "benchmark": "prefix_reuse",
-        "hardware": hardware,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "repeats": arguments.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    about = {"benchmark": "prefix_reuse", "repeats": arguments.repeats, **machine(arguments.device)}
     print(json.dumps({**about, "results": results}))
 
 
