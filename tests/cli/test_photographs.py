@@ -53,4 +53,5 @@ def test_check_train_and_generate(photographs: Path, tiny_recipe: Path, tmp_path
     out = tmp_path / "made.png"
     size = ["--size", "32", "--steps", "2"]
     assert main(["generate", str(tmp_path / "run"), "a red circle", *size, "-o", str(out)]) == 0
-    assert Image.open(out).size == (32, 32)
+    with Image.open(out) as made:
+        assert made.size == (32, 32)
