@@ -166,9 +166,7 @@ def untouched(folder: Path) -> bool:
 
 
 def test_an_error_leaves_nothing_half_written(old: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"written \(No space left on device\); nothing was changed"
-    ):
+    with pytest.raises(UserError, match=r"written \(No space left on device\); nothing was changed"):
         atomic_folder(old, fail)
     assert untouched(old)
     with pytest.raises(KeyboardInterrupt):
