@@ -67,7 +67,7 @@ def run_study(
         raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
     runs = plan(study, study.seeds if seeds is None else seeds, out)
     tasks = asked(study)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "study.json").is_file())):
+    if holds_others(out):
         raise UserError(f"{out}: holds something other than a study; choose another --out")
     for run in runs:
         check_same(run)
@@ -85,6 +85,13 @@ def run_study(
     elif not at_once(waiting, tasks, jobs, say, lambda: study_report.write(study, runs, out)):
         return None
     return study_report.write(study, runs, out, draw=True)
+
+
+def holds_others(out: Path) -> bool:
+    """Whether `out` is there and no study; hidden files may be what a killed process left."""
+    if not out.exists() or (out / "study.json").is_file():
+        return False
+    return not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
 
 
 def check_same(run: Planned) -> None:
