@@ -14,7 +14,7 @@ from diptych.recipes.clock import seconds
 from diptych.recipes.study import Planned, StudySpec, asked
 
 NONE_YET = "-"
-COLOURS = ("#3b5bdb", "#d9822b", "#2e9e5b", "#b4508c", "#0d9aa8", "#8a6d3b")
+BAR, POINT, INK = "#3b5bdb", "#d9822b", "#1c2330"
 
 
 def write(study: StudySpec, runs: Sequence[Planned], out: Path, *, draw: bool = False) -> dict[str, Any]:
@@ -212,17 +212,17 @@ def plot(found: dict[str, Any], path: Path) -> bool:
             score = row["tasks"][task]
             low, high = score["interval"]
             mean = score["mean"]
-            panel.bar(at, mean, width=0.7, color=COLOURS[0], alpha=0.75)
+            panel.bar(at, mean, width=0.7, color=BAR, alpha=0.75)
             errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-            panel.errorbar(at, mean, yerr=errors, color="#1c2330", capsize=3, linewidth=1)
+            panel.errorbar(at, mean, yerr=errors, color=INK, capsize=3, linewidth=1)
             points = [one["tasks"][task]["overall"] for one in row["seeds"].values()]
             offsets = [at + 0.12 * (number - (len(points) - 1) / 2) for number in range(len(points))]
-            panel.scatter(offsets, points, s=16, color=COLOURS[1], zorder=3)
-            panel.annotate(f"{mean:.2f}", (at, 0.01), ha="center", va="bottom", color="white", fontsize=8)
+            panel.scatter(offsets, points, s=16, color=POINT, zorder=3)
+            panel.annotate(f"{mean:.2f}", (at, max(high, *points, 0.0) + 0.02), ha="center", color=INK, fontsize=8)
         panel.set_xticks(range(len(reported)), ["\n".join(cells) for cells in names.values()], fontsize=8)
         panel.set_xlabel(" / ".join(columns), fontsize=8)
         panel.set_ylabel(task)
-        panel.set_ylim(0, 1)
+        panel.set_ylim(0, 1.08)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(found["title"], fontsize=10)
     temporary = path.with_name(f".{path.stem}.partial.png")
