@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diptych.recipes.recipe import load
 from diptych.recipes.run import train_recipe
+from diptych.training.parallel import leave
 
 
 def continued(run: Path) -> Path:
@@ -31,3 +32,4 @@ if __name__ == "__main__":
         assert train_recipe(*load(str(path)), path.with_suffix(""))
     last = path.with_suffix("")
     assert train_recipe(*load(str(path)), continued(last), resume=True)
+    leave()

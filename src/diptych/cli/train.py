@@ -20,12 +20,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import os
     import shlex
     import sys
 
     from transformers.utils import logging as transformers_logging
 
     from diptych.recipes.train import run_folder, train
+    from diptych.training.parallel import leave
 
     transformers_logging.disable_progress_bar()
     folder = run_folder(args.recipe, args.out)
@@ -36,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         announce=lambda line: print(line, file=sys.stderr),
     )
+    leave()
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first speaks
+        return 0
     if not done:
         words = ["diptych", "train", args.recipe, "--out", str(folder), "--resume"]
         words += ["--set", *args.set] if args.set else []

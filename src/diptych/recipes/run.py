@@ -46,6 +46,7 @@ def train_recipe(
 ) -> bool:
     """Train a recipe into `folder`; True when done, False when stopped by a signal after saving.
 
+    Processes started together stay together: a next run in them uses the same group, until `training.parallel.leave`.
     The folder gets recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/, and model/ at the end.
 
     Raises:
@@ -87,7 +88,6 @@ def train_recipe(
         save_model(system, recipe, folder / "model")
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
-        accelerator.end_training()
     return done
 
 

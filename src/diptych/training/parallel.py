@@ -57,3 +57,9 @@ def prepare(system: System, accelerator: Accelerator) -> nn.Module:
 def clip(parameters: Sequence[nn.Parameter], largest: float) -> float:
     """Scale gradients down to a norm of `largest`; the norm that they had, over all processes."""
     return float(whole(torch.nn.utils.clip_grad_norm_(parameters, largest)))
+
+
+def leave() -> None:
+    """End the group of processes that were started together, where there is one; before a process exits."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

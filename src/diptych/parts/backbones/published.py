@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from diptych.core.errors import UserError, unknown
 from diptych.parts.backbones.chat import Chat
@@ -72,16 +74,17 @@ def read_config(
 def read_model(architecture: Any, source: str | Path, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """The weights of a folder or hub id, safetensors only, strictly: every key there, none left over."""
     try:
-        loaded: Any = architecture.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with without_bars():
+            loaded: Any = architecture.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError) as error:
         raise unreadable(source, error) from error
     model, info = loaded
@@ -105,7 +108,20 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
     if dtype is not None:
         cast = {x.data_ptr(): x.to(dtype) for x in weights.values()}  # tied weights stay one
         weights = {name: cast[x.data_ptr()] for name, x in weights.items()}
-    model.save_pretrained(folder, state_dict=weights)
+    with without_bars():
+        model.save_pretrained(folder, state_dict=weights)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers' progress bars off inside the block; the setting is put back."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def matching_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, config: Any) -> Chat:
