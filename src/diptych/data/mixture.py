@@ -160,13 +160,13 @@ class Mixture:
                 logger.warning("skipped %s (%d so far)", error, len(self.skipped))
         tried, bad = len(self._tried), len(self.skipped)
         items = sum(len(source) for source, weight in zip(self.sources, self.weights, strict=True) if weight > 0)
-        if tried >= min(_FEWEST_TRIED, items) and bad > self._tolerated(tried):
+        if tried >= min(_FEWEST_TRIED, items) and bad > self.tolerated(tried):
             raise UserError(
                 f"{bad:,} of {tried:,} items tried are unreadable, more than the bad_share of {self.bad_share:.2%}. "
                 f"{_named(self.skipped)}"
             )
 
-    def _tolerated(self, tried: int) -> float:
+    def tolerated(self, tried: int) -> float:
         """Bad items that `tried` may hold. Chance (three standard deviations and one item) is allowed for, so that one
         bad file among the first few does not stop a run whose data as a whole are well within the share."""
         expected = self.bad_share * tried

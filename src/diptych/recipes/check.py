@@ -255,7 +255,7 @@ def check_data(
     read, bad = sum(one.read for one in reports), len(data.bad)
     described = [source.describe() for source in mixture.sources]
     lines = data.lines() + [line for line in mixture.prepare() if line not in described]
-    if bad > mixture._tolerated(read):
+    if bad > mixture.tolerated(read):
         first = "; ".join(f"{item}: {reason}" for item, reason in list(data.bad.items())[:5])
         raise UserError(
             f"stage {name}: {bad:,} of {read:,} items are unreadable, more than bad_share {spec.data.bad_share:.2%}: "
