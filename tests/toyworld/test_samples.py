@@ -8,10 +8,10 @@ import torch
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Task
 from diptych.toyworld.edits import EDIT_KINDS, Edit
-from diptych.toyworld.language import DESCRIBE, QUESTION_KINDS, describe, vocabulary, words
+from diptych.toyworld.language import DESCRIBE, QUESTION_KINDS, ask_place, describe, vocabulary, words
 from diptych.toyworld.render import render
 from diptych.toyworld.samples import ToyWorld
-from diptych.toyworld.scene import Scene
+from diptych.toyworld.scene import CELLS, Scene
 from diptych.toyworld.statements import KINDS, held_out
 
 
@@ -73,11 +73,17 @@ def test_edit_samples() -> None:
 def test_conversations() -> None:
     world = ToyWorld(2)
     kinds: set[str] = set()
-    told = 0
+    told = walked = 0
     for index in range(600):
         sample = world.sample("understand", index)
         asked, answered = sample.messages[::2], sample.messages[1::2]
-        assert 1 <= len(asked) == len(answered) <= 3
+        assert 1 <= len(asked) == len(answered) <= 4
+        if len(asked) == 4:
+            walked += 1
+            scene = Scene.from_dict(sample.extra["scene"])
+            cells = [next(i for i, cell in enumerate(CELLS) if turn.text.endswith(f"the {cell}?")) for turn in asked]
+            assert sorted(cells) == [0, 1, 2, 3]
+            assert [turn.text for turn in answered] == [ask_place(scene, cell).answer for cell in cells]
         assert {turn.role for turn in asked} == {"user"}
         assert {turn.role for turn in answered} == {"assistant"}
         assert len(sample.extra["question_kinds"]) == len(asked)
@@ -96,6 +102,7 @@ def test_conversations() -> None:
             assert answered[-1].text == describe(Scene.from_dict(sample.extra["scene"]))
     assert kinds == set(QUESTION_KINDS)
     assert 0.2 < told / 600 < 0.4
+    assert 0.02 < walked / 600 < 0.09
 
 
 def test_the_language_is_closed() -> None:

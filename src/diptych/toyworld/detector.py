@@ -24,7 +24,7 @@ COLOUR_REACH = 60.0
 """Farthest that an object's colour may lie from the palette entry it is read as."""
 BACKGROUND_REACH = 45.0
 RADIUS_RANGE = (3.6, 7.0)
-"""Radii that are believed, in canvas units; the renderer draws 4.6 to 5.8."""
+"""Radii that are believed, in canvas units; the renderer draws 5.2 to 6.3."""
 SMALLEST = 12.0
 """Least area of a component, in canvas units squared."""
 LEAST_SCORE = 0.76

@@ -64,15 +64,19 @@ def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question 
     if kind == "existence":
         return _existence(scene, rng)
     if kind == "place":
-        cell = int(rng.integers(len(CELLS)))
-        found = scene.at(cell)
-        answer = with_article(named(found.thing)) if found else "nothing"
-        return Question(kind=kind, text=f"what is at the {CELLS[cell]}?", answer=answer)
+        return ask_place(scene, int(rng.integers(len(CELLS))))
     if kind == "background":
         return Question(kind=kind, text="what color is the background?", answer=scene.background)
     if kind == "caption":
         return Question(kind=kind, text=DESCRIBE, answer=describe(scene))
     raise unknown("kind of question", kind, QUESTION_KINDS)
+
+
+def ask_place(scene: Scene, cell: int) -> Question:
+    """What is in a cell."""
+    found = scene.at(cell)
+    answer = with_article(named(found.thing)) if found else "nothing"
+    return Question(kind="place", text=f"what is at the {CELLS[cell]}?", answer=answer)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:

@@ -9,9 +9,18 @@ import numpy as np
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Message, Sample, Task
 from diptych.toyworld.edits import random_edit
-from diptych.toyworld.language import QUESTION_KINDS, Question, QuestionKind, ask, ask_statement, describe
+from diptych.toyworld.language import (
+    DESCRIBE,
+    QUESTION_KINDS,
+    Question,
+    QuestionKind,
+    ask,
+    ask_place,
+    ask_statement,
+    describe,
+)
 from diptych.toyworld.render import render
-from diptych.toyworld.scene import Scene, generator, pick
+from diptych.toyworld.scene import CELLS, Scene, generator, pick
 from diptych.toyworld.statements import KINDS, PREFIXES, Statement, draw_statement
 
 TURNS = 3
@@ -28,7 +37,8 @@ class ToyWorld:
         size: side of the images in pixels. The same (seed, task, index) at another size is the same scene.
         text_only: share of `understand` samples in which a description stands in place of the image.
         full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
-        captions: share of `understand` samples with an image that ask for its description.
+        captions: share of `understand` samples with an image that ask for all that is in it: half of them for its
+            description, half what is in each cell, in any order.
     """
 
     def __init__(
@@ -103,8 +113,8 @@ class ToyWorld:
             extra["key"] = statement.key if statement else None
         else:
             opening = f"{IMAGE_PLACEHOLDER}\n"
-            caption = ask(scene, "caption", rng) if rng.random() < self.captions else None
-            asked = [caption] if caption else _conversation(scene, None, rng)
+            described = rng.random() < self.captions
+            asked = _description(scene, rng) if described else _conversation(scene, None, rng)
         extra["question_kinds"] = [question.kind for question in asked]
         messages: list[Message] = []
         for turn, question in enumerate(asked):
@@ -112,6 +122,16 @@ class ToyWorld:
             messages.append(Message(role="assistant", text=question.answer))
         images = () if text_only else (render(scene, self.size),)
         return Sample(id=name, task="understand", context_images=images, messages=tuple(messages), extra=extra)
+
+
+def _description(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """The description, or the contents of the four cells in any order.
+
+    A description names a cell after what is in it, so it can be told without finding a named cell; the other cannot.
+    """
+    if rng.random() < 0.5:
+        return [Question(kind="caption", text=DESCRIBE, answer=describe(scene))]
+    return [ask_place(scene, cell) for cell in rng.permutation(len(CELLS)).tolist()]
 
 
 def _conversation(scene: Scene, statement: Statement | None, rng: np.random.Generator) -> list[Question]:

@@ -39,8 +39,8 @@ BACKGROUNDS: dict[str, Rgb] = {
 }
 CELLS: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
-RADII = (4.6, 5.8)
-JITTER = 2.0
+RADII = (5.2, 6.3)
+JITTER = 1.0
 MARGIN = 0.7
 """Least distance from a shape to the border of its cell, so that neighbours stay 1.4 units apart."""
 TINT = 6
