@@ -1,0 +1,412 @@
+"""OmniGen2's 4B diffusion transformer: one stream of text, reference images and the image to make.
+
+Source: Wu et al. 2025 (arXiv 2506.18871), Sec. 3; parameters carry the names of the published checkpoint
+(OmniGen2/OmniGen2, folder `transformer`). Its time runs from 0 (noise) to 1 (data) and its output is data - noise; both
+are converted here.
+
+B samples, C latent channels, h and w latent sides, L text tokens, D text width, W hidden width, H heads, K head width,
+E width of the time vector, I reference images of the batch, R tokens of a reference image, N tokens of the image to
+make, T tokens in all. Sizes may differ between samples: all sequences are padded on the right and masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from diptych.core.condition import TokenCondition
+from diptych.core.errors import UserError
+from diptych.core.patchify import patchify, unpatchify
+from diptych.core.rope import rotate, rotation
+from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.omnigen2_layout import Grid, Layout, real
+
+FREQUENCIES = 256
+TIME_WIDTH = 1024
+MOST_REFERENCES = 5
+KEPT_ROTATIONS = 16
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Attention projections of all blocks; the released fine-tuning uses rank and alpha 8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniGen2Config:
+    """Sizes of an `OmniGen2`, under the names of its published config.json; the defaults are the published ones.
+
+    in_channels: C. hidden_size: W. num_refiner_layers: of each of the three refiners. num_kv_heads: heads that share
+    keys and values. multiple_of, ffn_dim_multiplier: the MLP is 4 W times the latter wide, rounded up to a multiple.
+    axes_dim_rope: channels of a head turned by (shift, row, column). axes_lens: positions on each axis.
+    text_feat_dim: D. timestep_scale: what a time in [0, 1] is multiplied by.
+    """
+
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int | None = None
+    hidden_size: int = 2520
+    num_layers: int = 32
+    num_refiner_layers: int = 2
+    num_attention_heads: int = 21
+    num_kv_heads: int = 7
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    axes_dim_rope: tuple[int, int, int] = (40, 40, 40)
+    axes_lens: tuple[int, int, int] = (1024, 1664, 1664)
+    text_feat_dim: int = 2048
+    timestep_scale: float = 1000.0
+
+    def __post_init__(self) -> None:
+        heads, head = self.num_attention_heads, self.head_width
+        if self.hidden_size % heads:
+            raise UserError(f"omnigen2: hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        if heads % self.num_kv_heads:
+            raise UserError(f"omnigen2: num_attention_heads {heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if sum(self.axes_dim_rope) != head or any(dim % 2 for dim in self.axes_dim_rope):
+            raise UserError(
+                f"omnigen2: axes_dim_rope {tuple(self.axes_dim_rope)} must be even numbers that sum to {head} "
+                f"(hidden_size {self.hidden_size} / num_attention_heads {heads})"
+            )
+        if self.out_channels not in (None, self.in_channels):
+            raise UserError(f"omnigen2: out_channels {self.out_channels} differ from in_channels {self.in_channels}")
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLPs."""
+        width = 4 * self.hidden_size
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return self.multiple_of * math.ceil(width / self.multiple_of)
+
+
+class Norm(nn.Module):
+    """RMS norm over the last axis; its weight follows the input's dtype (autocast keeps the fused kernel)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class ModulatedNorm(nn.Module):
+    """RMS norm scaled by the time vector, and what the rest of the block takes from that vector."""
+
+    def __init__(self, width: int, time_width: int, eps: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(time_width, 4 * width)
+        self.norm = Norm(width, eps)
+
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (B, T, W), time (B, 1, E); normed x, and attention gate, MLP scale and MLP gate, each (B, 1, W)."""
+        scale, gate, mlp_scale, mlp_gate = self.linear(F.silu(time)).chunk(4, dim=-1)
+        return self.norm(x) * (1 + scale), gate, mlp_scale, mlp_gate
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed and rotated queries and keys, without biases."""
+
+    def __init__(self, config: OmniGen2Config) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_width
+        self.head = head
+        self.shared = config.num_attention_heads // config.num_kv_heads
+        self.to_q = nn.Linear(width, config.num_attention_heads * head, bias=False)
+        self.to_k = nn.Linear(width, config.num_kv_heads * head, bias=False)
+        self.to_v = nn.Linear(width, config.num_kv_heads * head, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(config.num_attention_heads * head, width, bias=False)])
+        self.norm_q = Norm(head, config.norm_eps)
+        self.norm_k = Norm(head, config.norm_eps)
+
+    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) bool, True where a key is real."""
+        q = rotate(self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head))), turn)  # (B, T, H, K)
+        k = rotate(self.norm_k(self.to_k(x).unflatten(-1, (-1, self.head))), turn)  # (B, T, H / shared, K)
+        v = self.to_v(x).unflatten(-1, (-1, self.head))
+        k, v = (heads.repeat_interleave(self.shared, dim=2) for heads in (k, v))  # masked fused kernels want H heads
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, inner, bias=False)
+        self.linear_2 = nn.Linear(inner, width, bias=False)
+        self.linear_3 = nn.Linear(width, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)) * self.linear_3(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP between two norms each; scaled and gated by time where `modulated`, plain residuals else."""
+
+    def __init__(self, config: OmniGen2Config, *, modulated: bool) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.norm_eps
+        self.attn = Attention(config)
+        self.feed_forward = FeedForward(width, config.inner)
+        self.norm1 = ModulatedNorm(width, min(width, TIME_WIDTH), eps) if modulated else Norm(width, eps)
+        self.norm2 = Norm(width, eps)
+        self.ffn_norm1 = Norm(width, eps)
+        self.ffn_norm2 = Norm(width, eps)
+
+    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, time: Tensor | None = None) -> Tensor:
+        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) or None, time (B, 1, E) for a modulated block."""
+        if isinstance(self.norm1, ModulatedNorm):
+            assert time is not None, "a modulated block needs the time vector"
+            normed, gate, mlp_scale, mlp_gate = self.norm1(x, time)
+            x = torch.addcmul(x, gate.tanh(), self.norm2(self.attn(normed, turn, mask)))
+            inner = self.ffn_norm1(x) * (1 + mlp_scale)
+            return torch.addcmul(x, mlp_gate.tanh(), self.ffn_norm2(self.feed_forward(inner)))
+        x = x + self.norm2(self.attn(self.norm1(x), turn, mask))
+        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids (B, 256) to the time vector (B, E)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(FREQUENCIES, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, waves: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class TimeCaptionEmbedding(nn.Module):
+    """The time's and the text's way in."""
+
+    def __init__(self, config: OmniGen2Config) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(min(config.hidden_size, TIME_WIDTH))
+        self.caption_embedder = nn.Sequential(
+            Norm(config.text_feat_dim, config.norm_eps), nn.Linear(config.text_feat_dim, config.hidden_size)
+        )
+
+
+class OutputNorm(nn.Module):
+    """Layer norm scaled by the time vector, then tokens (B, T, C patch^2)."""
+
+    def __init__(self, width: int, time_width: int, token: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(time_width, width)
+        self.linear_2 = nn.Linear(width, token)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale = self.linear_1(F.silu(time))
+        return self.linear_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale))
+
+
+def waves(t: Tensor, scale: float) -> Tensor:
+    """256 sinusoids of OmniGen2's time, t (B,) with 0 noise and 1 data; cosines first."""
+    half = FREQUENCIES // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = scale * (t.float()[:, None] * torch.exp(-math.log(10_000) * steps / half))  # (B, 128)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class OmniGen2(Decoder):
+    """See the module's docstring.
+
+    The text's refiner does not depend on time: `refine` runs it once, `denoise` at every step; `forward` is both.
+    checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: OmniGen2Config) -> None:
+        super().__init__()
+        self.config = config
+        width, token = config.hidden_size, config.in_channels * config.patch_size**2
+        self.channels = config.in_channels
+        self.condition_width = config.text_feat_dim
+        self.patch = config.patch_size
+        self.checkpointing = False
+
+        def blocks(count: int, *, modulated: bool = True) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, modulated=modulated) for _ in range(count))
+
+        self.x_embedder = nn.Linear(token, width)
+        self.ref_image_patch_embedder = nn.Linear(token, width)
+        self.image_index_embedding = nn.Parameter(torch.empty(MOST_REFERENCES, width))
+        self.time_caption_embed = TimeCaptionEmbedding(config)
+        self.noise_refiner = blocks(config.num_refiner_layers)
+        self.ref_image_refiner = blocks(config.num_refiner_layers)
+        self.context_refiner = blocks(config.num_refiner_layers, modulated=False)
+        self.layers = blocks(config.num_layers)
+        self.norm_out = OutputNorm(width, min(width, TIME_WIDTH), token)
+        self._rotations: dict[tuple[Layout, torch.device], list[Tensor]] = {}
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every parameter, in place, on any device (a no-op on meta: call it again after `to_empty`).
+
+        Linear layers Xavier-uniform with zero bias, the time vector's N(0, 0.02), the image indices N(0, 0.02), norms
+        one; modulations and the output zero, so that every gated block starts as the identity and the output is 0.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Norm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, TimestepEmbedding):
+                nn.init.normal_(module.linear_1.weight, std=0.02)
+                nn.init.normal_(module.linear_2.weight, std=0.02)
+            elif isinstance(module, ModulatedNorm):
+                nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, OutputNorm):
+                nn.init.zeros_(module.linear_1.weight)
+                nn.init.zeros_(module.linear_2.weight)
+        nn.init.normal_(self.image_index_embedding, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
+        return torch.stack(self.denoise(list(x), t, self.refine(condition)))
+
+    def refine(self, condition: TokenCondition) -> TokenCondition:
+        """The condition with its tokens (B, L, D) embedded and refined, (B, L, W); once for all steps.
+
+        Raises:
+            UserError: tokens of another width.
+        """
+        if condition.tokens.shape[-1] != self.condition_width:
+            raise UserError(
+                f"OmniGen2: condition tokens have width {condition.tokens.shape[-1]}, "
+                f"the model takes {self.condition_width}"
+            )
+        mask = condition.full_mask()  # (B, L)
+        tokens = condition.tokens.masked_fill(~mask[..., None], 0)  # a masked NaN would still reach the softmax
+        text = self.time_caption_embed.caption_embedder(tokens.to(self.x_embedder.weight.dtype))  # (B, L, W)
+        turn = rotation(torch.arange(text.shape[1], device=text.device)[None, :, None].expand(1, -1, 3), self._axes)
+        for block in self.context_refiner:
+            text = self._run(block, text, turn, _keys(mask))
+        return replace(condition, tokens=text, mask=mask)
+
+    def denoise(self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition) -> list[Tensor]:
+        """Velocity noise - data of each sample, of the shape of its latent.
+
+        Args:
+            x: noisy latents, each (C, h, w), of any sizes. t: (B,) with t=1 noise and t=0 data.
+            condition: of `refine`; `context_latents` are the clean latents of the reference images.
+
+        Raises:
+            UserError: latents with another number of channels or of sides that do not divide into patches, more than
+                five reference images, or a sequence beyond the model's positions.
+        """
+        references = condition.context_latents or ((),) * len(x)
+        layout = self._layout(x, references, condition)
+        turns = self._turns(layout, t.device)  # each (T, K / 2)
+        parts = [turn.split(sizes) for turn, sizes in zip(turns, layout.sizes, strict=True)]  # text, images, target
+        dtype = self.x_embedder.weight.dtype
+        vector = self.time_caption_embed.timestep_embedder(waves(1 - t, self.config.timestep_scale).to(dtype))
+        time = vector[:, None]  # (B, 1, E)
+
+        target = self._refined(self.noise_refiner, self.x_embedder(self._tokens(x)), [part[-1] for part in parts], time)
+        images = iter(self._references(references, [part[1:-1] for part in parts], time))
+        rows = [
+            torch.cat([text[:length], *(next(images) for _ in own), made])
+            for text, length, own, made in zip(condition.tokens, layout.text, references, target, strict=True)
+        ]  # each (T, W)
+        joint = self._refined(self.layers, pad_sequence(rows, batch_first=True), turns, time)
+        tails = [row[-sizes[-1] :] for row, sizes in zip(joint, layout.sizes, strict=True)]
+        out = self.norm_out(pad_sequence(tails, batch_first=True), time)  # (B, N, C patch^2)
+        return [
+            -unpatchify(tokens[None, : rows * columns], self.patch, "pqc", rows, columns)[0].to(latent.dtype)
+            for tokens, (rows, columns), latent in zip(out, layout.targets, x, strict=True)
+        ]
+
+    def _references(
+        self, latents: Sequence[Sequence[Tensor]], turns: Sequence[Sequence[Tensor]], time: Tensor
+    ) -> list[Tensor]:
+        """Tokens of all reference images, sample after sample, each refined by itself; each (R, W)."""
+        flat = [image for row in latents for image in row]
+        if not flat:
+            return []
+        owner = [sample for sample, row in enumerate(latents) for _ in row]
+        place = [number for row in latents for number in range(len(row))]
+        images = self.ref_image_patch_embedder(self._tokens(flat)) + self.image_index_embedding[place][:, None]
+        return self._refined(self.ref_image_refiner, images, [turn for row in turns for turn in row], time[owner])
+
+    def _refined(self, blocks: nn.ModuleList, x: Tensor, turns: Sequence[Tensor], time: Tensor) -> list[Tensor]:
+        """Padded rows (B, T, W) through modulated blocks; each row's real tokens, (its length, W)."""
+        lengths = [len(turn) for turn in turns]
+        turn, mask = pad_sequence(list(turns), batch_first=True), _keys(real(lengths, x.device))
+        for block in blocks:
+            x = self._run(block, x, turn, mask, time)
+        return [row[:length] for row, length in zip(x, lengths, strict=True)]
+
+    def _tokens(self, latents: Sequence[Tensor]) -> Tensor:
+        """Latents, each (C, h, w), as padded patches (len, N, C patch^2), channel fastest."""
+        dtype = self.x_embedder.weight.dtype
+        return pad_sequence([patchify(x[None].to(dtype), self.patch, "pqc")[0] for x in latents], batch_first=True)
+
+    def _layout(self, x: Sequence[Tensor], references: Sequence[Sequence[Tensor]], condition: TokenCondition) -> Layout:
+        for sample, row in enumerate(references):
+            if len(row) > MOST_REFERENCES:
+                raise UserError(
+                    f"sample {sample}: {len(row)} reference images, OmniGen2 takes at most {MOST_REFERENCES}"
+                )
+        mask = condition.full_mask()
+        lengths = [mask.shape[1]] * len(x) if mask.is_meta else mask.sum(1).tolist()
+        return Layout(
+            text=tuple(lengths),
+            references=tuple(tuple(self._grid(image) for image in row) for row in references),
+            targets=tuple(self._grid(image) for image in x),
+        )
+
+    def _grid(self, latent: Tensor) -> Grid:
+        channels, height, width = latent.shape
+        if channels != self.channels:
+            raise UserError(f"OmniGen2: latents have {channels} channels, the model takes {self.channels}")
+        if height % self.patch or width % self.patch:
+            raise UserError(f"OmniGen2: latent size {height}x{width} does not divide into patches of {self.patch}")
+        return height // self.patch, width // self.patch
+
+    @property
+    def _axes(self) -> tuple[int, int, int]:
+        return self.config.axes_dim_rope
+
+    def _turns(self, layout: Layout, device: torch.device) -> list[Tensor]:
+        """Rotations of each sample's sequence, (T, K / 2); kept by layout, for the steps of a sampler."""
+        key = (layout, device)
+        if key not in self._rotations:
+            layout.check(self.config.axes_lens)
+            if len(self._rotations) >= KEPT_ROTATIONS:
+                self._rotations.clear()
+            with torch.inference_mode(False):  # what is kept must be fit for training as well
+                self._rotations[key] = [rotation(x[None].to(device), self._axes)[0] for x in layout.positions()]
+        return self._rotations[key]
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(*inputs)
+
+    def shard_units(self) -> list[nn.Module]:
+        """Without the refiner of reference images, which a step without any does not run."""
+        return [*self.noise_refiner, *self.context_refiner, *self.layers]
+
+
+def _keys(mask: Tensor) -> Tensor | None:
+    """(B, T) bool as an attention mask (B, 1, 1, T); None where nothing is padded."""
+    if mask.device.type != "meta" and bool(mask.all()):
+        return None
+    return mask[:, None, None]
