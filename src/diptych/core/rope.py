@@ -60,3 +60,22 @@ def grid_positions(rows: int, columns: int, device: torch.device | str = "cpu") 
         indexing="ij",
     )
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(1, rows * columns, 3)
+
+
+def line_rotation(ids: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ids on one axis, each (..., dim) float32, for `rotate_halves` (Qwen2, Llama).
+
+    Angles are computed in float32, as the models that use this form do: id * theta^(-2k/dim), twice in a row.
+    """
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device)
+    angle = ids.float()[..., None] * (1.0 / theta ** (steps / dim))
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate_halves(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads (..., H, dim) turned by `line_rotation` (..., dim): channel k goes with k + dim / 2; in float32, as `x`."""
+    cos, sin = (part[..., None, :] for part in turn)
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,173 @@
+"""The two ways tokens of a mixture of transformers attend: as a pack of samples of any length, or as even rows.
+
+T tokens of a run in the order [understanding, generation], H query heads, K key/value heads, d head width, S cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.core.errors import UserError
+from diptych.core.packing import sample_mask, splits_by_sample
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys (turned) and values of cached tokens, each (S, K, d)."""
+
+Kernel = Literal["auto", "sdpa", "flex"]
+"""What computes attention over a pack. `auto`: FlexAttention on CUDA, where it runs; else SDPA, sample by sample."""
+
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """Who sees whom in a pack, in the pack's own order, and where its understanding and generation tokens stand.
+
+    samples, splits, modes: as of `diptych.core.packing.pack_mask`. und, gen: places (U,) and (G,) in the pack.
+    """
+
+    samples: tuple[int, ...]
+    splits: tuple[int, ...]
+    modes: tuple[int, ...]
+    und: Tensor
+    gen: Tensor
+
+
+class PackAttention:
+    """Attention inside each sample of a pack; a sample may continue cached tokens, all of which it sees.
+
+    With SDPA the samples are taken one by one: a pack costs the sum of their squares, not the square of their sum.
+
+    Args:
+        past: for each sample its cached keys and values by layer, or None.
+        keep: collect the keys and values of this run, by layer and sample, in `kept`.
+        kernel: see `Kernel`; FlexAttention serves runs that neither continue nor keep a cache.
+    """
+
+    def __init__(
+        self,
+        layout: PackLayout,
+        device: torch.device,
+        *,
+        past: Sequence[Sequence[KeyValue] | None] | None = None,
+        keep: bool = False,
+        kernel: Kernel = "auto",
+    ) -> None:
+        self.samples, self.past, self.keep = layout.samples, past, keep
+        order = torch.cat([layout.und, layout.gen]).to(device)  # (T,) place in the pack of each token of the run
+        self.order = order
+        self.back = torch.empty_like(order)
+        self.back[order] = torch.arange(len(order), device=device)
+        self.kept: list[list[KeyValue]] = [[] for _ in layout.samples]
+        parts = splits_by_sample(layout.samples, layout.splits, layout.modes)
+        wanted = kernel == "flex" or (kernel == "auto" and device.type == "cuda")
+        self.flex = wanted and past is None and not keep
+        if kernel == "flex" and device.type != "cuda":
+            raise UserError("attention 'flex' needs a CUDA device; use 'auto' or 'sdpa'")
+        self.block: Any = flex_mask(layout, device) if self.flex else None
+        self.masks: list[Tensor | None] = [] if self.flex else [self._mask(*part, device) for part in parts]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q[self.back], k[self.back], v[self.back]  # in the pack's order
+        if self.flex:
+            return attend_flex(q, k, v, self.block)[self.order]
+
+        pieces: list[Tensor] = []
+        start = 0
+        for number, length in enumerate(self.samples):
+            rows = slice(start, start + length)
+            keys, values = k[rows], v[rows]
+            cached = None if self.past is None else self.past[number]
+            if cached is not None:
+                keys = torch.cat([cached[layer][0], keys])
+                values = torch.cat([cached[layer][1], values])
+            if self.keep:
+                self.kept[number].append((keys, values))
+            mask = self.masks[number]
+            if mask is not None and cached is not None:
+                mask = F.pad(mask, (cached[layer][0].shape[0], 0), value=True)
+            pieces.append(attend(q[rows], keys, values, mask))
+            start += length
+        return torch.cat(pieces)[self.order]
+
+    @staticmethod
+    def _mask(lengths: list[int], modes: list[int], device: torch.device) -> Tensor | None:
+        mask = sample_mask(lengths, modes)
+        return None if bool(mask.all()) else mask.to(device)
+
+
+class RowAttention:
+    """Attention of B rows of as many tokens each, which all see each other and their row's cached tokens.
+
+    Args:
+        batch: B. und: understanding tokens of a row; they come first, row after row, then the generation tokens.
+        past: cached keys and values by layer, each (B, K, S, d). mask: (B, S) bool, None where all are real.
+    """
+
+    def __init__(self, batch: int, und: int, past: Sequence[KeyValue], mask: Tensor | None) -> None:
+        self.batch, self.und, self.past, self.mask = batch, und, past, mask
+        self.full: Tensor | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = self._rows(q), self._rows(k), self._rows(v)  # (B, heads, N, d)
+        if self.past and self.past[layer][0].shape[2]:
+            k = torch.cat([self.past[layer][0].to(k.dtype), k], dim=2)
+            v = torch.cat([self.past[layer][1].to(v.dtype), v], dim=2)
+        if self.mask is not None and self.full is None:
+            self.full = F.pad(self.mask, (0, q.shape[2]), value=True)[:, None, None]  # (B, 1, 1, S + N)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.full, enable_gqa=True).transpose(1, 2)
+        return torch.cat([out[:, : self.und].flatten(0, 1), out[:, self.und :].flatten(0, 1)])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        split = self.batch * self.und
+        first = x[:split].unflatten(0, (self.batch, self.und))
+        second = (
+            x[split:].unflatten(0, (self.batch, -1)) if x.shape[0] > split else x.new_empty(self.batch, 0, *x.shape[1:])
+        )
+        return torch.cat([first, second], dim=1).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of one sample: q (N, H, d), k and v (S + N, K, d), mask (N, S + N) or None; (N, H, d)."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def flex_mask(layout: PackLayout, device: torch.device) -> Any:
+    """The pack's mask as FlexAttention's blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def spread(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths)).to(device)
+
+    sample = spread(range(len(layout.samples)), layout.samples)
+    split = spread(range(len(layout.splits)), layout.splits)
+    mode = spread(layout.modes, layout.splits)
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = split[query] == split[key]
+        open_ = (query >= key) | (same & (mode[query] != 0))
+        return (sample[query] == sample[key]) & open_ & ~((mode[key] == 2) & ~same)
+
+    length = sum(layout.samples)
+    return create_block_mask(sees, None, None, length, length, device=str(device), BLOCK_SIZE=FLEX_BLOCK)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, block: Any) -> Tensor:
+    """The same over a whole pack by FlexAttention, (T, H, d)."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return _compiled_flex()(q, k, v, block_mask=block, enable_gqa=True)[0].transpose(0, 1)

@@ -1,0 +1,61 @@
+"""Where latents enter and leave a language model that makes images itself (BAGEL, arXiv 2505.14683, Sec. 2.2).
+
+N latent tokens, c numbers in a token, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diptych.core.positions import time_waves
+
+WAVES = 256
+
+
+class TimeMLP(nn.Module):
+    """Times (N,) in [0, 1] to (N, D): 256 waves of the time as it is, linear, SiLU, linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(WAVES, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = time_waves(t, WAVES).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(waves)))
+
+
+class LatentPort(nn.Module):
+    """Noisy latent tokens in, predictions out.
+
+    A token enters as its projection, plus the embedding of its time (of 0 for an image that is read), plus the vector
+    of its place. The way out starts at zero.
+    """
+
+    def __init__(self, token: int, width: int) -> None:
+        super().__init__()
+        self.time = TimeMLP(width)
+        self.proj_in = nn.Linear(token, width)
+        self.proj_out = nn.Linear(width, token)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every parameter, in place, on any device (a no-op on meta)."""
+        for linear in (self.time.fc1, self.time.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.xavier_uniform_(self.proj_in.weight)
+        nn.init.zeros_(self.proj_in.bias)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def enter(self, tokens: Tensor, t: Tensor, places: Tensor) -> Tensor:
+        """tokens (N, c), t (N,), vectors of their places (N, D); (N, D)."""
+        return self.proj_in(tokens) + self.time(t) + places
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Post-norm states (N, D) to predictions (N, c)."""
+        return self.proj_out(hidden)

@@ -1,0 +1,309 @@
+"""What a sample is made of, and how samples become one packed row (BAGEL, arXiv 2505.14683, Sec. 2.3 and 2.4).
+
+Text becomes [bos] ids [eos]; an image becomes [start] tokens [end]. A text takes one rotary id for each token, an image
+one for all its tokens and both markers. The id goes on after an image that is read, and stays after an image to
+denoise, so that the clean copy of an image starts where the noisy one did.
+
+L tokens of a row, X text and marker tokens, V vision tokens, N latent tokens, E learned tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diptych.core.packing import Mode, pack_mask
+from diptych.core.positions import grid_ids, stretched_ids
+from diptych.parts.backbones.attention import PackLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Markers:
+    """Ids of the tokens around texts and images."""
+
+    bos: int
+    eos: int
+    start_image: int
+    end_image: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """ids: without bos and eos. learned: predict them, and eos. drop: leave it out, without a gap.
+    end_label: what the eos token itself must predict, None for nothing."""
+
+    ids: tuple[int, ...]
+    learned: bool = False
+    drop: bool = False
+    end_label: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens in a row."""
+        return 0 if self.drop else len(self.ids) + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """An image as the vision tower sees it: a grid of rows x columns patches. drop: leave out its tokens, not its id.
+    end_label: what its end marker must predict, None for nothing."""
+
+    rows: int
+    columns: int
+    drop: bool = False
+    end_label: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens in a row."""
+        return 0 if self.drop else self.rows * self.columns + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """An image as latent tokens, rows x columns of them; to denoise (`noised`) or to read.
+
+    opens, closes: whether it is the first and the last frame of its split; the frames of a video share one split and one
+    time. step: how far the rotary id goes on to the next frame, in place of the usual rule.
+    """
+
+    rows: int
+    columns: int
+    noised: bool = False
+    drop: bool = False
+    opens: bool = True
+    closes: bool = True
+    step: int | None = None
+    end_label: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens in a row."""
+        return 0 if self.drop else self.rows * self.columns + 2
+
+
+Item = Text | Vision | Latent
+
+
+@dataclass
+class _Row:
+    """Lists that grow while a row is packed; `Pack` says what they hold."""
+
+    length: int = 0
+    text_ids: list[int] = field(default_factory=list[int])
+    text_places: list[int] = field(default_factory=list[int])
+    positions: list[int] = field(default_factory=list[int])
+    vision_places: list[int] = field(default_factory=list[int])
+    vision_ids: list[Tensor] = field(default_factory=list[Tensor])
+    vision_lengths: list[int] = field(default_factory=list[int])
+    latent_places: list[int] = field(default_factory=list[int])
+    latent_ids: list[Tensor] = field(default_factory=list[Tensor])
+    latent_grids: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    latent_times: list[int] = field(default_factory=list[int])
+    learned_places: list[int] = field(default_factory=list[int])
+    labels: list[int] = field(default_factory=list[int])
+    label_weights: list[float] = field(default_factory=list[float])
+    flow_places: list[int] = field(default_factory=list[int])
+    sample_lengths: list[int] = field(default_factory=list[int])
+    split_lengths: list[int] = field(default_factory=list[int])
+    modes: list[int] = field(default_factory=list[int])
+    targets: int = 0
+
+    def token(self, id: int, position: int) -> None:
+        self.text_ids.append(id)
+        self.text_places.append(self.length)
+        self.positions.append(position)
+        self.length += 1
+
+    def learn(self, place: int, label: int, weight: float) -> None:
+        self.learned_places.append(place)
+        self.labels.append(label)
+        self.label_weights.append(weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """A packed row; all places are those in the row, all tensors int64 where not said otherwise.
+
+    text_ids, text_places: (X,) text tokens and image markers. positions: (L,) rotary ids.
+    vision_places, vision_ids: (V,) places in the row and in the vision tower's table; vision_lengths: tokens per image.
+    latent_places, latent_ids: (N,) places in the row and in the latent table; latent_grids: (rows, columns) per image.
+    latent_times: for each latent image which of the row's times is its own, -1 for time 0 (an image that is read).
+    learned_places, labels, label_weights (float32): (E,) tokens with a text loss, what they predict, 1 / sqrt(targets of
+    the item). flow_places: latent tokens with a velocity loss.
+    samples, splits, modes: as of `diptych.core.packing.pack_mask`. targets: times that the row needs.
+    """
+
+    text_ids: Tensor
+    text_places: Tensor
+    positions: Tensor
+    vision_places: Tensor
+    vision_ids: Tensor
+    vision_lengths: tuple[int, ...]
+    latent_places: Tensor
+    latent_ids: Tensor
+    latent_grids: tuple[tuple[int, int], ...]
+    latent_times: tuple[int, ...]
+    learned_places: Tensor
+    labels: Tensor
+    label_weights: Tensor
+    flow_places: Tensor
+    samples: tuple[int, ...]
+    splits: tuple[int, ...]
+    modes: tuple[int, ...]
+    targets: int
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return len(self.positions)
+
+    def mask(self) -> Tensor:
+        """(L, L) bool, True where the row's token may see the column's."""
+        return pack_mask(self.samples, self.splits, self.modes)
+
+    def layout(self) -> PackLayout:
+        """For attention: text and vision tokens are understanding, in this order; latent tokens are generation."""
+        und = torch.cat([self.text_places, self.vision_places])
+        return PackLayout(self.samples, self.splits, self.modes, und, self.latent_places)
+
+    def token_times(self, times: Tensor) -> Tensor:
+        """Time of each latent token, (N,): that of its image among `times` (targets,), 0 where it is read."""
+        every = torch.cat([times, times.new_zeros(1)])  # the last stands for -1
+        counts = torch.tensor([rows * columns for rows, columns in self.latent_grids], dtype=torch.long)
+        of_token = torch.repeat_interleave(torch.tensor(self.latent_times, dtype=torch.long), counts)
+        return every[of_token.to(times.device)]
+
+
+def pack(
+    samples: Sequence[Sequence[Item]],
+    markers: Markers,
+    *,
+    latent_side: int,
+    vision_side: int,
+    starts: Sequence[int] | None = None,
+    stretched: bool = False,
+) -> Pack:
+    """Samples, each a list of items in reading order, as one row.
+
+    Args:
+        latent_side, vision_side: of the position tables.
+        starts: rotary id at which each sample begins (it continues a cache); 0 where None.
+        stretched: places in the tables are those of a grid stretched over the whole table.
+
+    Raises:
+        UserError: an image with more tokens along a side than its table.
+    """
+    row = _Row()
+    places = stretched_ids if stretched else grid_ids
+    for number, items in enumerate(samples):
+        begun = row.length
+        position = starts[number] if starts else 0
+        opened = row.length
+        for item in items:
+            if item.drop:
+                position += not isinstance(item, Text)
+                continue
+            first = not isinstance(item, Latent) or item.opens
+            last = not isinstance(item, Latent) or item.closes
+            if first:
+                opened = row.length
+                row.modes.append(_mode(item))
+            if isinstance(item, Text):
+                position = _add_text(row, item, markers, position)
+            else:
+                side = vision_side if isinstance(item, Vision) else latent_side
+                _add_image(row, item, markers, position, places(item.rows, item.columns, side))
+                position += _advance(item)
+            if last:
+                row.split_lengths.append(row.length - opened)
+        row.sample_lengths.append(row.length - begun)
+    return _frozen(row)
+
+
+def next_position(items: Sequence[Item], start: int = 0) -> int:
+    """Rotary id of what follows these items."""
+    for item in items:
+        if isinstance(item, Text):
+            start += item.cost
+        else:
+            start += 1 if item.drop else _advance(item)
+    return start
+
+
+def _mode(item: Item) -> int:
+    if isinstance(item, Text):
+        return Mode.CAUSAL
+    return Mode.NOISE if isinstance(item, Latent) and item.noised and item.step is None else Mode.FULL
+
+
+def _advance(item: Vision | Latent) -> int:
+    if isinstance(item, Vision):
+        return 1
+    return item.step if item.step is not None else int(not item.noised)
+
+
+def _add_text(row: _Row, item: Text, markers: Markers, position: int) -> int:
+    start = row.length
+    for offset, id in enumerate([markers.bos, *item.ids, markers.eos]):
+        row.token(id, position + offset)
+    if item.learned:
+        targets = [*item.ids, markers.eos]
+        for offset, label in enumerate(targets):
+            row.learn(start + offset, label, 1 / math.sqrt(len(targets)))
+    if item.end_label is not None:
+        row.learn(row.length - 1, item.end_label, 1.0)
+    return position + item.cost
+
+
+def _add_image(row: _Row, item: Vision | Latent, markers: Markers, position: int, ids: Tensor) -> None:
+    row.token(markers.start_image, position)
+    places = range(row.length, row.length + len(ids))
+    row.positions += [position] * len(ids)
+    row.length += len(ids)
+    if isinstance(item, Vision):
+        row.vision_places += places
+        row.vision_ids.append(ids)
+        row.vision_lengths.append(len(ids))
+    else:
+        row.latent_places += places
+        row.latent_ids.append(ids)
+        row.latent_grids.append((item.rows, item.columns))
+        if item.noised:
+            row.flow_places += places
+            row.targets += item.opens
+        row.latent_times.append(row.targets - 1 if item.noised else -1)
+    row.token(markers.end_image, position)
+    if item.end_label is not None:
+        row.learn(row.length - 1, item.end_label, 1.0)
+
+
+def _frozen(row: _Row) -> Pack:
+    def whole(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long)
+
+    none = torch.zeros(0, dtype=torch.long)
+    return Pack(
+        text_ids=whole(row.text_ids),
+        text_places=whole(row.text_places),
+        positions=whole(row.positions),
+        vision_places=whole(row.vision_places),
+        vision_ids=torch.cat(row.vision_ids) if row.vision_ids else none,
+        vision_lengths=tuple(row.vision_lengths),
+        latent_places=whole(row.latent_places),
+        latent_ids=torch.cat(row.latent_ids) if row.latent_ids else none,
+        latent_grids=tuple(row.latent_grids),
+        latent_times=tuple(row.latent_times),
+        learned_places=whole(row.learned_places),
+        labels=whole(row.labels),
+        label_weights=torch.tensor(row.label_weights, dtype=torch.float32),
+        flow_places=whole(row.flow_places),
+        samples=tuple(row.sample_lengths),
+        splits=tuple(row.split_lengths),
+        modes=tuple(row.modes),
+        targets=row.targets,
+    )
