@@ -109,8 +109,8 @@ class Backbone(nn.Module, abc.ABC):
         prefix follows directly on its last real token. The prefix's cache is not changed. Gradients flow to
         `embeddings`, never into a cache made under no_grad.
 
-        `positions` (B, P, 3), P <= L, are those of `Sequences` for the first P tokens; what follows, in this run or in
-        one that continues it, counts on from the largest.
+        `positions` (B, P, 3), P <= L, are those of `Sequences` for the first P tokens, or, with `prefix`, counted from
+        the prefix's next position; what follows, in this run or in one that continues it, counts on from the largest.
         """
 
     @abc.abstractmethod

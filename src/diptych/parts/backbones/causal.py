@@ -29,6 +29,11 @@ class KeyValues:
     layers: tuple[tuple[Tensor, Tensor], ...]
     offset: Tensor | None = None
 
+    def next(self) -> Tensor:
+        """The position after the last real token, (B, 1)."""
+        real = self.mask.sum(1, keepdim=True)
+        return real if self.offset is None else real + self.offset
+
     def expanded(self, batch: int) -> KeyValues:
         """The same for `batch` rows where it holds one (without a copy); itself where the numbers agree."""
         rows = self.mask.shape[0]
@@ -66,7 +71,8 @@ def run_causal(
         embeddings: (B, L, D).
         mask: (B, L) bool.
         prefix: what the tokens continue; its cache is `KeyValues` of B rows, or of one row that all continue.
-        positions: (B, P, 3) positions of the first P tokens, where they do not count real tokens.
+        positions: (B, P, 3) positions of the first P tokens, where they do not count real tokens; with a prefix they
+            are counted from the prefix's next position.
         cache: return keys and values of all tokens, those of the prefix included.
 
     Raises:
@@ -79,7 +85,10 @@ def run_causal(
 
     seen = mask if past is None else torch.cat([past.mask, mask], dim=1)  # (B, S + L)
     count = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]  # (B, L)
-    places, offset = _places(count, mask, positions, None if past is None else past.offset)
+    if past is not None and positions is not None:
+        positions = positions + past.next()[..., None]
+    earlier = 0 if past is None else past.mask.sum(1, keepdim=True)
+    places, offset = _places(count, mask, positions, None if past is None else past.offset, earlier)
     written = past.writable() if past is not None else DynamicCache() if cache else None
     hidden = language_model(
         inputs_embeds=embeddings,
@@ -97,17 +106,17 @@ def run_causal(
 
 
 def _places(
-    count: Tensor, mask: Tensor, positions: Tensor | None, offset: Tensor | None
+    count: Tensor, mask: Tensor, positions: Tensor | None, offset: Tensor | None, earlier: Tensor | int
 ) -> tuple[Tensor, Tensor | None]:
     """Position ids, (B, L) or (3, B, L), and the offset (B, 1) of what comes next.
 
     count: (B, L) positions that count real tokens. positions: (B, P, 3) given ones of the first P tokens.
+    offset: of what came before, which given positions replace. earlier: real tokens that came before.
     """
     if positions is None:
         return count if offset is None else count + offset, offset
-    assert offset is None, "positions are given once, for the start of a sequence"
     given = positions.shape[1]
-    offset = positions.amax((1, 2))[:, None] + 1 - mask[:, :given].sum(1, keepdim=True)  # (B, 1)
+    offset = positions.amax((1, 2))[:, None] + 1 - mask[:, :given].sum(1, keepdim=True) - earlier  # (B, 1)
     rest = (count[:, given:] + offset)[..., None].expand(-1, -1, 3)  # (B, L - P, 3)
     return torch.cat([positions, rest], dim=1).permute(2, 0, 1), offset
 

@@ -17,6 +17,7 @@ def condition_states(
     mask: Tensor,
     *,
     positions: Tensor | None = None,
+    places: Tensor | None = None,
     reuse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states of prompt and appended tokens.
@@ -32,6 +33,8 @@ def condition_states(
         embeddings: (B, L, D) input embeddings of the prompt, right-padded.
         mask: (B, L) bool.
         positions: (B, L, 3) as `Sequences` has them, where the language model needs them.
+        places: (Q, 3) positions of the appended tokens, counted from the prompt's next one, for language models whose
+            positions have axes; None where they count on.
         reuse: False for one plain run over L + Q tokens, through which gradients also reach `embeddings` and the
             language model where they are wanted.
 
@@ -44,7 +47,11 @@ def condition_states(
     count = conditioner.count
     added = torch.ones((mask.shape[0], count), dtype=torch.bool, device=mask.device)
     whole = torch.cat([mask, added], dim=1)  # (B, L + Q)
+    if places is not None:
+        places = places.to(mask.device).expand(mask.shape[0], -1, -1)  # (B, Q, 3)
     if not reuse:
+        if places is not None:
+            positions = _whole_positions(mask, positions, places)
         appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
         return backbone.run(torch.cat([embeddings, appended], dim=1), whole, positions=positions).hidden, whole
 
@@ -55,8 +62,16 @@ def condition_states(
         return prefix.hidden, whole
 
     appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
-    states = backbone.run(appended, added, prefix).hidden
+    states = backbone.run(appended, added, prefix, positions=places).hidden
     return torch.cat([prefix.hidden, states], dim=1), whole
+
+
+def _whole_positions(mask: Tensor, positions: Tensor | None, places: Tensor) -> Tensor:
+    """Positions (B, L + Q, 3) of prompt and appended tokens in one plain run."""
+    if positions is None:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, 3)
+    after = positions.amax((1, 2), keepdim=True) + 1  # (B, 1, 1)
+    return torch.cat([positions, places + after], dim=1)
 
 
 def _refuse_lost_gradients(backbone: Backbone, embeddings: Tensor) -> None:

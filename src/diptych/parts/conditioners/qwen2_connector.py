@@ -1,0 +1,154 @@
+"""Connectors whose body is a Qwen2.5 language model with causality off: HieraQuery's and Ming-Lite-Uni's.
+
+Source: HieraQuery, Sec. 4.2 (Qwen2.5-0.5B, two-layer MLPs where widths differ); Ming-Lite-Uni's release.
+
+B batch, N query states, D width of the MLLM, W width of the body (896), C condition width of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+
+from diptych.core.errors import UserError, unknown
+from diptych.parts.backbones.published import read_config, read_model, without_origin
+
+OLD_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+"""Keys of published configurations that current config classes no longer list."""
+
+
+class Qwen2Body(nn.Module):
+    """The layers and the final norm of a Qwen2 model, every token seeing every other; no embedding table.
+
+    Positions count 0 ... N - 1. Qwen2.5-0.5B's body has 357.9M parameters. Weight names are those of the published
+    checkpoint without "model.".
+    """
+
+    def __init__(self, model: Qwen2Model) -> None:
+        super().__init__()
+        config: Any = model.config
+        self.width: int = config.hidden_size
+        self.values = without_origin(config.to_dict())
+        self.layers = model.layers
+        self.norm = model.norm
+        self.rotary = model.rotary_emb
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Qwen2Body:
+        """Random weights, by transformers' own initialisation; also on the meta device.
+
+        Raises:
+            UserError: a key that Qwen2Config does not have, or a value it refuses.
+        """
+        known = Qwen2Config().to_dict()
+        for key in config:
+            if key not in known and key not in OLD_KEYS:
+                raise unknown("key", key, known, "qwen2 connector")
+        try:
+            built = Qwen2Config.from_dict({**config, "vocab_size": 1, "pad_token_id": None})
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise UserError(f"qwen2 connector: {' '.join(str(error).split())}") from error
+        return cls(Qwen2Model._from_config(built, attn_implementation="sdpa"))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dtype: torch.dtype = torch.float32) -> Qwen2Body:
+        """The body of a published Qwen2 or Qwen2.5 (folder or hub id); safetensors only."""
+        name, config = read_config(source, Qwen2Config, "Qwen2", "Qwen/Qwen2.5-0.5B")
+        whole: Any = read_model(Qwen2ForCausalLM, source, name, config, dtype)
+        return cls(whole.model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, W) to (B, N, W)."""
+        places = torch.arange(x.shape[1], device=x.device)[None]
+        turns = self.rotary(x, places)
+        for layer in self.layers:
+            x = layer(x, attention_mask=None, position_ids=places, position_embeddings=turns, is_causal=False)
+        return self.norm(x)
+
+
+class Qwen2Connector(nn.Module):
+    """HieraQuery's connector: query states (B, N, D) to condition tokens (B, N, C).
+
+    A two-layer MLP (Linear, SiLU, Linear, at the wider of both widths) stands wherever widths differ; the identity
+    where they agree.
+
+    Args:
+        width: D. out: C. body: layers of Qwen2.
+    """
+
+    def __init__(self, width: int, out: int, body: Qwen2Body) -> None:
+        super().__init__()
+        self.proj_in = bridge(width, body.width)
+        self.body = body
+        self.proj_out = bridge(body.width, out)
+        for part in (self.proj_in, self.proj_out):
+            init_linear(part)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.proj_out(self.body(self.proj_in(states)))
+
+
+class MingHead(nn.Module):
+    """Linear, layer norm, ReLU, Linear, layer norm: what stands before Ming-Lite-Uni's diffusion transformer."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.layer_norm1 = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, out)
+        self.layer_norm2 = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer_norm2(self.fc2(F.relu(self.layer_norm1(self.fc1(x)))))
+
+
+class MingConnector(nn.Module):
+    """Ming-Lite-Uni's connector: Linear, body, Linear back to D, unit length, then `MingHead`.
+
+    Weight names are those of the release below `proj_in`, `proj_out` and `mlp`.
+
+    Args:
+        width: D. out: C. body: layers of Qwen2. hidden: inner width of the head (2048 in the release).
+    """
+
+    def __init__(self, width: int, out: int, body: Qwen2Body, *, hidden: int = 2048) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(width, body.width)
+        self.body = body
+        self.proj_out = nn.Linear(body.width, width)
+        self.mlp = MingHead(width, hidden, out)
+        for part in (self.proj_in, self.proj_out, self.mlp):
+            init_linear(part)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.mlp(F.normalize(self.proj_out(self.body(self.proj_in(states))), dim=-1))
+
+    def null(self, states: Tensor) -> Tensor:
+        """The release's condition of guidance: the head applied to zeros of the states' shape (B, N, C)."""
+        return self.mlp(torch.zeros_like(states))
+
+
+def bridge(width: int, out: int) -> nn.Module:
+    """A two-layer MLP from `width` to `out`, the identity where they agree."""
+    if width == out:
+        return nn.Identity()
+    inner = max(width, out)
+    return nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, out))
+
+
+@torch.no_grad()
+def init_linear(part: nn.Module) -> None:
+    """Matrices Xavier-uniform, biases zero, norms one. A no-op on the meta device."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
