@@ -1,0 +1,177 @@
+"""WISE's rules (Niu et al. 2025, arXiv 2503.07265): a judge's replies to scores of world knowledge in images.
+
+Two protocols. `legacy`, the papers': consistency, realism and aesthetic quality, 0 to 2 each. `verified`: one 0 or 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diptych.core.errors import unknown
+
+Protocol = Literal["legacy", "verified"]
+NAMES = ("consistency", "realism", "aesthetic_quality")
+PARTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
+ATTEMPTS = 3
+"""A reply that is not accepted is asked again, so often in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """A category's ids (first, last), its weight in the overall score, and the published file that holds it."""
+
+    ids: tuple[int, int]
+    weight: float
+    file: str
+
+
+CATEGORIES: dict[str, dict[str, Category]] = {
+    "legacy": {
+        "CULTURE": Category(ids=(1, 400), weight=0.4, file="culture"),
+        "TIME": Category(ids=(401, 567), weight=0.167, file="space-time"),
+        "SPACE": Category(ids=(568, 700), weight=0.133, file="space-time"),
+        "BIOLOGY": Category(ids=(701, 800), weight=0.1, file="science"),
+        "PHYSICS": Category(ids=(801, 900), weight=0.1, file="science"),
+        "CHEMISTRY": Category(ids=(901, 1000), weight=0.1, file="science"),
+    },
+    "verified": {
+        "CULTURE": Category(ids=(1, 400), weight=0.4, file="culture"),
+        "TIME": Category(ids=(401, 520), weight=0.12, file="space-time"),
+        "SPACE": Category(ids=(521, 640), weight=0.12, file="space-time"),
+        "BIOLOGY": Category(ids=(641, 760), weight=0.12, file="science"),
+        "PHYSICS": Category(ids=(761, 880), weight=0.12, file="science"),
+        "CHEMISTRY": Category(ids=(881, 1000), weight=0.12, file="science"),
+    },
+}
+SENTINEL = 9.9
+"""What some scripts write for a score that they did not find."""
+
+_NAME = r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}"
+_ASCII_COLON = re.compile(_NAME + r"\s*:?\s*(\d)", re.IGNORECASE)
+_ANY_COLON = re.compile(_NAME + r"\s*[:：]?\s*(\d)", re.IGNORECASE)
+_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_BINARY = re.compile(r"Score\*{0,2}\s*:?\s*([01])(?!\w)", re.IGNORECASE)
+
+
+def parse(reply: str, protocol: Protocol) -> dict[str, float]:
+    """The scores that the official program reads from a reply; of `legacy`, maybe fewer than three.
+
+    Its faults are kept: only the first digit is read, and 3 to 9 pass (`in_range` tells).
+    """
+    if protocol == "verified":
+        return _parse_verified(reply)
+    if protocol != "legacy":
+        raise unknown("WISE protocol", protocol, CATEGORIES)
+    found = {name.lower().replace(" ", "_"): float(digit) for name, digit in _ASCII_COLON.findall(reply)}
+    if found:
+        return found
+    bare = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1", "2")]
+    return {name: float(digit) for name, digit in zip(NAMES, bare, strict=False)} if len(bare) >= 3 else {}
+
+
+def _parse_verified(reply: str) -> dict[str, float]:
+    text = _THINKING.sub("", reply).replace("</think>", "").strip()
+    named = _BINARY.search(text)
+    if named:
+        return {"score": float(named[1])}
+    bare = [line.strip() for line in text.splitlines() if line.strip() in ("0", "1")]
+    return {"score": float(bare[0])} if len(bare) == 1 else {}
+
+
+def parse_with_sentinel(reply: str) -> dict[str, float]:
+    """Legacy scores as BAGEL's scripts read them: a full-width colon too, no bare digits, 9.9 for what is missing."""
+    found = {name.lower().replace(" ", "_"): float(digit) for name, digit in _ANY_COLON.findall(reply)}
+    return {name: found.get(name, SENTINEL) for name in NAMES}
+
+
+def accepted(scores: Mapping[str, float], protocol: Protocol) -> bool:
+    """Whether the official program takes these scores, or asks again."""
+    return set(scores) == ({"score"} if protocol == "verified" else set(NAMES))
+
+
+def in_range(scores: Mapping[str, float], protocol: Protocol) -> bool:
+    """Whether every score is one that the judge was allowed to give."""
+    return all(0 <= value <= (1 if protocol == "verified" else 2) for value in scores.values())
+
+
+def wiscore(scores: Mapping[str, float], protocol: Protocol) -> float | None:
+    """The score of an image in [0, 1]; None where the reply is not accepted."""
+    if not accepted(scores, protocol):
+        return None
+    if protocol == "verified":
+        return scores["score"]
+    return sum(weight * scores[name] for name, weight in PARTS.items()) / 2
+
+
+def category_of(prompt_id: int, protocol: Protocol) -> str:
+    """The category that an id belongs to."""
+    for name, category in CATEGORIES[protocol].items():
+        if category.ids[0] <= prompt_id <= category.ids[1]:
+            return name
+    raise unknown("WISE prompt id", str(prompt_id), ["1 to 1000"])
+
+
+def summary(scores: Mapping[int, float], protocol: Protocol) -> dict[str, Any]:
+    """Means of accepted images.
+
+    Args:
+        scores: WiScore by prompt id.
+
+    Returns:
+        `category_means`, `category_counts`, `file_complete`; `overall` with the official weights, None when any of the
+        1,000 ids is missing, as officially; `unweighted_overall`, the plain mean of the six,
+        under the same rule; `weighted` and `unweighted`, both over what there is.
+    """
+    values: dict[str, list[float]] = {name: [] for name in CATEGORIES[protocol]}
+    for prompt_id in sorted(scores):
+        values[category_of(prompt_id, protocol)].append(scores[prompt_id])
+    values = {name: each for name, each in values.items() if each}
+    means = {name: sum(each) / len(each) for name, each in values.items()}
+    complete = {file: all(number in scores for number in numbers) for file, numbers in _ids_by_file(protocol).items()}
+    weights = {name: category.weight for name, category in CATEGORIES[protocol].items()}
+    weighted = sum(weights[name] * mean for name, mean in means.items())
+    every = all(complete.values())
+    return {
+        "category_means": means,
+        "category_counts": {name: len(each) for name, each in values.items()},
+        "file_complete": complete,
+        "aborted": not every,
+        "overall": weighted if every else None,
+        "weighted": weighted / sum(weights[name] for name in means) if means else None,
+        "unweighted_overall": sum(means.values()) / len(means) if every else None,
+        "unweighted": sum(means.values()) / len(means) if means else None,
+    }
+
+
+def weighted(means: Mapping[str, float], protocol: Protocol = "legacy") -> float:
+    """The official mean of six category means, as in IOMM's rows."""
+    return sum(category.weight * means[name] for name, category in CATEGORIES[protocol].items())
+
+
+def summary_with_sentinel(replies: Mapping[int, str]) -> dict[str, Any]:
+    """Legacy means as BAGEL's scripts form them: a file that holds any 9.9 is skipped whole."""
+    skipped: list[str] = []
+    means: dict[str, float] = {}
+    for file, numbers in _ids_by_file("legacy").items():
+        parsed = {number: parse_with_sentinel(replies[number]) for number in numbers if number in replies}
+        if any(SENTINEL in scores.values() for scores in parsed.values()):
+            skipped.append(file)
+            continue
+        values: dict[str, list[float]] = {}
+        for number, scores in parsed.items():
+            value = wiscore(scores, "legacy")
+            assert value is not None, "the sentinel fills every score"
+            values.setdefault(category_of(number, "legacy"), []).append(value)
+        means |= {name: sum(each) / len(each) for name, each in values.items()}
+    overall = sum(means.values()) / len(means) if means and not skipped else None
+    return {"category_means": means, "skipped_files": skipped, "unweighted_overall": overall}
+
+
+def _ids_by_file(protocol: Protocol) -> dict[str, Sequence[int]]:
+    ids: dict[str, list[int]] = {}
+    for category in CATEGORIES[protocol].values():
+        ids.setdefault(category.file, []).extend(range(category.ids[0], category.ids[1] + 1))
+    return dict(ids)
