@@ -18,10 +18,10 @@ from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.internvl import InternVL
 from diptych.recipes import build
 from diptych.recipes.load import start
-from diptych.recipes.recipe import ComposedSpec, MLLMSpec, Recipe, StageSpec
+from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, image_step, stage_settings
-from diptych.systems.base import System
-from diptych.systems.composed import COMPONENTS, ComposedSystem
+from diptych.systems.base import AssembledSystem, System
+from diptych.systems.composed import ComposedSystem
 from diptych.systems.mllm import MLLMSystem
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
@@ -148,11 +148,11 @@ def _origin(recipe: Recipe, system: System, part: nn.Module) -> str:
     spec = recipe.system
     if isinstance(spec, MLLMSpec):
         return spec.backbone.weights or "random"
-    if isinstance(spec, ComposedSpec) and isinstance(system, ComposedSystem):
+    if isinstance(system, AssembledSystem):
         owned = set(part.parameters())
-        for component in COMPONENTS:
+        for component in system.components:
             if not owned.isdisjoint(getattr(system, component).parameters()):
-                origin = getattr(spec, component)
+                origin: Part = getattr(spec, component)
                 weights = f"{origin.weights}/{origin.subfolder}" if origin.subfolder else origin.weights
                 return weights or "random"
     return "random"

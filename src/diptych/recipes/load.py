@@ -22,8 +22,8 @@ from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.schema import read
-from diptych.systems.base import System
-from diptych.systems.composed import COMPONENTS, ComposedConfig, ComposedSystem
+from diptych.systems.base import AssembledSystem, System
+from diptych.systems.composed import ComposedConfig
 from diptych.systems.mllm import MLLMSystem
 from diptych.training import state
 from diptych.training.loop import freeze
@@ -81,7 +81,7 @@ def load_folder_weights(system: System, folder: Path) -> None:
     """The weights of a saved folder into a system; parts that the folder refers to are already there."""
 
     def optional(name: str) -> bool:
-        return isinstance(system, ComposedSystem) and not system.stores(name)
+        return isinstance(system, AssembledSystem) and not system.stores(name)
 
     load_into(system, read_tensors(weight_files(folder)), str(folder), optional=optional)
 
@@ -109,23 +109,24 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
             have, or that is set for a system without options.
     """
 
-    def wanted(position: int) -> ComposedConfig | None:
+    def wanted(position: int) -> Any:
         changes, where = stages[position].settings, f"settings of stage {position + 1}"
         if base is None:
             if changes:
                 raise UserError(f"{where}: this system has no options that a stage could set")
             return None
-        settings: ComposedConfig = read(ComposedConfig, merge(base, changes), where)
-        if settings.mask_way == "mask_token" and base["mask_way"] != "mask_token":
+        settings = read(kind, merge(base, changes), where)
+        if isinstance(settings, ComposedConfig) and settings.mask_way == "mask_token" != base["mask_way"]:
             raise UserError(f"{where}: mask_way 'mask_token' is learned; set it for the system, not for a stage alone")
         return settings
 
-    base = dataclasses.asdict(system.settings) if isinstance(system, ComposedSystem) else None
+    kind = type(system.settings) if isinstance(system, AssembledSystem) else None
+    base = dataclasses.asdict(system.settings) if isinstance(system, AssembledSystem) else None
     found = [wanted(position) for position in range(len(stages))]
 
     def apply(position: int) -> None:
         settings = found[position]
-        if isinstance(system, ComposedSystem) and settings is not None:
+        if isinstance(system, AssembledSystem) and settings is not None:
             system.settings = settings
 
     return apply
@@ -152,8 +153,8 @@ def start(recipe: Recipe) -> System:
 
 def own_others(system: System, source: System) -> None:
     """Parts whose weights in `source` are not those that `system` names no longer stand for that name."""
-    if isinstance(system, ComposedSystem) and isinstance(source, ComposedSystem):
-        for part in COMPONENTS:
+    if isinstance(system, AssembledSystem) and isinstance(source, AssembledSystem):
+        for part in system.components:
             if system.origins[part].get("weights") != source.origins[part].get("weights"):
                 system.origins[part] = {**system.origins[part], "weights": None}
 

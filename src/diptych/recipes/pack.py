@@ -9,7 +9,7 @@ import torch
 
 from diptych.checkpoints.tensors import atomic_folder
 from diptych.recipes.load import load_system
-from diptych.systems.composed import ComposedSystem
+from diptych.systems.base import AssembledSystem
 
 
 def pack(model: str, folder: Path, dtype: torch.dtype) -> int:
@@ -18,7 +18,7 @@ def pack(model: str, folder: Path, dtype: torch.dtype) -> int:
     Parts that the model only refers to (a frozen MLLM by its name) stay referred to.
     """
     system, sampling = load_system(model)
-    if isinstance(system, ComposedSystem):
+    if isinstance(system, AssembledSystem):
         system.origins["sampling"] = dataclasses.asdict(sampling)
     folder.parent.mkdir(parents=True, exist_ok=True)
     atomic_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))

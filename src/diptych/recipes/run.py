@@ -24,8 +24,7 @@ from diptych.inference.engine import Engine
 from diptych.recipes import build
 from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
-from diptych.systems.base import System
-from diptych.systems.composed import ComposedSystem
+from diptych.systems.base import AssembledSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 
@@ -160,7 +159,7 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         system.latent_shape(*((size, size) if isinstance(size, int) else size))
     if spec.data.cache and recipe.run.workers:
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.workers to 0")
-    autoencoder = system.autoencoder if isinstance(system, ComposedSystem) else None
+    autoencoder = system.autoencoder if isinstance(system, AssembledSystem) else None
     step = image_step(system, images)
     mixture, sources = build.build_data(spec.data, key(recipe.seed, name), spec.batch, step, autoencoder)
     batches = [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch or spec.batch)
@@ -169,9 +168,9 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
 
 def image_step(system: System, images: bool) -> int:
     """Image sides must be multiples of this."""
-    if not images or not isinstance(system, ComposedSystem):
+    if not images or not isinstance(system, AssembledSystem):
         return 1
-    return system.autoencoder.factor * system.decoder.patch
+    return system.image_step
 
 
 def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: DataSpec, size: int) -> list[Batch]:
@@ -193,7 +192,7 @@ def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: Data
 
 def set_checkpointing(system: System) -> None:
     """Recompute the decoder's activations in the backward pass."""
-    decoder = system.decoder if isinstance(system, ComposedSystem) else None
+    decoder = system.decoder if isinstance(system, AssembledSystem) else None
     if decoder is None or not hasattr(decoder, "checkpointing"):
         raise UserError("run.checkpointing: this system's decoder cannot recompute its activations")
     decoder.checkpointing = True  # type: ignore[assignment]
@@ -216,6 +215,6 @@ def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], Non
 
 def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype | None = None) -> None:
     """The whole system in save_pretrained layout, with the recipe's sampling defaults."""
-    if isinstance(system, ComposedSystem):
+    if isinstance(system, AssembledSystem):
         system.origins["sampling"] = dataclasses.asdict(recipe.sampling)
     atomic_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
+from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Task
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.decoders.base import Decoder
 
-Dropped = Literal["text", "text_and_images"]
-"""What guidance removes from a request: its text, or its text and its context images."""
+Dropped = Literal["text", "images", "text_and_images"]
+"""What guidance removes from a request: its text, its context images (where a system guides by that), or both."""
+
+LORA = ".lora_"
+"""In the names of adapters' parameters."""
 
 
 class System(nn.Module, abc.ABC):
@@ -98,3 +108,107 @@ class System(nn.Module, abc.ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+class Thinker(abc.ABC):
+    """A system that can write down its thoughts before it answers or makes an image."""
+
+    @abc.abstractmethod
+    def thinking(self, conversation: Sequence[Message]) -> list[Message]:
+        """The conversation with the request to think first."""
+
+    @abc.abstractmethod
+    def think(self, batch: Batch, most: int) -> Batch:
+        """Requests for images, each followed by a thought of at most `most` tokens (its last assistant message)."""
+
+
+class AssembledSystem(System):
+    """A system of parts that each come from somewhere: an MLLM, a decoder, an autoencoder and what stands between.
+
+    settings: a frozen dataclass of the options that a stage may change. origins: the configuration of each part (with
+    `weights`, a name, as long as they are what was read from it), and the sampling defaults.
+    """
+
+    components: ClassVar[tuple[str, ...]]
+    """Attributes that hold the parts that `origins` tells of."""
+
+    settings: Any
+    origins: dict[str, Any]
+    backbone: Backbone
+    decoder: Decoder
+    autoencoder: Autoencoder
+
+    @property
+    def image_step(self) -> int:
+        """Image sides must be multiples of this."""
+        return self.autoencoder.factor * self.decoder.patch
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        step = self.image_step
+        if height % step or width % step or height <= 0 or width <= 0:
+            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
+        return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.autoencoder.encode(images)
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.autoencoder.decode(latents)
+
+    def target_latents(self, batch: Batch) -> Tensor:
+        """Latents of the target images (B, C, h, w): those of a cache where every sample brings its own."""
+        cached = [sample.latent for sample in batch if sample.latent is not None]
+        return torch.stack(cached) if len(cached) == len(batch) else self.to_latents(batch.images())
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self.settings), **self.origins}
+
+    def own(self, parts: Iterable[str]) -> None:
+        modules = self.named_parts()
+        for name in parts:
+            if name == "lora":
+                continue  # stands beside the decoder's weights
+            trained = set(modules[name].parameters())
+            for component in self.components:
+                if not trained.isdisjoint(getattr(self, component).parameters()):
+                    self.origins[component] = {**self.origins[component], "weights": None}
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
+        write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if self.stores(k)), dtype=dtype)
+        if "backbone" not in self.referenced():
+            self.backbone.save_assets(folder)
+
+    def referenced(self) -> list[str]:
+        """Components whose weights are those of the name in `origins`, so that a saved folder only refers to them."""
+        return [name for name in self.components if self.origins[name].get("weights")]
+
+    def stores(self, name: str) -> bool:
+        """Whether a saved folder holds the weight of this name: all but the referred-to, whose adapters it holds."""
+        return LORA in name or not name.startswith(tuple(f"{away}." for away in self.referenced()))
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of a module learns."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+class MultiScaleSystem(System):
+    """A system that makes an image at several resolutions, coarse before fine. Its condition is a `ScaleConditions`;
+    `velocity` takes the TokenCondition of one scale, or all of them for the last."""
+
+    @property
+    @abc.abstractmethod
+    def scales(self) -> tuple[str, ...]:
+        """Names of the scales ("4x4", "8x8"), the last being the image itself."""
+
+    @abc.abstractmethod
+    def scale_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels at each scale of an image of this size; UserError when one does not divide."""
+
+    @property
+    @abc.abstractmethod
+    def size_step(self) -> int:
+        """Image sides that are multiples of it divide at every scale."""

@@ -9,17 +9,14 @@ Shapes: B batch, L prompt tokens, Q appended tokens, D MLLM width, C latent chan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -31,12 +28,7 @@ from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.decoders.base import Decoder
 from diptych.systems import conversation
-from diptych.systems.base import Dropped, System
-
-LORA = ".lora_"
-"""In the names of adapters' parameters."""
-
-COMPONENTS = ("backbone", "conditioner", "connector", "decoder", "autoencoder")
+from diptych.systems.base import LORA, AssembledSystem, Dropped, trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +72,11 @@ class ComposedConfig:
     time_shift: float | Literal["flux"] = 1.0
 
 
-class ComposedSystem(System):
+class ComposedSystem(AssembledSystem):
     """See the module's docstring. `origins` is the configuration of each part, kept to write `config()`."""
 
     kind: ClassVar[str] = "composed"
+    components: ClassVar[tuple[str, ...]] = ("backbone", "conditioner", "connector", "decoder", "autoencoder")
     tasks: ClassVar[tuple[Task, ...]] = ("image", "text_to_image", "edit", "understand")
 
     def __init__(
@@ -116,7 +109,18 @@ class ComposedSystem(System):
 
     # Conditions
 
-    def encode(self, batch: Batch, draws: Draws | None = None) -> TokenCondition:
+    def encode(self, batch: Batch, draws: Draws | None = None) -> Condition:
+        states, mask = self._states(batch, draws)
+        states, mask = states[:, self.settings.skip :], mask[:, self.settings.skip :]
+        if self.settings.condition == "queries":
+            states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
+        everything = bool(mask.all())
+        return TokenCondition(tokens=self.connector(states), mask=None if everything else mask)
+
+    def _states(
+        self, batch: Batch, draws: Draws | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States (B, L + Q, D) of prompts and appended tokens, and their mask; `places` as of `condition_states`."""
         if draws is not None:
             dropped = (draws.uniform("drop") < self.settings.drop).tolist()
             null = self.without(batch, "text_and_images")
@@ -126,7 +130,8 @@ class ComposedSystem(System):
         opening = self.settings.prompts.opening
         sequences = self.backbone.tokenize(conversations, images=images, generate=True, opening=opening)
         sequences = sequences.to(self.device)
-        frozen = not self._trains(self.backbone)
+        self._check_room(batch, sequences.mask)
+        frozen = not trains(self.backbone)
         with torch.no_grad() if frozen else nullcontext():
             ids, mask, slots, positions = sequences.ids, sequences.mask, sequences.images, sequences.positions
             vision = self.backbone.vision_tokens([image for row in images for image in row])
@@ -144,14 +149,20 @@ class ComposedSystem(System):
         else:
             embeddings = masked_image.hide(embeddings, keep, self.mask_token)
         reuse = frozen and self.mask_token is None
-        states, mask = condition_states(
-            self.backbone, self.conditioner, embeddings, mask, positions=positions, reuse=reuse
+        return condition_states(
+            self.backbone, self.conditioner, embeddings, mask, positions=positions, places=places, reuse=reuse
         )
-        states, mask = states[:, self.settings.skip :], mask[:, self.settings.skip :]
-        if self.settings.condition == "queries":
-            states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
-        everything = bool(mask.all())
-        return TokenCondition(tokens=self.connector(states), mask=None if everything else mask)
+
+    def _check_room(self, batch: Batch, mask: Tensor) -> None:
+        """UserError where a prompt (B, L) and what is appended to it are longer than the MLLM's context."""
+        lengths = mask.sum(1).tolist()
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        needed, room = lengths[longest] + self.conditioner.count, self.backbone.max_length
+        if needed > room:
+            raise UserError(
+                f"{batch.samples[longest].id}: a prompt of {lengths[longest]} tokens and {self.conditioner.count} "
+                f"queries need {needed}, but the MLLM takes {room}; shorten the text or use fewer queries"
+            )
 
     def without(self, batch: Batch, dropped: Dropped) -> Batch:
         def strip(sample: Sample) -> Sample:
@@ -189,20 +200,6 @@ class ComposedSystem(System):
         assert isinstance(condition, TokenCondition)
         return flow_matching.to_velocity(self.decoder(x, t, condition), x, t, self.settings.prediction)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        step = self.autoencoder.factor * self.decoder.patch
-        if height % step or width % step or height <= 0 or width <= 0:
-            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
-        return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.autoencoder.encode(images)
-
-    def to_images(self, latents: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.autoencoder.decode(latents)
-
     # Training
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -217,7 +214,7 @@ class ComposedSystem(System):
 
     def _flow(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         condition = self.encode(batch, draws)
-        data = self._latents(batch)  # (B, C, h, w)
+        data = self.target_latents(batch)  # (B, C, h, w)
         noise = draws.normal("noise", *data.shape[1:])
         settings, patch = self.settings, self.decoder.patch
         tokens = data.shape[2] * data.shape[3] // patch**2
@@ -229,12 +226,6 @@ class ComposedSystem(System):
         output = self.decoder(x, t, condition)
         loss = flow_matching.velocity_loss(output, data, noise, x, t, settings.prediction)
         return {f"flow.{task}": loss[rows] for task in self.tasks if (rows := batch.rows(task))}
-
-    def _latents(self, batch: Batch) -> Tensor:
-        cached = [sample.latent for sample in batch if sample.latent is not None]
-        if len(cached) == len(batch):
-            return torch.stack(cached)
-        return self.to_latents(batch.images())
 
     def generate_text(
         self,
@@ -262,34 +253,3 @@ class ComposedSystem(System):
 
     def shard_units(self) -> Iterable[nn.Module]:
         return [*self.backbone.shard_units(), *self.decoder.shard_units()]
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self.settings), **self.origins}
-
-    def own(self, parts: Iterable[str]) -> None:
-        modules = self.named_parts()
-        for name in parts:
-            if name == "lora":
-                continue  # stands beside the decoder's weights
-            trained = set(modules[name].parameters())
-            for component in COMPONENTS:
-                if not trained.isdisjoint(getattr(self, component).parameters()):
-                    self.origins[component] = {**self.origins[component], "weights": None}
-
-    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
-        write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if self.stores(k)), dtype=dtype)
-        if "backbone" not in self.referenced():
-            self.backbone.save_assets(folder)
-
-    def referenced(self) -> list[str]:
-        """Components whose weights are those of the name in `origins`, so that a saved folder only refers to them."""
-        return [name for name in COMPONENTS if self.origins[name].get("weights")]
-
-    def stores(self, name: str) -> bool:
-        """Whether a saved folder holds the weight of this name: all but the referred-to, whose adapters it holds."""
-        return LORA in name or not name.startswith(tuple(f"{away}." for away in self.referenced()))
-
-    @staticmethod
-    def _trains(module: nn.Module) -> bool:
-        return any(parameter.requires_grad for parameter in module.parameters())
