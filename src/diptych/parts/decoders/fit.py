@@ -9,14 +9,16 @@ from diptych.core.errors import UserError
 from diptych.parts.decoders.base import Decoder
 
 
-def fit(decoder: Decoder, x: Tensor, condition: TokenCondition) -> tuple[Tensor, Tensor | None]:
+def fit(
+    decoder: Decoder, x: Tensor, condition: TokenCondition, *, reads_context: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Condition tokens (B, L, D) with padding zeroed, and their mask (B, L), None where nothing is padded.
 
     Zeroed, because even a masked key carries NaN or infinity into softmax.
 
     Raises:
-        UserError: latents or condition of a shape that this decoder does not take, or context latents, which none of
-            the decoders that call this reads.
+        UserError: latents or condition of a shape that this decoder does not take, or context latents where it does not
+            read them.
     """
     name = type(decoder).__name__
     height, width = x.shape[-2:]
@@ -27,7 +29,7 @@ def fit(decoder: Decoder, x: Tensor, condition: TokenCondition) -> tuple[Tensor,
     if condition.tokens.shape[-1] != decoder.condition_width:
         given = condition.tokens.shape[-1]
         raise UserError(f"{name}: condition tokens have width {given}, the model takes {decoder.condition_width}")
-    if condition.context_latents is not None:
+    if condition.context_latents is not None and not reads_context:
         raise UserError(f"{name}: reads no context latents; give the context images to the condition's tokens")
 
     mask = condition.mask

@@ -11,6 +11,7 @@ N image tokens (h / patch)(w / patch), T = L + N, W hidden width, H heads, K hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
-from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.fit import fit
+from diptych.parts.decoders.packing import Packed, PackingDecoder, Segments, check_layer
 
 EPS = 1e-6
 FREQUENCIES = 256
@@ -105,10 +106,10 @@ class HeadNorm(nn.Module):
 class HeadProjection(nn.Module):
     """Tokens (B, T, W) to normed queries and keys, and values, each (B, T, H, K); one matmul."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.q_norm = HeadNorm(width // heads)
         self.k_norm = HeadNorm(width // heads)
 
@@ -134,8 +135,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of (B, T, H, K) heads; mask (B, 1, 1, T) bool, True where a key is real. (B, T, W)."""
+Mask = Tensor | Segments | None
+"""(B, 1, 1, T) bool, True where a key is real; or which tokens of a packed sequence see each other; or all."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Softmax attention of (B, T, H, K) heads. (B, T, W)."""
+    if isinstance(mask, Segments):
+        return mask.attend(q, k, v)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
@@ -153,10 +160,8 @@ class DoubleBlock(nn.Module):
         self.text_out = nn.Linear(width, width)
         self.text_mlp = MLP(width, inner)
 
-    def forward(
-        self, image: Tensor, text: Tensor, time: Tensor, turn: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """image (B, N, W), text (B, L, W), time (B, 1, W) after SiLU, turn (1, T, K/2), mask (B, 1, 1, T) or None."""
+    def forward(self, image: Tensor, text: Tensor, time: Tensor, turn: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """image (B, N, W), text (B, L, W), time (B, 1, W) after SiLU, turn (1, T, K/2)."""
         modulation = self.modulation(time).chunk(12, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:6]
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = modulation[6:]
@@ -189,7 +194,7 @@ class SingleBlock(nn.Module):
         self.out = nn.Linear(width, width)
         self.down = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, time: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, turn: Tensor, mask: Mask) -> Tensor:
         """x (B, T, W), condition first; the others as in `DoubleBlock`."""
         shift, scale, gate = self.modulation(time).chunk(3, dim=-1)
         normed = modulate(x, shift, scale)
@@ -199,7 +204,7 @@ class SingleBlock(nn.Module):
         return torch.addcmul(x, gate, mixed + self.down(F.gelu(self.up(normed), approximate="tanh")))
 
 
-class MMDiT(Decoder):
+class MMDiT(PackingDecoder):
     """FLUX-type decoder over padded condition tokens; any aspect ratio.
 
     checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -213,6 +218,8 @@ class MMDiT(Decoder):
         self.channels = config.channels
         self.condition_width = config.condition_width
         self.patch = config.patch
+        self.hidden = width
+        self.pooled_width = config.pooled_width
         self.checkpointing = False
 
         self.image_in = nn.Linear(token, width)
@@ -262,20 +269,56 @@ class MMDiT(Decoder):
         time = self._time(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, rows, columns, x.device)  # (1, T, K / 2)
 
-        for block in self.double_blocks:
-            image, text = self._run(block, image, text, time, turn, mask)
-        joint = torch.cat([text, image], dim=1)  # (B, T, W)
-        for block in self.single_blocks:
-            joint = self._run(block, joint, time, turn, mask)
+        joint, _ = self._blocks(image, text, time, turn, mask, None)
+        return unpatchify(self._out(joint[:, length:], time), self.patch, "cpq", rows, columns)
 
+    def pack(
+        self, xs: Sequence[Tensor], t: Tensor, conditions: Sequence[TokenCondition], layer: int | None = None
+    ) -> Packed:
+        check_layer(self, layer)
+        fitted = [fit(self, x, condition) for x, condition in zip(xs, conditions, strict=True)]
+        grids = [(x.shape[-2] // self.patch, x.shape[-1] // self.patch) for x in xs]
+        segments = Segments(
+            texts=tuple(tokens.shape[1] for tokens, _ in fitted),
+            images=tuple(rows * columns for rows, columns in grids),
+            masks=tuple(mask for _, mask in fitted),
+        )
+        image = self.image_in(torch.cat([patchify(x, self.patch, "cpq") for x in xs], dim=1))  # (B, sum N, W)
+        text = self.text_in(torch.cat([tokens for tokens, _ in fitted], dim=1))  # (B, sum L, W)
+        time = self._time(t, conditions[0].pooled)  # (B, 1, W)
+        turns = [self._rotation(segments.texts[v], *grid, xs[v].device) for v, grid in enumerate(grids)]
+        heads = [turn[:, :length] for turn, length in zip(turns, segments.texts, strict=True)]
+        tails = [turn[:, length:] for turn, length in zip(turns, segments.texts, strict=True)]
+
+        joint, states = self._blocks(image, text, time, torch.cat([*heads, *tails], dim=1), segments, layer)
+        out = self._out(joint[:, text.shape[1] :], time).split(segments.images, dim=1)
+        outputs = [unpatchify(x, self.patch, "cpq", *grid) for x, grid in zip(out, grids, strict=True)]
+        return Packed(outputs, [] if states is None else list(states.split(segments.images, dim=1)))
+
+    def _blocks(
+        self, image: Tensor, text: Tensor, time: Tensor, turn: Tensor, mask: Mask, layer: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """All blocks; the joint tokens (B, T, W), and the image tokens after block `layer` where one is given."""
+        states: Tensor | None = None
+        length = text.shape[1]
+        for number, block in enumerate(self.double_blocks, start=1):
+            image, text = self._run(block, image, text, time, turn, mask)
+            states = image if number == layer else states
+        joint = torch.cat([text, image], dim=1)  # (B, T, W)
+        for number, block in enumerate(self.single_blocks, start=len(self.double_blocks) + 1):
+            joint = self._run(block, joint, time, turn, mask)
+            states = joint[:, length:] if number == layer else states
+        return joint, states
+
+    def _out(self, image: Tensor, time: Tensor) -> Tensor:
+        """Image tokens (B, N, W) to (B, N, C patch^2)."""
         scale, shift = self.final_modulation(time).chunk(2, dim=-1)
-        out = self.final(modulate(joint[:, length:], shift, scale))  # (B, N, C patch^2)
-        return unpatchify(out, self.patch, "cpq", rows, columns)
+        return self.final(modulate(image, shift, scale))
 
     def shard_units(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Any:
+    def _run(self, block: nn.Module, *inputs: Mask) -> Any:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
