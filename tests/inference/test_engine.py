@@ -74,6 +74,25 @@ def test_branches_of_an_edit(
     assert encoded == expected
 
 
+def test_rules_negatives_and_several_images(engine: Engine, encoded: list[list[str]]) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    options: dict[str, Any] = {"guidance": "omnigen2", "negative": "blurry"}
+    engine.edit([picture, picture], "mix", cfg=3.0, **options)
+    assert encoded == [["edit 0:blurry"], ["edit 0:mix++"]]
+    encoded.clear()
+    engine.edit([[picture], [picture, picture]], ["a", "b"], cfg=3.0, image_cfg=2.0, **options)
+    assert encoded == [["edit 0:blurry"], ["edit 0:a+", "edit 1:b++"], ["edit 0:blurry+", "edit 1:blurry++"]]
+
+
+def test_guided_steps_alone_are_guided(engine: Engine) -> None:
+    plain = pixels(engine.generate("a red circle", cfg=1.0))
+    assert np.array_equal(pixels(engine.generate("a red circle", cfg=8.0, cfg_range=(0.1, 0.4))), plain)  # no step
+    some = pixels(engine.generate("a red circle", cfg=8.0, cfg_range=(0.0, 0.4)))
+    whole = pixels(engine.generate("a red circle", cfg=8.0))
+    assert np.abs(some - plain).max() > 2
+    assert np.abs(some - whole).max() > 2
+
+
 def test_any_batch_size_gives_the_same_images(engine: Engine) -> None:
     whole = pixels(engine.generate(PROMPTS, n=2, seed=3))
     for size in (1, 4):
@@ -106,6 +125,9 @@ def test_options(engine: Engine) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"cfg": -1.0}, "must not be negative"),
         ({"shift": 0.0}, "shift must be above 0"),
+        ({"shift": "rot"}, "shift must be above 0, or 'root', not 'rot'"),
+        ({"cfg_range": (0.6, 0.4)}, "cfg_range must be two rising shares"),
+        ({"guidance": "chian"}, "Did you mean 'chain'"),
         ({"size": 30}, "size 30x30 is not divisible by 8"),
         ({"n": 0}, "n must be at least 1"),
         ({"method": "hein"}, "Did you mean 'heun'"),

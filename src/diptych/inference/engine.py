@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from diptych.core.condition import Condition
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
-from diptych.inference.guidance import guided
-from diptych.inference.sampler import Method, sample, times
-from diptych.systems.base import System
+from diptych.inference.guidance import ALWAYS, Rule, guided, plan
+from diptych.inference.sampler import Method, sample, span, times
+from diptych.objectives.flow_matching import root_shift
+from diptych.systems.base import Dropped, System
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +26,20 @@ class Sampling:
     """How images are sampled; a model's folder may carry its own defaults.
 
     size: (height, width) in pixels. steps: sampler steps. cfg: text guidance scale, 1 for none.
-    image_cfg: image guidance scale in editing, 1 for text guidance alone. shift: of the times. batch_size: images
-    per decoder run (each takes as many rows as guidance has branches).
+    image_cfg: image guidance scale in editing, 1 for text guidance alone. guidance: which branches these scales compare
+    (`inference.guidance.Rule`). cfg_range: steps that are guided, first and last as shares of all steps. negative: the
+    text that guidance leads away from. shift: of the times; "root" is OmniGen2's, by the latent's size. batch_size:
+    images per decoder run (each takes as many rows as guidance has branches).
     """
 
     size: tuple[int, int] = (512, 512)
     steps: int = 25
     cfg: float = 4.0
     image_cfg: float = 1.0
-    shift: float = 1.0
+    guidance: Rule = "chain"
+    cfg_range: tuple[float, float] = (0.0, 1.0)
+    negative: str = ""
+    shift: float | Literal["root"] = 1.0
     method: Method = "euler"
     batch_size: int = 16
 
@@ -44,8 +50,11 @@ class Sampling:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.cfg < 0 or self.image_cfg < 0:
             raise UserError(f"guidance scales must not be negative (cfg {self.cfg}, image_cfg {self.image_cfg})")
-        if self.shift <= 0:
-            raise UserError(f"shift must be above 0, not {self.shift}")
+        if self.shift != "root" and (isinstance(self.shift, str) or self.shift <= 0):
+            raise UserError(f"shift must be above 0, or 'root', not {self.shift!r}")
+        object.__setattr__(self, "cfg_range", tuple(self.cfg_range))
+        if len(self.cfg_range) != 2 or not 0 <= self.cfg_range[0] <= self.cfg_range[1] <= 1:
+            raise UserError(f"cfg_range must be two rising shares of the steps from 0 to 1, not {self.cfg_range}")
 
 
 class Engine:
@@ -85,7 +94,7 @@ class Engine:
 
     def edit(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
         instruction: str | Sequence[str],
         *,
         n: int = 1,
@@ -93,14 +102,20 @@ class Engine:
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """Edited images: one image and one instruction, or as many of each."""
-        images = [image] if isinstance(image, Image.Image) else list(image)
-        texts = [instruction] if isinstance(instruction, str) else list(instruction)
-        if len(images) != len(texts):
-            raise UserError(f"{len(images)} images but {len(texts)} instructions; give one instruction per image")
+        """Edited images. One instruction goes with one image, or with several that it refers to; a list of
+        instructions goes with a list of as many images (or lists of images)."""
+        if isinstance(instruction, str):
+            texts = [instruction]
+            groups = [[image] if isinstance(image, Image.Image) else list(flat(image))]
+        else:
+            texts = list(instruction)
+            entries = [image] if isinstance(image, Image.Image) else list(image)
+            groups = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in entries]
+        if len(groups) != len(texts):
+            raise UserError(f"{len(groups)} images but {len(texts)} instructions; give one instruction per image")
         samples = [
-            Sample(id=f"edit {i}", task="edit", text=text, context_images=(from_pil(picture),))
-            for i, (picture, text) in enumerate(zip(images, texts, strict=True))
+            Sample(id=f"edit {i}", task="edit", text=text, context_images=tuple(from_pil(picture) for picture in group))
+            for i, (group, text) in enumerate(zip(groups, texts, strict=True))
         ]
         return [to_pil(x) for x in self.tensors(samples, n=n, seed=seed, progress=progress, **options)]
 
@@ -146,19 +161,27 @@ class Engine:
             raise UserError(f"n must be at least 1, not {n}")
         settings = self._settings(options)
         shape = self.system.latent_shape(*settings.size)
-        steps = times(settings.steps, settings.shift)
+        root = root_shift(shape[1] * shape[2] // 4)
+        steps = times(settings.steps, root if settings.shift == "root" else settings.shift)
+        within = ALWAYS if settings.cfg_range == ALWAYS else span(steps, settings.cfg_range)
         device, size = self.system.device, settings.batch_size
         null: Condition | None = None
         made: list[Tensor] = []
         for start in range(0, len(samples), size):
             group = Batch(tuple(samples[start : start + size])).to(device)
-            if null is None and guides_from_null(group, settings):
-                null = self.system.encode(self.system.without(group.take([0]), "text_and_images"))
-            branches, scales = self._branches(group, settings, null)
+            names, scales = plan(settings.guidance, settings.cfg, settings.image_cfg, edits=bool(group.rows("edit")))
+            if null is None and "null" in names:
+                null = self.system.encode(self._without(group.take([0]), "text_and_images", settings.negative))
+            seen: dict[str, Condition] = {"full": self.system.encode(group)}
+            if null is not None:
+                seen["null"] = null.take([0] * len(group))
+            if "image" in names:
+                seen["image"] = self.system.encode(self._without(group, "text", settings.negative))
+            branches = [seen[name] for name in names]
             jobs = [(row, k) for row in range(len(group)) for k in range(n)]
             for block in (jobs[at : at + size] for at in range(0, len(jobs), size)):
                 rows = [row for row, _ in block]
-                velocity = guided(self.system, [branch.take(rows) for branch in branches], scales)
+                velocity = guided(self.system, [branch.take(rows) for branch in branches], scales, within)
                 draws = Draws([key(seed, start + row, k) for row, k in block], device)
                 latents = sample(velocity, draws.normal("noise", *shape), steps, settings.method)
                 made += list(self.system.to_images(latents).clamp(-1, 1).float().cpu())
@@ -175,30 +198,19 @@ class Engine:
             options = {**options, "size": (side, side)}
         return replace(self.sampling, **options)
 
-    def _branches(
-        self, batch: Batch, settings: Sampling, null: Condition | None
-    ) -> tuple[list[Condition], list[float]]:
-        """Conditions from the least to the most conditioned, and the scale of each step between them."""
-        full = self.system.encode(batch)
-        if null is not None:
-            null = null.take([0] * len(batch))
-        if not batch.rows("edit"):
-            return ([full], []) if null is None else ([null, full], [settings.cfg])
-        if null is None and settings.cfg == 1:
-            return [full], []
-        image = self.system.encode(self.system.without(batch, "text"))
-        if null is None:
-            return [image, full], [settings.cfg]
-        return [null, image, full], [settings.image_cfg, settings.cfg]
-
-
-def guides_from_null(batch: Batch, settings: Sampling) -> bool:
-    """Whether guidance starts from the null condition: of an edit, it does for image guidance alone."""
-    return (settings.image_cfg if batch.rows("edit") else settings.cfg) != 1
+    def _without(self, batch: Batch, dropped: Dropped, negative: str) -> Batch:
+        """What guidance compares with: the request without its text, or with the negative text in its place."""
+        bare = self.system.without(batch, dropped)
+        return Batch(tuple(replace(sample, text=negative) for sample in bare)) if negative else bare
 
 
 Progress = Callable[[int, int], None]
 """Told (images made, images asked for)."""
+
+
+def flat(images: Sequence[Image.Image | Sequence[Image.Image]]) -> list[Image.Image]:
+    """Images of a sequence whose entries are images, or sequences of them."""
+    return [one for entry in images for one in ([entry] if isinstance(entry, Image.Image) else entry)]
 
 
 def to_pil(image: Tensor) -> Image.Image:

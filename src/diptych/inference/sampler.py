@@ -24,6 +24,17 @@ def times(steps: int, shift: float = 1.0) -> Tensor:
     return shift_times(torch.linspace(1, 0, steps + 1), shift)
 
 
+def span(t: Tensor, share: tuple[float, float]) -> tuple[float, float]:
+    """Least and greatest time of the steps i of N with share[0] <= i / N <= share[1]; empty (1, 0) where none is.
+
+    Args:
+        t: decreasing times, (N + 1,).
+    """
+    count = len(t) - 1
+    inside = [now for step, now in enumerate(t[:-1].tolist()) if share[0] <= step / count <= share[1]]
+    return (min(inside), max(inside)) if inside else (1.0, 0.0)
+
+
 def sample(velocity: Velocity, noise: Tensor, t: Tensor, method: Method = "euler") -> Tensor:
     """Data at t=0 from noise at t=1.
 

@@ -38,6 +38,11 @@ def resolution_shift(tokens: int, *, base: float = 0.5, top: float = 1.15, low: 
     return math.exp(base + (top - base) * (tokens - low) / (high - low))
 
 
+def root_shift(tokens: int) -> float:
+    """OmniGen2's shift, a twentieth of the root of the number of image tokens: 3.2 for 1024 px, 1.6 for 512 px."""
+    return math.sqrt(tokens) / 20
+
+
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """(1 - t) data + t noise; (B, C, h, w) with t (B,)."""
     t = expand(t, data)
