@@ -89,6 +89,29 @@ class TokenCondition(Condition):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScaleConditions(Condition):
+    """The conditions of one request at several scales, coarse before fine (HieraQuery)."""
+
+    scales: tuple[TokenCondition, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return self.scales[0].batch_size
+
+    def join(self, others: Sequence[Condition]) -> Self:
+        rest: list[ScaleConditions] = []
+        for other in others:
+            assert isinstance(other, ScaleConditions), "join of unlike conditions"
+            assert len(other.scales) == len(self.scales), "join of unlike conditions"
+            rest.append(other)
+        joined = (own.join([other.scales[k] for other in rest]) for k, own in enumerate(self.scales))
+        return replace(self, scales=tuple(joined))
+
+    def take(self, rows: Sequence[int]) -> Self:
+        return replace(self, scales=tuple(scale.take(rows) for scale in self.scales))
+
+
 def pad_length(x: Tensor, length: int) -> Tensor:
     """Zeros (False) appended along dim 1 up to `length`; (B, L, ...) -> (B, length, ...)."""
     missing = length - x.shape[1]

@@ -147,7 +147,11 @@ class AssembledSystem(System):
         step = self.image_step
         if height % step or width % step or height <= 0 or width <= 0:
             raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
-        return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+        rows, columns = height // self.autoencoder.factor, width // self.autoencoder.factor
+        if self.decoder.longest is not None and max(rows, columns) > self.decoder.longest:
+            most = self.decoder.longest * self.autoencoder.factor
+            raise UserError(f"size {height}x{width}: the decoder's position grid ends at {most} pixels a side")
+        return self.autoencoder.channels, rows, columns
 
     def to_latents(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -207,8 +211,3 @@ class MultiScaleSystem(System):
     @abc.abstractmethod
     def scale_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels at each scale of an image of this size; UserError when one does not divide."""
-
-    @property
-    @abc.abstractmethod
-    def size_step(self) -> int:
-        """Image sides that are multiples of it divide at every scale."""

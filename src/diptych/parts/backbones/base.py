@@ -67,6 +67,8 @@ class Backbone(nn.Module, abc.ABC):
     """D."""
     max_length: int
     """Longest sequence the language model takes, in tokens."""
+    position_axes: int = 1
+    """3 where rotary positions are by time, row and column."""
 
     @abc.abstractmethod
     def tokenize(
@@ -145,3 +147,11 @@ class Backbone(nn.Module, abc.ABC):
         tokens = torch.cat(list(vision)).to(embeddings.dtype)  # (sum N, D)
         assert int(slots.sum()) == tokens.shape[0], "image slots and vision tokens differ in number"
         return embeddings.masked_scatter(slots[..., None], tokens)
+
+
+class Gridded(abc.ABC):
+    """What a backbone also is whose vision tokens of one image lie on a grid, row by row."""
+
+    @abc.abstractmethod
+    def vision_grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of the vision tokens of an image (3, H, W); rows * columns = N."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import (
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.base import Backbone, Gridded, Prefix, Sequences
 from diptych.parts.backbones.causal import greedy, run_causal
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.published import (
@@ -41,7 +42,7 @@ POSITION_STD = 0.5
 does not read places for thousands of steps."""
 
 
-class InternVL(Backbone):
+class InternVL(Backbone, Gridded):
     """InternViT, pixel shuffle, projector and a causal language model (Qwen2), with tokenizer and image processor.
 
     An image is resized to one square tile (`max_tiles=1`, as IOMM and OpenUni use it) of
@@ -179,6 +180,12 @@ class InternVL(Backbone):
 
         features = self.model.get_image_features(self.pixels(images)).pooler_output  # (tiles, N, D)
         return [part.flatten(0, 1) for part in features.split([self._tiles(image) for image in images])]
+
+    def vision_grid(self, image: Tensor) -> tuple[int, int]:
+        if self.max_tiles > 1:
+            raise UserError(f"vision tokens of up to {self.max_tiles} tiles lie on no single grid; set max_tiles to 1")
+        side = math.isqrt(self.tile_tokens)
+        return side, side
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)

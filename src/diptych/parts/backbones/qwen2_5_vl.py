@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.base import Backbone, Gridded, Prefix, Sequences
 from diptych.parts.backbones.causal import greedy, run_causal
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.published import (
@@ -36,7 +36,7 @@ from diptych.parts.backbones.published import (
 )
 
 
-class Qwen2_5VL(Backbone):
+class Qwen2_5VL(Backbone, Gridded):
     """Window-attention vision tower, merger and a Qwen2 language model with rotary positions by time, row and column.
 
     An image keeps its aspect ratio: it is resized to whole merged patches within the processor's least and greatest
@@ -45,6 +45,8 @@ class Qwen2_5VL(Backbone):
 
     Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
     """
+
+    position_axes = 3
 
     def __init__(
         self,
@@ -176,6 +178,10 @@ class Qwen2_5VL(Backbone):
         inputs = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
         pixels, grids = (inputs[name].to(self.model.device) for name in ("pixel_values", "image_grid_thw"))
         return list(self.model.get_image_features(pixels, grids).pooler_output)  # each (N, D)
+
+    def vision_grid(self, image: Tensor) -> tuple[int, int]:
+        rows, columns = self._grid(image)
+        return rows // self.merge, columns // self.merge
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)

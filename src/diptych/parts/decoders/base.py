@@ -21,6 +21,10 @@ class Decoder(nn.Module, abc.ABC):
     """D."""
     patch: int
     """Latent sides must be multiples of this."""
+    longest: int | None = None
+    """Longest latent side that its position grid holds; None for any."""
+    pooled_width: int | None = None
+    """Width of the pooled vector that it needs beside the tokens; None for none."""
 
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
@@ -10,11 +12,15 @@ from torch import Tensor, nn
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.parts.decoders.fit import fit
+from diptych.parts.decoders.packing import Packed, PackingDecoder, check_layer
 from diptych.parts.decoders.published import PublishedDecoder
 
 
-class Sana(PublishedDecoder):
-    """SANA's time is 1000 t (times its own timestep scale), its output noise - data. Latents of AutoencoderDC."""
+class Sana(PublishedDecoder, PackingDecoder):
+    """SANA's time is 1000 t (times its own timestep scale), its output noise - data. Latents of AutoencoderDC.
+
+    Its convolutions need each image as a plane, so packed views are run one after the other.
+    """
 
     architecture = SanaTransformer2DModel
 
@@ -28,7 +34,9 @@ class Sana(PublishedDecoder):
             )
         if config.guidance_embeds:
             raise UserError("Sana: models with a guidance embedding (SANA-Sprint) are not supported")
-        return cls(model, channels=config.in_channels, condition_width=config.caption_channels, patch=config.patch_size)
+        made = cls(model, channels=config.in_channels, condition_width=config.caption_channels, patch=config.patch_size)
+        made.hidden = config.num_attention_heads * config.attention_head_dim
+        return made
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
         tokens, mask = fit(self, x, condition)
@@ -40,5 +48,31 @@ class Sana(PublishedDecoder):
             return_dict=False,
         )[0]
 
+    def pack(
+        self, xs: Sequence[Tensor], t: Tensor, conditions: Sequence[TokenCondition], layer: int | None = None
+    ) -> Packed:
+        check_layer(self, layer)
+        outputs: list[Tensor] = []
+        states: list[Tensor] = []
+        for x, condition in zip(xs, conditions, strict=True):
+            if layer is None:
+                outputs.append(self(x, t, condition))
+                continue
+            with watched(self.model.transformer_blocks[layer - 1]) as seen:
+                outputs.append(self(x, t, condition))
+            states.append(seen[0])  # (B, N, W)
+        return Packed(outputs, states)
+
     def shard_units(self) -> list[nn.Module]:
         return list(self.model.transformer_blocks)
+
+
+@contextmanager
+def watched(block: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of a block inside the `with`."""
+    seen: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
