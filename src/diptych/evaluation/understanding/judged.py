@@ -1,0 +1,184 @@
+"""Benchmarks whose replies a judge must read: MathVista and MM-Vet.
+
+A judge is any function from prompts to replies; None, or a reply that cannot be used, is a failure: it earns nothing,
+is listed, and never becomes another score.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diptych.core.errors import UserError
+from diptych.evaluation.understanding.letters import kit_letter
+from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, mean, ratio
+
+Judge = Callable[[Sequence[str]], Sequence[str | None]]
+"""Prompts to replies, as many and in that order; None where the judge gave none."""
+
+_NUMBER = re.compile(r"(?:score\s*[:=]\s*)?\**(\d+(?:\.\d+)?)\**\.?", re.IGNORECASE)
+_EXTRACT = """A student answered a question about a picture. Copy the student's final answer, and nothing else.
+Give {wanted}. If there is no final answer, write: none
+
+Question: {question}
+Student: {reply}
+Final answer:"""
+_GRADE = """Grade an answer to a question about a picture against the reference, from 0.0 (all wrong) to 1.0 (all \
+right), in steps of 0.1. Parts of the reference joined by <AND> must all be there, and each earns its share; of parts \
+joined by <OR> one is enough. Wording does not matter. Reply with the number only.
+
+Question: {question}
+Reference: {answer}
+Answer: {reply}
+Grade:"""
+
+
+def math_vista(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
+    """MathVista (Lu et al. 2024): accuracy of the final answer, over all questions, by `task` and by `skills`.
+
+    A reply that is an option's letter, or a bare number, is read by rule; of the others the judge copies out the final
+    answer, which is then compared by rule. Numbers are compared at the row's precision.
+    """
+    said: list[str | None] = []
+    asked: list[int] = []
+    for at, (row, reply) in enumerate(zip(rows, replies, strict=True)):
+        value = None if reply is None else math_value(row, reply)
+        said.append(value)
+        if value is None and reply is not None:
+            asked.append(at)
+    prompts = [
+        _EXTRACT.format(wanted=_wanted(rows[at]), question=_question(rows[at]), reply=replies[at]) for at in asked
+    ]
+    failed: list[int] = []
+    for at, extracted in zip(asked, _ask(judge, prompts), strict=True):
+        if extracted is None:
+            failed.append(at)
+        else:
+            said[at] = math_value(rows[at], extracted)
+    values = tuple(float(value is not None and value == math_truth(row)) for row, value in zip(rows, said, strict=True))
+    return Scored(
+        convention="accuracy; letters and bare numbers read by rule, other final answers copied out by the judge",
+        figures={"task": by_column(rows, values, "task"), "skills": _by_member(rows, values, "skills")},
+        values=values,
+        read=tuple(said),
+        counts=each(values),
+        combine=ratio,
+        failed=tuple(failed),
+    )
+
+
+def math_truth(row: Row) -> str:
+    """The right answer of a MathVista row, as `math_value` would give it."""
+    if _is_choice(row):
+        letter = row.get("answer_option")
+        if letter:
+            return str(letter)
+        return next((name for name, text in _options(row).items() if text == str(row["answer"])), str(row["answer"]))
+    value = math_value(row, str(row["answer"]))
+    if value is None:
+        raise UserError(f"row {row.get('index')}: answer {row['answer']!r} is no {row.get('answer_type')}")
+    return value
+
+
+def math_value(row: Row, text: str) -> str | None:
+    """A final answer in the form in which answers are compared, or None if the text is not one by itself."""
+    text = text.strip()
+    if _is_choice(row):
+        options = _options(row)
+        exact = next((name for name, option in options.items() if option.strip().lower() == text.lower()), None)
+        return exact or kit_letter(text, options)
+    kind = row.get("answer_type")
+    if kind in ("integer", "float"):
+        try:
+            number = float(text.rstrip(".").replace(",", ""))
+            places = 0 if kind == "integer" else int(float(row.get("precision") or 2))
+            return f"{round(number, places):.{places}f}"
+        except (ValueError, OverflowError):
+            return None
+    if kind == "list":
+        try:
+            listed = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return None
+        return repr(list(listed)) if isinstance(listed, list | tuple) else None
+    return text.rstrip(".").lower() if text and "\n" not in text and len(text) <= 2 * len(str(row["answer"])) else None
+
+
+def mm_vet(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
+    """MM-Vet (Yu et al. 2023): the mean of the judge's grades (0 to 1), and by capability (`category`, by comma)."""
+    asked = [at for at, reply in enumerate(replies) if reply is not None]
+    prompts = [
+        _GRADE.format(question=_question(rows[at]), answer=rows[at]["answer"], reply=replies[at]) for at in asked
+    ]
+    grades: list[float | None] = [None] * len(rows)
+    for at, answer in zip(asked, _ask(judge, prompts), strict=True):
+        grades[at] = None if answer is None else grade(answer)
+    values = tuple(0.0 if given is None else given for given in grades)
+    return Scored(
+        convention="mean grade of the judge, 0 to 1",
+        figures={
+            "capability": _by_member(rows, values, "category"),
+            "combination": by_column(rows, values, "category"),
+        },
+        values=values,
+        read=tuple(None if given is None else str(given) for given in grades),
+        counts=each(values),
+        combine=ratio,
+        failed=tuple(at for at in asked if grades[at] is None),
+    )
+
+
+def grade(reply: str) -> float | None:
+    """A judge's grade: a number from 0 to 1 by itself; None for anything else."""
+    match = _NUMBER.fullmatch(reply.strip())
+    value = float(match.group(1)) if match else None
+    return value if value is not None and value <= 1 else None
+
+
+def _ask(judge: Judge, prompts: Sequence[str]) -> Sequence[str | None]:
+    if not prompts:
+        return []
+    given = judge(prompts)
+    assert len(given) == len(prompts), "a judge answers every prompt, with None if need be"
+    return given
+
+
+def _question(row: Row) -> str:
+    return str(row["question"])
+
+
+def _is_choice(row: Row) -> bool:
+    return row.get("question_type") == "multi_choice"
+
+
+def _wanted(row: Row) -> str:
+    if _is_choice(row):
+        listed = "; ".join(f"{name} {text}" for name, text in _options(row).items())
+        return f"the letter of one of these options: {listed}"
+    kinds = {"integer": "a whole number", "float": "a number", "list": "a list in square brackets"}
+    return kinds.get(str(row.get("answer_type")), "a short text")
+
+
+def _options(row: Row) -> dict[str, str]:
+    listed: Any = row.get("choices") or []
+    if isinstance(listed, str):
+        try:
+            listed = ast.literal_eval(listed)
+        except (ValueError, SyntaxError) as error:
+            raise UserError(f"row {row.get('index')}: the list of choices cannot be read") from error
+    return dict(zip(string.ascii_uppercase, map(str, listed), strict=False))
+
+
+def _by_member(rows: Sequence[Row], values: Sequence[float], column: str) -> dict[str, float]:
+    """Mean value by each entry of a column of lists: a list, the text of one, or entries joined by commas."""
+    groups: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        entries: Any = row.get(column) or []
+        if isinstance(entries, str):
+            entries = [one.strip(" '\"") for one in entries.strip("[]").split(",")]
+        for entry in dict.fromkeys(map(str, entries)):
+            groups.setdefault(entry, []).append(value)
+    return {name: mean(groups[name]) for name in sorted(groups)}

@@ -1,0 +1,95 @@
+"""What a scorer gives, and the averages that several benchmarks share.
+
+A scorer is a pure function of a benchmark's rows and of one reply for each; a reply is None where there is none. What
+is missing counts as wrong, and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Row = Mapping[str, Any]
+"""A row of a benchmark's table, by column; a column that is empty is absent."""
+Replies = Sequence[str | None]
+Unit = Literal["share", "points"]
+Combine = Callable[[Sequence[float]], float]
+"""Sums of what is counted, to the headline figure."""
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The score of one benchmark.
+
+    convention: how replies are read and averaged. unit: of the headline figure, a share (0 to 1) or points.
+    figures: every other figure, by name, possibly nested.
+    values: per row, what it earned (0 to 1). read: per row, what the reply was read as; None where it could not be.
+    counts: what is counted of each unit, (units, counts): a unit is a row, or the rows that are only worth something
+        together (rotations, pairs). combine: the headline figure from the sums of the counts.
+    unread: how many replies are missing or could not be read; they earn nothing.
+    failed: positions of the rows that the judge failed on; they earn nothing.
+    """
+
+    convention: str
+    unit: Unit = "share"
+    figures: dict[str, Any] = field(default_factory=dict[str, Any])
+    values: tuple[float, ...]
+    read: tuple[str | None, ...]
+    counts: Sequence[Sequence[float]]
+    combine: Combine
+    failed: tuple[int, ...] = ()
+
+    @property
+    def overall(self) -> float:
+        """The headline figure."""
+        return self.combine([sum(column) for column in zip(*self.counts, strict=True)])
+
+    def interval(self, seed: int = 0) -> tuple[float, float]:
+        """95% interval of the headline figure: units drawn again with replacement, `RESAMPLES` times."""
+        units = np.asarray(self.counts, dtype=float)  # (units, counts)
+        often = np.random.default_rng(seed).multinomial(len(units), [1 / len(units)] * len(units), RESAMPLES)
+        drawn = [self.combine(sums.tolist()) for sums in often @ units]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return float(low), float(high)
+
+    @property
+    def unread(self) -> int:
+        return sum(read is None for read in self.read)
+
+
+Scorer = Callable[[Sequence[Row], Replies], Scored]
+
+
+def ratio(sums: Sequence[float]) -> float:
+    """The first sum over the second, 0 of nothing: the mean, where (value, 1) is counted."""
+    return sums[0] / sums[1] if sums[1] else 0.0
+
+
+def each(values: Iterable[float]) -> list[tuple[float, float]]:
+    """Counts of units that weigh the same, for `ratio`."""
+    return [(value, 1.0) for value in values]
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean; 0 of nothing."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
+
+
+def by_column(rows: Sequence[Row], values: Sequence[float], column: str) -> dict[str, float]:
+    """Mean value for each entry of a column, sorted by name; rows without it are left out."""
+    groups = positions_by(rows, column)
+    return {name: mean(values[at] for at in groups[name]) for name in sorted(groups)}
+
+
+def positions_by(rows: Sequence[Row], column: str) -> dict[str, list[int]]:
+    """Positions of the rows of each entry of a column, in order of appearance."""
+    groups: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        if row.get(column) is not None:
+            groups.setdefault(str(row[column]), []).append(at)
+    return groups
