@@ -15,6 +15,7 @@ from diptych.core.condition import Condition
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
+from diptych.inference.coarse_to_fine import View, views
 from diptych.inference.guidance import ALWAYS, Rule, guided, plan
 from diptych.inference.sampler import Method, sample, span, times
 from diptych.objectives.flow_matching import root_shift
@@ -82,7 +83,8 @@ class Engine:
     ) -> list[Image.Image]:
         """Images for one prompt or several, n each, prompt by prompt.
 
-        `options` are fields of `Sampling` (`size` may be one number). The same (seed, prompt position, image position)
+        A model of several scales makes the last one, or those of `scales` ("all", or names as in "4x4,8x8"), which then
+        follow each other, coarse before fine. Other `options` are fields of `Sampling` (`size` may be one number). The same (seed, prompt position, image position)
         gives the same noise for any batch size.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -150,26 +152,30 @@ class Engine:
 
     @torch.no_grad()
     def tensors(
-        self, samples: Sequence[Sample], *, n: int, seed: int, progress: Progress | None = None, **options: Any
+        self,
+        samples: Sequence[Sample],
+        *,
+        n: int,
+        seed: int,
+        scales: str = "last",
+        progress: Progress | None = None,
+        **options: Any,
     ) -> list[Tensor]:
-        """Images (3, H, W) in [-1, 1] for requests, n each, request by request.
+        """Images (3, H, W) in [-1, 1] for requests, n each, request by request, each at the wanted `scales`.
 
-        The condition of a request is computed once, however many images are drawn from it, and the null condition of
-        guidance once for all.
+        The condition of a request is computed once, however many images and scales are drawn from it, and the null
+        condition of guidance once for all.
         """
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
         settings = self._settings(options)
-        shape = self.system.latent_shape(*settings.size)
-        root = root_shift(shape[1] * shape[2] // 4)
-        steps = times(settings.steps, root if settings.shift == "root" else settings.shift)
-        within = ALWAYS if settings.cfg_range == ALWAYS else span(steps, settings.cfg_range)
+        wanted = views(self.system, settings.size, scales)
         device, size = self.system.device, settings.batch_size
         null: Condition | None = None
         made: list[Tensor] = []
         for start in range(0, len(samples), size):
             group = Batch(tuple(samples[start : start + size])).to(device)
-            names, scales = plan(settings.guidance, settings.cfg, settings.image_cfg, edits=bool(group.rows("edit")))
+            names, factors = plan(settings.guidance, settings.cfg, settings.image_cfg, edits=bool(group.rows("edit")))
             if null is None and "null" in names:
                 null = self.system.encode(self._without(group.take([0]), "text_and_images", settings.negative))
             seen: dict[str, Condition] = {"full": self.system.encode(group)}
@@ -181,13 +187,27 @@ class Engine:
             jobs = [(row, k) for row in range(len(group)) for k in range(n)]
             for block in (jobs[at : at + size] for at in range(0, len(jobs), size)):
                 rows = [row for row, _ in block]
-                velocity = guided(self.system, [branch.take(rows) for branch in branches], scales, within)
-                draws = Draws([key(seed, start + row, k) for row, k in block], device)
-                latents = sample(velocity, draws.normal("noise", *shape), steps, settings.method)
-                made += list(self.system.to_images(latents).clamp(-1, 1).float().cpu())
+                chosen = [branch.take(rows) for branch in branches]
+                draws = Draws(
+                    [key(seed, start + row if positions is None else positions[start + row], k) for row, k in block],
+                    device,
+                )
+                drawn = [self._draw(view, chosen, factors, draws, settings) for view in wanted]
+                made += [images[row] for row in range(len(block)) for images in drawn]
                 if progress is not None:
-                    progress(len(made), len(samples) * n)
+                    progress(len(made), len(samples) * n * len(wanted))
         return made
+
+    def _draw(
+        self, view: View, branches: Sequence[Condition], factors: Sequence[float], draws: Draws, settings: Sampling
+    ) -> Tensor:
+        """Images (B, 3, H, W) of one scale on the CPU."""
+        root = root_shift(view.shape[1] * view.shape[2] // 4)
+        steps = times(settings.steps, root if settings.shift == "root" else settings.shift)
+        within = ALWAYS if settings.cfg_range == ALWAYS else span(steps, settings.cfg_range)
+        velocity = guided(self.system, [view.of(branch) for branch in branches], factors, within)
+        latents = sample(velocity, draws.normal(view.noise, *view.shape), steps, settings.method)
+        return self.system.to_images(latents).clamp(-1, 1).float().cpu()
 
     def _settings(self, options: dict[str, Any]) -> Sampling:
         names = [field.name for field in fields(Sampling)]
