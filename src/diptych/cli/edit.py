@@ -6,7 +6,7 @@ import argparse
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from diptych.cli.options import add_model, add_sampling
+    from diptych.cli.options import add_model, add_sampling, add_scales
 
     add_model(parser)
     parser.add_argument("image", metavar="IMAGE", help="the image to change")
@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, help="images (1)")
     parser.add_argument("--image-cfg", type=float, help="image guidance scale, 1 for text guidance alone")
     parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
+    add_scales(parser)
     add_sampling(parser)
 
 
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options
     from diptych.cli.progress import bar
     from diptych.core.errors import UserError
+    from diptych.inference.coarse_to_fine import scale_names
 
     if args.n < 1:
         raise UserError(f"--n must be at least 1, not {args.n}")
@@ -32,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
     files = options.destinations(args.out, f"{Path(args.image).stem}-edited", args.n)
     image = options.read_picture(args.image)
     engine = options.open_model(args)
+    names = scale_names(engine.system, args.scales or "last")
     with bar("edit") as told:
         images = engine.edit(image, args.instruction, n=args.n, seed=args.seed, progress=told, **settings)
     facts = {"instruction": args.instruction, "model": args.model, "seed": args.seed, "sampling": settings}
-    options.save_pictures(images, files, facts)
+    options.save_pictures(images, options.by_scale(files, names), facts)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,22 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
 
 
+def add_scales(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scales", help="of a model of several: last (when not given), all, or names: 4x4,8x8")
+
+
+def by_scale(files: list[Path], names: Sequence[str]) -> list[Path]:
+    """The files of each image at every scale: the scale's name is added where there are several."""
+    if len(names) == 1:
+        return files
+    return [file.with_name(f"{file.stem}-{name}{file.suffix}") for file in files for name in names]
+
+
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Engine.generate` that were given."""
     found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
     given = {"steps": args.steps, "cfg": args.cfg, "method": args.sampler, "batch_size": args.batch_size}
+    given["scales"] = getattr(args, "scales", None)
     given["image_cfg"] = getattr(args, "image_cfg", None)
     return found | {name: value for name, value in given.items() if value is not None}
 

@@ -34,7 +34,10 @@ from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.connectors import OpenUniConnector
+from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.conditioners.learnable_queries import LearnableQueries
+from diptych.parts.conditioners.metaquery_connector import MetaQueryConnector
+from diptych.parts.conditioners.qwen2_connector import MingConnector, Qwen2Body, Qwen2Connector
 from diptych.parts.conditioners.raw import Raw
 from diptych.parts.conditioners.residual_query_adapter import ResidualQueryAdapter
 from diptych.parts.decoders.base import Decoder
@@ -42,13 +45,23 @@ from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.qwen_image import QwenImage
 from diptych.parts.decoders.sana import Sana
+from diptych.parts.decoders.sd3 import SD3
 from diptych.parts.decoders.zimage import ZImage
 from diptych.recipes.names import locate
 from diptych.recipes.published import published_config
-from diptych.recipes.recipe import ComposedSpec, DataSpec, MLLMSpec, Part, SourceSpec, SystemSpec
+from diptych.recipes.recipe import (
+    ComposedSpec,
+    DataSpec,
+    HieraQuerySpec,
+    MLLMSpec,
+    Part,
+    SourceSpec,
+    SystemSpec,
+)
 from diptych.recipes.schema import read
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedConfig, ComposedSystem
+from diptych.systems.hieraquery import HieraConfig, HieraQuery
 from diptych.systems.mllm import MLLMSystem
 from diptych.toyworld.samples import ToyWorld
 
@@ -58,8 +71,22 @@ CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "raw": Raw,
     "metaquery": LearnableQueries,
     "residual_query_adapter": ResidualQueryAdapter,
+    "hierarchical_queries": HierarchicalQueries,
 }
-DECODERS: dict[str, Any] = {"mmdit": MMDiT, "zimage": ZImage, "sana": Sana, "qwen_image": QwenImage}
+CONNECTORS: dict[str, Callable[..., nn.Module]] = {
+    "linear": nn.Linear,
+    "openuni": OpenUniConnector,
+    "metaquery": MetaQueryConnector,
+    "qwen2": Qwen2Connector,
+    "ming": MingConnector,
+}
+DECODERS: dict[str, Any] = {
+    "mmdit": MMDiT,
+    "zimage": ZImage,
+    "sana": Sana,
+    "sd3": SD3,
+    "qwen_image": QwenImage,
+}
 AUTOENCODERS: dict[str, Any] = {
     "pixel": PixelAutoencoder,
     "kl": KLAutoencoder,
@@ -85,10 +112,12 @@ def build_system(
     conditioner = build_conditioner(spec.conditioner, backbone.width, meta)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
-    connector = build_connector(spec.connector, backbone.width, decoder.condition_width, meta)
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(ComposedConfig)}
-    system = ComposedSystem(
-        ComposedConfig(**fields),
+    connector, connector_origin = build_connector(spec.connector, backbone.width, decoder.condition_width, meta)
+    hierarchical = isinstance(spec, HieraQuerySpec)
+    config = HieraConfig if hierarchical else ComposedConfig
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(config)}
+    system = (HieraQuery if hierarchical else ComposedSystem)(
+        config(**fields),
         backbone=backbone,
         conditioner=conditioner,
         connector=connector,
@@ -97,7 +126,7 @@ def build_system(
         origins={
             "backbone": backbone_origin,
             "conditioner": dataclasses.asdict(spec.conditioner),
-            "connector": dataclasses.asdict(spec.connector),
+            "connector": connector_origin,
             "decoder": decoder_origin,
             "autoencoder": autoencoder_origin,
             "sampling": spec.sampling,
@@ -129,18 +158,37 @@ def build_conditioner(part: Part, width: int, meta: bool) -> Conditioner:
         )
 
 
-def build_connector(part: Part, width: int, out: int, meta: bool) -> nn.Module:
-    """What stands between the MLLM's states and the decoder: `identity`, `linear` or `openuni`."""
+def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """What stands between the MLLM's states and the decoder: `identity`, or one of `CONNECTORS`.
+
+    `weights` of `qwen2` and `ming` are those of their body, published as a language model; what stands around it starts
+    at random, so a saved folder holds the whole connector and its configuration holds the body's.
+    """
+    if part.kind == "identity":
+        if width != out:
+            raise UserError(f"connector identity: the MLLM is {width} wide, the decoder takes {out}; use kind: linear")
+        return nn.Identity(), dataclasses.asdict(part)
+    cls = _choose("connector", part.kind, {"identity": nn.Identity, **CONNECTORS})
+    where = f"connector {part.kind}"
+    if part.kind == "linear":
+        sizes: dict[str, Any] = {"in_features": width, "out_features": out}
+    else:
+        sizes = {"width": width, "out": out}
+    if part.kind not in ("qwen2", "ming"):
+        if part.weights:
+            raise UserError(f"{where}: reads no published weights; leave out 'weights'")
+        with torch.device("meta" if meta else "cpu"):
+            return _call(cls, where, {**sizes, **part.config}), dataclasses.asdict(part)
+    config = dict(part.config)
+    values = config.pop("body", None)
     with torch.device("meta" if meta else "cpu"):
-        if part.kind == "linear":
-            return nn.Linear(width, out)
-        if part.kind == "openuni":
-            return _call(OpenUniConnector, "connector openuni", {"width": width, "out": out, **part.config})
-    if part.kind != "identity":
-        raise unknown("connector", part.kind, ["identity", "linear", "openuni"])
-    if width != out:
-        raise UserError(f"connector identity: the MLLM is {width} wide, the decoder takes {out}; use kind: linear")
-    return nn.Identity()
+        if part.weights and not meta:
+            body = Qwen2Body.from_pretrained(locate(part.weights))
+        else:
+            body = Qwen2Body.from_config(values or published_config(part.weights, part.subfolder))
+        connector = _call(cls, where, {**sizes, "body": body, **config})
+    saved = {**config, "body": body.values}
+    return connector, {**dataclasses.asdict(part), "weights": None, "config": saved}
 
 
 def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str, Any]]:

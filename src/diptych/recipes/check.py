@@ -19,7 +19,7 @@ from diptych.parts.backbones.internvl import InternVL
 from diptych.recipes import build
 from diptych.recipes.load import start
 from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
-from diptych.recipes.run import build_stage, check_parts, image_step, stage_settings
+from diptych.recipes.run import build_stage, check_parts, check_sizes, image_step, stage_settings
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedSystem
 from diptych.systems.mllm import MLLMSystem
@@ -137,8 +137,7 @@ def check_system(recipe: Recipe) -> SystemReport:
 
 def _check_size(system: System, spec: StageSpec) -> None:
     if any(source.task != "understand" for source in spec.data.sources.values()):
-        size = spec.data.size
-        system.latent_shape(*((size, size) if isinstance(size, int) else size))
+        check_sizes(system, spec.data)
 
 
 def _origin(recipe: Recipe, system: System, part: nn.Module) -> str:

@@ -24,6 +24,7 @@ from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merg
 from diptych.recipes.schema import read
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
+from diptych.systems.hieraquery import HieraConfig
 from diptych.systems.mllm import MLLMSystem
 from diptych.training import state
 from diptych.training.loop import freeze
@@ -118,6 +119,8 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
         settings = read(kind, merge(base, changes), where)
         if isinstance(settings, ComposedConfig) and settings.mask_way == "mask_token" != base["mask_way"]:
             raise UserError(f"{where}: mask_way 'mask_token' is learned; set it for the system, not for a stage alone")
+        if isinstance(settings, HieraConfig) and dataclasses.asdict(settings)["alignment"] != base["alignment"]:
+            raise UserError(f"{where}: alignment has a projector of its own; set it for the system, weigh it by stage")
         return settings
 
     kind = type(system.settings) if isinstance(system, AssembledSystem) else None

@@ -19,6 +19,7 @@ from diptych.core.sample import Task
 from diptych.inference.engine import Sampling
 from diptych.recipes.schema import Variants, read
 from diptych.systems.composed import ComposedConfig
+from diptych.systems.hieraquery import HieraConfig
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 LIBRARY = Path(__file__).parent / "library"
@@ -58,6 +59,11 @@ class ComposedSpec(ComposedConfig):
     autoencoder: Part
     connector: Part = field(default_factory=lambda: Part(kind="identity"))
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class HieraQuerySpec(HieraConfig, ComposedSpec):
+    kind: Literal["hieraquery"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,9 @@ class Recipe:
     sample_prompts: tuple[str, ...] = ()
 
 
-VARIANTS: Mapping[type, Variants] = {SystemSpec: {"composed": ComposedSpec, "mllm": MLLMSpec}}
+VARIANTS: Mapping[type, Variants] = {
+    SystemSpec: {"composed": ComposedSpec, "hieraquery": HieraQuerySpec, "mllm": MLLMSpec}
+}
 
 
 def names() -> list[str]:

@@ -18,13 +18,14 @@ from diptych.checkpoints.tensors import atomic_folder, atomic_text
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Batch
+from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes import build
 from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
-from diptych.systems.base import AssembledSystem, System
+from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 
@@ -155,8 +156,7 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
     }
     images = any(source.task != "understand" for source in spec.data.sources.values())
     if images:
-        size = spec.data.size
-        system.latent_shape(*((size, size) if isinstance(size, int) else size))
+        check_sizes(system, spec.data)
     if spec.data.cache and recipe.run.workers:
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.workers to 0")
     autoencoder = system.autoencoder if isinstance(system, AssembledSystem) else None
@@ -164,6 +164,17 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
     mixture, sources = build.build_data(spec.data, key(recipe.seed, name), spec.batch, step, autoencoder)
     batches = [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch or spec.batch)
     return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches)
+
+
+def check_sizes(system: System, data: DataSpec) -> None:
+    """UserError where the system does not make images of a stage's size, or of one of its buckets."""
+    sizes = [(data.size, data.size) if isinstance(data.size, int) else data.size]
+    if data.buckets is not None and isinstance(data.size, int):
+        sizes = make_buckets(data.size, image_step(system, True), data.buckets)
+    for size in sizes:
+        system.latent_shape(*size)
+        if isinstance(system, MultiScaleSystem):
+            system.scale_sizes(*size)
 
 
 def image_step(system: System, images: bool) -> int:
