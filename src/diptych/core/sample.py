@@ -37,6 +37,7 @@ class Sample:
     text: caption (`text_to_image`) or instruction (`edit`); "" otherwise.
     context_images: images the model reads, in reading order; for `image` it is empty (the image is its own context).
     messages: the conversation (`understand`); the assistant turns are learned.
+    size: (height, width) of the image to make, where `image` is not there to say it.
     latent: the autoencoder's latent of `image` (C, h, w) from an on-disk cache, where there is one.
     extra: anything else a source knows (scene, scores); never read by systems.
     """
@@ -47,6 +48,7 @@ class Sample:
     text: str = ""
     context_images: tuple[Tensor, ...] = ()
     messages: tuple[Message, ...] = ()
+    size: tuple[int, int] | None = None
     latent: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

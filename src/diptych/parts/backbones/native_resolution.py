@@ -49,18 +49,23 @@ class Pixels:
         return self.patch * self.merge
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of this size is resized to.
+        """Height and width that an image of this size is resized to; errors as `whole_size`."""
+        return whole_size(height, width, self.factor, self.min_pixels, self.max_pixels)
 
-        Raises:
-            UserError: an image so long and thin that, within `max_pixels`, its short side is less than one token.
-        """
-        found = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
-        if min(found) < self.factor or found[0] * found[1] > self.max_pixels:
-            raise UserError(
-                f"image of {height}x{width} pixels: too long and thin; within {self.max_pixels:,} pixels its short "
-                f"side would be less than one token ({self.factor} pixels). Crop it or pad it."
-            )
-        return found
+
+def whole_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """`smart_resize`, for images that some size suits.
+
+    Raises:
+        UserError: an image so long and thin that, within `max_pixels`, its short side is less than one token.
+    """
+    found = smart_resize(height, width, factor, min_pixels, max_pixels)
+    if min(found) < factor or found[0] * found[1] > max_pixels:
+        raise UserError(
+            f"image of {height}x{width} pixels: too long and thin; within {max_pixels:,} pixels its short side would "
+            f"be less than {factor} pixels, one token. Crop it or pad it."
+        )
+    return found
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -93,7 +98,7 @@ def to_patches(frames: Tensor, patch: int, merge: int) -> tuple[Tensor, tuple[in
     Frames, then merge blocks in row-major order, then the patches of a block; inside a patch channel, row, column.
     """
     count, _, height, width = frames.shape
-    assert height % (patch * merge) == 0 and width % (patch * merge) == 0, "sides are no whole tokens"
+    assert height % (patch * merge) == width % (patch * merge) == 0, "sides are no whole tokens"
     rows = rearrange(
         frames,
         "f c (h s p) (w z q) -> (f h w s z) (c p q)",

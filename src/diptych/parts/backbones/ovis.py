@@ -1,0 +1,314 @@
+"""The MLLM of Ovis-U1 (Sec. 2): AIMv2 at native resolution, the probabilistic visual tokenizer, and Qwen3.
+
+Parameter names are those of the published checkpoint. Deviations: sequences are padded on the right, and positions count
+real tokens, which gives the same states; a conversation that is too long is an error instead of being cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import Message
+from diptych.parts.backbones.aimv2 import AIMv2Config
+from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.causal import greedy, run_causal
+from diptych.parts.backbones.native_resolution import Pixels, pack_images
+from diptych.parts.backbones.ovis_chat import NO_THOUGHTS, OvisChat
+from diptych.parts.backbones.published import check_rows, without_origin
+from diptych.parts.backbones.visual_tokenizer import IMAGE_START, SPECIAL, VisualEmbedding, VisualTokenizer
+
+MODEL_TYPE = "diptych_ovis"
+"""In the config.json of an MLLM that is saved by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OvisConfig:
+    """llm: configuration of the language model, with its `model_type`, as transformers has it.
+
+    vision: of the tower, under the published names. words: visual vocabulary, the four special entries included.
+    max_length: longest sequence. preface: see `OvisChat`. min_pixels, max_pixels, mean, std: see `Pixels`.
+    """
+
+    llm: dict[str, Any]
+    vision: dict[str, Any]
+    words: int
+    max_length: int
+    preface: str = NO_THOUGHTS
+    min_pixels: int = 448 * 448
+    max_pixels: int = 1792 * 1792
+    mean: tuple[float, ...] = field(default=Pixels.mean)
+    std: tuple[float, ...] = field(default=Pixels.std)
+
+
+class Ovis(Backbone):
+    """See the module's docstring. Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA."""
+
+    def __init__(self, config: OvisConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__()
+        tower = vision_config(config.vision)
+        if config.words <= SPECIAL:
+            raise UserError(f"ovis: words {config.words}; at least {SPECIAL + 1} are needed")
+        self.settings = config
+        self.llm: Any = language_model(config.llm)
+        text: Any = self.llm.config
+        self.width = text.hidden_size
+        self.max_length = min(config.max_length, text.max_position_embeddings)
+        self.visual_tokenizer = VisualTokenizer(tower, config.words)
+        self.vte = VisualEmbedding(config.words, self.width)
+        self.pixels = Pixels(
+            patch=tower.patch_size,
+            merge=tower.hidden_stride,
+            **{name: getattr(config, name) for name in ("min_pixels", "max_pixels", "mean", "std")},
+        )
+        self._chat = None if tokenizer is None else OvisChat(tokenizer, config.preface)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Ovis:
+        """Random weights; under `torch.device("meta")` without memory.
+
+        Args:
+            config: fields of `OvisConfig`. tokenizer: None where no text is read, as in builds on the meta device.
+
+        Raises:
+            UserError: an unknown or missing key, a wrong value, or parts that do not fit each other.
+        """
+        known = {entry.name for entry in fields(OvisConfig)}
+        for key in config:
+            if key not in known:
+                raise unknown("key", key, known, "ovis")
+        for key in ("llm", "vision", "words", "max_length"):
+            if key not in config:
+                raise UserError(f"ovis: {key!r} is missing in its config")
+        return cls(OvisConfig(**config), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Ovis:
+        """A folder that `save_pretrained` wrote; the published Ovis-U1 is a whole system, loaded as one."""
+        folder = Path(source).expanduser()
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source}: no readable config.json ({type(error).__name__})") from error
+        if config.pop("model_type", None) != MODEL_TYPE:
+            raise UserError(f"{source}: not an Ovis MLLM saved by this library (model_type {MODEL_TYPE})")
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        made = cls.from_config(config, tokenizer).to(dtype)
+        load_into(made, read_tensors(weight_files(folder)), str(source))
+        return made
+
+    @property
+    def chat(self) -> OvisChat:
+        if self._chat is None:
+            raise UserError("this Ovis was built without a tokenizer")
+        return self._chat
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.chat.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.vte.weight.device
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` takes, in plain JSON values."""
+        llm = without_origin(self.llm.config.to_dict())
+        tower = asdict(self.visual_tokenizer.backbone.config)
+        return {**asdict(self.settings), "llm": llm, "vision": tower}
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+    ) -> Sequences:
+        counts = [[self.slots(image) for image in row] for row in images] if images else [[] for _ in conversations]
+        encoded = self.chat.encode(
+            conversations, counts, generate=generate, max_length=self.max_length, opening=opening
+        )
+        check_rows(encoded.ids, self.tokenizer, self.llm.config.vocab_size)
+        return encoded.to(self.device)
+
+    def slots(self, image: Tensor) -> int:
+        """Visual tokens of an image (3, H, W); UserError for one that cannot be read at any size."""
+        height, width = self.pixels.size(*image.shape[-2:])
+        return height * width // self.pixels.factor**2
+
+    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        if not images:
+            return []
+
+        patches, grids = pack_images([image.to(self.device) for image in images], self.pixels)
+        tokens = self.vte(self.visual_tokenizer(patches, grids))  # (sum U, D)
+        return list(tokens.split([self.visual_tokenizer.count(grid) for grid in grids]))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """As `Backbone.embed`; indicators (-301 to -304) take rows of the visual table, image slots are filled later."""
+        words = self.llm.get_input_embeddings()(ids.clamp(min=0))
+        special = ids <= IMAGE_START
+        indicators = self.vte.indicators(ids.clamp(max=IMAGE_START)).to(words.dtype)
+        return torch.where(special[..., None], indicators, words)
+
+    def run(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: bool = False,
+    ) -> Prefix:
+        assert positions is None, "Ovis's positions count real tokens"
+        return run_causal(self.llm.model, embeddings, mask, prefix, cache=cache)
+
+    def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
+        """States of the last `layers` layers, the last one first (and normed), each (B, L, D).
+
+        With `pack`, rows are put one behind the other, without their padding, into rows of at most that many tokens
+        (NaViT's packing); each still sees itself alone, and the states are the same. Padding then has zeros.
+        """
+        if not pack:
+            return self._last(embeddings, mask, (mask.long().cumsum(1) - 1).clamp(min=0), layers)
+        lengths = mask.sum(1).tolist()
+        bins = first_fit(lengths, pack)
+        length = max(sum(lengths[row] for row in one) for one in bins)
+        owners: list[tuple[int, int, int, int]] = []  # row, bin, start and stop in it
+        segments = torch.full((len(bins), length), -1, device=mask.device)
+        places = torch.zeros_like(segments)
+        for number, one in enumerate(bins):
+            start = 0
+            for row in one:
+                stop = start + lengths[row]
+                segments[number, start:stop], places[number, start:stop] = row, torch.arange(lengths[row])
+                owners.append((row, number, start, stop))
+                start = stop
+        joined = torch.stack(
+            [
+                nn.functional.pad(
+                    torch.cat([embeddings[row, : lengths[row]] for row in one]),
+                    (0, 0, 0, length - sum(lengths[row] for row in one)),
+                )
+                for one in bins
+            ]
+        )
+        same = segments[:, :, None] == segments[:, None, :]
+        found = self._last(joined, (same & torch.ones_like(same).tril())[:, None], places, layers)
+        return [
+            torch.stack(
+                [
+                    nn.functional.pad(state[number, start:stop], (0, 0, 0, mask.shape[1] - (stop - start)))
+                    for _, number, start, stop in sorted(owners)
+                ]
+            )
+            for state in found
+        ]
+
+    def _last(self, embeddings: Tensor, mask: Tensor, places: Tensor, layers: int) -> list[Tensor]:
+        out = self.llm.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=places,
+            use_cache=False,
+            output_hidden_states=layers > 1,
+        )
+        if layers == 1:
+            return [out.last_hidden_state]
+        return list(out.hidden_states[: -layers - 1 : -1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.llm.lm_head(hidden)
+
+    @torch.no_grad()
+    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
+        embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
+        ids = greedy(self, embeddings, sequences, ends=self.chat.end_ids, max_new_tokens=max_new_tokens)
+        return [self.chat.decode(row) for row in ids]
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        """`llm`, `vision` (the tower), `head` (to the visual words), `adapter` (the words' embeddings).
+
+        Table 1 counts the head to the encoder and the embeddings as the adapter; Sec. 2 calls both the adapter.
+        """
+        return {
+            "llm": self.llm,
+            "vision": self.visual_tokenizer.backbone,
+            "head": self.visual_tokenizer.head,
+            "adapter": self.vte,
+        }
+
+    def shard_units(self) -> list[nn.Module]:
+        return [*self.visual_tokenizer.backbone.trunk.blocks, *self.llm.model.layers]
+
+    def save_assets(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        text = json.dumps({"model_type": MODEL_TYPE, **self.config()}, indent=1)
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_tensors(folder, own_tensors(self).items(), dtype=dtype)
+        self.save_assets(folder)
+
+
+def language_model(config: Mapping[str, Any]) -> Any:
+    """A causal language model of transformers with random weights, from its configuration."""
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    kind = config.get("model_type")
+    if kind is None:
+        raise UserError("ovis: llm needs a 'model_type', such as qwen3")
+    try:
+        known = set(AutoConfig.for_model(kind).to_dict())
+    except ValueError as error:
+        raise UserError(f"ovis: llm: transformers has no model_type {kind!r}") from error
+    for key in values:
+        if key not in known | RETIRED:
+            raise unknown("key", key, known, "ovis: llm")
+    try:
+        built = type(AutoConfig.for_model(kind)).from_dict({**values, "model_type": kind})
+        return AutoModelForCausalLM.from_config(built, attn_implementation="sdpa")
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"ovis: llm: {' '.join(str(error).split())}") from error
+
+
+RETIRED = frozenset({"torch_dtype", "rope_theta", "rope_scaling", "head_dim", "sliding_window", "use_bfloat16"})
+"""Keys of published language models that current configuration classes read but no longer list."""
+
+
+def vision_config(values: Mapping[str, Any]) -> AIMv2Config:
+    """The tower's configuration; UserError names an unknown or missing key."""
+    known = {entry.name: entry for entry in fields(AIMv2Config)}
+    for key in values:
+        if key not in known:
+            raise unknown("key", key, known, "ovis: vision")
+    try:
+        return AIMv2Config(**values)
+    except TypeError as error:
+        raise UserError(f"ovis: vision: {error}") from error
+
+
+def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Rows by bin, each of at most `limit` tokens (a longer row has one alone): longest first, into the first that has
+    room."""
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        place = next((number for number, room in enumerate(left) if room >= lengths[row]), None)
+        if place is None:
+            bins.append([])
+            left.append(limit)
+            place = len(bins) - 1
+        bins[place].append(row)
+        left[place] -= lengths[row]
+    return bins
