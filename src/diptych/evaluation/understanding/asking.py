@@ -128,7 +128,7 @@ def _lines(record: Path) -> Iterator[Mapping[str, str]]:
     if len(whole) < len(text):
         with record.open("r+b") as lines:
             lines.truncate(len(whole))
-    for number, line in enumerate(whole.decode().splitlines(), 1):
+    for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
