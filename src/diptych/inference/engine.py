@@ -84,8 +84,8 @@ class Engine:
         """Images for one prompt or several, n each, prompt by prompt.
 
         A model of several scales makes the last one, or those of `scales` ("all", or names as in "4x4,8x8"), which then
-        follow each other, coarse before fine. Other `options` are fields of `Sampling` (`size` may be one number). The same (seed, prompt position, image position)
-        gives the same noise for any batch size.
+        follow each other, coarse before fine. Other `options` are fields of `Sampling` (`size` may be one number).
+        The same (seed, prompt position, image position) gives the same noise for any batch size.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         empty = [i for i, text in enumerate(prompts) if not text.strip()]
@@ -158,6 +158,7 @@ class Engine:
         n: int,
         seed: int,
         scales: str = "last",
+        positions: Sequence[int] | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Tensor]:
@@ -165,6 +166,9 @@ class Engine:
 
         The condition of a request is computed once, however many images and scales are drawn from it, and the null
         condition of guidance once for all.
+
+        Args:
+            positions: of the requests in a longer list, by which their noise is drawn; their own places when None.
         """
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")

@@ -43,7 +43,8 @@ class StageConfig:
 
     train: parts by name. steps: optimiser steps. batch: samples a step over all processes. micro_batch: samples a
     forward pass of one process (None: all of its share). weights: factor of each loss term ("flow.image", or "flow"
-    for all tasks); terms not named count 1. clip: largest gradient norm. ema: decay, None for none.
+    for all tasks; "flow_4x4" for one scale of several); terms not named count 1. clip: largest gradient norm. ema:
+    decay, None for none.
     """
 
     name: str

@@ -66,8 +66,10 @@ def backward(
 
 
 def weight(weights: dict[str, float], name: str) -> float:
-    """A term's factor: its own ("flow.image"), else its family's ("flow"), else 1."""
-    return weights.get(name, weights.get(name.split(".")[0], 1.0))
+    """A term's factor: its own ("flow_4x4.image"), else its family's ("flow_4x4"), else that of all scales ("flow"),
+    else 1."""
+    family = name.split(".")[0]
+    return weights.get(name, weights.get(family, weights.get(family.partition("_")[0], 1.0)))
 
 
 def exchange(terms: dict[str, Tensor], batch: Batch, stop: bool) -> list[Report]:
