@@ -28,8 +28,8 @@ def logit_normal_times(normal: Tensor, *, mean: float = 0.0, std: float = 1.0, s
     return shift_times(torch.sigmoid(mean + std * normal), shift)
 
 
-def shift_times(t: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t); the identity for s = 1."""
+def shift_times(t: Tensor, shift: float | Tensor) -> Tensor:
+    """s t / (1 + (s - 1) t), with one s for all or one for each; the identity for s = 1."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -312,7 +313,7 @@ class OmniGen2(Decoder):
                 five reference images, or a sequence beyond the model's positions.
         """
         references = condition.context_latents or ((),) * len(x)
-        layout = self._layout(x, references, condition)
+        layout = self.layout(x, condition)
         turns = self._turns(layout, t.device)  # each (T, K / 2)
         parts = [turn.split(sizes) for turn, sizes in zip(turns, layout.sizes, strict=True)]  # text, images, target
         dtype = self.x_embedder.weight.dtype
@@ -358,7 +359,9 @@ class OmniGen2(Decoder):
         dtype = self.x_embedder.weight.dtype
         return pad_sequence([patchify(x[None].to(dtype), self.patch, "pqc")[0] for x in latents], batch_first=True)
 
-    def _layout(self, x: Sequence[Tensor], references: Sequence[Sequence[Tensor]], condition: TokenCondition) -> Layout:
+    def layout(self, x: Sequence[Tensor], condition: TokenCondition) -> Layout:
+        """The shapes of a batch of latents, each (C, h, w), with their condition; UserErrors as in `denoise`."""
+        references = condition.context_latents or ((),) * len(x)
         for sample, row in enumerate(references):
             if len(row) > MOST_REFERENCES:
                 raise UserError(
@@ -399,6 +402,10 @@ class OmniGen2(Decoder):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(*inputs)
+
+    def plain_config(self) -> dict[str, Any]:
+        """The configuration in plain values, under the published names."""
+        return asdict(self.config)
 
     def shard_units(self) -> list[nn.Module]:
         """Without the refiner of reference images, which a step without any does not run."""

@@ -48,21 +48,29 @@ class Layout:
             rows.append(torch.cat(pieces))
         return rows
 
-    def check(self, limits: Sequence[int]) -> None:
+    def check(self, limits: Sequence[int], names: Sequence[str] = ()) -> None:
         """UserError for a sample that needs positions beyond `limits` (shift, row, column), naming what is too large.
 
         The tables of published weights end there: what lies beyond was never trained.
+
+        Args:
+            names: of the samples, for the message.
         """
-        for sample, positions in enumerate(self.positions()):
-            for axis, (most, limit) in enumerate(zip(positions.amax(0).tolist(), limits, strict=True)):
-                if most < limit:
-                    continue
-                grids = [f"{rows}x{columns}" for rows, columns in (*self.references[sample], self.targets[sample])]
-                raise UserError(
-                    f"sample {sample}: {self.text[sample]} text tokens and images of {', '.join(grids)} tokens reach "
-                    f"position {most} on axis {('shift', 'row', 'column')[axis]}, the model has {limit}; "
-                    "shorten the text, or use fewer or smaller images"
-                )
+        for sample, (length, grids, target) in enumerate(zip(self.text, self.references, self.targets, strict=True)):
+            images = (*grids, target)
+            needed = (
+                length + sum(max(grid) for grid in grids) + 1,
+                max(length, *(rows for rows, _ in images)),
+                max(length, *(columns for _, columns in images)),
+            )
+            for axis, need, limit in zip(("shift", "row", "column"), needed, limits, strict=True):
+                if need > limit:
+                    name = names[sample] if names else f"sample {sample}"
+                    shown = ", ".join(f"{rows}x{columns}" for rows, columns in images)
+                    raise UserError(
+                        f"{name}: {length} text tokens and images of {shown} tokens need {need} positions on the "
+                        f"{axis} axis, the model has {limit}; shorten the text, or use fewer or smaller images"
+                    )
 
 
 def image_positions(shift: int, grid: Grid) -> Tensor:

@@ -1,0 +1,81 @@
+"""Published releases of whole systems, as MODELs and back: what their folders say, as a system's specification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from diptych.checkpoints import omnigen2 as omnigen2_files
+from diptych.checkpoints.tensors import SHARD_BYTES, atomic_folder
+from diptych.core.errors import UserError
+from diptych.inference.engine import Sampling
+from diptych.recipes.names import locate
+from diptych.recipes.recipe import OmniGen2Spec, Part
+from diptych.systems.base import System
+from diptych.systems.omnigen2 import OmniGen2System
+
+OMNIGEN2_KINDS = {"backbone": "qwen2_5_vl", "decoder": "omnigen2", "autoencoder": "kl"}
+
+
+def omnigen2_release(folder: Path, model: str) -> tuple[OmniGen2Spec, Sampling]:
+    """The specification and sampling defaults of an OmniGen2 release in `folder`, whose parts refer to `model`."""
+    parts = {
+        name: Part(kind=OMNIGEN2_KINDS[name], weights=model, subfolder=place)
+        for name, place in omnigen2_files.PARTS.items()
+    }
+    shift = "root" if omnigen2_files.dynamic_shift(folder) else 1.0
+    sampling = Sampling(
+        size=(1024, 1024), steps=50, cfg=4.0, image_cfg=2.0, guidance="omnigen2", shift=shift, batch_size=1
+    )
+    return OmniGen2Spec(kind="omnigen2", **parts), sampling
+
+
+def export_omnigen2(
+    system: System, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a system in the layout of OmniGen2's release, for other programs that read it.
+
+    A part that is still the one of a release keeps that release's configuration and tokenizer files to the byte.
+
+    Args:
+        system: an OmniGen2 with a Qwen2.5-VL and a KL autoencoder, without adapters.
+        folder: to be made; it appears whole or not at all.
+        dtype: of the MLLM's and the transformer's weights; as they are when None.
+
+    Raises:
+        UserError: another system, parts that the layout has no place for, adapters, or a folder that exists.
+    """
+    if not isinstance(system, OmniGen2System):
+        raise UserError(f"{folder}: OmniGen2's layout holds an OmniGen2, not a system of kind {system.kind!r}")
+    for part, kind in OMNIGEN2_KINDS.items():
+        if system.origins[part]["kind"] != kind:
+            raise UserError(
+                f"{folder}: OmniGen2's layout holds {part} {kind!r}, this system has {system.origins[part]['kind']!r}"
+            )
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder")
+    source = system.origins["autoencoder"].get("weights")
+    like = locate(source) if source else None
+
+    def save_mllm(place: Path) -> None:
+        system.backbone.save_pretrained(place, dtype)
+        for path in place.iterdir():  # the tokenizer's files lie in the folder `processor`
+            kept = path.name in ("config.json", "generation_config.json") or path.name.endswith(".index.json")
+            if not kept and path.suffix != ".safetensors":
+                path.unlink()
+
+    def write(place: Path) -> None:
+        omnigen2_files.write_release(
+            place,
+            transformer=system.decoder,
+            sizes=system.transformer.plain_config(),
+            save_mllm=save_mllm,
+            save_processor=system.backbone.save_assets,
+            save_vae=system.save_autoencoder,
+            like=like if like is not None and omnigen2_files.is_published(like) else None,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+        )
+
+    atomic_folder(folder, write)
