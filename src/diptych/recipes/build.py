@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from diptych.checkpoints import omnigen2 as omnigen2_files
 from diptych.core.errors import UserError, unknown
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.folder import FolderSource
@@ -43,6 +44,7 @@ from diptych.parts.conditioners.residual_query_adapter import ResidualQueryAdapt
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
+from diptych.parts.decoders.omnigen2 import OmniGen2, OmniGen2Config
 from diptych.parts.decoders.qwen_image import QwenImage
 from diptych.parts.decoders.sana import Sana
 from diptych.parts.decoders.sd3 import SD3
@@ -55,6 +57,7 @@ from diptych.recipes.recipe import (
     HieraQuerySpec,
     MLLMSpec,
     Part,
+    OmniGen2Spec,
     SourceSpec,
     SystemSpec,
 )
@@ -64,6 +67,7 @@ from diptych.systems.composed import ComposedConfig, ComposedSystem
 from diptych.systems.hieraquery import HieraConfig, HieraQuery
 from diptych.systems.mllm import MLLMSystem
 from diptych.toyworld.samples import ToyWorld
+from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
 
 ENDLESS = 10_000_000
 BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL}
@@ -84,6 +88,7 @@ DECODERS: dict[str, Any] = {
     "mmdit": MMDiT,
     "zimage": ZImage,
     "sana": Sana,
+    "omnigen2": OmniGen2,
     "sd3": SD3,
     "qwen_image": QwenImage,
 }
@@ -108,6 +113,8 @@ def build_system(
         backbone, origin = build_backbone(spec.backbone, meta, assets)
         return MLLMSystem(backbone, origins={"backbone": origin})
     assert isinstance(spec, ComposedSpec)
+    if isinstance(spec, OmniGen2Spec):
+        return build_omnigen2(spec, meta, assets)
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
     conditioner = build_conditioner(spec.conditioner, backbone.width, meta)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
@@ -138,6 +145,25 @@ def build_system(
 
 
 def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
+def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniGen2System:
+    """An OmniGen2 from its parts."""
+    backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
+    decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
+    autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(OmniGen2Settings)}
+    origins = {"backbone": backbone_origin, "decoder": decoder_origin, "autoencoder": autoencoder_origin}
+    system = OmniGen2System(
+        OmniGen2Settings(**fields),
+        backbone=backbone,
+        decoder=decoder,
+        autoencoder=autoencoder,
+        origins={**origins, "sampling": spec.sampling},
+    )
+    if meta:
+        system.to("meta")
+    return system
+
+
     """A backbone, and what its configuration file will say of it."""
     cls = _choose("backbone", part.kind, BACKBONES)
     if part.weights and not meta:
@@ -199,6 +225,8 @@ def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str
         with torch.device("meta" if meta else "cpu"):
             decoder: Decoder = MMDiT(read(MMDiTConfig, config, "decoder.config"))
     else:
+    elif part.kind == "omnigen2":
+        decoder, config = _omnigen2_decoder(part, width, meta)
         decoder, config = _diffusers_part(cls, part, meta)
     if part.lora:
         add_lora(decoder, **part.lora)
@@ -215,6 +243,22 @@ def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, An
 
 
 def _diffusers_part(cls: Any, part: Part, meta: bool) -> tuple[Any, dict[str, Any]]:
+def _omnigen2_decoder(part: Part, width: int, meta: bool) -> tuple[OmniGen2, dict[str, Any]]:
+    """OmniGen2's transformer; `text_feat_dim` is the MLLM's width where the recipe does not say."""
+    folder = locate(part.weights) / (part.subfolder or "") if part.weights and not meta else None
+    if folder is not None:
+        values = omnigen2_files.read_transformer_config(folder)
+    else:
+        values = part.config or published_config(part.weights, part.subfolder)
+    values = {"text_feat_dim": width, **{key: value for key, value in values.items() if not key.startswith("_")}}
+    config = read(OmniGen2Config, values, "decoder.config")
+    with torch.device("meta" if meta or folder is not None else "cpu"):
+        decoder = OmniGen2(config)
+    if folder is not None:
+        omnigen2_files.load_transformer(decoder, folder)
+    return decoder, dataclasses.asdict(config)
+
+
     if part.weights and not meta:
         built = cls.from_pretrained(locate(part.weights), subfolder=part.subfolder)
         return built, built.config

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diptych.checkpoints.omnigen2 import is_published
 from diptych.checkpoints.openuni import load_openuni
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
@@ -21,6 +22,7 @@ from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
+from diptych.recipes.release import omnigen2_release
 from diptych.recipes.schema import read
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
@@ -49,6 +51,9 @@ def load_system(model: str) -> tuple[System, Sampling]:
     folder = locate(model)
     if (folder / "config.json").is_file():
         return _from_folder(folder, model)
+    if is_published(folder):
+        spec, sampling = omnigen2_release(folder, model)
+        return build_system(spec), sampling
     if (folder / "model" / "config.json").is_file():
         return _from_folder(folder / "model", model)
     found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []

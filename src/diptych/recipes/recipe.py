@@ -20,6 +20,7 @@ from diptych.inference.engine import Sampling
 from diptych.recipes.schema import Variants, read
 from diptych.systems.composed import ComposedConfig
 from diptych.systems.hieraquery import HieraConfig
+from diptych.systems.omnigen2 import OmniGen2Settings
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 LIBRARY = Path(__file__).parent / "library"
@@ -64,6 +65,15 @@ class ComposedSpec(ComposedConfig):
 @dataclass(frozen=True, kw_only=True)
 class HieraQuerySpec(HieraConfig, ComposedSpec):
     kind: Literal["hieraquery"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniGen2Spec(OmniGen2Settings):
+    kind: Literal["omnigen2"]
+    backbone: Part
+    decoder: Part
+    autoencoder: Part
+    sampling: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +158,7 @@ class Recipe:
 
 
 VARIANTS: Mapping[type, Variants] = {
-    SystemSpec: {"composed": ComposedSpec, "hieraquery": HieraQuerySpec, "mllm": MLLMSpec}
+    SystemSpec: {"composed": ComposedSpec, "hieraquery": HieraQuerySpec, "mllm": MLLMSpec, "omnigen2": OmniGen2Spec}
 }
 
 

@@ -119,6 +119,7 @@ class Qwen2_5VL(Backbone, Gridded):
         if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
             words, pictures = folder.parent / "tokenizer", folder.parent / "processor"
         try:
+            words = words if words.is_dir() else pictures
             tokenizer = AutoTokenizer.from_pretrained(str(words), trust_remote_code=False)
             there = not folder.is_dir() or (pictures / "preprocessor_config.json").is_file()
             processor = Qwen2VLImageProcessorPil.from_pretrained(str(pictures)) if there else None
