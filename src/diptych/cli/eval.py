@@ -1,4 +1,5 @@
-"""Score a model on benchmarks: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (questions)."""
+"""Score a model on benchmarks: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (questions),
+toyfeatures (feature distance), toyscales (whether a model's scales agree)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     from diptych.cli.options import add_model, add_sampling
 
     add_model(parser)
-    parser.add_argument("--tasks", default="toyeval", help="by comma: toyeval,toyedit,toyvqa (toyeval)")
+    tasks = "by comma: toyeval,toyedit,toyvqa,toyfeatures,toyscales (toyeval)"
+    parser.add_argument("--tasks", default="toyeval", help=tasks)
     parser.add_argument("--n", type=int, help="images per prompt (4 of toyeval, 1 of toyedit)")
     parser.add_argument("--limit", type=int, help="at most this many prompts, edits or questions of each task")
     parser.add_argument("--output", help="folder for results.json, rows and pictures; nothing is written without it")

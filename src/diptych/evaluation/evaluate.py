@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError, unknown
-from diptych.evaluation import results, toyedit, toyeval, toyvqa
+from diptych.evaluation import results, toyedit, toyeval, toyfeatures, toyscales, toyvqa
 from diptych.evaluation.results import TaskResult
 from diptych.inference.engine import Engine
 
-TASKS = (toyeval.NAME, toyedit.NAME, toyvqa.NAME)
+TASKS = (toyeval.NAME, toyedit.NAME, toyvqa.NAME, toyfeatures.NAME, toyscales.NAME)
 
 
 def evaluate(
@@ -70,6 +70,11 @@ def run(
 
     if task == toyvqa.NAME:
         return toyvqa.run(engine, limit=limit, progress=told)
+    if task in (toyfeatures.NAME, toyscales.NAME):
+        if n not in (None, 1):
+            raise UserError(f"{task}: one picture for each caption; leave out n")
+        of = toyfeatures if task == toyfeatures.NAME else toyscales
+        return of.run(engine, limit=limit, seed=seed, progress=told, **options)
     if task == toyedit.NAME:
         return toyedit.run(engine, n=1 if n is None else n, limit=limit, seed=seed, progress=told, **options)
     return toyeval.run(engine, n=4 if n is None else n, limit=limit, seed=seed, progress=told, **options)

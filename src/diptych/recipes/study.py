@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from diptych.core.errors import UserError, unknown
-from diptych.evaluation import toyvqa
+from diptych.evaluation import toyfeatures, toyscales, toyvqa
 from diptych.evaluation.evaluate import TASKS
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import Recipe, load_plain, merge, parse, set_value
@@ -56,7 +56,8 @@ class RunSpec:
 class StudySpec:
     """A whole study.
 
-    text: a paragraph under the table's title. seeds: used where the command names none. stages: values of the stages of
+    text: a paragraph under the table's title. curve: labels whose runs are also drawn as lines: the label with a number
+    for the horizontal axis, and the one that names a line (HieraQuery's Fig. 5(b)). seeds: used where the command names none. stages: values of the stages of
     these names in every run that has them (the one place for steps and batch). set: changes to every run's recipe.
     """
 
@@ -64,6 +65,7 @@ class StudySpec:
     tasks: dict[str, TaskSpec]
     runs: dict[str, RunSpec]
     text: str = ""
+    curve: tuple[str, str] | None = None
     seeds: tuple[int, ...] = (0,)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     set: tuple[str, ...] = ()
@@ -154,6 +156,9 @@ def _check(study: StudySpec, name: str) -> None:
                 raise UserError(f"{name}: tasks.{task}.{key} must be at least 1, not {value}")
             if value is not None and key != "limit" and task == toyvqa.NAME:
                 raise UserError(f"{name}: tasks.{task}.{key} does nothing; {task} asks questions and draws no images")
+            if value not in (None, 1) and key == "n" and task in (toyfeatures.NAME, toyscales.NAME):
+                raise UserError(f"{name}: tasks.{task}.n: {task} draws one picture for each caption")
+    _check_curve(study, name)
     earlier: list[str] = []
     for run, spec in study.runs.items():
         if not NAME.fullmatch(run):
@@ -161,6 +166,20 @@ def _check(study: StudySpec, name: str) -> None:
         if spec.start is not None and spec.start not in earlier:
             raise unknown("earlier run", spec.start, earlier, f"{name}: runs.{run}.start")
         earlier.append(run)
+
+
+def _check_curve(study: StudySpec, name: str) -> None:
+    """UserError where the curve's labels are not there, or the first is no number."""
+    if study.curve is None:
+        return
+    along, by = study.curve
+    labels = [run.labels for run in study.runs.values() if run.report]
+    for label in study.curve:
+        if not any(label in one for one in labels):
+            raise unknown("label", label, sorted({key for one in labels for key in one}), f"{name}: curve")
+    for one in labels:
+        if by in one and isinstance(one.get(along), str):
+            raise UserError(f"{name}: curve: label {along!r} is {one[along]!r}, not a number")
 
 
 def plan(study: StudySpec, seeds: Sequence[int], out: Path) -> list[Planned]:

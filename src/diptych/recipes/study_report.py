@@ -26,6 +26,8 @@ def write(study: StudySpec, runs: Sequence[Planned], out: Path, *, draw: bool = 
     found["plot"] = None
     if draw:
         found["plot"] = "plot.png" if plot(found, out / "plot.png") else "none: pip install 'diptych[eval]'"
+        if found["curve"] is not None:
+            curve(found, out / "curve.png")
     atomic_text(out / "table.md", "\n".join(markdown(found)) + "\n")
     atomic_text(out / "results.json", json.dumps(found, indent=1) + "\n")
     return found
@@ -57,6 +59,7 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
     return {
         "title": study.title,
         "text": study.text,
+        "curve": None if study.curve is None else list(study.curve),
         "complete": all(len(row["seeds"]) == len(seeds) for row in reported),
         "equal_budget": len({row["samples"] for row in reported}) == 1,
         "seeds": seeds,
@@ -222,7 +225,40 @@ def plot(found: dict[str, Any], path: Path) -> bool:
         panel.set_xticks(range(len(reported)), ["\n".join(cells) for cells in names.values()], fontsize=8)
         panel.set_xlabel(" / ".join(columns), fontsize=8)
         panel.set_ylabel(task)
-        panel.set_ylim(0, 1.08)
+        if all(row["tasks"][task]["highest"] <= 1 for row in reported.values()):  # a share, and no distance
+            panel.set_ylim(0, 1.08)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(found["title"], fontsize=10)
+    temporary = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+    return True
+
+
+def curve(found: dict[str, Any], path: Path) -> bool:
+    """Scores along a numeric label, a line for each value of another, intervals as bands; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    along, by = found["curve"]
+    lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for row in found["runs"].values():
+        labels = row["labels"]
+        if row["reported"] and row["tasks"] and along in labels and by in labels:
+            lines.setdefault(str(labels[by]), []).append((float(labels[along]), row["tasks"]))
+    figure = Figure(figsize=(5.5, 3.6 * len(found["tasks"])), layout="constrained")
+    panels = figure.subplots(len(found["tasks"]), 1, squeeze=False)[:, 0]
+    for panel, task in zip(panels, found["tasks"], strict=True):
+        for colour, (name, points) in zip((BAR, POINT, INK) * len(lines), lines.items(), strict=False):
+            points = sorted(points, key=lambda point: point[0])
+            x = [at for at, _ in points]
+            panel.plot(x, [tasks[task]["mean"] for _, tasks in points], "o-", color=colour, label=name, markersize=4)
+            low, high = ([tasks[task]["interval"][side] for _, tasks in points] for side in (0, 1))
+            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        panel.set_xlabel(along)
+        panel.set_ylabel(task)
+        panel.legend(title=by, fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(found["title"], fontsize=10)
     temporary = path.with_name(f".{path.stem}.partial.png")
