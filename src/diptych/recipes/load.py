@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diptych.checkpoints.omnigen2 import is_published
+from diptych.checkpoints.metaquery import load_metaquery
 from diptych.checkpoints.openuni import load_openuni
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
@@ -26,7 +27,7 @@ from diptych.recipes.release import omnigen2_release
 from diptych.recipes.schema import read
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
-from diptych.systems.hieraquery import HieraConfig
+from diptych.systems.hieraquery import HieraConfig, HieraQuery
 from diptych.systems.mllm import MLLMSystem
 from diptych.training import state
 from diptych.training.loop import freeze
@@ -151,7 +152,8 @@ def start(recipe: Recipe) -> System:
         return system
     file = Path(recipe.start).expanduser()
     if file.suffix == ".safetensors" or file.suffix in PICKLES:
-        load_openuni(system, file)
+        read_published = load_metaquery if isinstance(system, HieraQuery) else load_openuni
+        read_published(system, file)
         return system
     source, _ = load_system(recipe.start)
     copy_weights(system, source, recipe.start)
