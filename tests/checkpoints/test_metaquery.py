@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.fixture
-def systems(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[HieraQuery]]:
+def systems(monkeypatch: pytest.MonkeyPatch) -> list[HieraQuery]:
     monkeypatch.setattr("diptych.recipes.build._tokenizer", lambda part, assets: None)  # no text is read here
     made: list[HieraQuery] = []
     for seed in (0, 1):
@@ -74,7 +73,7 @@ def systems(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[HieraQuery]]:
         system = build_system(read(SystemSpec, PLAIN, "system", VARIANTS))
         assert isinstance(system, HieraQuery)
         made.append(system)
-    yield made
+    return made
 
 
 def test_round_trip(systems: list[HieraQuery], tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def load_metaquery(system: nn.Module, file: Path) -> None:
     for name in (TABLE, STARTS, ENDS, QUERIES, "connector.linear_in.weight"):
         if name not in own:
             raise UserError(
-                f"{file}: a checkpoint of MetaQuery needs its parts (qwen2_5_vl, hierarchical_queries of one scale with "
-                f"markers, connector metaquery), as in recipe metaquery/sana; this system has no {name}"
+                f"{file}: a checkpoint of MetaQuery needs its parts (qwen2_5_vl, hierarchical_queries of one scale "
+                f"with markers, connector metaquery), as in recipe metaquery/sana; this system has no {name}"
             )
     seen: set[str] = set()
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diptych.checkpoints.omnigen2 import is_published
 from diptych.checkpoints.metaquery import load_metaquery
+from diptych.checkpoints.omnigen2 import is_published
 from diptych.checkpoints.openuni import load_openuni
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key

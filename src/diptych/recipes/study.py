@@ -56,9 +56,10 @@ class RunSpec:
 class StudySpec:
     """A whole study.
 
-    text: a paragraph under the table's title. curve: labels whose runs are also drawn as lines: the label with a number
-    for the horizontal axis, and the one that names a line (HieraQuery's Fig. 5(b)). seeds: used where the command names none. stages: values of the stages of
-    these names in every run that has them (the one place for steps and batch). set: changes to every run's recipe.
+    text: a paragraph under the table's title. curve: labels whose runs are also drawn as lines, the one with a number
+    for the horizontal axis and the one that names a line (HieraQuery's Fig. 5(b)). seeds: used where the command names
+    none. stages: values of the stages of these names in every run that has them (the one place for steps and batch).
+    set: changes to every run's recipe.
     """
 
     title: str
