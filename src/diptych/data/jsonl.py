@@ -13,6 +13,7 @@ from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
+from diptych.data.filters import Scored
 from diptych.data.imaging import FitMode, check_fit, image_size, read_image
 from diptych.data.rows import KEYS, make_sample, parse_row
 from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
@@ -21,7 +22,7 @@ _EXTRA = ("id", "width", "height")
 _KNOWN = frozenset({*_EXTRA, *(key for keys in KEYS.values() for key in keys)})
 
 
-class JsonlSource(Source):
+class JsonlSource(Source, Scored):
     """Rows by task:
 
     - `image`: {"image"}
@@ -94,6 +95,9 @@ class JsonlSource(Source):
 
     def describe(self) -> str:
         return describe(self)
+
+    def column(self, index: int, name: str) -> object:
+        return self._row(index).get(name)
 
     def _where(self, number: int) -> str:
         return f"{self.name}:{number}"

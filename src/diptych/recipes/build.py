@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from diptych.checkpoints import omnigen2 as omnigen2_files
 from diptych.core.errors import UserError, unknown
 from diptych.data.buckets import buckets as make_buckets
+from diptych.data.filters import filtered
 from diptych.data.folder import FolderSource
 from diptych.data.jsonl import JsonlSource
 from diptych.data.latent_cache import CachedLatents
@@ -48,16 +49,20 @@ from diptych.parts.decoders.omnigen2 import OmniGen2, OmniGen2Config
 from diptych.parts.decoders.qwen_image import QwenImage
 from diptych.parts.decoders.sana import Sana
 from diptych.parts.decoders.sd3 import SD3
+from diptych.parts.decoders.yak import Yak, YakConfig
 from diptych.parts.decoders.zimage import ZImage
+from diptych.recipes.bagel import build_bagel
 from diptych.recipes.names import locate
+from diptych.recipes.pictures import build_proxies
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import (
+    BagelSpec,
     ComposedSpec,
     DataSpec,
     HieraQuerySpec,
     MLLMSpec,
-    Part,
     OmniGen2Spec,
+    Part,
     SourceSpec,
     SystemSpec,
 )
@@ -66,8 +71,8 @@ from diptych.systems.base import System
 from diptych.systems.composed import ComposedConfig, ComposedSystem
 from diptych.systems.hieraquery import HieraConfig, HieraQuery
 from diptych.systems.mllm import MLLMSystem
-from diptych.toyworld.samples import ToyWorld
 from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
+from diptych.toyworld.samples import ToyWorld
 
 ENDLESS = 10_000_000
 BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL}
@@ -87,8 +92,9 @@ CONNECTORS: dict[str, Callable[..., nn.Module]] = {
 DECODERS: dict[str, Any] = {
     "mmdit": MMDiT,
     "zimage": ZImage,
-    "sana": Sana,
     "omnigen2": OmniGen2,
+    "yak": Yak,
+    "sana": Sana,
     "sd3": SD3,
     "qwen_image": QwenImage,
 }
@@ -112,9 +118,11 @@ def build_system(
     if isinstance(spec, MLLMSpec):
         backbone, origin = build_backbone(spec.backbone, meta, assets)
         return MLLMSystem(backbone, origins={"backbone": origin})
-    assert isinstance(spec, ComposedSpec)
     if isinstance(spec, OmniGen2Spec):
         return build_omnigen2(spec, meta, assets)
+    if isinstance(spec, BagelSpec):
+        return build_bagel(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=_tokenizer)
+    assert isinstance(spec, ComposedSpec)
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
     conditioner = build_conditioner(spec.conditioner, backbone.width, meta)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
@@ -144,7 +152,6 @@ def build_system(
     return system
 
 
-def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
 def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniGen2System:
     """An OmniGen2 from its parts."""
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
@@ -164,6 +171,7 @@ def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniG
     return system
 
 
+def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone, and what its configuration file will say of it."""
     cls = _choose("backbone", part.kind, BACKBONES)
     if part.weights and not meta:
@@ -224,9 +232,13 @@ def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str
         config = {"condition_width": width, **part.config}
         with torch.device("meta" if meta else "cpu"):
             decoder: Decoder = MMDiT(read(MMDiTConfig, config, "decoder.config"))
-    else:
+    elif part.kind == "yak":
+        with torch.device("meta" if meta else "cpu"):
+            decoder = Yak(read(YakConfig, part.config, "decoder.config"))
+        config = part.config
     elif part.kind == "omnigen2":
         decoder, config = _omnigen2_decoder(part, width, meta)
+    else:
         decoder, config = _diffusers_part(cls, part, meta)
     if part.lora:
         add_lora(decoder, **part.lora)
@@ -242,7 +254,6 @@ def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, An
     return autoencoder, {**dataclasses.asdict(part), "config": config}
 
 
-def _diffusers_part(cls: Any, part: Part, meta: bool) -> tuple[Any, dict[str, Any]]:
 def _omnigen2_decoder(part: Part, width: int, meta: bool) -> tuple[OmniGen2, dict[str, Any]]:
     """OmniGen2's transformer; `text_feat_dim` is the MLLM's width where the recipe does not say."""
     folder = locate(part.weights) / (part.subfolder or "") if part.weights and not meta else None
@@ -259,6 +270,7 @@ def _omnigen2_decoder(part: Part, width: int, meta: bool) -> tuple[OmniGen2, dic
     return decoder, dataclasses.asdict(config)
 
 
+def _diffusers_part(cls: Any, part: Part, meta: bool) -> tuple[Any, dict[str, Any]]:
     if part.weights and not meta:
         built = cls.from_pretrained(locate(part.weights), subfolder=part.subfolder)
         return built, built.config
@@ -269,7 +281,8 @@ def _omnigen2_decoder(part: Part, width: int, meta: bool) -> tuple[OmniGen2, dic
 
 def _tokenizer(part: Part, assets: Path | None) -> Any:
     if part.tokenizer == "toyworld":
-        return train_tokenizer(toy_texts(), vocab_size=part.config["text_config"]["vocab_size"])
+        text: dict[str, Any] = part.config["text_config"]
+        return train_tokenizer(toy_texts(), vocab_size=text["vocab_size"])
     if part.tokenizer:
         return AutoTokenizer.from_pretrained(str(locate(part.tokenizer)), trust_remote_code=False)
     if assets is None:
@@ -291,10 +304,11 @@ def toy_texts(count: int = 3000) -> list[str]:
 
 SOURCE_KEYS = {
     "toyworld": {"count", "seed", "options"},
-    "folder": {"path"},
-    "jsonl": {"path", "ignore"},
-    "webdataset": {"path"},
-    "parquet": {"path", "columns", "split"},
+    "folder": {"path", "filters"},
+    "jsonl": {"path", "ignore", "filters"},
+    "webdataset": {"path", "filters"},
+    "parquet": {"path", "columns", "split", "filters"},
+    "proxies": {"path", "count", "seed", "options"},
 }
 """Keys of a source beside `kind`, `task` and `share`, by its kind; others would be ignored and are refused."""
 
@@ -311,16 +325,24 @@ def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
         size = data.size if isinstance(data.size, int) else data.size[0]
         options = {**spec.options, "count": spec.count or ENDLESS, "seed": spec.seed, "size": size}
         return _call(ToyWorldSource, f"sources.{name}.options", {**options, "task": spec.task, "name": name})
+    if spec.kind == "proxies":
+        chosen = {"path": spec.path, "count": spec.count, "seed": spec.seed, "options": spec.options}
+        return build_proxies(name, task=spec.task, fit=data.fit, **chosen)
     if spec.path is None:
         raise UserError(f"sources.{name}: 'path' is missing")
+    source = _file_source(name, spec, spec.path, data)
+    return source if spec.filters is None else filtered(source, spec.filters)
+
+
+def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Source:
     given: dict[str, Any] = {"task": spec.task, "name": name, "fit": data.fit}
     if spec.kind == "folder":
-        return FolderSource(spec.path, **given)
+        return FolderSource(path, **given)
     if spec.kind == "jsonl":
-        return JsonlSource(spec.path, ignore=spec.ignore, **given)
+        return JsonlSource(path, ignore=spec.ignore, **given)
     if spec.kind == "webdataset":
-        return WebDatasetSource(spec.path, **given)
-    return ParquetSource(spec.path, columns=spec.columns, split=spec.split or "train", **given)
+        return WebDatasetSource(path, **given)
+    return ParquetSource(path, columns=spec.columns, split=spec.split or "train", **given)
 
 
 def build_data(

@@ -16,6 +16,7 @@ import yaml
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Task
+from diptych.data.filters import Filters
 from diptych.inference.engine import Sampling
 from diptych.recipes.schema import Variants, read
 from diptych.systems.composed import ComposedConfig
@@ -88,8 +89,9 @@ class SourceSpec:
 
     task: what its samples are for. share: its part of the mixture (the paper's mix ratio is the share of images).
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
-    columns: names of its columns by our names. count: toy samples, 0 for endless. seed: of the toy world. options: its
-    others (`start`: first index, so that sets differ; `text_only`, `full`, `captions`: shares).
+    columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: toy
+    samples, 0 for endless. seed: of the toy world. options: its others (`start`: first index, so that sets differ;
+    `text_only`, `full`, `captions`: shares).
     """
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet"]
@@ -99,6 +101,7 @@ class SourceSpec:
     ignore: tuple[str, ...] = ()
     split: str | None = None
     columns: dict[str, str] = field(default_factory=dict[str, str])
+    filters: Filters | None = None
     count: int = 0
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])

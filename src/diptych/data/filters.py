@@ -1,0 +1,161 @@
+"""Which items of a source are used: filters on aspect ratio and on scores, as columns or from a scorer.
+
+Source: HieraQuery, Sec. 4.1 (aspect ratio at most 2.5, watermark score at most 0.5, CLIP score at least 0.45).
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from diptych.core.errors import UserError
+from diptych.data.atomic import write_atomically
+from diptych.data.source import BadItem, ItemDraws, Size, Source
+from diptych.data.subset import Subset
+
+Scorer = Callable[[Tensor, str], float]
+"""(image (3, H, W) in [-1, 1], caption) to a score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """max_aspect: longest side over shortest, at most. max_watermark: watermark score, at most. min_clip: CLIP score of
+    image and caption, at least. None keeps all. scores: a JSON file {item: {"watermark": x, "clip": y}}, as
+    `score_items` writes it; without it, the scores are the columns `watermark` and `clip` of a JSONL file (list them in
+    its `ignore`)."""
+
+    max_aspect: float | None = None
+    max_watermark: float | None = None
+    min_clip: float | None = None
+    scores: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_aspect is not None and not (self.max_aspect >= 1 and math.isfinite(self.max_aspect)):
+            raise UserError(f"filters: max_aspect {self.max_aspect} must be a number of at least 1")
+        wanted = self.max_watermark is not None or self.min_clip is not None
+        if self.scores is not None and not wanted:
+            raise UserError("filters: scores is read by max_watermark and min_clip alone; set one or leave it out")
+
+
+class Scored(abc.ABC):
+    """What a source also is whose items may carry scores of their own."""
+
+    @abc.abstractmethod
+    def column(self, index: int, name: str) -> object:
+        """What item `index` has under this name; None where it has nothing."""
+
+
+def filtered(source: Source, filters: Filters) -> Source:
+    """The items of a source that pass; `dropped` counts the others, each with its reason.
+
+    Raises:
+        UserError: an item without the score that is asked for, an unreadable file of scores, or nothing that passes.
+    """
+    sizes = source.sizes() if filters.max_aspect is not None else None
+    score = _lookup(source, filters)
+    kept: list[int] = []
+    dropped = dict(source.dropped)
+    for index in range(len(source)):
+        id = item_id(source, index)
+        reason = "" if sizes is None else _aspect(sizes[index], filters.max_aspect)
+        reason = reason or _scored(lambda name, index=index: score(index, name), id, filters)
+        if reason:
+            dropped[id] = reason
+        else:
+            kept.append(index)
+    if not kept:
+        first = next(iter(dropped.items()), ("", "it is empty"))
+        raise UserError(f"{source.name}: the filters leave nothing (first: {first[0]}: {first[1]})")
+    subset = Subset(source, kept)
+    subset.dropped = dropped
+    return subset
+
+
+def score_items(
+    source: Source, scorers: Mapping[str, Scorer], file: Path, size: Size, every: int = 256
+) -> dict[str, dict[str, float]]:
+    """Scores of every readable item by name, written to `file` every so many items; what is there is not scored anew.
+
+    Args:
+        scorers: by name, `watermark` and `clip` for `Filters`.
+        size: (height, width) at which images are scored.
+    """
+    found = read_scores(file) if file.is_file() else {}
+    for index in range(len(source)):
+        id = item_id(source, index)
+        missing = {name: scorer for name, scorer in scorers.items() if name not in found.get(id, {})}
+        if not missing:
+            continue
+        try:
+            sample = source.load(index, ItemDraws(0), size)
+        except BadItem:
+            continue
+        if sample.image is None:
+            raise UserError(f"{id}: task {source.task!r} has no target image to score")
+        values = {name: float(scorer(sample.image, sample.text)) for name, scorer in missing.items()}
+        found[id] = {**found.get(id, {}), **values}
+        if (index + 1) % every == 0:
+            write_scores(file, found)
+    write_scores(file, found)
+    return found
+
+
+def item_id(source: Source, index: int) -> str:
+    """What an item is called in a file of scores: the source's name and the item's place, "pairs:17" for the first but
+    sixteen."""
+    return f"{source.name}:{index + 1}"
+
+
+def read_scores(file: Path) -> dict[str, dict[str, float]]:
+    """A file of scores; UserError where it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file of scores") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable file of scores ({error})") from error
+    if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+        raise UserError(f'{file}: a file of scores is an object {{"item": {{"clip": 0.5}}}}')
+    return found
+
+
+def write_scores(file: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
+    write_atomically(file, [json.dumps(scores).encode()])
+
+
+def _aspect(size: Size | None, most: float | None) -> str:
+    if size is None or most is None:
+        return ""
+    ratio = max(size) / min(size)
+    return f"aspect ratio {ratio:.2f} above {most:g}" if ratio > most else ""
+
+
+def _lookup(source: Source, filters: Filters) -> Callable[[int, str], object]:
+    """Where scores come from: the file, or the source's columns."""
+    if filters.scores is not None:
+        scores = read_scores(Path(filters.scores).expanduser())
+        return lambda index, name: scores.get(item_id(source, index), {}).get(name)
+    if isinstance(source, Scored):
+        return source.column
+    if filters.max_watermark is not None or filters.min_clip is not None:
+        raise UserError(f"{source.name}: this kind of source has no score columns; give a file of `scores`")
+    return lambda index, name: None
+
+
+def _scored(score: Callable[[str], object], id: str, filters: Filters) -> str:
+    checks = (("watermark", filters.max_watermark, 1), ("clip", filters.min_clip, -1))
+    for name, limit, sign in checks:
+        if limit is None:
+            continue
+        value = score(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{id}: no {name} score in {filters.scores or 'its row'}")
+        if sign * (value - limit) > 0:
+            return f"{name} score {value:g} {'above' if sign > 0 else 'below'} {limit:g}"
+    return ""
