@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diptych.recipes.check import SystemReport
 
+PREVIEW = 16
+"""Items of each source that a preview reads."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from 'diptych recipes', or a YAML file")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="change a value")
     parser.add_argument("--output", help="folder for the sheets of what the model will see (runs/check-<recipe>)")
     parser.add_argument("--limit", type=int, help="read at most this many items of each source; all when not given")
+    parser.add_argument(
+        "--preview", action="store_true", help="draw the sheets after a glance at each source, without reading it whole"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("diptych.data").setLevel(logging.ERROR)  # what it warns of is printed here
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
+    limit = PREVIEW if args.preview and args.limit is None else args.limit
     recipe, _ = load(args.recipe, args.set)
     found = check_system(recipe)
     print("\n".join(system_lines(found, recipe.run.strategy)), flush=True)
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         output = Path(args.output).expanduser()
     for name in recipe.stages:
         with bars("item") as told:
-            data = check_data(recipe, found, name, limit=args.limit, progress=told)
+            data = check_data(recipe, found, name, limit=limit, progress=told)
         print(f"\nstage {name}, data")
         print("\n".join(f"  {line}" for line in data.lines))
         print(f"  time: {'not measured' if data.seconds is None else 'about ' + duration(data.seconds) + ' here'}")

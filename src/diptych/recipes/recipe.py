@@ -94,7 +94,7 @@ class SourceSpec:
     `text_only`, `full`, `captions`: shares).
     """
 
-    kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet"]
+    kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
     task: Task
     share: float = 1.0
     path: str | None = None

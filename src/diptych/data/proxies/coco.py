@@ -1,0 +1,271 @@
+"""Pictures annotated in COCO's formats (instances and panoptic), and in SA-1B's."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from diptych.core.errors import UserError
+from diptych.data.imaging import image_size, read_image
+from diptych.data.proxies.annotated import Annotated, Known, Pictures, Segment
+from diptych.data.proxies.pictures import DepthMaps
+from diptych.data.source import BadItem, Size, file_stamp
+
+OUTSIDE = 1.0
+"""Pixels by which a polygon may leave its picture: coordinates are rounded."""
+
+
+class CocoPictures(Pictures):
+    """A COCO file and its pictures.
+
+    Instances: polygons or RLE by object. Panoptic: `segments_info` by picture, masks in PNGs whose colours are segment
+    numbers (R + 256 G + 65536 B). An annotation whose picture is not listed, and a picture without annotation, are
+    listed as dropped; an annotation that does not fit makes its picture a BadItem.
+
+    Args:
+        file: instances_*.json or panoptic_*.json.
+        images: folder of the pictures.
+        masks: folder of the panoptic PNGs; default: the file's name without suffix, beside it.
+        depth: folder of depth maps, where there are any.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        *,
+        images: str | Path,
+        masks: str | Path | None = None,
+        depth: str | Path | None = None,
+        name: str = "proxies",
+    ) -> None:
+        self.file, self.images, self.name = Path(file).expanduser(), Path(images).expanduser(), name
+        if not self.images.is_dir():
+            raise UserError(f"{self.images}: no such folder of pictures")
+        plain = read_json(self.file)
+        if not isinstance(plain, dict) or not {"images", "annotations"} <= set(plain):
+            raise UserError(f"{self.file}: needs 'images' and 'annotations', as COCO's files have them")
+        self.categories = {row["id"]: row for row in plain.get("categories", [])}
+        self.panoptic = any("segments_info" in row for row in plain["annotations"])
+        self.masks = self.file.with_suffix("") if masks is None else Path(masks).expanduser()
+        if self.panoptic and not self.masks.is_dir():
+            raise UserError(f"{self.masks}: no such folder of panoptic masks")
+        self.depth = None if depth is None else DepthMaps(depth)
+        known: set[Known] = {"segments"}
+        if self.categories:
+            known.add("categories")
+        if self.panoptic:
+            known.add("panoptic")
+        if self.depth is not None:
+            known.add("depth")
+        self.known: frozenset[Known] = frozenset(known)
+        self._list(plain["images"], plain["annotations"])
+
+    def _list(self, images: Sequence[Any], annotations: Sequence[Any]) -> None:
+        by_image: dict[Any, list[Any]] = {row["id"]: [] for row in images}
+        self.dropped: dict[str, str] = {}
+        for row in annotations:
+            if row["image_id"] in by_image:
+                by_image[row["image_id"]].append(row)
+            else:
+                label = f"{self.name}/annotation {row.get('id', row['image_id'])}"
+                self.dropped[label] = f"annotation without image (image_id {row['image_id']})"
+        self.rows: list[tuple[Mapping[str, Any], list[Any]]] = []
+        for row in images:
+            if by_image[row["id"]]:
+                self.rows.append((row, by_image[row["id"]]))
+            else:
+                self.dropped[f"{self.name}/{row['file_name']}"] = "image without annotation"
+        if not self.rows:
+            raise UserError(f"{self.file}: no picture with an annotation")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def id(self, index: int) -> str:
+        return str(self.rows[index][0]["file_name"])
+
+    def load(self, index: int, size: Size) -> Annotated:
+        row, annotations = self.rows[index]
+        id = f"{self.name}/{row['file_name']}"
+        image = read_image(self.images / row["file_name"], id)
+        if image.size != (row["width"], row["height"]):
+            listed = f"{image.width}x{image.height}, listed as {row['width']}x{row['height']}"
+            raise BadItem(id, f"picture of another size than its annotation ({listed})")
+        shape = (image.height, image.width)
+        segments = (
+            self._panoptic_segments(annotations[0], shape, id)
+            if self.panoptic
+            else [self._instance(one, shape, id) for one in annotations]
+        )
+        plane = None if self.depth is None else self.depth.read(str(row["file_name"]), id)
+        return Annotated(image=image, segments=tuple(segments), depth=plane)
+
+    def _instance(self, row: Mapping[str, Any], shape: Size, id: str) -> Segment:
+        label = f"annotation {row.get('id', '?')}"
+        return Segment(
+            mask=decoded(row.get("segmentation"), shape, id, label),
+            crowd=bool(row.get("iscrowd", 0)),
+            **self._category(row, id, label),
+        )
+
+    def _panoptic_segments(self, row: Mapping[str, Any], shape: Size, id: str) -> list[Segment]:
+        path = self.masks / row["file_name"]
+        try:
+            with Image.open(path) as image:
+                colours = np.asarray(image.convert("RGB"), dtype=np.int64)
+        except OSError as error:
+            raise BadItem(id, f"panoptic mask missing or unreadable ({path})") from error
+        if colours.shape[:2] != shape:
+            found = f"{colours.shape[1]}x{colours.shape[0]} for a picture of {shape[1]}x{shape[0]}"
+            raise BadItem(id, f"mask of another size ({found})")
+        numbers = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+        segments: list[Segment] = []
+        for one in row["segments_info"]:
+            label = f"segment {one['id']}"
+            mask = numbers == one["id"]
+            if not mask.any():
+                raise BadItem(id, f"empty mask ({label})")
+            crowd = bool(one.get("iscrowd", 0))
+            segments.append(Segment(mask=mask, crowd=crowd, **self._category(one, id, label)))
+        unlisted = set(np.unique(numbers).tolist()) - {0} - {one["id"] for one in row["segments_info"]}
+        if unlisted:
+            raise BadItem(id, f"panoptic mask holds a segment that is not listed ({min(unlisted)})")
+        return segments
+
+    def _category(self, row: Mapping[str, Any], id: str, label: str) -> dict[str, Any]:
+        if not self.categories:
+            return {}
+        number = row.get("category_id")
+        if number not in self.categories:
+            raise BadItem(id, f"unknown category ({number} of {label})")
+        found = self.categories[number]
+        return {"category": number, "name": str(found["name"]), "thing": bool(found.get("isthing", 1))}
+
+    def sizes(self) -> Sequence[Size | None]:
+        return [(row["height"], row["width"]) for row, _ in self.rows]
+
+    def stamp(self, index: int) -> str:
+        row, annotations = self.rows[index]
+        planes = [self.masks / annotations[0]["file_name"]] if self.panoptic else []
+        if self.depth is not None and (path := self.depth.path(str(row["file_name"]))) is not None:
+            planes.append(path)
+        listed = str(len(json.dumps(annotations)))
+        return ":".join([file_stamp(self.images / row["file_name"]), file_stamp(self.file), listed,
+                         *map(file_stamp, planes)])  # fmt: skip
+
+
+class Sa1bPictures(Pictures):
+    """A folder of SA-1B: sa_N.jpg beside sa_N.json, whose `annotations` hold RLE masks without categories.
+
+    A JSON without picture and a picture without JSON are listed as dropped.
+    """
+
+    known: frozenset[Known] = frozenset({"segments"})
+
+    def __init__(self, folder: str | Path, *, name: str = "proxies") -> None:
+        self.folder, self.name = Path(folder).expanduser(), name
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such folder")
+        pictures = {path.with_suffix("") for path in self.folder.rglob("*.jpg")}
+        texts = {path.with_suffix("") for path in self.folder.rglob("*.json")}
+        self.paths = sorted(pictures & texts)
+        self.dropped = {f"{name}/{self._named(path)}.jpg": "image without annotation" for path in pictures - texts}
+        self.dropped |= {f"{name}/{self._named(path)}.json": "annotation without image" for path in texts - pictures}
+        if not self.paths:
+            raise UserError(f"{self.folder}: no picture with an annotation (sa_1.jpg beside sa_1.json)")
+
+    def _named(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def id(self, index: int) -> str:
+        return f"{self._named(self.paths[index])}.jpg"
+
+    def load(self, index: int, size: Size) -> Annotated:
+        path, id = self.paths[index], f"{self.name}/{self.id(index)}"
+        image = read_image(path.with_suffix(".jpg"), id)
+        try:
+            rows = json.loads(path.with_suffix(".json").read_bytes())["annotations"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadItem(id, f"unreadable annotation ({path.name}.json)") from error
+        if not rows:
+            raise BadItem(id, "image without annotation (an empty list)")
+        shape = (image.height, image.width)
+        return Annotated(
+            image=image,
+            segments=tuple(
+                Segment(mask=decoded(row.get("segmentation"), shape, id, f"annotation {row.get('id', '?')}"))
+                for row in rows
+            ),
+        )
+
+    def sizes(self) -> Sequence[Size | None]:
+        return [self._size(path) for path in self.paths]
+
+    def _size(self, path: Path) -> Size | None:
+        try:
+            return image_size(path.with_suffix(".jpg"), path.name)
+        except BadItem:
+            return None
+
+    def stamp(self, index: int) -> str:
+        path = self.paths[index]
+        return file_stamp(path.with_suffix(".jpg")) + file_stamp(path.with_suffix(".json"))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; UserError names what is wrong with it."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bool_]:
+    """A mask from polygons ([[x, y, x, y, ...], ...]) or RLE (counts, as text or as a list), (H, W) bool.
+
+    Raises:
+        BadItem: a polygon leaves the picture, an RLE is of another size, or nothing is in the mask.
+    """
+    height, width = size
+    if isinstance(segmentation, Mapping):
+        if list(segmentation.get("size", [])) != [height, width]:
+            given = "x".join(map(str, reversed(segmentation.get("size", []))))
+            raise BadItem(id, f"RLE of another size ({given} for a picture of {width}x{height}, {label})")
+        counts = segmentation.get("counts")
+        if isinstance(counts, list) and sum(counts) != height * width:
+            raise BadItem(id, f"RLE of the wrong length ({sum(counts)} for {height * width} pixels, {label})")
+        rle = coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else dict(segmentation)
+    elif isinstance(segmentation, list) and segmentation and all(isinstance(one, list) for one in segmentation):
+        for polygon in segmentation:
+            if len(polygon) < 6 or len(polygon) % 2:
+                raise BadItem(id, f"polygon of {len(polygon)} numbers ({label})")
+            xs, ys = polygon[::2], polygon[1::2]
+            if min(*xs, *ys) < -OUTSIDE or max(xs) > width + OUTSIDE or max(ys) > height + OUTSIDE:
+                raise BadItem(id, f"polygon outside the picture ({label})")
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    else:
+        raise BadItem(id, f"empty mask ({label})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of pycocotools, about numpy 2
+            mask = coco_mask.decode(rle).astype(bool)
+    except (ValueError, TypeError) as error:
+        raise BadItem(id, f"RLE that cannot be read ({label})") from error
+    if not mask.any():
+        raise BadItem(id, f"empty mask ({label})")
+    return mask

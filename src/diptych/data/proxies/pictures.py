@@ -1,0 +1,155 @@
+"""Pictures for proxies that need few annotations: a folder of images, and the toy world with its exact truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diptych.core.errors import UserError
+from diptych.data.folder import FolderSource
+from diptych.data.imaging import image_size, read_image, to_picture
+from diptych.data.proxies.annotated import Annotated, Known, Pictures, Segment
+from diptych.data.source import BadItem, Size, file_stamp
+from diptych.toyworld.render import depth, masks, render
+from diptych.toyworld.samples import ToyWorld
+from diptych.toyworld.scene import BACKGROUNDS, COLOURS, Scene
+from diptych.toyworld.shapes import SHAPES
+
+MAPS = (".png", ".npy", ".tif", ".tiff")
+
+
+class DepthMaps:
+    """A folder of depth maps named as their pictures: 8- or 16-bit PNG, TIFF, or .npy (H, W); nearer is greater."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such folder of depth maps")
+
+    def path(self, picture: str) -> Path | None:
+        """The map of a picture, by its path without suffix; None where there is none."""
+        stem = self.folder / Path(picture).with_suffix("")
+        return next((path for suffix in MAPS if (path := stem.parent / (stem.name + suffix)).is_file()), None)
+
+    def read(self, picture: str, id: str) -> NDArray[np.float32]:
+        """(H, W) float32; BadItem when there is none, or when it is no map."""
+        path = self.path(picture)
+        if path is None:
+            raise BadItem(id, f"no depth map ({self.folder / Path(picture).with_suffix('.png')})")
+        try:
+            if path.suffix == ".npy":
+                plane = np.load(path, allow_pickle=False)
+            else:
+                with Image.open(path) as image:
+                    plane = np.asarray(image)
+        except (OSError, ValueError) as error:
+            raise BadItem(id, f"unreadable depth map ({path})") from error
+        if plane.ndim != 2 or not np.isfinite(plane).all():
+            raise BadItem(id, f"depth map must be one finite number per pixel ({path})")
+        return np.asarray(plane, dtype=np.float32)
+
+
+class FolderPictures(Pictures):
+    """The images under a folder.
+
+    Args:
+        depth: a folder with their depth maps; pictures without one are listed as dropped.
+    """
+
+    def __init__(self, folder: str | Path, *, depth: str | Path | None = None, name: str = "proxies") -> None:
+        listed = FolderSource(folder, task="image", name=name)
+        self.folder = listed.folder
+        self.depth = None if depth is None else DepthMaps(depth)
+        self.dropped = dict(listed.dropped)
+        self.paths: list[str] = []
+        for path in listed.paths:
+            if self.depth is not None and self.depth.path(path) is None:
+                self.dropped[f"{name}/{path}"] = "no depth map"
+            else:
+                self.paths.append(path)
+        if not self.paths:
+            raise UserError(f"{self.folder}: no picture with a depth map in {depth}")
+        self.known: frozenset[Known] = frozenset({"depth"} if self.depth else set())
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def id(self, index: int) -> str:
+        return self.paths[index]
+
+    def load(self, index: int, size: Size) -> Annotated:
+        path, id = self.paths[index], f"{self.name}/{self.paths[index]}"
+        least = size if self.depth is None else None  # a picture of reduced scale would not fit its map
+        plane = None if self.depth is None else self.depth.read(path, id)
+        return Annotated(image=read_image(self.folder / path, id, least), depth=plane)
+
+    def sizes(self) -> Sequence[Size | None]:
+        return [_size(self.folder / path) for path in self.paths]
+
+    def stamp(self, index: int) -> str:
+        path = self.paths[index]
+        plane = self.depth.path(path) if self.depth else None
+        return file_stamp(self.folder / path) + (file_stamp(plane) if plane else "")
+
+
+def _size(path: Path) -> Size | None:
+    try:
+        return image_size(path, str(path))
+    except BadItem:
+        return None
+
+
+class ToyPictures(Pictures):
+    """Scenes of the toy world, with all that proxies need: shapes are things, the background is stuff."""
+
+    known: frozenset[Known] = frozenset({"segments", "categories", "panoptic", "depth"})
+
+    def __init__(self, *, count: int, seed: int = 0) -> None:
+        if count < 1:
+            raise UserError(f"toyworld: count must be at least 1, not {count}")
+        self.count, self.seed = count, seed
+        self.world = ToyWorld(seed)
+        self.dropped: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def id(self, index: int) -> str:
+        return f"toyworld:{self.seed}:{index}"
+
+    def load(self, index: int, size: Size) -> Annotated:
+        if size[0] != size[1]:
+            raise UserError(f"toyworld draws squares, not {size[0]}x{size[1]}")
+        return annotated(Scene.from_dict(self.world.sample("image", index).extra["scene"]), size[0])
+
+    def sizes(self) -> None:
+        return None
+
+    def stamp(self, index: int) -> str:
+        return self.id(index)
+
+
+def annotated(scene: Scene, size: int) -> Annotated:
+    """A scene drawn, with a segment per object and one for the background; categories are shape and colour."""
+    planes = masks(scene, size).numpy()
+    segments = [
+        Segment(
+            mask=plane,
+            category=1 + SHAPES.index(found.shape) * len(COLOURS) + list(COLOURS).index(found.colour),
+            name=f"{found.colour} {found.shape}",
+        )
+        for plane, found in zip(planes, scene.objects, strict=True)
+    ]
+    ground = Segment(
+        mask=~planes.any(axis=0),
+        category=1 + len(SHAPES) * len(COLOURS) + list(BACKGROUNDS).index(scene.background),
+        name=f"{scene.background} background",
+        thing=False,
+    )
+    picture = to_picture(render(scene, size))
+    return Annotated(image=picture, segments=(*segments, ground), depth=depth(scene, size).numpy())

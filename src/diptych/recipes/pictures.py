@@ -1,0 +1,73 @@
+"""Sources of proxy tasks from a recipe: which pictures, with which annotations, for which proxies.
+
+```yaml
+sources:
+  proxies: {kind: proxies, task: edit, path: annotations/panoptic_train2017.json,
+            options: {pictures: coco, images: train2017, proxies: {panoptic: 2, weather: 1}}}
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diptych.core.errors import UserError, unknown
+from diptych.data.source import Source
+
+PICTURES: Mapping[str, tuple[str, ...]] = {
+    "toyworld": (),
+    "folder": ("depth",),
+    "coco": ("images", "masks", "depth"),
+    "sa1b": (),
+}
+"""What each kind of pictures reads of `options`, beside `pictures` and `proxies`."""
+ENDLESS = 10_000_000
+
+
+def build_proxies(
+    name: str, *, path: str | None, count: int, seed: int, task: str, fit: str, options: Mapping[str, Any]
+) -> Source:
+    """A source of proxy tasks.
+
+    Args:
+        path: a folder (folder, sa1b) or an annotation file (coco); none for the toy world.
+        count: of toy scenes; 0 for endless.
+
+    Raises:
+        UserError: an option that is unknown, missing or would be ignored, or libraries of the extra `data` missing.
+    """
+    where = f"sources.{name}"
+    try:
+        from diptych.data.proxies.coco import CocoPictures, Sa1bPictures
+        from diptych.data.proxies.pictures import FolderPictures, ToyPictures
+        from diptych.data.proxies.source import ProxySource
+    except ModuleNotFoundError as error:
+        raise UserError(f"{where}: proxies need {error.name}; install diptych[data]") from error
+
+    kind = options.get("pictures")
+    if kind not in PICTURES:
+        raise unknown("kind of pictures", str(kind), PICTURES, f"{where}.options.pictures")
+    for option in options:
+        if option not in ("pictures", "proxies", *PICTURES[kind]):
+            raise unknown("key", option, ("pictures", "proxies", *PICTURES[kind]), f"{where}.options")
+    if "proxies" not in options:
+        raise UserError(f"{where}.options: 'proxies' is missing, a name or weights by name")
+    if fit != "crop":
+        raise UserError(f"{where}: proxies are cut to size; set data.fit to crop, not {fit}")
+    if kind == "toyworld":
+        if path is not None:
+            raise UserError(f"{where}: toy scenes are drawn; leave out 'path'")
+        return ProxySource(
+            ToyPictures(count=count or ENDLESS, seed=seed), proxies=options["proxies"], seed=seed, task=task, name=name
+        )
+    if path is None:
+        raise UserError(f"{where}: 'path' is missing")
+    if count:
+        raise UserError(f"{where}: 'count' is for toy scenes; all pictures of {path} are used")
+    given = {option: options[option] for option in PICTURES[kind] if option in options}
+    if kind == "coco" and "images" not in given:
+        raise UserError(f"{where}.options: 'images' is missing, the folder of the pictures")
+    makers: dict[str, Callable[..., Any]] = {"folder": FolderPictures, "coco": CocoPictures, "sa1b": Sa1bPictures}
+    pictures = makers[kind](path, name=name, **given)
+    return ProxySource(pictures, proxies=options["proxies"], seed=seed, task=task, name=name)
