@@ -7,7 +7,8 @@ in the attention's projections, which are 1x1 convolutions there and linear laye
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -60,6 +61,27 @@ def diffusers_config(
     }
 
 
+def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arguments of `diffusers_config` that a published file's tensors tell, by their shapes.
+
+    Raises:
+        UserError: a tensor that the layout has is missing.
+    """
+    try:
+        channels, moments = shapes["encoder.conv_in.weight"][0], shapes["encoder.conv_out.weight"][0]
+        levels = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down."))
+        widths = [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)]
+        blocks = sum(f"encoder.down.0.block.{number}.conv1.weight" in shapes for number in range(len(shapes)))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"autoencoder: no file of FLUX's layout ({error} is missing)") from error
+    return {
+        "channels": channels,
+        "multipliers": [width // channels for width in widths],
+        "blocks": blocks,
+        "latent_channels": moments // 2,
+    }
+
+
 def to_diffusers(tensors: Iterable[tuple[str, Tensor]], levels: int) -> Iterator[tuple[str, Tensor]]:
     """Published names and tensors as diffusers'; `levels` is the number of resolutions."""
     for name, tensor in tensors:
@@ -90,7 +112,7 @@ def _to_ours(rest: str, levels: int) -> str:
     if what != "block":
         leaf = f"0.{leaf}"
     number = int(level) if way == "down" else levels - 1 - int(level)
-    return f"{way}_blocks.{number}.{_NAMES[what]}.{leaf.replace(*_SHORTCUT)}"
+    return f"{way}_blocks.{number}.{_NAMES[what]}.{leaf.replace(_SHORTCUT[0], _SHORTCUT[1])}"
 
 
 def _to_theirs(rest: str, levels: int) -> str:
@@ -101,4 +123,4 @@ def _to_theirs(rest: str, levels: int) -> str:
     if what != "resnets":
         leaf = leaf.removeprefix("0.")
     number = int(level) if way == "down" else levels - 1 - int(level)
-    return f"{way}.{number}.{_BACK[what]}.{leaf.replace(*_SHORTCUT[::-1])}"
+    return f"{way}.{number}.{_BACK[what]}.{leaf.replace(_SHORTCUT[1], _SHORTCUT[0])}"

@@ -1,8 +1,8 @@
 """Several samples in one row of tokens: who sees whom.
 
-L tokens of a row. A row holds samples, a sample holds splits, and a split has a mode (BAGEL, arXiv 2505.14683, Sec. 2.4):
-inside a `causal` split (text) a token sees itself and those before it; inside a `full` split (an image that is read) or
-a `noise` split (an image to denoise) all see each other. Everything sees all earlier splits of its own sample, but for
+L tokens of a row. A row holds samples, a sample holds splits, and a split has a mode (BAGEL, arXiv 2505.14683). Inside
+a `causal` split (text) a token sees itself and those before it; inside a `full` split (an image that is read) or a
+`noise` split (an image to denoise) all see each other. Everything sees all earlier splits of its own sample, but for
 noise: that is seen from its own split alone.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,9 +17,10 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.inference.coarse_to_fine import View, views
 from diptych.inference.guidance import ALWAYS, Rule, guided, plan
+from diptych.inference.renormalise import Nested, Renorm, nested
 from diptych.inference.sampler import Method, sample, span, times
-from diptych.objectives.flow_matching import root_shift
-from diptych.systems.base import Dropped, System
+from diptych.objectives.flow_matching import resolution_shift, root_shift
+from diptych.systems.base import Dropped, System, Thinker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,10 @@ class Sampling:
     size: (height, width) in pixels. steps: sampler steps. cfg: text guidance scale, 1 for none.
     image_cfg: image guidance scale in editing, 1 for text guidance alone. guidance: which branches these scales compare
     (`inference.guidance.Rule`). cfg_range: steps that are guided, first and last as shares of all steps. negative: the
-    text that guidance leads away from. shift: of the times; "root" is OmniGen2's, by the latent's size. batch_size:
-    images per decoder run (each takes as many rows as guidance has branches).
+    text that guidance leads away from. shift: of the times; "root" (OmniGen2's) and "flux" go by the latent's size.
+    batch_size: images per decoder run (each takes as many rows as guidance has branches).
+    cfg_interval, renorm, renorm_min: of guidance "bagel" (`inference.renormalise.Nested`). think: tokens that a model
+    may think in before an image, 0 for none. edit: other values of these fields for edits.
     """
 
     size: tuple[int, int] = (512, 512)
@@ -40,9 +43,14 @@ class Sampling:
     guidance: Rule = "chain"
     cfg_range: tuple[float, float] = (0.0, 1.0)
     negative: str = ""
-    shift: float | Literal["root"] = 1.0
+    shift: float | Literal["root", "flux"] = 1.0
     method: Method = "euler"
     batch_size: int = 16
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    renorm: Renorm = "none"
+    renorm_min: float = 0.0
+    think: int = 0
+    edit: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -51,11 +59,26 @@ class Sampling:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.cfg < 0 or self.image_cfg < 0:
             raise UserError(f"guidance scales must not be negative (cfg {self.cfg}, image_cfg {self.image_cfg})")
-        if self.shift != "root" and (isinstance(self.shift, str) or self.shift <= 0):
-            raise UserError(f"shift must be above 0, or 'root', not {self.shift!r}")
+        if self.shift not in ("root", "flux") and (isinstance(self.shift, str) or self.shift <= 0):
+            raise UserError(f"shift must be above 0, or 'root' or 'flux', not {self.shift!r}")
         object.__setattr__(self, "cfg_range", tuple(self.cfg_range))
         if len(self.cfg_range) != 2 or not 0 <= self.cfg_range[0] <= self.cfg_range[1] <= 1:
             raise UserError(f"cfg_range must be two rising shares of the steps from 0 to 1, not {self.cfg_range}")
+        object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
+        if len(self.cfg_interval) != 2 or not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] <= 1:
+            raise UserError(f"cfg_interval must be two rising times from 0 to 1, not {self.cfg_interval}")
+        nested_only = (self.cfg_interval, self.renorm, self.renorm_min) != ((0.0, 1.0), "none", 0.0)
+        if nested_only and self.guidance != "bagel":
+            raise UserError("cfg_interval, renorm and renorm_min belong to guidance 'bagel'")
+        if self.guidance == "bagel" and self.cfg_range != (0.0, 1.0):
+            raise UserError("cfg_range does not go with guidance 'bagel'; it has cfg_interval")
+        if self.think < 0:
+            raise UserError(f"think must not be negative, not {self.think}")
+        for name in self.edit:
+            if name == "edit" or name not in [row.name for row in fields(self)]:
+                raise unknown("option", name, [row.name for row in fields(self)], "edit")
+        if self.edit:
+            replace(self, **{**self.edit, "edit": {}})
 
 
 class Engine:
@@ -127,9 +150,11 @@ class Engine:
         question: str | Sequence[str],
         *,
         max_new_tokens: int = 64,
+        think: bool = False,
     ) -> str | list[str]:
         """Answers. One question (with one image, several, or none) gives a string; a list of questions goes with a
-        list of as many images, one each, and gives a list."""
+        list of as many images, one each, and gives a list. With `think`, models that can write down their thoughts
+        first."""
         if isinstance(question, str):
             group = [] if image is None else [image] if isinstance(image, Image.Image) else list(image)
             questions, groups = [question], [group]
@@ -141,6 +166,8 @@ class Engine:
             [Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n" * len(group) + text)]
             for text, group in zip(questions, groups, strict=True)
         ]
+        if think:
+            conversations = [self._thinker().thinking(conversation) for conversation in conversations]
         device = self.system.device
         tensors = [[from_pil(picture).to(device) for picture in group] for group in groups]
         answers: list[str] = []
@@ -172,13 +199,16 @@ class Engine:
         """
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
-        settings = self._settings(options)
+        settings = self._settings(options, edits=all(sample.task == "edit" for sample in samples))
         wanted = views(self.system, settings.size, scales)
+        samples = [sample if sample.size else replace(sample, size=settings.size) for sample in samples]
         device, size = self.system.device, settings.batch_size
         null: Condition | None = None
         made: list[Tensor] = []
         for start in range(0, len(samples), size):
             group = Batch(tuple(samples[start : start + size])).to(device)
+            if settings.think:
+                group = self._thinker().think(group, settings.think)
             names, factors = plan(settings.guidance, settings.cfg, settings.image_cfg, edits=bool(group.rows("edit")))
             if null is None and "null" in names:
                 null = self.system.encode(self._without(group.take([0]), "text_and_images", settings.negative))
@@ -187,6 +217,8 @@ class Engine:
                 seen["null"] = null.take([0] * len(group))
             if "image" in names:
                 seen["image"] = self.system.encode(self._without(group, "text", settings.negative))
+            if "text" in names:
+                seen["text"] = self.system.encode(self.system.without(group, "images"))
             branches = [seen[name] for name in names]
             jobs = [(row, k) for row in range(len(group)) for k in range(n)]
             for block in (jobs[at : at + size] for at in range(0, len(jobs), size)):
@@ -206,21 +238,30 @@ class Engine:
         self, view: View, branches: Sequence[Condition], factors: Sequence[float], draws: Draws, settings: Sampling
     ) -> Tensor:
         """Images (B, 3, H, W) of one scale on the CPU."""
-        root = root_shift(view.shape[1] * view.shape[2] // 4)
-        steps = times(settings.steps, root if settings.shift == "root" else settings.shift)
+        steps = times(settings.steps, shift_at(settings.shift, view.shape[1] * view.shape[2] // 4))
         within = ALWAYS if settings.cfg_range == ALWAYS else span(steps, settings.cfg_range)
-        velocity = guided(self.system, [view.of(branch) for branch in branches], factors, within)
+        shown = [view.of(branch) for branch in branches]
+        if settings.guidance == "bagel":
+            velocity = nested(self.system, shown[0], shown[1:], nested_rule(settings))
+        else:
+            velocity = guided(self.system, shown, factors, within)
         latents = sample(velocity, draws.normal(view.noise, *view.shape), steps, settings.method)
         return self.system.to_images(latents).clamp(-1, 1).float().cpu()
 
-    def _settings(self, options: dict[str, Any]) -> Sampling:
+    def _settings(self, options: dict[str, Any], *, edits: bool = False) -> Sampling:
         names = [field.name for field in fields(Sampling)]
         for name in options:
             if name not in names:
                 raise unknown("option", name, names)
         if isinstance(side := options.get("size"), int):
             options = {**options, "size": (side, side)}
-        return replace(self.sampling, **options)
+        own = self.sampling.edit if edits else {}
+        return replace(self.sampling, **{**own, **options})
+
+    def _thinker(self) -> Thinker:
+        if not isinstance(self.system, Thinker):
+            raise UserError(f"{self.name}: this model has no thinking mode; leave think at 0")
+        return self.system
 
     def _without(self, batch: Batch, dropped: Dropped, negative: str) -> Batch:
         """What guidance compares with: the request without its text, or with the negative text in its place."""
@@ -235,6 +276,24 @@ Progress = Callable[[int, int], None]
 def flat(images: Sequence[Image.Image | Sequence[Image.Image]]) -> list[Image.Image]:
     """Images of a sequence whose entries are images, or sequences of them."""
     return [one for entry in images for one in ([entry] if isinstance(entry, Image.Image) else entry)]
+
+
+def nested_rule(settings: Sampling) -> Nested:
+    """Guidance "bagel" as these settings say."""
+    return Nested(
+        text=settings.cfg,
+        images=settings.image_cfg,
+        interval=settings.cfg_interval,
+        renorm=settings.renorm,
+        least=settings.renorm_min,
+    )
+
+
+def shift_at(shift: float | Literal["root", "flux"], tokens: int) -> float:
+    """The shift of the times for an image of this many tokens of 2x2 latent pixels."""
+    if shift == "root":
+        return root_shift(tokens)
+    return resolution_shift(tokens) if shift == "flux" else shift
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,19 +13,20 @@ from diptych.core.errors import unknown
 from diptych.inference.sampler import Velocity
 from diptych.systems.base import System
 
-Rule = Literal["chain", "omnigen2"]
+Rule = Literal["chain", "omnigen2", "bagel"]
 """Which branches a request has. `chain`: a branch for each scale that is not 1; text guidance of an edit starts from
 the edit without its text. `omnigen2`: a scale acts above 1 only, image guidance acts together with text guidance only,
-and text guidance alone starts from a request without text and images."""
+and text guidance alone starts from a request without text and images. `bagel`: see `inference.renormalise`."""
 
-Branch = Literal["null", "image", "full"]
-"""A request without text and context images, without text, and as it is."""
+Branch = Literal["null", "image", "text", "full"]
+"""A request without text and context images, without text, without context images, and as it is."""
 
 ALWAYS = (0.0, 1.0)
 
 
 def plan(rule: Rule, cfg: float, image_cfg: float, *, edits: bool) -> tuple[list[Branch], list[float]]:
-    """Branches from the least to the most conditioned, and the scale of each step between them.
+    """Branches from the least to the most conditioned, and the scale of each step between them; of `bagel` the branches
+    that `inference.renormalise.nested` takes, in its order, and no scales.
 
     Args:
         cfg: text guidance scale. image_cfg: image guidance scale. edits: whether requests have context images.
@@ -33,8 +34,11 @@ def plan(rule: Rule, cfg: float, image_cfg: float, *, edits: bool) -> tuple[list
     Raises:
         UserError: an unknown rule.
     """
-    if rule not in ("chain", "omnigen2"):
-        raise unknown("guidance", rule, ["chain", "omnigen2"])
+    if rule not in get_args(Rule):
+        raise unknown("guidance", rule, get_args(Rule))
+    if rule == "bagel":
+        others: list[Branch] = ["image", "text"]
+        return ["full", *others[: (cfg > 1) + (cfg > 1 and image_cfg > 1)]], []
     text = cfg > 1 if rule == "omnigen2" else cfg != 1
     image = edits and (image_cfg > 1 and text if rule == "omnigen2" else image_cfg != 1)
     if image:

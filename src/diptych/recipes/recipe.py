@@ -19,6 +19,7 @@ from diptych.core.sample import Task
 from diptych.data.filters import Filters
 from diptych.inference.engine import Sampling
 from diptych.recipes.schema import Variants, read
+from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.composed import ComposedConfig
 from diptych.systems.hieraquery import HieraConfig
 from diptych.systems.omnigen2 import OmniGen2Settings
@@ -74,6 +75,17 @@ class OmniGen2Spec(OmniGen2Settings):
     backbone: Part
     decoder: Part
     autoencoder: Part
+    sampling: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagelSpec(BagelConfig):
+    """network: a release by its `weights`, or `config`. init: plain models to start from, by part (`llm`, `vision`)."""
+
+    kind: Literal["bagel"]
+    network: Part
+    autoencoder: Part
+    init: dict[str, str] = field(default_factory=dict[str, str])
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -161,7 +173,13 @@ class Recipe:
 
 
 VARIANTS: Mapping[type, Variants] = {
-    SystemSpec: {"composed": ComposedSpec, "hieraquery": HieraQuerySpec, "mllm": MLLMSpec, "omnigen2": OmniGen2Spec}
+    SystemSpec: {
+        "bagel": BagelSpec,
+        "composed": ComposedSpec,
+        "hieraquery": HieraQuerySpec,
+        "mllm": MLLMSpec,
+        "omnigen2": OmniGen2Spec,
+    }
 }
 
 

@@ -109,6 +109,11 @@ class System(nn.Module, abc.ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def token_side(self) -> int:
+        """Side of a latent token in latent pixels, for guidance that works token by token."""
+        return 1
+
 
 class Thinker(abc.ABC):
     """A system that can write down its thoughts before it answers or makes an image."""

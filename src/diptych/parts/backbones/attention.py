@@ -109,17 +109,23 @@ class RowAttention:
     Args:
         batch: B. und: understanding tokens of a row; they come first, row after row, then the generation tokens.
         past: cached keys and values by layer, each (B, K, S, d). mask: (B, S) bool, None where all are real.
+        keep: collect the cached and the new keys and values by layer, in `kept`.
     """
 
-    def __init__(self, batch: int, und: int, past: Sequence[KeyValue], mask: Tensor | None) -> None:
-        self.batch, self.und, self.past, self.mask = batch, und, past, mask
+    def __init__(
+        self, batch: int, und: int, past: Sequence[KeyValue], mask: Tensor | None, *, keep: bool = False
+    ) -> None:
+        self.batch, self.und, self.past, self.mask, self.keep = batch, und, past, mask, keep
         self.full: Tensor | None = None
+        self.kept: list[KeyValue] = []
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self._rows(q), self._rows(k), self._rows(v)  # (B, heads, N, d)
         if self.past and self.past[layer][0].shape[2]:
             k = torch.cat([self.past[layer][0].to(k.dtype), k], dim=2)
             v = torch.cat([self.past[layer][1].to(v.dtype), v], dim=2)
+        if self.keep:
+            self.kept.append((k, v))
         if self.mask is not None and self.full is None:
             self.full = F.pad(self.mask, (0, q.shape[2]), value=True)[:, None, None]  # (B, 1, 1, S + N)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.full, enable_gqa=True).transpose(1, 2)

@@ -83,8 +83,8 @@ def _by_image(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> list[T
             last += 1
         count, length = last - first, lengths[first]
         rows = slice(start, start + count * length)
-        batch = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        query, key, value = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1))
         start, first = rows.stop, last
     return out
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError, unknown
-from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.published import PublishedDecoder
 
 ADAPTER = "default"
@@ -19,13 +18,13 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 
 
-def add_lora(decoder: Decoder, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
+def add_lora(decoder: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
     """Put adapters on the linear layers whose names end in one of `targets`, in place; only adapters stay trainable.
 
     Starts as the unchanged decoder, since the second factor is zero. The update is alpha / rank times B A.
 
     Args:
-        decoder: any decoder.
+        decoder: any decoder, or a language model that makes images itself.
         rank: inner width of the adapters.
         alpha: scale, in units of `rank`.
         dropout: on the adapters' input.
@@ -49,7 +48,7 @@ def add_lora(decoder: Decoder, rank: int, alpha: float, dropout: float, targets:
     )
 
 
-def save_lora(decoder: Decoder, folder: Path) -> None:
+def save_lora(decoder: nn.Module, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as PEFT's own `PeftModel` does and reads."""
     module = adapted_module(decoder)
     config = lora_config(module)
@@ -62,7 +61,7 @@ def save_lora(decoder: Decoder, folder: Path) -> None:
     save_file({PREFIX + key: value.contiguous() for key, value in weights.items()}, folder / WEIGHTS)
 
 
-def load_lora(decoder: Decoder, folder: Path) -> None:
+def load_lora(decoder: nn.Module, folder: Path) -> None:
     """Put the adapters saved in `folder` on a decoder; trainable, where a decoder has none yet they are added.
 
     Raises:
@@ -96,7 +95,7 @@ def load_lora(decoder: Decoder, folder: Path) -> None:
     set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
 
 
-def adapted_module(decoder: Decoder) -> nn.Module:
+def adapted_module(decoder: nn.Module) -> nn.Module:
     """Where adapters live: the diffusers model itself where there is one, so that files fit it directly."""
     return decoder.model if isinstance(decoder, PublishedDecoder) else decoder
 

@@ -67,8 +67,8 @@ class Vision:
 class Latent:
     """An image as latent tokens, rows x columns of them; to denoise (`noised`) or to read.
 
-    opens, closes: whether it is the first and the last frame of its split; the frames of a video share one split and one
-    time. step: how far the rotary id goes on to the next frame, in place of the usual rule.
+    opens, closes: whether it is the first and the last frame of its split; a video's frames share a split and its time.
+    step: how far the rotary id goes on to the next frame, in place of the usual rule.
     """
 
     rows: int
@@ -87,6 +87,21 @@ class Latent:
 
 
 Item = Text | Vision | Latent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Sides of the position tables of latents and of vision tokens. stretched: a grid is stretched over the whole table
+    instead of keeping its rows and columns."""
+
+    latent: int
+    vision: int
+    stretched: bool = False
+
+    def places(self, item: Vision | Latent) -> Tensor:
+        """Places of an image's tokens in its table, (n,). UserError when it has more along a side than the table."""
+        side = self.vision if isinstance(item, Vision) else self.latent
+        return (stretched_ids if self.stretched else grid_ids)(item.rows, item.columns, side)
 
 
 @dataclass
@@ -133,8 +148,8 @@ class Pack:
     vision_places, vision_ids: (V,) places in the row and in the vision tower's table; vision_lengths: tokens per image.
     latent_places, latent_ids: (N,) places in the row and in the latent table; latent_grids: (rows, columns) per image.
     latent_times: for each latent image which of the row's times is its own, -1 for time 0 (an image that is read).
-    learned_places, labels, label_weights (float32): (E,) tokens with a text loss, what they predict, 1 / sqrt(targets of
-    the item). flow_places: latent tokens with a velocity loss.
+    learned_places, labels, label_weights (float32): (E,) tokens with a text loss, what they predict, 1 / sqrt(targets
+    of the item). flow_places: latent tokens with a velocity loss.
     samples, splits, modes: as of `diptych.core.packing.pack_mask`. targets: times that the row needs.
     """
 
@@ -182,24 +197,19 @@ class Pack:
 def pack(
     samples: Sequence[Sequence[Item]],
     markers: Markers,
+    tables: Tables,
     *,
-    latent_side: int,
-    vision_side: int,
     starts: Sequence[int] | None = None,
-    stretched: bool = False,
 ) -> Pack:
     """Samples, each a list of items in reading order, as one row.
 
     Args:
-        latent_side, vision_side: of the position tables.
         starts: rotary id at which each sample begins (it continues a cache); 0 where None.
-        stretched: places in the tables are those of a grid stretched over the whole table.
 
     Raises:
         UserError: an image with more tokens along a side than its table.
     """
     row = _Row()
-    places = stretched_ids if stretched else grid_ids
     for number, items in enumerate(samples):
         begun = row.length
         position = starts[number] if starts else 0
@@ -216,8 +226,7 @@ def pack(
             if isinstance(item, Text):
                 position = _add_text(row, item, markers, position)
             else:
-                side = vision_side if isinstance(item, Vision) else latent_side
-                _add_image(row, item, markers, position, places(item.rows, item.columns, side))
+                _add_image(row, item, markers, position, tables.places(item))
                 position += _advance(item)
             if last:
                 row.split_lengths.append(row.length - opened)

@@ -17,7 +17,7 @@ from diptych.parts.backbones.attention import Kernel, KeyValue, PackAttention, R
 from diptych.parts.backbones.mot import MoT, MoTConfig
 from diptych.parts.backbones.siglip_navit import SigLIPConfig, SigLIPNaViT, VisionConnector
 from diptych.parts.decoders.latent_port import LatentPort
-from diptych.systems.bagel.items import Markers, Pack
+from diptych.systems.bagel.items import Markers, Pack, Tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,10 @@ class BagelNetwork(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.llm.embed_tokens.weight.dtype
 
-    def sides(self) -> dict[str, int]:
-        """The arguments of `items.pack` that are this network's sizes."""
-        return {"latent_side": self.config.latent_side, "vision_side": self.config.vision.side}
+    def sides(self) -> Tables:
+        """Sizes of the position tables, for `items.pack`."""
+        config = self.config
+        return Tables(latent=config.latent_side, vision=config.vision.side, stretched=config.stretched)
 
     def run(
         self,

@@ -1,0 +1,105 @@
+"""safetensors read in file order, one tensor in memory at a time, without mapping the file.
+
+A mapped file counts as memory as long as it is open, so that a checkpoint in one large file would be there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.checkpoints.tensors import refuse_pickle
+from diptych.core.errors import UserError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: its bytes are [start, stop)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def entries(path: Path) -> list[Entry]:
+    """Tensors of a file in the order of their bytes; nothing but the header is read.
+
+    Raises:
+        UserError: a pickle, or a file that is cut short or no safetensors file.
+    """
+    refuse_pickle(path)
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise UserError(f"{path}: not a readable safetensors file (its header is cut short)")
+            header: dict[str, Any] = json.loads(file.read(length))
+        found = [_entry(path, name, row, 8 + length) for name, row in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    if any(entry.stop > size for entry in found):
+        raise UserError(f"{path}: not a readable safetensors file (it is cut short; download it again)")
+    return sorted(found, key=lambda entry: entry.start)
+
+
+def stream(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name, each read into memory of its own when it is its turn."""
+    for path in files:
+        found = entries(path)
+        try:
+            with path.open("rb", buffering=0) as file:
+                for entry in found:
+                    file.seek(entry.start)
+                    yield entry.name, _read(file, path, entry)
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error})") from error
+
+
+def _entry(path: Path, name: str, row: dict[str, Any], base: int) -> Entry:
+    if row["dtype"] not in DTYPES:
+        raise UserError(f"{path}: {name} has number format {row['dtype']}, which is not read")
+    first, last = row["data_offsets"]
+    entry = Entry(name, DTYPES[row["dtype"]], tuple(row["shape"]), base + first, base + last)
+    if math.prod(entry.shape) * entry.dtype.itemsize != last - first:
+        raise UserError(f"{path}: {name} has other bytes than its shape {list(entry.shape)} needs")
+    return entry
+
+
+def _read(file: Any, path: Path, entry: Entry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise UserError(f"{path}: {entry.name} is cut short; download the file again")
+        done += got
+    return tensor

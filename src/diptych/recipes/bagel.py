@@ -1,0 +1,266 @@
+"""BAGEL from a specification: its published release, a plain Qwen2.5 and SigLIP, or random weights; and its export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from diptych.checkpoints import bagel, flux_autoencoder
+from diptych.checkpoints.streaming import entries, stream
+from diptych.checkpoints.tensors import atomic_folder, load_into, own_tensors, weight_files, write_tensors
+from diptych.core.errors import UserError, unknown
+from diptych.inference.engine import Sampling
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.autoencoders.kl import KLAutoencoder
+from diptych.parts.backbones.mot import MoTConfig
+from diptych.parts.backbones.siglip_navit import SigLIPConfig
+from diptych.parts.decoders.lora import add_lora
+from diptych.recipes.names import locate
+from diptych.recipes.published import published_config
+from diptych.recipes.recipe import BagelSpec, Part
+from diptych.recipes.schema import read
+from diptych.systems.bagel.config import BagelConfig
+from diptych.systems.bagel.network import BagelNetwork, NetworkConfig
+from diptych.systems.bagel.system import BagelSystem
+
+WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
+CONFIGS = ("llm_config.json", "vit_config.json")
+SAMPLING = Sampling(
+    size=(1024, 1024),
+    steps=49,
+    cfg=4.0,
+    image_cfg=1.0,
+    guidance="bagel",
+    shift=3.0,
+    cfg_interval=(0.4, 1.0),
+    renorm="global",
+    batch_size=1,
+    edit={"image_cfg": 2.0, "cfg_interval": [0.0, 1.0], "renorm": "text_channel"},
+)
+"""The published settings; 49 steps are 50 times."""
+
+INITS = ("llm", "vision")
+_LAYER = re.compile(r"^(?:language_model\.model|vit_model\.vision_model\.encoder)\.layers\.(\d+)\.")
+
+
+def is_release(folder: Path) -> bool:
+    """Whether a folder is laid out as BAGEL's release."""
+    return all((folder / name).is_file() for name in (WEIGHTS, *CONFIGS))
+
+
+def release_spec(model: str) -> BagelSpec:
+    """The specification of a release by its name."""
+    return BagelSpec(
+        kind="bagel", network=Part(kind="bagel", weights=model), autoencoder=Part(kind="flux", weights=model)
+    )
+
+
+def build_bagel(
+    spec: BagelSpec,
+    *,
+    meta: bool,
+    assets: Path | None,
+    autoencoders: Callable[[Part, bool], tuple[Autoencoder, dict[str, Any]]],
+    tokenizers: Callable[[Part, Path | None], Any],
+) -> BagelSystem:
+    """A BAGEL from its specification.
+
+    Args:
+        assets: a saved folder whose weights will follow, so that none are made here.
+        autoencoders, tokenizers: build the kinds that are not BAGEL's own.
+    """
+    if spec.network.kind != "bagel":
+        raise unknown("network", spec.network.kind, ["bagel"])
+    network, tokenizer = _network(spec, meta, assets, tokenizers)
+    if spec.autoencoder.kind == "flux":
+        autoencoder, autoencoder_origin = _flux(spec.autoencoder, meta)
+    else:
+        autoencoder, autoencoder_origin = autoencoders(spec.autoencoder, meta)
+    if spec.network.lora:
+        add_lora(network.llm, **spec.network.lora)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
+    origin = {**dataclasses.asdict(spec.network), "config": dataclasses.asdict(network.config)}
+    return BagelSystem(
+        BagelConfig(**fields),
+        network=network,
+        autoencoder=autoencoder,
+        tokenizer=tokenizer,
+        origins={"network": origin, "autoencoder": autoencoder_origin, "sampling": spec.sampling},
+    )
+
+
+def _network(
+    spec: BagelSpec, meta: bool, assets: Path | None, tokenizers: Callable[[Part, Path | None], Any]
+) -> tuple[BagelNetwork, Any]:
+    part = spec.network
+    if part.weights and not meta:
+        folder = locate(part.weights)
+        return load_network(folder), AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    config: NetworkConfig = read(NetworkConfig, part.config or published_config(part.weights), "network.config")
+    with torch.device("meta" if meta or assets is not None else "cpu"):
+        network = BagelNetwork(config)
+    if meta:
+        return network, None
+    if assets is None:
+        _start(network, spec.init)
+    sized = dataclasses.replace(part, config={"text_config": {"vocab_size": config.llm.vocab_size}})
+    return network, tokenizers(sized, assets)
+
+
+def _flux(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, Any]]:
+    """FLUX's autoencoder: from a release's file, or of the sizes in `config`."""
+    if not part.weights or meta:
+        unknown_keys = set(part.config) - set(flux_autoencoder.diffusers_config.__kwdefaults__ or {})
+        if unknown_keys:
+            raise unknown("key", min(unknown_keys), flux_autoencoder.diffusers_config.__kwdefaults__ or {}, "flux")
+        with torch.device("meta" if meta else "cpu"):
+            autoencoder = KLAutoencoder.from_config(flux_autoencoder.diffusers_config(**part.config))
+        return autoencoder, dataclasses.asdict(part)
+    file = locate(part.weights) / AUTOENCODER
+    if not file.is_file():
+        raise UserError(f"{part.weights}: has no {AUTOENCODER}")
+    config = {**flux_autoencoder.sizes({entry.name: entry.shape for entry in entries(file)}), **part.config}
+    with torch.device("meta"):
+        autoencoder = KLAutoencoder.from_config(flux_autoencoder.diffusers_config(**config))
+    load_into(autoencoder.model, flux_autoencoder.to_diffusers(stream([file]), len(config["multipliers"])), str(file))
+    return autoencoder, {**dataclasses.asdict(part), "config": config}
+
+
+def load_network(folder: Path, dtype: torch.dtype | None = None) -> BagelNetwork:
+    """The network of a release, one tensor at a time, in the file's number format where `dtype` is None.
+
+    Raises:
+        UserError: files that are missing, cut short, or of mixed models (keys and shapes that do not fit each other).
+    """
+    for name in (WEIGHTS, *CONFIGS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no BAGEL release ({name} is missing)")
+    files = weight_files(folder, WEIGHTS.removesuffix(".safetensors"))
+    shapes = {entry.name: entry.shape for file in files for entry in entries(file)}
+    formats = {entry.dtype for file in files for entry in entries(file)}
+    with torch.device("meta"):
+        network = BagelNetwork(release_config(folder, shapes))
+    network.to(dtype or (formats.pop() if len(formats) == 1 else torch.float32))
+    load_into(network, bagel.to_ours(stream(files)), str(folder))
+    return network
+
+
+def release_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> NetworkConfig:
+    """Sizes by a release's two configurations, and by its tensors for what they do not say or say differently (the
+    published vision configuration counts a layer that the weights leave out)."""
+    llm, vision = (json.loads((folder / name).read_text(encoding="utf-8")) for name in CONFIGS)
+    try:
+        token, width = shapes["llm2vae.weight"]
+        side = round(shapes["latent_pos_embed.pos_embed"][0] ** 0.5)
+        vision_side = round(shapes["vit_model.vision_model.embeddings.position_embedding.weight"][0] ** 0.5)
+        vocabulary = shapes["language_model.model.embed_tokens.weight"][0]
+    except KeyError as error:
+        raise UserError(f"{folder / WEIGHTS}: no BAGEL checkpoint ({error.args[0]} is missing)") from error
+    if width != llm["hidden_size"]:
+        raise UserError(
+            f"{folder}: {CONFIGS[0]} says hidden_size {llm['hidden_size']}, {WEIGHTS} has {width}; files of two models"
+        )
+    names = {field.name for field in dataclasses.fields(MoTConfig)}
+    vision_names = {field.name for field in dataclasses.fields(SigLIPConfig)}
+    known = {key: value for key, value in llm.items() if key in names}
+    seen = {key: value for key, value in vision.items() if key in vision_names}
+    known |= {"vocab_size": vocabulary, "num_hidden_layers": _layers(shapes, "language_model.")}
+    known["tied"] = "language_model.lm_head.weight" not in shapes
+    seen |= {"num_hidden_layers": _layers(shapes, "vit_model."), "image_size": vision_side * vision["patch_size"]}
+    return NetworkConfig(
+        llm=read(MoTConfig, known, CONFIGS[0]),
+        vision=read(SigLIPConfig, seen, CONFIGS[1]),
+        latent_channels=token // 4,
+        latent_side=side,
+    )
+
+
+def _layers(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
+    found = [_LAYER.match(name) for name in shapes if name.startswith(prefix)]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def _start(network: BagelNetwork, init: dict[str, str]) -> None:
+    """Plain models as a start: a Qwen2.5 for both experts, a SigLIP for the vision tower."""
+    for name in init:
+        if name not in INITS:
+            raise unknown("part", name, INITS, "init")
+    if "llm" in init:
+        files = weight_files(locate(init["llm"]))
+        load_into(network, _with_head(bagel.from_qwen(stream(files)), network.config.llm.tied), init["llm"], _not_qwen)
+        network.llm.copy_to_gen()
+    if "vision" in init:
+        files = weight_files(locate(init["vision"]))
+        tensors = bagel.from_siglip(stream(files), network.config.vision.num_hidden_layers)
+        load_into(network, tensors, init["vision"], lambda name: not name.startswith("vision."))
+
+
+def _not_qwen(name: str) -> bool:
+    """Parameters that a plain Qwen2.5 does not have."""
+    own = name.startswith("llm.") and ".gen." not in name and name != "llm.norm_gen.weight"
+    return not own or name.endswith((".q_norm.weight", ".k_norm.weight"))
+
+
+def _with_head(tensors: Iterator[tuple[str, Tensor]], tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """A model whose scores are its embedding gives it for both, where ours keeps two."""
+    embedding: Tensor | None = None
+    for name, tensor in tensors:
+        if name == "llm.embed_tokens.weight":
+            embedding = tensor
+        if name == "llm.lm_head.weight":
+            tied = True
+        yield name, tensor
+    if not tied and embedding is not None:
+        yield "llm.lm_head.weight", embedding
+
+
+def export_bagel(system: BagelSystem, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a system in the layout of BAGEL's release; weights that were read from one come out to the bit.
+
+    Raises:
+        UserError: another system or autoencoder, adapters that are not merged, or a folder that exists.
+    """
+    if system.origins["autoencoder"]["kind"] != "flux":
+        raise UserError(f"{folder}: BAGEL's layout holds a 'flux' autoencoder, this system has another")
+    if "lora" in system.named_parts():
+        raise UserError(f"{folder}: BAGEL's layout has no place for LoRA adapters; merge them first")
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder")
+    assert isinstance(system.autoencoder, KLAutoencoder)
+    model = system.autoencoder.model
+    source = system.origins["network"].get("weights")
+    like = locate(source) if source else None
+
+    def write(place: Path) -> None:
+        weights = bagel.to_published(own_tensors(system.network).items())
+        write_tensors(place, weights, WEIGHTS.removesuffix(".safetensors"), dtype, shard_bytes=1 << 62)
+        levels = len(model.config.block_out_channels)
+        latents = flux_autoencoder.to_published(model.state_dict().items(), levels)
+        write_tensors(place, latents, AUTOENCODER.removesuffix(".safetensors"), shard_bytes=1 << 62)
+        llm, vision = plain_configs(system.network.config)
+        for name, values in zip(CONFIGS, (llm, vision), strict=True):
+            if like is not None:
+                shutil.copyfile(like / name, place / name)
+            else:
+                (place / name).write_text(json.dumps(values, indent=1))
+        if system.tokenizer is not None:
+            system.tokenizer.save_pretrained(str(place))
+
+    atomic_folder(folder, write)
+
+
+def plain_configs(config: NetworkConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """llm_config.json and vit_config.json; the latter counts the layer that the weights leave out, as published."""
+    llm = {key: value for key, value in dataclasses.asdict(config.llm).items() if key not in ("tied", "init")}
+    vision = {key: value for key, value in dataclasses.asdict(config.vision).items() if key != "init"}
+    vision["num_hidden_layers"] += 1
+    return {**llm, "tie_word_embeddings": config.llm.tied, "qk_norm": True}, {**vision, "rope": False}

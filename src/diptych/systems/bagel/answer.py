@@ -1,0 +1,72 @@
+"""Text after a context: greedy, several contexts at once, each token's keys and values kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diptych.parts.backbones.attention import RowAttention
+from diptych.systems.bagel.context import Context, condition
+from diptych.systems.bagel.items import Markers
+from diptych.systems.bagel.network import BagelNetwork
+
+
+@dataclass(frozen=True)
+class Written:
+    """fed: for each context the tokens that were fed, bos first and without the end token. logits: (steps, B, V)."""
+
+    fed: list[list[int]]
+    logits: Tensor
+
+
+@torch.no_grad()
+def write(
+    network: BagelNetwork,
+    markers: Markers,
+    contexts: Sequence[Context],
+    *,
+    most: int,
+    ends: Collection[int],
+    keep_logits: bool = False,
+) -> Written:
+    """Continue contexts greedily.
+
+    A bos token is fed on each context's next rotary id, then each token that was found, until all rows have found one
+    of `ends` or `most` tokens were fed, the bos among them; the token found last is not fed.
+    """
+    state = condition(contexts)
+    layers, mask, ids = state.layers, state.mask, state.starts
+    batch, device = state.batch_size, network.device
+    tokens = torch.full((batch,), markers.bos, device=device)
+    stop = torch.tensor(sorted(ends), device=device)
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    fed: list[Tensor] = []
+    logits: list[Tensor] = []
+    none = torch.zeros(0, network.config.llm.hidden_size, dtype=network.dtype, device=device)
+    for step in range(most):
+        fed.append(tokens)
+        attention = RowAttention(batch, 1, layers, mask, keep=True)
+        hidden, _ = network.llm(network.llm.embed_tokens(tokens), none, ids + step, attention)
+        layers = tuple(attention.kept)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+        scores = network.llm.lm_head(hidden)  # (B, V)
+        if keep_logits:
+            logits.append(scores)
+        tokens = scores.argmax(-1)
+        done = done | torch.isin(tokens, stop)
+        if bool(done.all()):
+            break
+    rows = torch.stack(fed, dim=1).tolist() if fed else [[] for _ in range(batch)]
+    return Written([_until(row, ends) for row in rows], torch.stack(logits) if logits else torch.zeros(0))
+
+
+def _until(row: list[int], ends: Collection[int]) -> list[int]:
+    """Up to the first end token after the bos, which may be an end token itself."""
+    for place, token in enumerate(row[1:], start=1):
+        if token in ends:
+            return row[:place]
+    return row

@@ -1,0 +1,138 @@
+"""What a BAGEL system does with its parts, and the sizes at which it looks at images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.core.errors import UserError
+from diptych.objectives.flow_matching import Prediction
+from diptych.parts.backbones.attention import Kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How an image is resized before it is read: sides in pixels, aspect ratio kept as far as the stride lets it.
+
+    longest: of the long side. shortest: of the short side, where the longest allows it. area: of all images of a sample
+    together, in pixels.
+    """
+
+    longest: int
+    shortest: int
+    area: int = 14 * 14 * 9 * 1024
+
+    def fit(self, height: int, width: int, stride: int, images: int = 1) -> tuple[int, int]:
+        """(height, width) to resize to, both multiples of `stride`.
+
+        Never enlarged to reach `longest`, only to reach `shortest`; the area rule multiplies both sides by the excess
+        itself rather than its root, as the published transform does.
+
+        Args:
+            images: in the sample.
+        """
+        scale = min(self.longest / max(height, width), 1.0)
+        scale = max(scale, self.shortest / min(height, width))
+        height, width = _scaled(height, width, scale, stride)
+        allowed = self.area / images
+        if height * width > allowed:
+            height, width = _scaled(height, width, allowed / (height * width), stride)
+        if max(height, width) > self.longest:
+            height, width = _scaled(height, width, self.longest / max(height, width), stride)
+        return height, width
+
+    def resize(self, image: Tensor, stride: int, images: int = 1) -> Tensor:
+        """An image (3, H, W) in [-1, 1] at the size of `fit`, bicubic with antialiasing."""
+        size = self.fit(image.shape[1], image.shape[2], stride, images)
+        if size == tuple(image.shape[1:]):
+            return image
+        resized = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True, align_corners=False)
+        return resized[0].clamp(-1, 1)
+
+
+def _scaled(height: int, width: int, scale: float, stride: int) -> tuple[int, int]:
+    def side(length: int) -> int:
+        return max(stride, round(round(length * scale) / stride) * stride)
+
+    return side(height), side(width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """Special tokens of the tokenizer, and what is said before a request that should be thought over.
+
+    The published weights were tuned with instructions of their own release; give them here for its thinking mode.
+    """
+
+    bos: str = "<|im_start|>"
+    eos: str = "<|im_end|>"
+    start_image: str = "<|vision_start|>"
+    end_image: str = "<|vision_end|>"
+    think_answer: str = "Reason about the question inside <think> and </think>, then answer it."
+    think_image: str = "Plan the image inside <think> and </think>, then make it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagelConfig:
+    """Options of a BAGEL system; the defaults are the published ones.
+
+    wording: special tokens and instructions.
+    vision_size, latent_size: of images that are read, by the vision tower and as latents.
+    prediction: what the latents' output means; BAGEL's is the velocity.
+    drop_text, drop_vision, drop_latent: chance of each text and each reading of an image to be left out in training, so
+    that guidance has something to compare with (an image keeps its rotary id).
+    time_mean, time_std, time_shift: logit-normal times of targets, and their shift.
+    mean: losses are means over tokens, over samples of a task, or (cross-entropy) with weights 1 / sqrt(tokens).
+    row_tokens: most tokens of a packed row. sample_tokens: most tokens of a sample.
+    attention: kernel for packed rows. cache_tokens: contexts that are kept for later requests, in tokens.
+    """
+
+    wording: Wording = field(default_factory=Wording)
+    vision_size: Sizes = field(default_factory=lambda: Sizes(longest=980, shortest=224))
+    latent_size: Sizes = field(default_factory=lambda: Sizes(longest=1024, shortest=512))
+    prediction: Prediction = "velocity"
+    drop_text: float = 0.1
+    drop_vision: float = 0.3
+    drop_latent: float = 0.3
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+    mean: Literal["token", "sample", "root"] = "token"
+    row_tokens: int = 36_864
+    sample_tokens: int = 16_384
+    attention: Kernel = "auto"
+    cache_tokens: int = 32_768
+
+    def __post_init__(self) -> None:
+        for name in ("drop_text", "drop_vision", "drop_latent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.sample_tokens <= self.row_tokens:
+            raise UserError(
+                f"sample_tokens {self.sample_tokens} must be above 0 and at most row_tokens {self.row_tokens}"
+            )
+
+
+def token_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Sums of values (E,) by owner (E,) into (count,)."""
+    return values.new_zeros(count).index_add(0, owner, values)
+
+
+def per_sample(sums: Tensor, weights: Tensor, way: Literal["token", "sample", "root"]) -> Tensor:
+    """One value for each sample from its sum (B,) and its weight (B,), its number of tokens.
+
+    `sample`: the mean over its tokens. Otherwise scaled so that the mean over samples is the mean over all tokens.
+    """
+    if way == "sample":
+        return sums / weights.clamp_min(1)
+    return sums * (len(sums) / weights.sum().clamp_min(math.ulp(1.0)))
+
+
+def owners(places: Tensor, samples: tuple[int, ...]) -> Tensor:
+    """Which sample of a row each place belongs to."""
+    return torch.bucketize(places, torch.tensor(samples).cumsum(0), right=True)

@@ -1,0 +1,327 @@
+"""BAGEL (Deng et al. 2025, arXiv 2505.14683): one language model of two experts understands, generates and edits.
+
+    texts, images (vision tokens, clean latents), noisy latents -> one packed row -> scores of tokens, velocities
+
+A request is read once into keys and values; noisy latents then attend to them at every step. Deviations from the
+published code: images to be read are encoded one by one (there they are padded to one size, which touches the smaller
+ones), and as the posterior's mode (there a sample).
+
+B batch, C latent channels, h and w latent sides, N latent tokens of an image, c numbers in a latent token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from diptych.checkpoints.tensors import own_tensors, write_tensors
+from diptych.core.condition import Condition
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.core.packing import rows_within
+from diptych.core.patchify import patchify, unpatchify
+from diptych.core.positions import grid_ids, stretched_ids
+from diptych.core.sample import Batch, Message, Sample, Task
+from diptych.objectives import flow_matching
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.backbones.mot import MoT
+from diptych.systems.bagel.answer import write
+from diptych.systems.bagel.config import BagelConfig, Wording, owners, per_sample, token_sums
+from diptych.systems.bagel.context import CacheCondition, ContextStore, Piece, condition, read
+from diptych.systems.bagel.examples import Example, Reader, find_markers
+from diptych.systems.bagel.items import Markers, Pack, pack
+from diptych.systems.bagel.network import BagelNetwork, States
+from diptych.systems.base import LORA, AssembledSystem, Dropped, Thinker
+
+
+class BagelSystem(AssembledSystem, Thinker):
+    """See the module's docstring. `origins` holds the configuration of `network` and `autoencoder`."""
+
+    kind: ClassVar[str] = "bagel"
+    tasks: ClassVar[tuple[Task, ...]] = ("text_to_image", "edit", "understand")
+    components: ClassVar[tuple[str, ...]] = ("network", "autoencoder")
+
+    def __init__(
+        self,
+        config: BagelConfig,
+        *,
+        network: BagelNetwork,
+        autoencoder: Autoencoder,
+        tokenizer: PreTrainedTokenizerBase | None,
+        origins: dict[str, Any],
+    ) -> None:
+        """`tokenizer` may be None on the meta device, where nothing is read."""
+        super().__init__()
+        if autoencoder.channels != network.config.latent_channels:
+            raise UserError(
+                f"the network takes {network.config.latent_channels} latent channels, "
+                f"the autoencoder gives {autoencoder.channels}"
+            )
+        if tokenizer is not None and len(tokenizer) > network.config.llm.vocab_size:
+            raise UserError(f"tokenizer has {len(tokenizer)} tokens, but vocab_size is {network.config.llm.vocab_size}")
+        self.settings: BagelConfig = config
+        self.network = network
+        self.autoencoder = autoencoder
+        self.tokenizer = tokenizer
+        self.origins = origins
+        self.store = ContextStore(config.cache_tokens)
+        self._markers: tuple[Wording, Markers] | None = None
+
+    @property
+    def token_side(self) -> int:
+        return self.network.config.latent_patch
+
+    @property
+    def image_step(self) -> int:
+        return self.autoencoder.factor * self.token_side
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        step, side = self.image_step, self.network.config.latent_side
+        if height % step or width % step or height <= 0 or width <= 0:
+            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
+        if max(height, width) > step * side and not self.network.config.stretched:
+            raise UserError(f"size {height}x{width} is more than this model's {step * side} pixels along a side")
+        return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+
+    @property
+    def decoder(self) -> MoT:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What may recompute its activations in the backward pass."""
+        return self.network.llm
+
+    @property
+    def reader(self) -> Reader:
+        """Texts and images as tokens."""
+        assert self.tokenizer is not None, "a system on the meta device reads nothing"
+        wording = self.settings.wording
+        if self._markers is None or self._markers[0] != wording:
+            self._markers = (wording, find_markers(self.tokenizer, wording))
+        return Reader(self.tokenizer, self._markers[1], self.network.config, self.to_latents, self.image_step)
+
+    # Requests
+
+    def encode(self, batch: Batch, draws: Draws | None = None) -> CacheCondition:
+        reader = self.reader
+        if draws is not None:
+            requests = [self._dropped(sample, draws.take([row])) for row, sample in enumerate(batch)]
+        else:
+            requests = [self._pieces(sample) for sample in batch]
+        if torch.is_grad_enabled() or draws is not None:
+            contexts = self.store.fresh(self.network, len(requests))
+            return condition(read(self.network, reader.markers, contexts, requests))
+        self.store.limit = self.settings.cache_tokens
+        return condition(self.store.contexts(self.network, reader.markers, requests))
+
+    def without(self, batch: Batch, dropped: Dropped) -> Batch:
+        def strip(sample: Sample) -> Sample:
+            system = tuple(message for message in sample.messages if message.role == "system")
+            if dropped == "text":
+                return replace(sample, text="", messages=system)
+            if dropped == "images":
+                return replace(sample, task="text_to_image", context_images=(), messages=system)
+            return replace(sample, task="text_to_image", text="", context_images=(), messages=())
+
+        return Batch(tuple(strip(sample) for sample in batch))
+
+    def _pieces(self, sample: Sample) -> list[Piece]:
+        if sample.task == "edit" and not sample.context_images:
+            raise UserError(f"{sample.id}: task 'edit' needs an image to edit")
+        reader = self.reader
+        return reader.pieces(reader.request(sample), self.settings, draw=True, where=sample.id)
+
+    def _dropped(self, sample: Sample, draws: Draws) -> list[Piece]:
+        """Pieces of a request with the drops of training; a dropped image's rotary id is not kept here."""
+        settings, pieces = self.settings, self._pieces(sample)
+        chances = {"text": settings.drop_text, "vision": settings.drop_vision, "latent": settings.drop_latent}
+        drawn = draws.uniform("drop", len(pieces))[0].tolist()
+        return [x for x, u in zip(pieces, drawn, strict=True) if u >= chances[x.key.split()[0]]]
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, CacheCondition)
+        patch, config = self.token_side, self.network.config
+        rows, columns = x.shape[2] // patch, x.shape[3] // patch
+        places = stretched_ids if config.stretched else grid_ids
+        output = self.network.query(
+            patchify(x, patch, "pqc"),
+            t,
+            places(rows, columns, config.latent_side),
+            condition.starts,
+            self.reader.markers,
+            condition.layers,
+            condition.mask,
+        )
+        output = unpatchify(output.to(x.dtype), patch, "pqc", rows, columns)
+        return flow_matching.to_velocity(output, x, t, self.settings.prediction)
+
+    def generate_text(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Tensor]],
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        reader = self.reader
+        requests: list[list[Piece]] = []
+        for number, (messages, pictures) in enumerate(zip(conversations, images, strict=True)):
+            where = f"conversation {number}"
+            parts = reader.conversation(messages, pictures, where)
+            requests.append(reader.pieces(parts, self.settings, draw=False, where=where))
+        return self._write(requests, max_new_tokens)
+
+    @torch.no_grad()
+    def _write(self, requests: Sequence[Sequence[Piece]], most: int) -> list[str]:
+        assert self.tokenizer is not None
+        reader = self.reader
+        contexts = self.store.contexts(self.network, reader.markers, requests)
+        room = self.network.config.llm.max_position_embeddings - max(context.position for context in contexts)
+        if room < 1:
+            raise UserError(
+                f"a conversation leaves no room to answer in {room + max(c.position for c in contexts)} tokens"
+            )
+        written = write(self.network, reader.markers, contexts, most=min(most + 1, room), ends={reader.markers.eos})
+        fed = [row[1:] for row in written.fed]
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in fed]
+
+    def thinking(self, conversation: Sequence[Message]) -> list[Message]:
+        return [Message(role="system", text=self.settings.wording.think_answer), *conversation]
+
+    def think(self, batch: Batch, most: int) -> Batch:
+        plan = Message(role="system", text=self.settings.wording.think_image)
+        asked = [replace(sample, messages=(plan, *sample.messages)) for sample in batch]
+        thoughts = self._write([self._pieces(sample) for sample in asked], most)
+        return Batch(
+            tuple(
+                replace(sample, messages=(*sample.messages, Message(role="assistant", text=thought)))
+                for sample, thought in zip(asked, thoughts, strict=True)
+            )
+        )
+
+    # Training
+
+    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        reader, settings = self.reader, self.settings
+        examples = [reader.example(sample, settings, draws.take([i])) for i, sample in enumerate(batch)]
+        rows = rows_within([example.cost for example in examples], settings.row_tokens)
+        flow, flow_weight, told, told_weight = (torch.zeros(len(batch), device=self.device) for _ in range(4))
+        for row in rows:
+            where = torch.tensor(row, device=self.device)
+            sums = self._row([examples[i] for i in row], draws.take(row))
+            flow = flow.index_add(0, where, sums[0])
+            flow_weight = flow_weight.index_add(0, where, sums[1])
+            told = told.index_add(0, where, sums[2])
+            told_weight = told_weight.index_add(0, where, sums[3])
+        terms: dict[str, Tensor] = {}
+        drawn = batch.rows("text_to_image", "edit")
+        if drawn:
+            values = per_sample(flow[drawn], flow_weight[drawn], "sample" if settings.mean == "sample" else "token")
+            place = {row: number for number, row in enumerate(drawn)}
+            for task in ("text_to_image", "edit"):
+                if found := [place[row] for row in batch.rows(task)]:
+                    terms[f"flow.{task}"] = values[found]
+        if asked := batch.rows("understand"):
+            terms["cross_entropy.understand"] = per_sample(told[asked], told_weight[asked], settings.mean)
+        return terms
+
+    def _row(self, examples: Sequence[Example], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums and weights of squared errors and of cross-entropies of a packed row, each (samples,)."""
+        network, settings = self.network, self.settings
+        row = pack(
+            [example.items for example in examples],
+            self.reader.markers,
+            network.sides(),
+        )
+        patches = [x for example in examples for x in example.patches]
+        clean = [x for example in examples for x in example.latents]
+        latents = noise = times = noisy = None
+        if clean:
+            latents = torch.cat(clean).to(self.device)  # (N, c)
+            noise = torch.cat(self._noise(examples, draws)).to(self.device)
+            times = row.token_times(self._times(examples, draws))  # (N,)
+            noisy = (1 - times[:, None]) * latents + times[:, None] * noise
+        states = network.run(row, torch.cat(patches) if patches else None, noisy, times, kernel=settings.attention)
+        flow, flow_weight = (torch.zeros(len(examples), device=self.device) for _ in range(2))
+        if latents is not None and noise is not None and times is not None and noisy is not None:
+            found = torch.searchsorted(row.latent_places, row.flow_places).to(self.device)
+            errors = self._flow_errors(states, found, latents, noise, noisy, times)
+            owner = owners(row.flow_places, row.samples).to(self.device)
+            flow = token_sums(errors, owner, len(examples))
+            flow_weight = token_sums(torch.ones_like(errors), owner, len(examples))
+        told, told_weight = self._told(row, states, len(examples))
+        return flow, flow_weight, told, told_weight
+
+    def _flow_errors(
+        self, states: States, found: Tensor, latents: Tensor, noise: Tensor, noisy: Tensor, times: Tensor
+    ) -> Tensor:
+        """Squared velocity error of each token to denoise, mean over its channels, (tokens,) in float32."""
+        output = self.network.port.leave(states.latent[found]).float()[..., None]  # (n, c, 1): a token is an image
+        data, noise, noisy, t = (x[found].float() for x in (latents, noise, noisy, times))
+        prediction = self.settings.prediction
+        return flow_matching.velocity_loss(output, data[..., None], noise[..., None], noisy[..., None], t, prediction)
+
+    def _told(self, row: Pack, states: States, count: int) -> tuple[Tensor, Tensor]:
+        """Sums and weights of the cross-entropies of a row, each (samples,)."""
+        if len(row.labels) == 0:
+            zero = torch.zeros(count, device=self.device)
+            return zero, zero
+        found = torch.searchsorted(row.text_places, row.learned_places).to(self.device)
+        logits = self.network.llm.lm_head(states.text[found]).float()  # (E, V)
+        losses = F.cross_entropy(logits, row.labels.to(self.device), reduction="none")
+        owner = owners(row.learned_places, row.samples).to(self.device)
+        weights = row.label_weights.to(self.device) if self.settings.mean == "root" else torch.ones_like(losses)
+        return token_sums(losses * weights, owner, count), token_sums(weights, owner, count)
+
+    def _noise(self, examples: Sequence[Example], draws: Draws) -> list[Tensor]:
+        """Noise of every latent item, (n, c) each; zeros where an image is read."""
+        found: list[Tensor] = []
+        for number, example in enumerate(examples):
+            for place, latent in enumerate(example.latents):
+                target = place == len(example.latents) - 1
+                own = draws.take([number]).normal("noise", *latent.shape)[0].to(latent) if target else None
+                found.append(torch.zeros_like(latent) if own is None else own)
+        return found
+
+    def _times(self, examples: Sequence[Example], draws: Draws) -> Tensor:
+        """A time for each sample with a target, in order."""
+        settings = self.settings
+        rows = [number for number, example in enumerate(examples) if example.latents]
+        return flow_matching.logit_normal_times(
+            draws.take(rows).normal("time"),
+            mean=settings.time_mean,
+            std=settings.time_std,
+            shift=settings.time_shift,
+        ).to(self.device)
+
+    # Structure
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        network = self.network
+        parts: dict[str, nn.Module] = {
+            "llm": network.llm.und_modules(),
+            "decoder": nn.ModuleList([network.llm.gen_modules(), network.port]),
+            "vision": network.vision,
+            "connector": network.connector,
+            "autoencoder": self.autoencoder,
+        }
+        adapters = [p for name, p in network.named_parameters() if LORA in name]
+        if adapters:
+            own = set(adapters)
+            for name in ("llm", "decoder"):
+                parts[name] = nn.ParameterList([p for p in parts[name].parameters() if p not in own])
+            parts["lora"] = nn.ParameterList(adapters)
+        return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        return [*self.network.llm.layers, *self.network.vision.layers]
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
+        write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if self.stores(k)), dtype=dtype)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))

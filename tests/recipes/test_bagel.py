@@ -1,0 +1,168 @@
+"""BAGEL's folders: the release's layout there and back to the bit, saved models, plain models as a start, sizes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from diptych.checkpoints.bagel import our_name, published_name, to_published
+from diptych.checkpoints.flux_autoencoder import diffusers_config
+from diptych.checkpoints.flux_autoencoder import to_published as flux_published
+from diptych.checkpoints.streaming import stream
+from diptych.checkpoints.tensors import own_tensors
+from diptych.core.errors import UserError
+from diptych.parts.autoencoders.kl import KLAutoencoder
+from diptych.recipes import bagel
+from diptych.recipes.build import build_system
+from diptych.recipes.load import load_system
+from diptych.systems.bagel.network import BagelNetwork
+from diptych.systems.bagel.system import BagelSystem
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "systems" / "bagel"))
+from bagel_system import NETWORK, build, tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bagel"
+SIZES = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "latent_channels": 4}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of tiny sizes in bfloat16, with the published files."""
+    from diptych.recipes.schema import read
+    from diptych.systems.bagel.network import NetworkConfig
+
+    folder = tmp_path_factory.mktemp("bagel") / "release"
+    folder.mkdir()
+    torch.manual_seed(3)
+    config = read(NetworkConfig, {**NETWORK, "latent_channels": 4, "latent_patch": 2, "latent_side": 8}, "")
+    network = BagelNetwork(config).to(torch.bfloat16)
+    save_file(
+        {k: v.detach().clone() for k, v in to_published(own_tensors(network).items())}, folder / "ema.safetensors"
+    )
+    autoencoder = KLAutoencoder.from_config(diffusers_config(**SIZES))  # type: ignore[arg-type]
+    latents = {k: v.clone() for k, v in flux_published(autoencoder.model.state_dict().items(), 2)}
+    save_file(latents, folder / "ae.safetensors")
+    llm, vision = bagel.plain_configs(config)
+    (folder / "llm_config.json").write_text(json.dumps({**llm, "attention_dropout": 0.0}))
+    (folder / "vit_config.json").write_text(json.dumps({**vision, "model_type": "siglip_vision_model"}))
+    own = tokenizer()
+    own.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_release_is_loaded_and_exported_to_the_bit(release: Path, tmp_path: Path) -> None:
+    system, sampling = load_system(str(release))
+    assert isinstance(system, BagelSystem)
+    assert sampling == bagel.SAMPLING
+    assert system.network.dtype == torch.bfloat16
+    assert system.network.config.vision.num_hidden_layers == NETWORK["vision"]["num_hidden_layers"]
+    bagel.export_bagel(system, tmp_path / "out")
+    for name in ("ema.safetensors", "ae.safetensors"):
+        before, after = load_file(release / name), load_file(tmp_path / "out" / name)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            assert value.dtype == after[key].dtype
+            assert torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)), key
+    for name in bagel.CONFIGS:
+        assert (release / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        bagel.export_bagel(system, tmp_path / "out")
+
+
+def test_a_model_that_refers_to_a_release_holds_no_weights_of_it(release: Path, tmp_path: Path) -> None:
+    system, _ = load_system(str(release))
+    system.save_pretrained(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 1000
+    again, _ = load_system(str(tmp_path))
+    same(system.state_dict(), again.state_dict())
+
+
+def test_a_saved_model_comes_back(tmp_path: Path) -> None:
+    system = build()
+    system.own(system.named_parts())
+    system.save_pretrained(tmp_path)
+    again, _ = load_system(str(tmp_path))
+    assert isinstance(again, BagelSystem)
+    assert again.settings == system.settings
+    same(system.state_dict(), again.state_dict())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def damaged(release: Path, folder: Path, change: Any) -> Path:
+    for path in release.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(release / "ema.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "ema.safetensors")
+    return folder
+
+
+def test_mixed_checkpoints_are_named(release: Path, tmp_path: Path) -> None:
+    gone = "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"
+    cases = {
+        "missing": (lambda x: x.pop(gone), r"1 missing \(llm.layers.1.gen.up_proj.weight\)"),
+        "more": (lambda x: x.update({"sam.weight": torch.zeros(1)}), r"1 unexpected \(sam.weight\)"),
+        "shape": (lambda x: x.update({gone: torch.zeros(2, 2)}), "has shape \\[2, 2\\]"),
+        "other": (lambda x: x.update({"llm2vae.weight": torch.zeros(16, 64)}), "files of two models"),
+        "none": (lambda x: x.pop("llm2vae.weight"), "no BAGEL checkpoint"),
+    }
+    for name, (change, message) in cases.items():
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=message):
+            bagel.load_network(damaged(release, tmp_path / name, change))
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    damaged(release, cut, lambda x: None)
+    data = (cut / "ema.safetensors").read_bytes()
+    (cut / "ema.safetensors").write_bytes(data[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        bagel.load_network(cut)
+
+
+def test_streamed_tensors_are_the_files(release: Path) -> None:
+    same(dict(stream([release / "ema.safetensors"])), load_file(release / "ema.safetensors"))
+
+
+def test_both_experts_start_from_a_plain_qwen(tmp_path: Path) -> None:
+    values = {k: v for k, v in NETWORK["llm"].items() if k != "init"}
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        plain = Qwen2ForCausalLM(Qwen2Config(**values, tie_word_embeddings=tied))
+        plain.save_pretrained(folder)
+        system = build(init={"llm": str(folder)})
+        for number, layer in enumerate(system.network.llm.mot_layers()):
+            expected = plain.model.layers[number].self_attn.q_proj.weight
+            assert torch.equal(layer.und.q_proj.weight, expected)
+            same(layer.und.state_dict(), layer.gen.state_dict())
+        assert torch.equal(system.network.llm.lm_head.weight, plain.lm_head.weight)
+        assert torch.equal(system.network.llm.norm_gen.weight, plain.model.norm.weight)
+    with pytest.raises(UserError, match="init: unknown part 'vit'"):
+        build(init={"vit": "x"})
+
+
+def test_published_sizes_and_names() -> None:
+    system = build_system(bagel.release_spec("ByteDance-Seed/BAGEL-7B-MoT"), meta=True)
+    assert isinstance(system, BagelSystem)
+    network = system.network
+    shapes = {name: list(tensor.shape) for name, tensor in own_tensors(network).items()}
+    assert all(tensor.is_meta for tensor in own_tensors(network).values())
+    published = {published_name(name): shape for name, shape in shapes.items()}
+    assert all(our_name(name) in shapes for name in published)
+    assert published == json.loads((GOLDEN / "key_shapes.json").read_text())
+    layers = sum(p.numel() for p in network.llm.layers.parameters())
+    assert layers == pytest.approx(13.05e9, rel=1e-3)
+    assert sum(p.numel() for p in network.vision.parameters()) == pytest.approx(402.6e6, rel=1e-3)
+    assert sum(p.numel() for p in network.connector.parameters()) == pytest.approx(17e6, rel=1e-2)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(14.607e9, rel=1e-4)
