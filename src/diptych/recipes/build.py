@@ -273,7 +273,7 @@ def _omnigen2_decoder(part: Part, width: int, meta: bool) -> tuple[OmniGen2, dic
 def _diffusers_part(cls: Any, part: Part, meta: bool) -> tuple[Any, dict[str, Any]]:
     if part.weights and not meta:
         built = cls.from_pretrained(locate(part.weights), subfolder=part.subfolder)
-        return built, built.config
+        return built, {key: value for key, value in built.model.config.items() if not key.startswith("_")}
     config = part.config or published_config(part.weights, part.subfolder)
     with torch.device("meta" if meta else "cpu"):
         return cls.from_config(config), config
