@@ -11,6 +11,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("image", metavar="IMAGE", help="the image to change")
     parser.add_argument("instruction", metavar="INSTRUCTION", help='what to change, in quotes: "make the circle blue"')
+    parser.add_argument(
+        "--also", metavar="IMAGE", action="append", default=[], help="a further image that the instruction refers to"
+    )
     parser.add_argument("--n", type=int, default=1, help="images (1)")
     parser.add_argument("--image-cfg", type=float, help="image guidance scale, 1 for text guidance alone")
     parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
@@ -32,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("the instruction is empty")
     settings = options.sampling(args)
     files = options.destinations(args.out, f"{Path(args.image).stem}-edited", args.n)
-    image = options.read_picture(args.image)
+    pictures = [options.read_picture(path) for path in (args.image, *args.also)]
     engine = options.open_model(args)
     names = scale_names(engine.system, args.scales or "last")
     with bar("edit") as told:
-        images = engine.edit(image, args.instruction, n=args.n, seed=args.seed, progress=told, **settings)
+        images = engine.edit(pictures, args.instruction, n=args.n, seed=args.seed, progress=told, **settings)
     facts = {"instruction": args.instruction, "model": args.model, "seed": args.seed, "sampling": settings}
     options.save_pictures(images, options.by_scale(files, names), facts)
     return 0

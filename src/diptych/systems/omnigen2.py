@@ -39,7 +39,7 @@ DRAWN: tuple[Task, ...] = ("text_to_image", "edit")
 class OmniGen2Settings:
     """What the system does with its parts; the defaults are those of the released pipelines and fine-tuning.
 
-    system: the system prompt. system_dropped: the one of prompts that training drops.
+    system: the system prompt, "" for none. system_dropped: the one of prompts that training drops.
     seen: what the MLLM is shown of reference images: `none` (the released editing pipeline), `dropped`: it reads them,
     and their states are left out (the released chat pipeline), `kept`: they stay in (SGT's training).
     references: whether the decoder reads the latents of reference images.
@@ -144,13 +144,14 @@ class OmniGen2System(AssembledSystem):
 
     def _states(self, batch: Batch, dropped: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Last hidden states (B, L, D) of the prompts and their mask (B, L)."""
+        systems = [self.settings.system_dropped if off else self.settings.system for off in dropped]
         shown = [() if self.settings.seen == "none" else sample.context_images for sample in batch]
         conversations = [
             [
-                Message(role="system", text=self.settings.system_dropped if off else self.settings.system),
+                *([Message(role="system", text=system)] if system else []),
                 Message(role="user", text=IMAGE_PLACEHOLDER * len(images) + sample.text),
             ]
-            for sample, images, off in zip(batch, shown, dropped, strict=True)
+            for sample, images, system in zip(batch, shown, systems, strict=True)
         ]
         sequences = self.backbone.tokenize(conversations, images=shown).to(self.device)
         with nullcontext() if trains(self.backbone) else torch.no_grad():
