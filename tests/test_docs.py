@@ -23,7 +23,17 @@ from diptych.core.sample import TASKS, Task
 from diptych.data.rows import KEYS, parse_row
 from diptych.inference.engine import Engine, Sampling
 from diptych.recipes import recipe, study
-from diptych.recipes.recipe import ComposedSpec, DataSpec, MLLMSpec, OmniGen2Spec, Part, Recipe, SourceSpec, StageSpec
+from diptych.recipes.recipe import (
+    BagelSpec,
+    ComposedSpec,
+    DataSpec,
+    MLLMSpec,
+    OmniGen2Spec,
+    Part,
+    Recipe,
+    SourceSpec,
+    StageSpec,
+)
 from diptych.recipes.schema import read
 from diptych.recipes.study import RunSpec, StudySpec, TaskSpec
 from diptych.systems.composed import Prompts
@@ -37,6 +47,7 @@ SECTIONS: dict[str, type] = {
     "### prompts": Prompts,
     "### Parts": Part,
     "## system, kind mllm": MLLMSpec,
+    "## system, kind bagel": BagelSpec,
     "## system, kind omnigen2": OmniGen2Spec,
     "## stages": StageSpec,
     "### optimizer": OptimizerConfig,

@@ -16,8 +16,8 @@ WHOLE: tuple[tuple[str, str], ...] = (
     ("language_model.lm_head.", "llm.lm_head."),
     ("language_model.model.norm.", "llm.norm."),
     ("language_model.model.norm_moe_gen.", "llm.norm_gen."),
-    ("vit_model.vision_model.embeddings.", "vision."),
     ("vit_model.vision_model.post_layernorm.", "vision.post_norm."),
+    ("vit_model.vision_model.embeddings.", "vision."),
     ("connector.", "connector."),
     ("time_embedder.mlp.0.", "port.time.fc1."),
     ("time_embedder.mlp.2.", "port.time.fc2."),
@@ -26,7 +26,7 @@ WHOLE: tuple[tuple[str, str], ...] = (
     ("latent_pos_embed.pos_embed", "latent_positions"),
     ("vit_pos_embed.pos_embed", "vision_positions"),
 )
-"""Beginnings of published names and of ours, one to one, outside the layers."""
+"""Beginnings of published names and of ours, one to one, outside the layers; the first that fits is taken."""
 
 LAYER: tuple[tuple[str, str], ...] = (
     ("self_attn.q_proj", "q_proj"),
