@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -39,6 +39,7 @@ def test_rows_are_the_references() -> None:
     assert packer.drawn == expected["uniform_draws_used"]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.lists(st.integers(1, 30), min_size=5, max_size=40))
 def test_a_stream_goes_on_from_its_state_and_keeps_the_budget(seed: int, costs: list[int]) -> None:
     budget = Budget(expected=40, most=50, sample=30, prefer_buffer=20, buffer=3)

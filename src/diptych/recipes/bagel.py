@@ -88,7 +88,8 @@ def build_bagel(
     if spec.network.lora:
         add_lora(network.llm, **spec.network.lora)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
-    origin = {**dataclasses.asdict(spec.network), "config": dataclasses.asdict(network.config)}
+    own = {"config": dataclasses.asdict(network.config), "tokenizer": None}  # a saved model brings its tokenizer's files
+    origin = {**dataclasses.asdict(spec.network), **own}
     return BagelSystem(
         BagelConfig(**fields),
         network=network,

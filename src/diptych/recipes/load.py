@@ -20,6 +20,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.inference.engine import Engine, Sampling
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
+from diptych.recipes import bagel
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
@@ -50,6 +51,8 @@ def load(model: str, *, device: str = "cpu") -> Engine:
 def load_system(model: str) -> tuple[System, Sampling]:
     """The system and its sampling defaults."""
     folder = locate(model)
+    if bagel.is_release(folder):
+        return build_system(bagel.release_spec(model)), bagel.SAMPLING
     if (folder / "config.json").is_file():
         return _from_folder(folder, model)
     if is_published(folder):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bagel_golden import Golden, item, raw_times
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
@@ -92,6 +92,7 @@ def test_a_grid_beyond_its_table_is_refused() -> None:
         Tables(latent=8, vision=10).places(item({"type": "vae_image", "hw": [144, 32]}, CONFIG))  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=6))
 def test_a_token_sees_itself_and_no_foreign_noise(splits: list[tuple[int, int]]) -> None:
     lengths, modes = [n for n, _ in splits], [mode for _, mode in splits]
@@ -104,6 +105,7 @@ def test_a_token_sees_itself_and_no_foreign_noise(splits: list[tuple[int, int]])
             assert bool(mask[query, key]) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(40, 90))
 def test_rows_hold_every_sample_once_within_the_budget(costs: list[int], budget: int) -> None:
     rows = rows_within(costs, budget)

@@ -162,6 +162,8 @@ class ContextStore:
     def _hold(self, keys: tuple[str, ...], context: Context) -> None:
         if any(held[: len(keys)] == keys for held in self.held) or not keys:
             return
+        for held in [held for held in self.held if keys[: len(held)] == held]:
+            del self.held[held]  # the new one begins with it
         self.held[keys] = context
         while self.held and sum(held.length for held in self.held.values()) > self.limit:
             self.held.popitem(last=False)
