@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 
 import torch
-from bagel_generation import MARKERS, network
 from torch.nn import functional as F
 
+from bagel_generation import MARKERS, network
 from diptych.systems.bagel.items import Item, Latent, Text, pack
 from diptych.systems.bagel.network import BagelNetwork
 
@@ -84,9 +84,8 @@ def main() -> None:
     print(f"{'batch':8} {'tokens run':>10} {'seconds':>8} {'real tokens/s':>14} {'loss':>9}")
     for name, row in results.items():
         row["tokens_per_second"] = real / row["seconds"]
-        print(
-            f"{name:8} {row['tokens_run']:10.0f} {row['seconds']:8.2f} {row['tokens_per_second']:14.0f} {row['loss']:9.5f}"
-        )
+        speed = row["tokens_per_second"]
+        print(f"{name:8} {row['tokens_run']:10.0f} {row['seconds']:8.2f} {speed:14.0f} {row['loss']:9.5f}")
     ratio = results["padded"]["seconds"] / results["packed"]["seconds"]
     print(f"ratio {ratio:.2f}")
     setting = {"samples": args.samples, "real_tokens": real, "width": args.width, "layers": args.layers}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
 from diptych.core.packing import padded, rows_within, sample_mask
+from diptych.parts.backbones.attention import visible
 from diptych.systems.bagel.config import Sizes
 from diptych.systems.bagel.items import Pack, Tables, next_position, pack
 
@@ -62,6 +63,15 @@ def test_rows_are_packed_as_the_reference_does(case: str) -> None:
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(got[name], value), name
+
+
+def test_the_mask_place_by_place_is_the_same() -> None:
+    for samples in GOLDEN.data["cases"].values():
+        row = packed(samples)
+        sees = visible(row.layout(), torch.device("cpu"))
+        place = torch.arange(row.length)
+        nothing = torch.zeros(1, dtype=torch.long)
+        assert torch.equal(sees(nothing, nothing, place[:, None], place[None, :]), row.mask())
 
 
 def test_next_position_is_where_the_row_goes_on() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.core.errors import UserError
-from diptych.core.packing import sample_mask, splits_by_sample
+from diptych.core.packing import Mode, sample_mask, splits_by_sample
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys (turned) and values of cached tokens, each (S, K, d)."""
@@ -146,9 +146,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def flex_mask(layout: PackLayout, device: torch.device) -> Any:
-    """The pack's mask as FlexAttention's blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask
+Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query place, key place) to whether the query sees the key: FlexAttention's form of a mask."""
+
+
+def visible(layout: PackLayout, device: torch.device) -> Visible:
+    """The pack's mask, place by place; the same as `diptych.core.packing.pack_mask`."""
 
     def spread(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
         return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths)).to(device)
@@ -157,12 +160,20 @@ def flex_mask(layout: PackLayout, device: torch.device) -> Any:
     split = spread(range(len(layout.splits)), layout.splits)
     mode = spread(layout.modes, layout.splits)
 
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = split[query] == split[key]
-        open_ = (query >= key) | (same & (mode[query] != 0))
-        return (sample[query] == sample[key]) & open_ & ~((mode[key] == 2) & ~same)
+        ahead = (query >= key) | (same & (mode[query] != Mode.CAUSAL))
+        return (sample[query] == sample[key]) & ahead & ~((mode[key] == Mode.NOISE) & ~same)
+
+    return sees
+
+
+def flex_mask(layout: PackLayout, device: torch.device) -> Any:
+    """The pack's mask as FlexAttention's blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     length = sum(layout.samples)
+    sees = visible(layout, device)
     return create_block_mask(sees, None, None, length, length, device=str(device), BLOCK_SIZE=FLEX_BLOCK)
 
 
