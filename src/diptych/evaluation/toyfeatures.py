@@ -6,6 +6,8 @@ belongs to no model that is compared, needs no download, and sees colours, edges
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def run(
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    **options: object,
+    **options: Any,
 ) -> TaskResult:
     """One picture for each of `COUNT` (or `limit`) captions, against as many scenes of the world with other captions.
 

@@ -4,6 +4,7 @@ and its reading held against that of the finest image (HieraQuery's Fig. 5(a), a
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def run(
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    **options: object,
+    **options: Any,
 ) -> TaskResult:
     """Captions of `COUNT` (or `limit`) scenes, one image of each at all scales.
 

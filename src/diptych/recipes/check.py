@@ -20,8 +20,8 @@ from diptych.recipes import build
 from diptych.recipes.load import start
 from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, check_sizes, image_step, stage_settings
+from diptych.systems.asking import AskingSystem
 from diptych.systems.base import AssembledSystem, System
-from diptych.systems.composed import ComposedSystem
 from diptych.systems.mllm import MLLMSystem
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
@@ -179,7 +179,7 @@ def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
     if isinstance(system, MLLMSystem):
         inputs = (PROMPT_TOKENS + _vision_tokens(system.backbone)) * _linear_inputs(system)
         return 2 * width * samples * inputs
-    if not isinstance(system, ComposedSystem):
+    if not isinstance(system, AskingSystem):
         return 0
     tasks = {source.task for source in spec.data.sources.values()}
     queries = system.conditioner.count

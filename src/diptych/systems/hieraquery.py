@@ -30,8 +30,8 @@ from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.packing import Packed, PackingDecoder, check_layer
 from diptych.parts.decoders.projector import AlignmentProjector
+from diptych.systems.asking import AskingSystem, ComposedConfig
 from diptych.systems.base import MultiScaleSystem
-from diptych.systems.composed import ComposedConfig, ComposedSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class HieraConfig(ComposedConfig):
     alignment: Alignment | None = None
 
 
-class HieraQuery(ComposedSystem, MultiScaleSystem):
+class HieraQuery(AskingSystem, MultiScaleSystem):
     """See the module's docstring.
 
     Terms of its losses are named by scale: `flow_4x4.text_to_image`, `align_4x4.text_to_image`; a stage weights them by
@@ -179,7 +179,8 @@ class HieraQuery(ComposedSystem, MultiScaleSystem):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         seen = condition.scales[-1] if isinstance(condition, ScaleConditions) else condition
-        return super().velocity(x, t, seen)
+        assert isinstance(seen, TokenCondition)
+        return flow_matching.to_velocity(self.decoder(x, t, seen), x, t, self.settings.prediction)
 
     # Training
 
@@ -258,7 +259,7 @@ class HieraQuery(ComposedSystem, MultiScaleSystem):
     # Structure
 
     def named_parts(self) -> dict[str, nn.Module]:
-        parts = dict(super().named_parts())
+        parts = self.shared_parts()
         if self.pooled is not None:
             parts["pooled"] = self.pooled
         if self.projector is not None:

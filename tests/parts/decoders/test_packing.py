@@ -119,7 +119,7 @@ def test_recomputed_blocks_give_the_same_gradients(kind: str) -> None:
     xs, t, conditions = views()
     found: list[list[Tensor]] = []
     for again in (False, True):
-        made.checkpointing = again  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(made, "checkpointing", again)  # noqa: B010
         packed = made.pack(xs, t, conditions, layer=2)
         loss = torch.stack([x.square().mean() for x in (*packed.outputs, *packed.states)]).sum()
         found.append(

@@ -71,7 +71,11 @@ class Sana(PublishedDecoder, PackingDecoder):
 def watched(block: nn.Module) -> Iterator[list[Tensor]]:
     """The outputs of a block inside the `with`."""
     seen: list[Tensor] = []
-    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def _keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(output)
+
+    handle = block.register_forward_hook(_keep)
     try:
         yield seen
     finally:
