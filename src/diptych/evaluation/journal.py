@@ -1,0 +1,87 @@
+"""A file that remembers item by item what is done, so that a stopped evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diptych.core.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """Rows of JSON, each written whole and at once; the first line says what they were made with.
+
+    A line that a killed process left half-written is cut off. Rows are found by their `key`; a later row of the same
+    key replaces an earlier one.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
+        """Opens or begins the file.
+
+        Raises:
+            UserError: the rows that are there were made with something else, which is named.
+        """
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        self._lock = threading.Lock()
+        head = {"made_with": json.loads(json.dumps(dict(made_with)))}
+        whole = 0
+        if path.is_file():
+            data = path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            for number, line in enumerate(self._lines(data[:whole])):
+                if number == 0:
+                    self._compare(line.get("made_with", {}), head["made_with"])
+                else:
+                    self.rows[line["key"]] = line
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.truncate(whole)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        if not whole:
+            self._append(head)
+
+    def _lines(self, data: bytes) -> Iterator[Row]:
+        for number, line in enumerate(data.splitlines(), start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{self.path}: line {number} is not JSON; remove it, or choose another --output"
+                ) from error
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"{self.path.parent}: holds results made with {name} {before.get(name)!r}, now it is "
+                    f"{now.get(name)!r}; choose another --output"
+                )
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Remember a row for good."""
+        whole = {"key": key, **row}
+        with self._lock:
+            self._append(whole)
+            self.rows[key] = whole
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
