@@ -74,7 +74,7 @@ def cached(net: BagelNetwork, branches: Sequence[Sequence[Piece]], noise: Tensor
     held = condition(read(net, MARKERS, [empty_context(net)] * len(branches), branches))
     count, places, x = len(branches), grid_ids(SIDE, SIDE, net.config.latent_side), noise
     for now, after in pairwise(t):
-        v = net.query(x.repeat(count, 1, 1), now.repeat(count), places, held.starts, MARKERS, held.layers, held.mask)
+        v = net.query(x.repeat(count, 1, 1), now.repeat(count), places, held.starts, MARKERS, held.layers, held.lengths)
         x = x + (after - now) * combine(v.unbind(0))[None]
     return x
 

@@ -95,7 +95,10 @@ def _entry(path: Path, name: str, row: dict[str, Any], base: int) -> Entry:
 
 def _read(file: Any, path: Path, entry: Entry) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    if not tensor.numel():
+        return tensor
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(raw)
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])

@@ -103,7 +103,7 @@ class Velocities(nn.Module):
         network = NETWORKS["image"]
         places = grid_ids(*self.grid, network.config.latent_side)
         tokens = patchify(x, 2, "pqc")
-        out = network.query(tokens, t, places, condition.starts, IMAGES.markers(), condition.layers, condition.mask)
+        out = network.query(tokens, t, places, condition.starts, IMAGES.markers(), condition.layers, condition.lengths)
         return unpatchify(out, 2, "pqc", *self.grid)
 
 

@@ -108,19 +108,40 @@ class RowAttention:
 
     Args:
         batch: B. und: understanding tokens of a row; they come first, row after row, then the generation tokens.
-        past: cached keys and values by layer, each (B, K, S, d). mask: (B, S) bool, None where all are real.
+        past: cached keys and values by layer, each (B, K, S, d). lengths: real ones of each row, padded behind: rows of
+            equal length run together and without a mask. mask: (B, S) bool, in place of lengths, where padding stands
+            elsewhere; None where all are real.
         keep: collect the cached and the new keys and values by layer, in `kept`.
     """
 
     def __init__(
-        self, batch: int, und: int, past: Sequence[KeyValue], mask: Tensor | None, *, keep: bool = False
+        self,
+        batch: int,
+        und: int,
+        past: Sequence[KeyValue],
+        *,
+        lengths: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        keep: bool = False,
     ) -> None:
+        assert not (lengths is not None and (mask is not None or keep)), "lengths are for caches that are only read"
         self.batch, self.und, self.past, self.mask, self.keep = batch, und, past, mask, keep
         self.full: Tensor | None = None
         self.kept: list[KeyValue] = []
+        held = past[0][0].shape[2] if past else 0
+        self.groups: list[tuple[int, list[int]]] = []
+        for length in sorted(set(lengths or ())):
+            rows = [row for row, own in enumerate(lengths or ()) if own == length]
+            if length != held or len(rows) != batch:
+                self.groups.append((length, rows))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self._rows(q), self._rows(k), self._rows(v)  # (B, heads, N, d)
+        out = self._by_length(layer, q, k, v) if self.groups else self._together(layer, q, k, v)
+        out = out.transpose(1, 2)  # (B, N, H, d)
+        return torch.cat([out[:, : self.und].flatten(0, 1), out[:, self.und :].flatten(0, 1)])
+
+    def _together(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.past and self.past[layer][0].shape[2]:
             k = torch.cat([self.past[layer][0].to(k.dtype), k], dim=2)
             v = torch.cat([self.past[layer][1].to(v.dtype), v], dim=2)
@@ -128,16 +149,29 @@ class RowAttention:
             self.kept.append((k, v))
         if self.mask is not None and self.full is None:
             self.full = F.pad(self.mask, (0, q.shape[2]), value=True)[:, None, None]  # (B, 1, 1, S + N)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.full, enable_gqa=True).transpose(1, 2)
-        return torch.cat([out[:, : self.und].flatten(0, 1), out[:, self.und :].flatten(0, 1)])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.full, enable_gqa=True)
+
+    def _by_length(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cached = self.past[layer]
+        pieces: list[Tensor] = []
+        order: list[int] = []
+        for length, rows in self.groups:
+            keys = torch.cat([cached[0][rows, :, :length].to(k.dtype), k[rows]], dim=2)
+            values = torch.cat([cached[1][rows, :, :length].to(v.dtype), v[rows]], dim=2)
+            pieces.append(F.scaled_dot_product_attention(q[rows], keys, values, enable_gqa=True))
+            order += rows
+        whole = torch.cat(pieces)
+        if order == sorted(order):
+            return whole
+        back = torch.tensor(order, device=q.device).argsort()
+        return whole[back]
 
     def _rows(self, x: Tensor) -> Tensor:
         split = self.batch * self.und
         first = x[:split].unflatten(0, (self.batch, self.und))
-        second = (
-            x[split:].unflatten(0, (self.batch, -1)) if x.shape[0] > split else x.new_empty(self.batch, 0, *x.shape[1:])
-        )
-        return torch.cat([first, second], dim=1).transpose(1, 2)
+        if x.shape[0] == split:
+            return first.transpose(1, 2)
+        return torch.cat([first, x[split:].unflatten(0, (self.batch, -1))], dim=1).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

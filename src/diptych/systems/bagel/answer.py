@@ -48,7 +48,7 @@ def write(
     none = torch.zeros(0, network.config.llm.hidden_size, dtype=network.dtype, device=device)
     for step in range(most):
         fed.append(tokens)
-        attention = RowAttention(batch, 1, layers, mask, keep=True)
+        attention = RowAttention(batch, 1, layers, mask=mask, keep=True)
         hidden, _ = network.llm(network.llm.embed_tokens(tokens), none, ids + step, attention)
         layers = tuple(attention.kept)
         if mask is not None:

@@ -173,12 +173,12 @@ class ContextStore:
 class CacheCondition(Condition):
     """Requests that were read, as rows.
 
-    layers: keys and values by layer, each (B, K, S, d), padded behind. mask: (B, S) bool, None where all are real.
+    layers: keys and values by layer, each (B, K, S, d), padded behind. lengths: real tokens of each row.
     starts: (B,) int64 rotary id of what comes next.
     """
 
     layers: tuple[KeyValue, ...]
-    mask: Tensor | None
+    lengths: tuple[int, ...]
     starts: Tensor
 
     @property
@@ -197,7 +197,6 @@ class CacheCondition(Condition):
             parts.append(other)
         length = max(part.length for part in parts)
         padded = [part.padded(length) for part in parts]
-        masks = [part.mask for part in padded]
         count = len(self.layers)
         return replace(
             self,
@@ -205,7 +204,7 @@ class CacheCondition(Condition):
                 (torch.cat([p.layers[i][0] for p in padded]), torch.cat([p.layers[i][1] for p in padded]))
                 for i in range(count)
             ),
-            mask=None if all(mask is None for mask in masks) else torch.cat([part.full_mask() for part in padded]),
+            lengths=tuple(length for part in parts for length in part.lengths),
             starts=torch.cat([part.starts for part in padded]),
         )
 
@@ -216,15 +215,17 @@ class CacheCondition(Condition):
         return replace(
             self,
             layers=tuple((k[index], v[index]) for k, v in self.layers),
-            mask=None if self.mask is None else self.mask[index],
+            lengths=tuple(self.lengths[row] for row in rows),
             starts=self.starts[index],
         )
 
-    def full_mask(self) -> Tensor:
-        """The mask with None written out, (B, S) bool."""
-        if self.mask is not None:
-            return self.mask
-        return torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self.starts.device)
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, S) bool, True where a token is real; None where all are."""
+        if all(length == self.length for length in self.lengths):
+            return None
+        device = self.starts.device
+        return torch.arange(self.length, device=device) < torch.tensor(self.lengths, device=device)[:, None]
 
     def padded(self, length: int) -> Self:
         """The same with `length` places."""
@@ -232,7 +233,7 @@ class CacheCondition(Condition):
         if missing == 0:
             return self
         layers = tuple((F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing))) for k, v in self.layers)
-        return replace(self, layers=layers, mask=F.pad(self.full_mask(), (0, missing), value=False))
+        return replace(self, layers=layers)
 
 
 def condition(contexts: Sequence[Context]) -> CacheCondition:
@@ -240,7 +241,7 @@ def condition(contexts: Sequence[Context]) -> CacheCondition:
     rows = [
         CacheCondition(
             layers=tuple((k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in context.layers),
-            mask=None,
+            lengths=(context.length,),
             starts=torch.tensor([context.position], device=context.layers[0][0].device),
         )
         for context in contexts

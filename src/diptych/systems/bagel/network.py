@@ -142,13 +142,13 @@ class BagelNetwork(nn.Module):
         starts: Tensor,
         markers: Markers,
         past: Sequence[KeyValue],
-        mask: Tensor | None,
+        lengths: Sequence[int],
     ) -> Tensor:
         """Predictions for noisy latents of B rows beside their caches, which are not written to; (B, N, c).
 
         Args:
             latents: (B, N, c). times: (B,). places: (N,) in the latent table. starts: (B,) rotary id of each row.
-            past: keys and values by layer, each (B, K, S, d). mask: (B, S), None where all are real.
+            past: keys and values by layer, each (B, K, S, d). lengths: real tokens of each row.
         """
         batch, count, _ = latents.shape
         around = torch.tensor([markers.start_image, markers.end_image], device=self.device).repeat(batch)
@@ -156,5 +156,5 @@ class BagelNetwork(nn.Module):
         times = times.repeat_interleave(count)
         gen = self.enter(latents.flatten(0, 1), times, places.repeat(batch)).to(und.dtype)
         ids = torch.cat([starts.repeat_interleave(2), starts.repeat_interleave(count)])
-        _, hidden = self.llm(und, gen, ids, RowAttention(batch, 2, past, mask))
+        _, hidden = self.llm(und, gen, ids, RowAttention(batch, 2, past, lengths=lengths))
         return self.port.leave(hidden).unflatten(0, (batch, count))

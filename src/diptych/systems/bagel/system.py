@@ -155,7 +155,7 @@ class BagelSystem(AssembledSystem, Thinker):
             condition.starts,
             self.reader.markers,
             condition.layers,
-            condition.mask,
+            condition.lengths,
         )
         output = unpatchify(output.to(x.dtype), patch, "pqc", rows, columns)
         return flow_matching.to_velocity(output, x, t, self.settings.prediction)
