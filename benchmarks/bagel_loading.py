@@ -94,6 +94,12 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident() -> int:
+    """Resident set now, in bytes (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the weights in the target's format")
@@ -103,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     target: torch.dtype = getattr(torch, args.dtype)
     if args.load is not None:
-        before = peak()
+        before = resident()
         network = load_network(args.load, target)
         size = sum(tensor.nbytes for tensor in own_tensors(network).values())
         print(json.dumps({"weights": size, "peak": peak() - before, "before": before}))

@@ -33,6 +33,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 LARGEST_HEADER = 100_000_000
+PIECE = 1 << 22
+"""Elements that are converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,20 @@ def entries(path: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.start)
 
 
-def stream(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by name, each read into memory of its own when it is its turn."""
+def stream(files: Iterable[Path], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name, each read into memory of its own when it is its turn.
+
+    Args:
+        dtype: what floating-point tensors become; they are converted piece by piece, so that a tensor is never there in
+            both number formats.
+    """
     for path in files:
         found = entries(path)
         try:
             with path.open("rb", buffering=0) as file:
                 for entry in found:
                     file.seek(entry.start)
-                    yield entry.name, _read(file, path, entry)
+                    yield entry.name, _read(file, path, entry, dtype)
         except OSError as error:
             raise UserError(f"{path}: not readable ({error})") from error
 
@@ -93,11 +100,25 @@ def _entry(path: Path, name: str, row: dict[str, Any], base: int) -> Entry:
     return entry
 
 
-def _read(file: Any, path: Path, entry: Entry) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if not tensor.numel():
+def _read(file: Any, path: Path, entry: Entry, dtype: torch.dtype | None) -> Tensor:
+    target = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+    tensor = torch.empty(entry.shape, dtype=target)
+    flat = tensor.reshape(-1)
+    if target == entry.dtype:
+        _fill(file, path, entry, flat)
         return tensor
-    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    for piece in flat.split(PIECE):
+        part = torch.empty(len(piece), dtype=entry.dtype)
+        _fill(file, path, entry, part)
+        piece.copy_(part)
+    return tensor
+
+
+def _fill(file: Any, path: Path, entry: Entry, flat: Tensor) -> None:
+    """Read as many bytes as a tensor (n,) has, into it."""
+    if not flat.numel():
+        return
+    raw: Any = flat.view(torch.uint8).numpy()
     view = memoryview(raw)
     done = 0
     while done < len(view):
@@ -105,4 +126,3 @@ def _read(file: Any, path: Path, entry: Entry) -> Tensor:
         if not got:
             raise UserError(f"{path}: {entry.name} is cut short; download the file again")
         done += got
-    return tensor

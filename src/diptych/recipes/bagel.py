@@ -88,7 +88,10 @@ def build_bagel(
     if spec.network.lora:
         add_lora(network.llm, **spec.network.lora)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
-    own = {"config": dataclasses.asdict(network.config), "tokenizer": None}  # a saved model brings its tokenizer's files
+    own = {
+        "config": dataclasses.asdict(network.config),
+        "tokenizer": None,
+    }  # a saved model brings its tokenizer's files
     origin = {**dataclasses.asdict(spec.network), **own}
     return BagelSystem(
         BagelConfig(**fields),
@@ -150,8 +153,8 @@ def load_network(folder: Path, dtype: torch.dtype | None = None) -> BagelNetwork
     formats = {entry.dtype for file in files for entry in entries(file)}
     with torch.device("meta"):
         network = BagelNetwork(release_config(folder, shapes))
-    network.to(dtype or (formats.pop() if len(formats) == 1 else torch.float32))
-    load_into(network, bagel.to_ours(stream(files)), str(folder))
+    wanted = dtype or (formats.pop() if len(formats) == 1 else torch.float32)
+    load_into(network.to(wanted), bagel.to_ours(stream(files, wanted)), str(folder))
     return network
 
 

@@ -53,8 +53,9 @@ class LatentPort(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def enter(self, tokens: Tensor, t: Tensor, places: Tensor) -> Tensor:
-        """tokens (N, c), t (N,), vectors of their places (N, D); (N, D)."""
-        return self.proj_in(tokens) + self.time(t) + places
+        """tokens (N, c), t (N,), vectors of their places (N, D); (N, D). Each distinct time is embedded once."""
+        moments, which = t.unique(return_inverse=True)
+        return self.proj_in(tokens) + self.time(moments)[which] + places
 
     def leave(self, hidden: Tensor) -> Tensor:
         """Post-norm states (N, D) to predictions (N, c)."""

@@ -153,8 +153,8 @@ class BagelNetwork(nn.Module):
         batch, count, _ = latents.shape
         around = torch.tensor([markers.start_image, markers.end_image], device=self.device).repeat(batch)
         und = self.llm.embed_tokens(around)  # (2 B, D)
-        times = times.repeat_interleave(count)
+        times = times[:, None].expand(batch, count).flatten()
         gen = self.enter(latents.flatten(0, 1), times, places.repeat(batch)).to(und.dtype)
-        ids = torch.cat([starts.repeat_interleave(2), starts.repeat_interleave(count)])
+        ids = torch.cat([starts[:, None].expand(batch, each).flatten() for each in (2, count)])
         _, hidden = self.llm(und, gen, ids, RowAttention(batch, 2, past, lengths=lengths))
         return self.port.leave(hidden).unflatten(0, (batch, count))
