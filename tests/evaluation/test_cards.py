@@ -39,12 +39,12 @@ def test_which_mean_a_row_is_can_be_told() -> None:
     """IOMM's WISE rows are weighted, BAGEL's is plain; taking the other mean would print another digit."""
     (table,) = [table for table in TABLES if table["task"] == "wise_legacy"]
     rows = {row["model"]: row for row in table["rows"]}
-    bagel, ours = rows["BAGEL"], rows["IOMM-B 512"]
+    bagel, ours = rows["BAGEL"], rows["IOMM-B 1024"]
     weighted = {
         name: wise.weighted(dict(zip(table["columns"], row["values"], strict=True))) for name, row in rows.items()
     }
     assert (bagel["mean"], round(weighted["BAGEL"], 2), bagel["overall"]) == ("mean", 0.50, 0.52)
-    assert (ours["mean"], round(sum(ours["values"]) / 6, 2), ours["overall"]) == ("weighted", 0.57, 0.55)
+    assert (ours["mean"], round(sum(ours["values"]) / 6, 2), ours["overall"]) == ("weighted", 0.52, 0.50)
 
 
 def test_per_item_rows_fit_one_set_of_counts() -> None:
