@@ -32,6 +32,7 @@ from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.autoencoders.qwen_image import QwenImageAutoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.internvl import InternVL
+from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner
@@ -42,6 +43,7 @@ from diptych.parts.conditioners.metaquery_connector import MetaQueryConnector
 from diptych.parts.conditioners.qwen2_connector import MingConnector, Qwen2Body, Qwen2Connector
 from diptych.parts.conditioners.raw import Raw
 from diptych.parts.conditioners.residual_query_adapter import ResidualQueryAdapter
+from diptych.parts.conditioners.token_refiner import TokenRefiner, TokenRefinerConfig
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
@@ -53,6 +55,7 @@ from diptych.parts.decoders.yak import Yak, YakConfig
 from diptych.parts.decoders.zimage import ZImage
 from diptych.recipes.bagel import build_bagel
 from diptych.recipes.names import locate
+from diptych.recipes.ovis import named_sizes, read_named
 from diptych.recipes.pictures import build_proxies
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import (
@@ -62,6 +65,7 @@ from diptych.recipes.recipe import (
     HieraQuerySpec,
     MLLMSpec,
     OmniGen2Spec,
+    OvisU1Spec,
     Part,
     SourceSpec,
     SystemSpec,
@@ -72,10 +76,11 @@ from diptych.systems.composed import ComposedConfig, ComposedSystem
 from diptych.systems.hieraquery import HieraConfig, HieraQuery
 from diptych.systems.mllm import MLLMSystem
 from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
+from diptych.systems.ovis_u1 import OvisU1Config, OvisU1System
 from diptych.toyworld.samples import ToyWorld
 
 ENDLESS = 10_000_000
-BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL}
+BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL, "ovis": Ovis}
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "raw": Raw,
     "metaquery": LearnableQueries,
@@ -120,6 +125,8 @@ def build_system(
         return MLLMSystem(backbone, origins={"backbone": origin})
     if isinstance(spec, OmniGen2Spec):
         return build_omnigen2(spec, meta, assets)
+    if isinstance(spec, OvisU1Spec):
+        return build_ovis_u1(spec, meta, assets)
     if isinstance(spec, BagelSpec):
         return build_bagel(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=_tokenizer)
     assert isinstance(spec, ComposedSpec)
@@ -171,9 +178,45 @@ def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniG
     return system
 
 
+def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1System:
+    """An Ovis-U1 from its parts; the refiner takes as many layers of the MLLM as the system reads."""
+    backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
+    assert isinstance(backbone, Ovis)
+    _choose("refiner", spec.refiner.kind, {"token_refiner": TokenRefiner})
+    _choose("decoder", spec.decoder.kind, {"yak": Yak})
+    decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
+    assert isinstance(decoder, Yak)
+    sizes = {"context_width": spec.layers * backbone.width, "hidden": decoder.config.hidden}
+    config = {**sizes, "heads": 2 * decoder.config.heads, **spec.refiner.config}
+    with torch.device("meta" if meta else "cpu"):
+        refiner = TokenRefiner(read(TokenRefinerConfig, config, "refiner.config"))
+    autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(OvisU1Config)}
+    system = OvisU1System(
+        OvisU1Config(**fields),
+        backbone=backbone,
+        refiner=refiner,
+        decoder=decoder,
+        autoencoder=autoencoder,
+        origins={
+            "backbone": backbone_origin,
+            "refiner": {**dataclasses.asdict(spec.refiner), "config": config},
+            "decoder": decoder_origin,
+            "autoencoder": autoencoder_origin,
+            "sampling": spec.sampling,
+            "published": spec.published,
+        },
+    )
+    if meta:
+        system.to("meta")
+    return system
+
+
 def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone, and what its configuration file will say of it."""
     cls = _choose("backbone", part.kind, BACKBONES)
+    if part.kind == "ovis" and not part.weights:
+        return _ovis(part, meta, assets)
     if part.weights and not meta:
         backbone = cls.from_pretrained(locate(part.weights) / (part.subfolder or ""))
     else:
@@ -181,6 +224,20 @@ def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
         with torch.device("meta" if meta else "cpu"):
             backbone = cls.from_config(config, None if meta else _tokenizer(part, assets))
     return backbone, {**dataclasses.asdict(part), "config": backbone.config()}
+
+
+def _ovis(part: Part, meta: bool, assets: Path | None) -> tuple[Ovis, dict[str, Any]]:
+    """An Ovis MLLM; `llm` and `vision` of its configuration may be names, whose weights are then read."""
+    values = named_sizes(part.config, meta)
+    llm = part.config.get("llm")
+    if isinstance(llm, str) and not part.tokenizer and assets is None:
+        part = dataclasses.replace(part, tokenizer=llm)
+    with torch.device("meta" if meta else "cpu"):
+        tokenizer = None if meta else _tokenizer(dataclasses.replace(part, config=values), assets)
+        backbone = Ovis.from_config(values, tokenizer)
+    if not meta:
+        read_named(backbone, part.config)
+    return backbone, {**dataclasses.asdict(part), "tokenizer": None, "config": backbone.config()}
 
 
 def build_conditioner(part: Part, width: int, meta: bool) -> Conditioner:
@@ -281,7 +338,7 @@ def _diffusers_part(cls: Any, part: Part, meta: bool) -> tuple[Any, dict[str, An
 
 def _tokenizer(part: Part, assets: Path | None) -> Any:
     if part.tokenizer == "toyworld":
-        text: dict[str, Any] = part.config["text_config"]
+        text: dict[str, Any] = part.config["llm" if part.kind == "ovis" else "text_config"]
         return train_tokenizer(toy_texts(), vocab_size=text["vocab_size"])
     if part.tokenizer:
         return AutoTokenizer.from_pretrained(str(locate(part.tokenizer)), trust_remote_code=False)

@@ -14,6 +14,7 @@ from torch import nn
 from diptych.checkpoints.metaquery import load_metaquery
 from diptych.checkpoints.omnigen2 import is_published
 from diptych.checkpoints.openuni import load_openuni
+from diptych.checkpoints.ovis_config import is_ovis
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
@@ -23,6 +24,7 @@ from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes import bagel
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
+from diptych.recipes.ovis import read_release, release_spec
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.release import omnigen2_release
 from diptych.recipes.schema import read
@@ -30,6 +32,7 @@ from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
 from diptych.systems.hieraquery import HieraConfig, HieraQuery
 from diptych.systems.mllm import MLLMSystem
+from diptych.systems.ovis_u1 import OvisU1System
 from diptych.training import state
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
@@ -76,6 +79,12 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
         backbone = PUBLISHED[kind].from_pretrained(folder)
         origin = {"kind": kind, "weights": model, "config": backbone.config()}
         return MLLMSystem(backbone, origins={"backbone": origin}), Sampling()
+    if "kind" not in config and is_ovis(config):
+        spec = release_spec(config, str(folder / "config.json"), folder)
+        system = build_system(spec, assets=folder)
+        assert isinstance(system, OvisU1System)
+        read_release(system, folder, config)
+        return system, read(Sampling, spec.sampling, f"{folder / 'config.json'}: sampling")
     if "kind" not in config:
         if kind is None:
             raise UserError(f"{folder / 'config.json'}: not a Diptych model (no 'kind')")

@@ -23,6 +23,7 @@ from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.composed import ComposedConfig
 from diptych.systems.hieraquery import HieraConfig
 from diptych.systems.omnigen2 import OmniGen2Settings
+from diptych.systems.ovis_u1 import OvisU1Config
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 LIBRARY = Path(__file__).parent / "library"
@@ -79,6 +80,17 @@ class OmniGen2Spec(OmniGen2Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OvisU1Spec(OvisU1Config):
+    kind: Literal["ovis_u1"]
+    backbone: Part
+    refiner: Part
+    decoder: Part
+    autoencoder: Part
+    sampling: dict[str, Any] = field(default_factory=dict[str, Any])
+    published: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, kw_only=True)
 class BagelSpec(BagelConfig):
     """network: a release by its `weights`, or `config`. init: plain models to start from, by part (`llm`, `vision`)."""
 
@@ -104,6 +116,7 @@ class SourceSpec:
     columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: toy
     samples, 0 for endless. seed: of the toy world. options: its others (`start`: first index, so that sets differ;
     `text_only`, `full`, `captions`: shares).
+    `recipes.pictures`.
     """
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
@@ -179,6 +192,7 @@ VARIANTS: Mapping[type, Variants] = {
         "hieraquery": HieraQuerySpec,
         "mllm": MLLMSpec,
         "omnigen2": OmniGen2Spec,
+        "ovis_u1": OvisU1Spec,
     }
 }
 

@@ -1,8 +1,8 @@
 """AIMv2 (Fini et al. 2024, arXiv 2411.14402) at native resolution, as Ovis-U1 (Sec. 2) changed it.
 
 Images of any size are packed into one sequence of patches; the learned position table is resampled for each, and
-queries and keys turn by row and column. Attention stays inside a frame, or inside windows of it. Parameter names are those of
-the published checkpoint.
+queries and keys turn by row and column. Attention stays inside a frame, or inside windows of it. Parameter names are
+those of the published checkpoint.
 
 T patches of all images, E width, H heads, K head width, I inner width of the MLP, P side of a patch, S side of a merge
 block.

@@ -1,7 +1,7 @@
 """The MLLM of Ovis-U1 (Sec. 2): AIMv2 at native resolution, the probabilistic visual tokenizer, and Qwen3.
 
-Parameter names are those of the published checkpoint. Deviations: sequences are padded on the right, and positions count
-real tokens, which gives the same states; a conversation that is too long is an error instead of being cut.
+Parameter names are those of the published checkpoint. Deviations: sequences are padded on the right, and positions
+count real tokens, which gives the same states; a conversation that is too long is an error instead of being cut.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Ovis(Backbone):
         return list(tokens.split([self.visual_tokenizer.count(grid) for grid in grids]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """As `Backbone.embed`; indicators (-301 to -304) take rows of the visual table, image slots are filled later."""
+        """As `Backbone.embed`; indicators (-301 to -304) take rows of the visual table, slots are filled later."""
         words = self.llm.get_input_embeddings()(ids.clamp(min=0))
         special = ids <= IMAGE_START
         indicators = self.vte.indicators(ids.clamp(max=IMAGE_START)).to(words.dtype)

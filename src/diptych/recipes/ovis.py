@@ -1,0 +1,178 @@
+"""Ovis-U1 by name: its MLLM from a language model and a vision tower, and the published release in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.checkpoints import aimv2
+from diptych.checkpoints.ovis_config import read_config, write_config
+from diptych.checkpoints.ovis_u1 import to_ours, to_published
+from diptych.checkpoints.tensors import atomic_folder, load_into, own_tensors, read_tensors, weight_files, write_tensors
+from diptych.core.errors import UserError
+from diptych.parts.backbones.ovis import Ovis
+from diptych.recipes.names import locate
+from diptych.recipes.published import published_config
+from diptych.recipes.recipe import OvisU1Spec, Part
+from diptych.systems.base import System
+from diptych.systems.ovis_u1 import OvisU1System
+
+NAMED = ("llm", "vision")
+"""Parts of the MLLM that a recipe may name (a hub id or a folder) instead of giving their sizes."""
+
+
+def named_sizes(config: Mapping[str, Any], meta: bool) -> dict[str, Any]:
+    """The MLLM's configuration with names replaced by the sizes of what they name.
+
+    Next to a named tower, `vision_options` sets what Ovis changes in it (`hidden_stride`, windows).
+    """
+    values = dict(config)
+    options = values.pop("vision_options", {})
+    for part in NAMED:
+        name = values.get(part)
+        if not isinstance(name, str):
+            continue
+        if meta:
+            found = published_config(name)
+        else:
+            try:
+                found = json.loads((locate(name) / "config.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"ovis: {part} {name}: no readable config.json ({type(error).__name__})") from error
+        found = aimv2.sizes(found) if part == "vision" else {k: v for k, v in found.items() if k not in ORIGIN}
+        values[part] = found
+    if options:
+        values["vision"] = {**values["vision"], **options}
+    return values
+
+
+ORIGIN = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
+
+
+def read_named(backbone: Ovis, config: Mapping[str, Any]) -> None:
+    """The weights of a named language model and a named tower into an MLLM."""
+    if isinstance(name := config.get("llm"), str):
+        load_into(backbone.llm, read_tensors(weight_files(locate(name))), name)
+    if isinstance(name := config.get("vision"), str):
+        tower = backbone.visual_tokenizer.backbone
+        side = tower.config.image_size // tower.config.patch_size
+        load_into(tower, aimv2.to_ours(read_tensors(weight_files(locate(name))), side), name)
+
+
+def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = None) -> OvisU1Spec:
+    """The specification of a published config.json; its parts have their own configurations, not names.
+
+    Args:
+        folder: where `preprocessor_config.json` may tell the channels' mean and deviation.
+    """
+    parts = read_config(config, where)
+    backbone = parts["backbone"]
+    file = None if folder is None else folder / "preprocessor_config.json"
+    if file is not None and file.is_file():
+        told = json.loads(file.read_text(encoding="utf-8"))
+        backbone |= {ours: told[key] for key, ours in PIXELS.items() if key in told}
+    return OvisU1Spec(
+        kind="ovis_u1",
+        backbone=Part(kind="ovis", config=backbone),
+        refiner=Part(kind="token_refiner", config=parts["refiner"]),
+        decoder=Part(kind="yak", config=parts["decoder"]),
+        autoencoder=Part(kind="kl", config=parts["autoencoder"]),
+        sampling=parts["sampling"],
+    )
+
+
+PIXELS = {"image_mean": "mean", "image_std": "std", "min_pixels": "min_pixels", "max_pixels": "max_pixels"}
+
+
+def read_release(system: OvisU1System, folder: Path, config: Mapping[str, Any]) -> None:
+    """The weights of a published folder into a system of its sizes; what an export needs is kept in `origins`."""
+    hidden = system.decoder.config.hidden
+    dtypes: dict[str, str] = {}
+    tied = False
+    generator = False
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        nonlocal tied, generator
+        for name, tensor in read_tensors(weight_files(folder)):
+            tied = tied or name == HEAD
+            generator = generator or name.startswith("visual_generator.backbone.")
+            dtypes.setdefault(prefix(name), str(tensor.dtype).removeprefix("torch."))
+            yield name, tensor
+
+    try:
+        load_into(system, to_ours(noted(), hidden), str(folder))
+    except UserError as error:
+        if not generator:
+            raise UserError(
+                f"{folder}: this checkpoint has no generator (no visual_generator.* weights), though its config has "
+                "one; it is incomplete"
+            ) from error
+        raise
+    system.origins["published"] = {"config": dict(config), "dtypes": dtypes, "head": tied}
+
+
+HEAD = "llm.lm_head.weight"
+
+
+def prefix(name: str) -> str:
+    """The part of the published layout that a weight belongs to; each is kept in one number format."""
+    first, second = (*name.split("."), "")[:2]
+    return f"{first}.{second}" if first == "visual_generator" else first
+
+
+def export_ovis(system: System, folder: Path) -> None:
+    """Write an Ovis-U1 in the published layout, for other programs that read it.
+
+    A system that was read from that layout keeps its config.json and number formats, so that weights that were not
+    trained come back to the bit.
+
+    Raises:
+        UserError: another system, parts that the layout has no place for, or a folder that exists.
+    """
+    if not isinstance(system, OvisU1System) or system.origins["autoencoder"]["kind"] != "kl":
+        raise UserError(f"{folder}: Ovis-U1's layout holds an Ovis-U1 with a KL autoencoder, and nothing else")
+    if system.refiner.config.pool != "cls" or system.settings.layers != 2 or system.refiner.config.blocks != 2:
+        raise UserError(f"{folder}: Ovis-U1's layout holds a refiner of two layers' states with a CLS token only")
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder")
+    published = system.origins.get("published") or {}
+    config = published.get("config") or write_config(
+        {
+            "backbone": system.backbone.config(),
+            "refiner": dataclasses.asdict(system.refiner.config),
+            "decoder": dataclasses.asdict(system.decoder.config),
+            "autoencoder": {k: v for k, v in system.origins["autoencoder"]["config"].items() if not k.startswith("_")},
+            "sampling": system.origins.get("sampling", {}),
+        }
+    )
+    dtypes = published.get("dtypes", {})
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in to_published(own_tensors(system).items()):
+            kept = dtypes.get(prefix(name))
+            kept = getattr(torch, kept) if kept and tensor.is_floating_point() else tensor.dtype
+            yield name, tensor.detach().to(kept)
+            if published.get("head") and name == "llm.model.embed_tokens.weight" and tied(system):
+                yield HEAD, tensor.detach().to(kept).clone()
+
+    def write(temporary: Path) -> None:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        pixels = system.backbone.settings
+        told = {key: getattr(pixels, ours) for key, ours in PIXELS.items()}
+        (temporary / "preprocessor_config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
+        write_tensors(temporary, tensors())
+        system.backbone.save_assets(temporary)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    atomic_folder(folder, write)
+
+
+def tied(system: OvisU1System) -> bool:
+    """Whether the output head is the embedding table."""
+    return system.backbone.llm.lm_head.weight is system.backbone.llm.get_input_embeddings().weight
