@@ -143,7 +143,7 @@ def test_both_experts_start_from_a_plain_qwen(tmp_path: Path) -> None:
     values = {k: v for k, v in NETWORK["llm"].items() if k != "init"}
     for tied in (False, True):
         folder = tmp_path / str(tied)
-        plain = Qwen2ForCausalLM(Qwen2Config(**values, tie_word_embeddings=tied))
+        plain: Any = Qwen2ForCausalLM(Qwen2Config(**values, tie_word_embeddings=tied))
         plain.save_pretrained(folder)
         system = build(init={"llm": str(folder)})
         for number, layer in enumerate(system.network.llm.mot_layers()):

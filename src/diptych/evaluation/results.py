@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -77,23 +78,44 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def summary(engine: Engine, results: Sequence[TaskResult], *, seed: int, seconds: float) -> dict[str, Any]:
+def commit() -> str | None:
+    """The revision of the checkout that this code runs from; None where it is installed as a package."""
+    folder = Path(__file__).parents[3] / ".git"
+    try:
+        head = (folder / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8").strip()
+        packed = (folder / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
+    except OSError:
+        return None
+
+
+def summary(
+    engine: Engine | None, results: Sequence[TaskResult], *, seed: int, seconds: float, name: str | None = None
+) -> dict[str, Any]:
     """results.json as a dict."""
-    parameter = next(engine.system.parameters())
+    parameter = None if engine is None else next(engine.system.parameters())
+    sampling = {} if engine is None else dataclasses.asdict(engine.sampling)
     return {
-        "model": engine.name,
+        "model": name or (engine.name if engine is not None else ""),
         "tasks": {result.task: result.scores for result in results},
         "failed": sum(result.failed for result in results),
         "seed": seed,
-        "sampling": {**dataclasses.asdict(engine.sampling), **{k: v for r in results for k, v in r.sampling.items()}},
-        "device": str(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "sampling": {**sampling, **{k: v for r in results for k, v in r.sampling.items()}},
+        "device": None if parameter is None else str(parameter.device),
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
         "seconds": round(seconds, 2),
         "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def write(folder: Path, results: Sequence[TaskResult], summary: dict[str, Any]) -> None:
+def write(folder: Path, results: Sequence[TaskResult], summary: dict[str, Any], *, samples: bool = False) -> None:
     """Each task's rows (TASK.jsonl), pictures (images/TASK-*.png) and overview (TASK.png); results.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
@@ -106,6 +128,8 @@ def write(folder: Path, results: Sequence[TaskResult], summary: dict[str, Any]) 
                 judged.image.save(folder / file)
             rows.append(json.dumps({**judged.row, "correct": judged.correct, "file": file}) + "\n")
         atomic_text(folder / f"{result.task}.jsonl", "".join(rows))
+        if samples:
+            atomic_text(folder / f"samples_{result.task}.jsonl", "".join(rows))
         overview = [judged for judged in result.samples if judged.image is not None]
         step = max(1, -(-len(overview) // GRID_IMAGES))
         shown = [(one.image, one.correct) for one in overview[::step] if one.image is not None]

@@ -112,7 +112,7 @@ AUTOENCODERS: dict[str, Any] = {
 
 
 def build_system(
-    spec: SystemSpec | ComposedSpec | MLLMSpec, *, meta: bool = False, assets: Path | None = None
+    spec: SystemSpec | ComposedSpec | MLLMSpec | BagelSpec, *, meta: bool = False, assets: Path | None = None
 ) -> System:
     """A system from its specification.
 

@@ -1,0 +1,35 @@
+"""Two evaluations side by side: the difference of every shared task, with a 95% interval from a paired bootstrap."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="RUN", help="folder that diptych eval --output wrote")
+    parser.add_argument("second", metavar="RUN", help="another; differences are second minus first")
+
+
+def run(args: argparse.Namespace) -> int:
+    import math
+    from pathlib import Path
+
+    from diptych.evaluation.compare import compare
+
+    first, second = Path(args.first).expanduser(), Path(args.second).expanduser()
+    for found in compare(first, second):
+        print(f"{found.task:<20}{'first':>9}{'second':>9}{'change':>9}{'95% interval':>20}")
+        for name, (one, two, change, low, high) in found.rows.items():
+            spread = "-" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+            clear = " *" if low > 0 or high < 0 else ""
+            print(f"  {name:<18}{one:>9.3f}{two:>9.3f}{change:>+9.3f}{spread:>20}{clear}")
+        print(f"  {found.items} items in both", end="")
+        print(
+            f"; {found.only_first} and {found.only_second} in one alone"
+            if found.only_first or found.only_second
+            else ""
+        )
+        for warning in found.warnings:
+            print(f"  not alike: {warning}")
+    print("* the interval leaves out zero")
+    return 0

@@ -1,0 +1,261 @@
+"""Benchmarks of editing that a judge looks at: ImgEdit-Bench and GEdit-Bench-EN."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from diptych.core.errors import UserError
+from diptych.evaluation import gedit, imgedit
+from diptych.evaluation.benchmark import Benchmark, Item, Row, Tools, Unit, failed, judged
+from diptych.evaluation.judge import Judge, Question, Reply, lasting
+from diptych.evaluation.judged_tasks import fill, judge_about, picture_bytes, prompt_label, wording
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class ImgEdit(Benchmark):
+    """ImgEdit-Bench, basic suite: nine types, three scores from 1 to 5 from the judge; `{key}.png`.
+
+    `overall` is the mean of the nine types (most papers); `overall_per_item` the mean over items (GPT-4o's and
+    Ovis-U1's rows). The judge's questions are the published ones.
+    """
+
+    name: ClassVar[str] = "imgedit"
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        self.entries: dict[str, dict[str, str]] = self._json("basic_edit.json")
+        self.questions: dict[str, str] = self._json("prompts.json")
+
+    def _json(self, name: str) -> Any:
+        path = self.tools.data.file(self.name, name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON") from error
+
+    def items(self) -> list[Item]:
+        found: list[Item] = []
+        for key, entry in self.entries.items():
+            kind = entry["edit_type"]
+            if kind not in self.questions:
+                raise UserError(f"imgedit: no judge prompt for edits of type {kind!r}")
+            opener = self._opener(entry["id"])
+            files = (f"{key}.png",)
+            found.append(Item(id=key, prompt=entry["prompt"], category=kind, files=files, source=opener))
+        return found
+
+    def _opener(self, name: str) -> Callable[[], Image.Image]:
+        return lambda: open_source(self.sources() / name)
+
+    def sources(self) -> Path:
+        """The folder of the pictures to edit, unpacked from the published archive once."""
+        folder = self.tools.data.folder / self.name / "singleturn"
+        if not folder.is_dir():
+            unpack(self.tools.data.file(self.name, "Benchmark.tar"), folder)
+        return folder
+
+    def about(self) -> dict[str, Any]:
+        judge = self.tools.require_judge(self.name)
+        return {
+            "convention": "ImgEdit-Bench: mean of the nine types; replies without three scores from 1 to 5 fail",
+            "judge_prompt": "published",
+            **judge_about(judge),
+        }
+
+    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+        judge = self.tools.require_judge(self.name)
+        yield from judged(judge, units, lambda unit: self.look(judge, unit))
+
+    def look(self, judge: Judge, unit: Unit) -> Row:
+        """Source and result with the type's question."""
+        try:
+            result = picture_bytes(unit.path)
+        except UserError as error:
+            return failed(str(error))
+        assert unit.item.source is not None, "every edit has a source"
+        text = self.questions[unit.item.category].replace("<edit_prompt>", unit.item.prompt)
+        reply = judge.ask(Question(text=text, images=(png(unit.item.source()), result)))
+        problem = reply.failure or imgedit.problem(reply.text)
+        if problem is not None:
+            return failed(problem, [reply], reply=reply.text)
+        each = imgedit.scores(reply.text)
+        return {"score": sum(each) / len(each), "detail": {"scores": each, "reply": reply.text}}
+
+    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+        found = super().scores(rows)
+        replies = {row["key"]: {"edit_type": row["category"], "reply": row["detail"].get("reply", "")} for row in rows}
+        try:
+            official = imgedit.summary(replies)
+        except ValueError:
+            official = {}
+        values = [row["score"] for row in rows if row["score"] is not None]
+        per_item = sum(values) / len(values) if values else None
+        return {
+            **found,
+            "overall_per_item": per_item,
+            "official_per_type": official.get("overall_per_type", {}).get("of_reported_types"),
+            "official_per_item": official.get("overall_per_item", {}).get("reported"),
+        }
+
+
+class GEdit(Benchmark):
+    """GEdit-Bench-EN: 606 edits of eleven kinds; `fullset/{task}/en/{key}.png`.
+
+    `overall` is G_O, the mean of the eleven groups' mean sqrt(SC PQ); SC, PQ and the intersection set stand beside it.
+    """
+
+    name: ClassVar[str] = "gedit"
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        self.rows = list(self._rows())
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as parquet
+
+        folder = self.tools.data.folder / self.name
+        if not list(folder.rglob("*.parquet")):
+            if not self.tools.data.online:
+                raise UserError(f"--data-dir: no *.parquet in {folder}; they are published as stepfun-ai/GEdit-Bench")
+            fetch_dataset("stepfun-ai/GEdit-Bench", folder)
+        columns = ["task_type", "key", "instruction", "instruction_language", "Intersection_exist"]
+        for path in sorted(folder.rglob("*.parquet")):
+            table = parquet.read_table(path, columns=columns)
+            for number, row in enumerate(table.to_pylist()):
+                if row["instruction_language"] == "en":
+                    yield {**row, "file": path, "row": number}
+
+    def items(self) -> list[Item]:
+        return [
+            Item(
+                id=str(row["key"]),
+                prompt=row["instruction"],
+                category=row["task_type"],
+                files=(f"fullset/{row['task_type']}/en/{row['key']}.png",),
+                source=self._opener(row),
+                facts={"intersection": bool(row["Intersection_exist"])},
+            )
+            for row in self.rows
+        ]
+
+    def _opener(self, row: Mapping[str, Any]) -> Callable[[], Image.Image]:
+        def opened() -> Image.Image:
+            import pyarrow.dataset as dataset
+
+            table = dataset.dataset(row["file"]).take([row["row"]], columns=["input_image"])
+            value = table.to_pylist()[0]["input_image"]
+            data = value["bytes"] if isinstance(value, dict) else value
+            return Image.open(io.BytesIO(data)).convert("RGB")
+
+        return opened
+
+    def about(self) -> dict[str, Any]:
+        judge = self.tools.require_judge(self.name)
+        return {
+            "convention": "GEdit-Bench-EN, VIEScore: mean of eleven groups; no made-up scores",
+            "judge_prompt": prompt_label(self.tools, "gedit_sc", "gedit_pq"),
+            **judge_about(judge),
+        }
+
+    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+        judge = self.tools.require_judge(self.name)
+        yield from judged(judge, units, lambda unit: self.look(judge, unit))
+
+    def look(self, judge: Judge, unit: Unit) -> Row:
+        """Both questions; both once more if either reply cannot be used."""
+        try:
+            result = picture_bytes(unit.path)
+        except UserError as error:
+            return failed(str(error))
+        assert unit.item.source is not None, "every edit has a source"
+        before = png(unit.item.source())
+        sc = fill(wording(self.tools, "gedit_sc"), instruction=unit.item.prompt)
+        pq = fill(wording(self.tools, "gedit_pq"), instruction=unit.item.prompt)
+        replies: list[Reply] = []
+        problem = ""
+        for attempt in range(gedit.ATTEMPTS):
+            both = [
+                judge.ask(Question(text=sc, images=(before, result), attempt=attempt)),
+                judge.ask(Question(text=pq, images=(result,), attempt=attempt)),
+            ]
+            replies += both
+            parsed = [gedit.parse(reply.text) for reply in both]
+            problems = [reply.failure or gedit.problem(each) for reply, each in zip(both, parsed, strict=True)]
+            if problems == [None, None]:
+                least = {"SC": float(min(parsed[0].score)), "PQ": float(min(parsed[1].score))}
+                found = {**least, "O": (least["SC"] * least["PQ"]) ** 0.5}
+                texts = [reply.text for reply in both]
+                detail = {**found, "intersection": unit.item.facts["intersection"], "replies": texts}
+                return {"score": found["O"], "detail": detail}
+            problem = "; ".join(
+                f"{name}: {each}" for name, each in zip(("consistency", "quality"), problems, strict=True) if each
+            )
+            if not all(lasting(reply) for reply in both):
+                break
+        return failed(problem, replies, said=[reply.text for reply in replies])
+
+    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+        found = super().scores(rows)
+        plain = [
+            {"group": row["category"], "language": "en", "intersection_exist": row["detail"]["intersection"]}
+            | {name: row["detail"][name] for name in ("SC", "PQ", "O")}
+            for row in rows
+            if row["score"] is not None
+        ]
+        told = gedit.summary(plain)
+        figures = {
+            f"{part}_{name}": told[part][name]["overall"]
+            for part in ("full", "intersection")
+            for name in ("SC", "PQ", "O")
+        }
+        return {**found, **figures}
+
+
+def open_source(path: Path) -> Image.Image:
+    """A picture to edit; UserError names one that is missing or broken."""
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: the picture to edit cannot be read; the benchmark's archive is incomplete") from error
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The `singleturn` part of ImgEdit's archive into a folder, whole or not at all."""
+    from diptych.checkpoints.tensors import atomic_folder
+
+    def write(temporary: Path) -> None:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                parts = Path(member.name).parts
+                if member.isfile() and "singleturn" in parts:
+                    target = temporary.joinpath(*parts[parts.index("singleturn") + 1 :])
+                    member.name = target.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    tar.extract(member, target.parent, filter="data")
+
+    try:
+        atomic_folder(folder, write)
+    except tarfile.TarError as error:
+        raise UserError(f"{archive}: not a readable archive ({error})") from error
+
+
+def fetch_dataset(name: str, folder: Path) -> None:
+    """The parquet files of a hub dataset."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, repo_type="dataset", local_dir=folder, allow_patterns=["*.parquet"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: could not be downloaded ({type(error).__name__}); give --data-dir") from error
