@@ -341,7 +341,8 @@ def test_dpg_generates_grids_and_asks_about_their_cells(
     data, out = bench_data("dpg", {"dpg_bench.csv": dpg_csv(questions)}), tmp_path / "out"
     judge_server.script = lambda text, times: {"text": "No." if "there a dog" in text else "**Yes**, it is."}
     found = evaluate(engine, ["dpg"], output=out, tools=asking(data, judge_server.url, out))["tasks"]["dpg"]
-    assert Image.open(out / "dpg" / "images" / "a.png").size == (64, 64)
+    with Image.open(out / "dpg" / "images" / "a.png") as sheet:
+        assert sheet.size == (64, 64)
     assert (found["overall"], found["all"]["score"]) == (50.0, 50.0)
     assert found["l1"]["entity"] == pytest.approx(200 / 3)
     assert found["about"]["convention"] == "DPG-Bench, fixed"

@@ -1,62 +1,220 @@
-"""Score a model on benchmarks: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (questions),
-toyfeatures (feature distance), toyscales (whether a model's scales agree)."""
+"""Score a model, or pictures made elsewhere, on benchmarks.
+
+Toy world: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (questions), toyfeatures (feature distance),
+toyscales (whether a model's scales agree). Published: geneval, dpg, wise_legacy, wise_verified, imgedit, gedit,
+mjhq_fid, clipscore; their data are downloaded on first use. A run that was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diptych.evaluation.benchmark import Tools
+    from diptych.evaluation.judge import Judge
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from diptych.cli.options import add_model, add_sampling
+    from diptych.cli.options import MODEL, add_sampling
 
-    add_model(parser)
-    tasks = "by comma: toyeval,toyedit,toyvqa,toyfeatures,toyscales (toyeval)"
-    parser.add_argument("--tasks", default="toyeval", help=tasks)
-    parser.add_argument("--n", type=int, help="images per prompt (4 of toyeval, 1 of toyedit)")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL}; none with --images or --only score")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
+    parser.add_argument("--tasks", default="toyeval", help="by comma (toyeval)")
+    parser.add_argument("--n", type=int, help="images per prompt of toy tasks (4 of toyeval, 1 of toyedit)")
     parser.add_argument("--limit", type=int, help="at most this many prompts, edits or questions of each task")
-    parser.add_argument("--output", help="folder for results.json, rows and pictures; nothing is written without it")
+    parser.add_argument("--output", help="folder for results.json, rows and pictures; toy tasks do without")
+    parser.add_argument("--log-samples", action="store_true", help="write samples_TASK.jsonl: all that is known")
+    group = parser.add_argument_group("published benchmarks")
+    group.add_argument("--only", metavar="STEP", help="generate, or score")
+    group.add_argument("--images", metavar="DIR", help="score pictures made elsewhere, in the official layout")
+    group.add_argument("--seeds", help="several seeds by comma: 0,1,2; the score is their mean")
+    group.add_argument("--num-seeds", type=int, help="so many seeds, from --seed on")
+    group.add_argument("--data-dir", metavar="DIR", help="benchmark data that are there, DIR/TASK/FILE; no download")
+    group.add_argument("--score-batch", type=int, default=16, help="pictures at a time in detectors and encoders (16)")
+    group.add_argument("--dpg-scoring", default="fixed", help="official or fixed (fixed)")
+    group.add_argument("--detector", help="GenEval's Mask2Former: hub id or folder")
+    group.add_argument("--clip", help="CLIP of GenEval's colours and of CLIPScore: hub id or folder")
+    group.add_argument("--inception", metavar="FILE", help="FID's weights, the published .pth or a .safetensors of it")
+    group.add_argument("--no-self-test", action="store_true", help="do not look whether GenEval's detector works")
+    group = parser.add_argument_group("judge")
+    group.add_argument("--judge", metavar="URL", help="OpenAI-compatible address; or hf:NAME, or diptych:MODEL")
+    group.add_argument("--judge-model", metavar="NAME", help="model that the endpoint is asked for")
+    group.add_argument("--judge-workers", type=int, default=8, help="requests at a time (8)")
+    group.add_argument("--judge-timeout", type=float, default=120.0, help="seconds for an answer (120)")
+    group.add_argument("--judge-retries", type=int, default=5, help="further tries after 429s and the like (5)")
+    group.add_argument("--judge-budget", type=int, metavar="N", help="stop, resumable, after N requests")
+    group.add_argument("--judge-max-tokens", type=int, default=1024, help="longest answer (1024)")
+    group.add_argument("--judge-prompts", metavar="FILE", help="JSON of judge prompts to use in place of ours")
     add_sampling(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from diptych.cli import options
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError, unknown
-    from diptych.evaluation.evaluate import TASKS, evaluate
+    from diptych.evaluation.evaluate import BENCHMARKS, TASKS, check_plan, evaluate
 
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     for task in tasks:
-        if task not in TASKS:
-            raise unknown("task", task, TASKS, "--tasks")
+        if task not in TASKS and task not in BENCHMARKS:
+            raise unknown("task", task, [*TASKS, *BENCHMARKS], "--tasks")
     output = None if args.output is None else Path(args.output).expanduser()
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: a file, not a folder")
+    if args.only not in (None, "generate", "score"):
+        raise unknown("step", args.only, ("generate", "score"), "--only")
+    toys = [task for task in tasks if task in TASKS]
+    published = [task for task in tasks if task in BENCHMARKS]
+    images = None if args.images is None else Path(args.images).expanduser()
+    if args.model is None and (toys or not (images or args.only == "score")):
+        raise UserError("no MODEL; it can be left out with --images, or with --only score")
+    check_plan(args.model is not None, toys, published, output, args.only, images)
     settings = options.sampling(args)
-    engine = options.open_model(args)
+    seeds = seeds_of(args)
+    args.device = device = own_device(options.device(args.device))
+    tools = tools_of(args, output, device) if published else None
+    makes = bool(toys) or (args.only != "score" and images is None)
+    engine = options.open_model(args) if makes else None
     with bars() as told:
         found = evaluate(
-            engine, tasks, output=output, n=args.n, limit=args.limit, seed=args.seed, progress=told, **settings
+            engine,
+            tasks,
+            output=output,
+            n=args.n,
+            limit=args.limit,
+            seed=args.seed,
+            seeds=seeds,
+            only=args.only,
+            images=images,
+            tools=tools,
+            log_samples=args.log_samples,
+            name=args.model,
+            progress=told,
+            **settings,
         )
     for task, scores in found["tasks"].items():
         print("\n".join(table(task, scores)))
     if found["failed"]:
-        print(f"{found['failed']} samples could not be judged; they count as wrong")
-    print(f"{found['seconds']:.0f} s on {found['device']}" + (f"; {output / 'results.json'}" if output else ""))
+        print(f"{found['failed']} samples could not be judged; those of toy tasks count as wrong, others are left out")
+    place = f"; {output / 'results.json'}" if output and found["tasks"] else ""
+    print(f"{found['seconds']:.0f} s on {found['device'] or device}{place}")
     return 0
+
+
+def own_device(device: str) -> str:
+    """The GPU of this process, where a launcher started several."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+def seeds_of(args: argparse.Namespace) -> list[int] | None:
+    """Seeds of published benchmarks; None for --seed alone."""
+    from diptych.core.errors import UserError
+
+    if args.seeds is not None and args.num_seeds is not None:
+        raise UserError("--seeds and --num-seeds say the same thing; give one")
+    if args.num_seeds is not None:
+        if args.num_seeds < 1:
+            raise UserError(f"--num-seeds must be at least 1, not {args.num_seeds}")
+        return list(range(args.seed, args.seed + args.num_seeds))
+    if args.seeds is None:
+        return None
+    words = [word.strip() for word in args.seeds.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"--seeds {args.seeds}: write whole numbers by comma, as 0,1,2")
+    return [int(word) for word in words]
+
+
+def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tools:
+    """Data, judge and weights as the options name them."""
+    import json
+
+    from diptych.core.errors import UserError, unknown
+    from diptych.evaluation.benchmark import Tools
+    from diptych.evaluation.download import Data, default_folder
+    from diptych.evaluation.judge import Remembering
+    from diptych.evaluation.judge_prompts import PROMPTS
+
+    data = Data(folder=default_folder())
+    if args.data_dir is not None:
+        folder = Path(args.data_dir).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"--data-dir {folder}: no such folder")
+        data = Data(folder=folder, online=False)
+    prompts: dict[str, str] = {}
+    if args.judge_prompts is not None:
+        try:
+            prompts = json.loads(Path(args.judge_prompts).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--judge-prompts {args.judge_prompts}: not a readable JSON file") from error
+        for name in prompts:
+            if name not in PROMPTS:
+                raise unknown("prompt", name, PROMPTS, "--judge-prompts")
+    judge = judge_of(args, device)
+    if judge is not None and output is not None:
+        rank = os.environ.get("RANK", "0")
+        judge = Remembering(judge, output / ("judge.jsonl" if rank == "0" else f"judge.{rank}.jsonl"))
+    given: dict[str, Any] = {"detector": args.detector, "clip": args.clip}
+    given["inception"] = None if args.inception is None else Path(args.inception).expanduser()
+    return Tools(
+        data=data,
+        judge=judge,
+        device=device,
+        batch_size=args.score_batch,
+        dpg_scoring=args.dpg_scoring,
+        self_test=not args.no_self_test,
+        prompts=prompts,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def judge_of(args: argparse.Namespace, device: str) -> Judge | None:
+    """The judge that --judge names."""
+    from diptych.core.errors import UserError
+    from diptych.evaluation.judge import Endpoint, EndpointJudge
+    from diptych.evaluation.judge_models import EngineJudge, TransformersJudge
+
+    if args.judge is None:
+        return None
+    if args.judge.startswith("hf:"):
+        return TransformersJudge(args.judge.removeprefix("hf:"), device, args.judge_max_tokens)
+    if args.judge.startswith("diptych:"):
+        from diptych.recipes.load import load
+
+        return EngineJudge(load(args.judge.removeprefix("diptych:"), device=device), args.judge_max_tokens)
+    if args.judge_model is None:
+        raise UserError("--judge-model is missing: which model the endpoint is asked for")
+    return EndpointJudge(
+        Endpoint(
+            url=args.judge,
+            model=args.judge_model,
+            max_tokens=args.judge_max_tokens,
+            timeout=args.judge_timeout,
+            retries=args.judge_retries,
+            workers=args.judge_workers,
+            budget=args.judge_budget,
+        )
+    )
 
 
 def table(task: str, scores: dict[str, Any]) -> list[str]:
     """A task's scores as lines."""
-    low, high = scores["interval"]
     lines = [f"{task:<20}{'score':>8}{'95% interval':>18}{'samples':>9}"]
     for name, category in scores.items():
-        if isinstance(category, dict):
+        if isinstance(category, dict) and "score" in category:
             below, above = category["interval"]
             lines.append(f"  {name:<18}{category['score']:>8.3f}{below:>11.3f}-{above:.3f}{category['count']:>9}")
-    lines.append(f"  {'overall':<18}{scores['overall']:>8.3f}{low:>11.3f}-{high:.3f}")
+    if scores["overall"] is None:
+        lines.append(f"  {'overall':<18}{'-':>8}")
+    else:
+        spread = "" if scores["interval"] is None else "{:>11.3f}-{:.3f}".format(*scores["interval"])
+        lines.append(f"  {'overall':<18}{scores['overall']:>8.3f}{spread}")
     if "preserved" in scores:
         lines.append(f"  {'preserved':<18}{scores['preserved']:>8.3f}")
+    lines += [f"  {note}" for note in scores.get("notes", ())]
+    lines += [f"  missing: {name}" for name in scores.get("missing_files", ())[:3]]
+    lines += [f"  failed: {each['image']}: {each['failure']}" for each in scores.get("failures", ())[:3]]
     return lines
