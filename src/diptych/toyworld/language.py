@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal, get_args
@@ -28,12 +29,16 @@ class Question:
     answer: str
 
 
-def describe(scene: Scene) -> str:
-    """Every object in reading order with its cell, and the background:
+def describe(scene: Scene, order: Sequence[int] | None = None) -> str:
+    """Every object with its cell, and the background:
 
     "a red circle at the top left and a blue square at the bottom right on a gray background".
+
+    Args:
+        order: of the scene's objects; reading order when None.
     """
-    parts = [f"{with_article(named(found.thing))} at the {CELLS[found.cell]}" for found in scene.objects]
+    told = scene.objects if order is None else [scene.objects[at] for at in order]
+    parts = [f"{with_article(named(found.thing))} at the {CELLS[found.cell]}" for found in told]
     listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part) if parts else "nothing"
     return f"{listed} on {with_article(scene.background)} background"
 
@@ -145,6 +150,12 @@ def ask_statement(statement: Statement, kind: QuestionKind, rng: np.random.Gener
         return Question(kind=kind, text=f"what color is the {thing.shape}?", answer=thing.colour)
     if kind == "relation" and statement.relation:
         one, two = statement.things
+        if rng.random() < 0.5:
+            asked, answer, relation = two, one, statement.relation
+            if rng.random() < 0.5:
+                asked, answer, relation = one, two, INVERSE[statement.relation]
+            text = f"what is {relation} the {asked.shape}?"
+            return Question(kind=kind, text=text, answer=with_article(named(answer)))
         true = rng.random() < 0.5
         if rng.random() < 0.5:
             one, two = two, one
@@ -156,7 +167,7 @@ def ask_statement(statement: Statement, kind: QuestionKind, rng: np.random.Gener
         shape = thing.shape if rng.random() < 0.5 else pick(rng, SHAPES)
         colour = None
         if thing.colour is not None and rng.random() < 0.5:
-            colour = thing.colour if rng.random() < 0.5 else pick(rng, tuple(COLOURS))
+            colour = pick(rng, statement.things).colour if rng.random() < 0.7 else pick(rng, tuple(COLOURS))
         true = any(one.shape == shape and colour in (None, one.colour) for one in statement.things)
         name = named(Thing(shape=shape, colour=colour))
         return Question(kind=kind, text=f"is there {with_article(name)}?", answer=_yes(true))

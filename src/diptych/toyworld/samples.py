@@ -24,7 +24,9 @@ from diptych.toyworld.scene import CELLS, Scene, generator, pick
 from diptych.toyworld.statements import KINDS, PREFIXES, Statement, draw_statement
 
 TURNS = 3
-"""Most questions in one conversation."""
+"""Most questions in one conversation about a scene."""
+TOLD_TURNS = 5
+"""Most questions in one conversation about a short caption, which is read in no time."""
 
 
 class ToyWorld:
@@ -37,8 +39,8 @@ class ToyWorld:
         size: side of the images in pixels. The same (seed, task, index) at another size is the same scene.
         text_only: share of `understand` samples in which a description stands in place of the image.
         full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
-        captions: share of `understand` samples with an image that ask for all that is in it: half of them for its
-            description, half what is in each cell, in any order.
+        captions: share of `understand` samples, but for those told by a short caption, that ask for all there is:
+            half of them for a description, half what is in each cell, in any order.
     """
 
     def __init__(
@@ -106,15 +108,15 @@ class ToyWorld:
             statement = draw_statement(rng, pick(rng, KINDS))
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
+        described = not statement and rng.random() < self.captions
+        asked = _description(scene, rng) if described else _conversation(scene, statement, rng)
         if text_only:
-            told = pick(rng, statement.wordings) if statement else describe(scene)
+            order = rng.permutation(len(scene.objects)).tolist()
+            told = pick(rng, statement.wordings) if statement else describe(scene, order)
             opening = f"scene: {told}. "
-            asked = _conversation(scene, statement, rng)
             extra["key"] = statement.key if statement else None
         else:
             opening = f"{IMAGE_PLACEHOLDER}\n"
-            described = rng.random() < self.captions
-            asked = _description(scene, rng) if described else _conversation(scene, None, rng)
         extra["question_kinds"] = [question.kind for question in asked]
         messages: list[Message] = []
         for turn, question in enumerate(asked):
@@ -135,14 +137,16 @@ def _description(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _conversation(scene: Scene, statement: Statement | None, rng: np.random.Generator) -> list[Question]:
-    """One to TURNS questions of unlike kinds."""
-    turns = int(rng.integers(1, TURNS + 1))
-    asked: list[Question] = []
+    """One to TURNS questions of unlike kinds about a scene; up to TOLD_TURNS about what a short caption says."""
     kinds: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "caption"]
-    for at in rng.permutation(len(kinds)).tolist():
-        question = ask_statement(statement, kinds[at], rng) if statement else ask(scene, kinds[at], rng)
-        if question:
-            asked.append(question)
-        if len(asked) == turns:
-            break
-    return asked
+    if statement is None:
+        turns = int(rng.integers(1, TURNS + 1))
+        found = (ask(scene, kinds[at], rng) for at in rng.permutation(len(kinds)).tolist())
+        return [question for question in found if question][:turns]
+    unlike: dict[str, Question] = {}
+    for _ in range(TOLD_TURNS):
+        for at in rng.permutation(len(kinds)).tolist():
+            question = ask_statement(statement, kinds[at], rng)
+            if question and len(unlike) < TOLD_TURNS:
+                unlike[question.text] = question
+    return list(unlike.values())
