@@ -122,7 +122,10 @@ def difference(task: str, first: Path, second: Path, one: Mapping[str, Any], two
     weights = one.get("about", {}).get("overall_is", "categories")
     rows = paired(a, b, weights)
     if task in PERCENT:
-        rows = {name: (*(100 * value for value in values),) for name, values in rows.items()}  # type: ignore[misc]
+        rows = {
+            name: (100 * one, 100 * two, 100 * gap, 100 * low, 100 * high)
+            for name, (one, two, gap, low, high) in rows.items()
+        }
     if not rows:
         warnings.append("no scores of single items to pair; only the overall figures can be put side by side")
         if one["overall"] is not None and two["overall"] is not None:

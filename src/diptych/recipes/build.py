@@ -135,28 +135,33 @@ def build_system(
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
     connector, connector_origin = build_connector(spec.connector, backbone.width, decoder.condition_width, meta)
-    hierarchical = isinstance(spec, HieraQuerySpec)
-    config = HieraConfig if hierarchical else ComposedConfig
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(config)}
-    system = (HieraQuery if hierarchical else ComposedSystem)(
-        config(**fields),
-        backbone=backbone,
-        conditioner=conditioner,
-        connector=connector,
-        decoder=decoder,
-        autoencoder=autoencoder,
-        origins={
-            "backbone": backbone_origin,
-            "conditioner": dataclasses.asdict(spec.conditioner),
-            "connector": connector_origin,
-            "decoder": decoder_origin,
-            "autoencoder": autoencoder_origin,
-            "sampling": spec.sampling,
-        },
-    )
+    origins = {
+        "backbone": backbone_origin,
+        "conditioner": dataclasses.asdict(spec.conditioner),
+        "connector": connector_origin,
+        "decoder": decoder_origin,
+        "autoencoder": autoencoder_origin,
+        "sampling": spec.sampling,
+    }
+    modules: dict[str, Any] = {
+        "backbone": backbone,
+        "conditioner": conditioner,
+        "connector": connector,
+        "decoder": decoder,
+        "autoencoder": autoencoder,
+    }
+    if isinstance(spec, HieraQuerySpec):
+        system: System = HieraQuery(HieraConfig(**_settings(spec, HieraConfig)), **modules, origins=origins)
+    else:
+        system = ComposedSystem(ComposedConfig(**_settings(spec, ComposedConfig)), **modules, origins=origins)
     if meta:
         system.to("meta")
     return system
+
+
+def _settings(spec: object, config: type[Any]) -> dict[str, Any]:
+    """The fields that a system's settings share with its specification."""
+    return {field.name: getattr(spec, field.name) for field in dataclasses.fields(config)}
 
 
 def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniGen2System:
@@ -164,10 +169,9 @@ def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniG
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(OmniGen2Settings)}
     origins = {"backbone": backbone_origin, "decoder": decoder_origin, "autoencoder": autoencoder_origin}
     system = OmniGen2System(
-        OmniGen2Settings(**fields),
+        OmniGen2Settings(**_settings(spec, OmniGen2Settings)),
         backbone=backbone,
         decoder=decoder,
         autoencoder=autoencoder,

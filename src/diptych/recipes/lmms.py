@@ -106,9 +106,9 @@ def conversation(turns: Sequence[Mapping[str, Any]], device: torch.device) -> tu
         for part in parts:
             if part["type"] == "text":
                 pieces.append(part["text"].replace(IMAGE_PLACEHOLDER, ""))
-            elif part["type"] == "image" and isinstance(part["url"], Image.Image):
+            elif part["type"] == "image" and isinstance(picture := part["url"], Image.Image):
                 pieces.append(IMAGE_PLACEHOLDER)
-                pictures.append(from_pil(part["url"]).to(device))
+                pictures.append(from_pil(picture).to(device))
             else:
                 raise UserError(f"a question holds {part['type']!r}; diptych models read text and pictures")
         messages.append(Message(role=ROLES[turn["role"]], text="\n".join(pieces)))

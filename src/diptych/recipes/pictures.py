@@ -45,9 +45,9 @@ def build_proxies(
     except ModuleNotFoundError as error:
         raise UserError(f"{where}: proxies need {error.name}; install diptych[data]") from error
 
-    kind = options.get("pictures")
+    kind = str(options.get("pictures"))
     if kind not in PICTURES:
-        raise unknown("kind of pictures", str(kind), PICTURES, f"{where}.options.pictures")
+        raise unknown("kind of pictures", kind, PICTURES, f"{where}.options.pictures")
     for option in options:
         if option not in ("pictures", "proxies", *PICTURES[kind]):
             raise unknown("key", option, ("pictures", "proxies", *PICTURES[kind]), f"{where}.options")

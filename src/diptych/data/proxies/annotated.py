@@ -6,7 +6,7 @@ H, W height and width in pixels.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +66,7 @@ class Pictures(abc.ABC):
     """
 
     known: frozenset[Known]
-    dropped: Mapping[str, str]
+    dropped: dict[str, str]
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -249,7 +249,8 @@ def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bo
         counts = segmentation.get("counts")
         if isinstance(counts, list) and sum(counts) != height * width:
             raise BadItem(id, f"RLE of the wrong length ({sum(counts)} for {height * width} pixels, {label})")
-        rle = coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else dict(segmentation)
+        plain: Any = dict(segmentation)
+        rle: Any = coco_mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
     elif isinstance(segmentation, list) and segmentation and all(isinstance(one, list) for one in segmentation):
         for polygon in segmentation:
             if len(polygon) < 6 or len(polygon) % 2:

@@ -146,7 +146,7 @@ def annotated(scene: Scene, size: int) -> Annotated:
         for plane, found in zip(planes, scene.objects, strict=True)
     ]
     ground = Segment(
-        mask=~planes.any(axis=0),
+        mask=np.logical_not(planes.any(axis=0)),
         category=1 + len(SHAPES) * len(COLOURS) + list(BACKGROUNDS).index(scene.background),
         name=f"{scene.background} background",
         thing=False,
