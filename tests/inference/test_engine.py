@@ -125,7 +125,7 @@ def test_options(engine: Engine) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"cfg": -1.0}, "must not be negative"),
         ({"shift": 0.0}, "shift must be above 0"),
-        ({"shift": "rot"}, "shift must be above 0, or 'root', not 'rot'"),
+        ({"shift": "rot"}, "shift must be above 0, or 'root' or 'flux', not 'rot'"),
         ({"cfg_range": (0.6, 0.4)}, "cfg_range must be two rising shares"),
         ({"guidance": "chian"}, "Did you mean 'chain'"),
         ({"size": 30}, "size 30x30 is not divisible by 8"),

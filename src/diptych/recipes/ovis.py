@@ -158,7 +158,7 @@ def export_ovis(system: System, folder: Path) -> None:
             kept = dtypes.get(prefix(name))
             kept = getattr(torch, kept) if kept and tensor.is_floating_point() else tensor.dtype
             yield name, tensor.detach().to(kept)
-            if published.get("head") and name == "llm.model.embed_tokens.weight" and tied(system):
+            if published.get("head") and name == "llm.model.embed_tokens.weight" and system.backbone.tied:
                 yield HEAD, tensor.detach().to(kept).clone()
 
     def write(temporary: Path) -> None:
@@ -171,8 +171,3 @@ def export_ovis(system: System, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     atomic_folder(folder, write)
-
-
-def tied(system: OvisU1System) -> bool:
-    """Whether the output head is the embedding table."""
-    return system.backbone.llm.lm_head.weight is system.backbone.llm.get_input_embeddings().weight

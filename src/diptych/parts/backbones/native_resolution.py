@@ -60,7 +60,7 @@ def whole_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
         UserError: an image so long and thin that, within `max_pixels`, its short side is less than one token.
     """
     found = smart_resize(height, width, factor, min_pixels, max_pixels)
-    if min(found) < factor or found[0] * found[1] > max_pixels:
+    if min(found) < factor:
         raise UserError(
             f"image of {height}x{width} pixels: too long and thin; within {max_pixels:,} pixels its short side would "
             f"be less than {factor} pixels, one token. Crop it or pad it."

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Message
 from diptych.parts.backbones.aimv2 import AIMv2Config
@@ -30,6 +31,9 @@ from diptych.parts.backbones.visual_tokenizer import IMAGE_START, SPECIAL, Visua
 
 MODEL_TYPE = "diptych_ovis"
 """In the config.json of an MLLM that is saved by itself."""
+
+WEIGHTS = "model.safetensors"
+HEAD = "llm.lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,17 @@ class Ovis(Backbone):
             raise UserError(f"{source}: not an Ovis MLLM saved by this library (model_type {MODEL_TYPE})")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         made = cls.from_config(config, tokenizer).to(dtype)
-        load_into(made, read_tensors(weight_files(folder)), str(source))
+        try:
+            tensors = load_file(folder / WEIGHTS)
+            missing, unexpected = made.load_state_dict(tensors, strict=False)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"{source}: the weights are not readable or do not fit: {' '.join(str(error).split())}"
+            ) from error
+        missing = [name for name in missing if name != HEAD or not made.tied]
+        if missing or unexpected:
+            names = ", ".join([*missing, *unexpected][:5])
+            raise UserError(f"{source}: the weights do not fit the config: missing or unexpected {names}")
         return made
 
     @property
@@ -116,6 +130,11 @@ class Ovis(Backbone):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.chat.tokenizer
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding table."""
+        return self.llm.lm_head.weight is self.llm.get_input_embeddings().weight
 
     @property
     def device(self) -> torch.device:
@@ -258,7 +277,9 @@ class Ovis(Backbone):
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         text = json.dumps({"model_type": MODEL_TYPE, **self.config()}, indent=1)
         (folder / "config.json").write_text(text, encoding="utf-8")
-        write_tensors(folder, own_tensors(self).items(), dtype=dtype)
+        tensors = {name: x for name, x in self.state_dict().items() if name != HEAD or not self.tied}
+        cast = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
+        save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
         self.save_assets(folder)
 
 

@@ -1,0 +1,125 @@
+"""One edit with two guidances: conditions once and branches as one batch, against a plain loop that recomputes them.
+
+    python benchmarks/ovis_edit.py [--steps 50] [--sizes toy,eighth] [--repeats 3]
+
+Ovis-U1 with random weights at toy size (32 px, pixels) and at 1/8 of the published width (256 px, its latents 4 x 32 x
+32 without the VAE). The plain loop runs the MLLM and the refiner in every step and its three branches one after the
+other, as a direct reading of the sampling formula does. Both give the same image. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.core.sample import Batch, Sample
+from diptych.inference.guidance import guided
+from diptych.inference.sampler import sample, times
+from diptych.recipes.build import build_system
+from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
+from diptych.recipes.schema import read
+from diptych.systems.ovis_u1 import OvisU1System
+from measure import machine, synchronize
+
+SCALES = (1.5, 6.0)
+
+
+def specification(size: str) -> tuple[dict[str, Any], int]:
+    """A system's plain values, and the side of its images."""
+    plain = copy.deepcopy(load_plain("toy/ovis_u1")["system"])
+    if size == "toy":
+        return plain, 32
+    config = plain["backbone"]["config"]
+    config["llm"] |= {"hidden_size": 256, "num_hidden_layers": 28, "intermediate_size": 768, "num_attention_heads": 8}
+    config["llm"] |= {"num_key_value_heads": 4, "head_dim": 32}
+    config["vision"] |= {
+        "hidden_size": 128,
+        "num_hidden_layers": 24,
+        "intermediate_size": 352,
+        "num_attention_heads": 4,
+    }
+    config["vision"] |= {"image_size": 448, "patch_size": 14, "hidden_stride": 2}
+    config |= {"words": 8192, "min_pixels": 448 * 448, "max_pixels": 448 * 448}
+    plain |= {"canvas": 8, "canvas_pixels": [64, 65536]}
+    # pixels of 1/8 side stand for the latents: the same tokens as 256 px through the VAE
+    plain["decoder"]["config"] = {
+        "channels": 3, "patch": 2, "hidden": 192, "heads": 4, "double": 6, "single": 12, "axes": [8, 20, 20]
+    }  # fmt: skip
+    return plain, 32
+
+
+def request(side: int) -> Batch:
+    image = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return Batch((Sample(id="edit", task="edit", text="make it red", context_images=(image,), size=(side, side)),))
+
+
+def branches(system: OvisU1System, batch: Batch) -> list[Batch]:
+    """Requests from the least to the most conditioned."""
+    return [system.without(batch, "text_and_images"), system.without(batch, "text"), batch]
+
+
+@torch.no_grad()
+def once(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) -> Tensor:
+    """As the engine does it."""
+    conditions = [system.encode(branch) for branch in branches(system, batch)]
+    return sample(guided(system, conditions, SCALES), noise, times(steps))
+
+
+@torch.no_grad()
+def plain_loop(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) -> Tensor:
+    """Everything anew in every step, one branch after the other."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        null, image, full = (system.velocity(x, t, system.encode(branch)) for branch in branches(system, batch))
+        return null + SCALES[0] * (image - null) + SCALES[1] * (full - image)
+
+    return sample(velocity, noise, times(steps))
+
+
+def measure(size: str, options: argparse.Namespace) -> dict[str, float]:
+    """Least seconds of each way over the repeats, and their ratio."""
+    plain, side = specification(size)
+    torch.manual_seed(0)
+    system = build_system(read(SystemSpec, plain, "", VARIANTS)).to(options.device).eval()
+    assert isinstance(system, OvisU1System)
+    for parameter in [*system.decoder.parameters(), *system.refiner.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.02)
+    batch = request(side).to(options.device)
+    noise = torch.randn(1, *system.latent_shape(side, side)).to(options.device)
+    difference = (once(system, batch, noise, 2) - plain_loop(system, batch, noise, 2)).abs().max()
+    assert difference < 1e-3, f"the two ways differ by {difference}"
+    found: dict[str, float] = {}
+    for name, way in (("once", once), ("plain_loop", plain_loop)):
+        seconds: list[float] = []
+        for _ in range(options.repeats):
+            begin = time.perf_counter()
+            way(system, batch, noise, options.steps)
+            synchronize(options.device)
+            seconds.append(time.perf_counter() - begin)
+        found[name] = min(seconds)
+    return {**found, "ratio": found["plain_loop"] / found["once"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sizes", default="toy,eighth")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+
+    results = {size: measure(size, options) for size in options.sizes.split(",")}
+    print(f"{'size':<10}{'once s':>10}{'plain s':>10}{'ratio':>8}")
+    for size, row in results.items():
+        print(f"{size:<10}{row['once']:>10.2f}{row['plain_loop']:>10.2f}{row['ratio']:>8.2f}")
+    print(json.dumps({"benchmark": "ovis_edit", **vars(options), **machine(options.device), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Ovis-U1 as a system: conditions, guidance, mixed losses, saving, its published layout, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.core.sample import Batch, Message, Sample
+from diptych.inference.engine import Engine, Sampling
+from diptych.recipes.build import build_system
+from diptych.recipes.load import load_system
+from diptych.recipes.ovis import export_ovis
+from diptych.recipes.recipe import parse
+from diptych.recipes.run import save_model, train_recipe
+from diptych.systems.ovis_u1 import OvisU1System
+from diptych.toyworld.samples import ToyWorld
+from diptych.training import loop, state
+
+LLM: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.13025,
+}
+
+
+@pytest.fixture(scope="module")
+def plain_ovis(tiny_mllm: Path) -> dict[str, Any]:
+    stage = {"steps": 2, "batch": 4}
+    source = {"kind": "toyworld", "count": 32}
+    tasks = ("understand", "text_to_image", "edit")
+    mixed = {task: {**source, "task": task} for task in tasks}
+    return {
+        "seed": 1,
+        "system": {
+            "kind": "ovis_u1",
+            "canvas": 8,
+            "canvas_pixels": [64, 1024],
+            "read_pixels": None,
+            "backbone": {
+                "kind": "ovis",
+                "tokenizer": str(tiny_mllm),
+                "config": {
+                    "llm": LLM,
+                    "vision": VISION,
+                    "words": 20,
+                    "max_length": 512,
+                    "preface": "",
+                    "min_pixels": 1024,
+                    "max_pixels": 1024,
+                },
+            },
+            "refiner": {"kind": "token_refiner"},
+            "decoder": {
+                "kind": "yak",
+                "config": {
+                    "channels": 3, "patch": 8, "hidden": 32, "heads": 2, "double": 1, "single": 1, "axes": [4, 6, 6]
+                },
+            },
+            "autoencoder": {"kind": "pixel"},
+        },
+        "sampling": {"size": [32, 32], "steps": 2, "cfg": 2.0, "edit": {"image_cfg": 1.5}},
+        "run": {"log_every": 1, "save_every": 0, "validate_every": 0, "device": "cpu", "tensorboard": False},
+        "stages": {
+            "adapter": {**stage, "train": ["head", "adapter"], "data": {"size": 32, "sources": mixed}},
+            "understanding": {
+                "steps": 4,
+                "batch": 4,
+                "train": ["vision", "head", "adapter", "llm"],
+                "ema": 0.5,
+                "data": {"size": 32, "sources": {"toy": {**source, "task": "understand"}}},
+            },
+            "editing": {**stage, "train": ["refiner", "decoder"], "data": {"size": 32, "sources": mixed}},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def system(plain_ovis: dict[str, Any]) -> OvisU1System:
+    torch.manual_seed(0)
+    made = build_system(parse(plain_ovis).system)
+    assert isinstance(made, OvisU1System)
+    for parameter in [*made.decoder.parameters(), *made.refiner.parameters()]:  # both start as the identity
+        nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+def edits(count: int = 2) -> Batch:
+    return Batch(tuple(ToyWorld(seed=0).sample("edit", index) for index in range(count)))
+
+
+@torch.no_grad()
+def test_three_branches_as_one_batch_are_three_passes(system: OvisU1System) -> None:
+    batch = edits()
+    full = system.encode(batch)
+    silent, null = (system.encode(system.without(batch, what)) for what in ("text", "text_and_images"))
+    assert [len(row) for row in full.context_latents or ()] == [1, 1]
+    assert [len(row) for row in null.context_latents or ()] == [0, 0]
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([0.3, 0.8])
+    alone = torch.cat([system.velocity(x, t, branch) for branch in (null, silent, full)])
+    together = system.velocity(x.repeat(3, 1, 1, 1), t.repeat(3), null.join([silent, full]))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_condition_is_computed_once_and_not_per_step(system: OvisU1System) -> None:
+    calls: dict[str, int] = {"refiner": 0, "llm": 0, "decoder": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    parts: dict[str, nn.Module] = {
+        "refiner": system.refiner,
+        "llm": system.backbone.llm.model,
+        "decoder": system.decoder,
+    }
+    hooks = [part.register_forward_hook(count(name)) for name, part in parts.items()]
+    sampling = Sampling(size=(32, 32), steps=2)
+    image = Engine(system, sampling).edit(Image.new("RGB", (32, 32)), "make it red", steps=5, cfg=3.0, image_cfg=2.0)
+    for hook in hooks:
+        hook.remove()
+    assert image[0].size == (32, 32)
+    assert calls == {"refiner": 3, "llm": 3, "decoder": 5}  # once a branch; guidance in one batch
+
+
+def test_one_batch_of_all_tasks_gives_the_terms_of_each(system: OvisU1System) -> None:
+    world = ToyWorld(seed=0)
+    samples = [world.sample(task, i) for i in range(2) for task in ("understand", "text_to_image", "edit")]
+    draws = Draws(range(len(samples)))
+    terms = system.losses(Batch(tuple(samples)), draws)
+    assert {name: len(values) for name, values in terms.items()} == {
+        "cross_entropy.understand": 2,
+        "flow.text_to_image": 2,
+        "flow.edit": 2,
+    }
+    for row, sample in enumerate(samples):
+        alone = system.losses(Batch((sample,)), draws.take([row]))
+        for name, values in alone.items():
+            torch.testing.assert_close(values[0], terms[name][row // 3], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="task 'image'"):
+        system.losses(Batch((world.sample("image", 0),)), Draws([0]))
+
+
+def test_conversations_with_several_images_and_turns(system: OvisU1System) -> None:
+    talk = [
+        Message(role="user", text="<image><image> which?"),
+        Message(role="assistant", text="this"),
+        Message(role="user", text="and <image>?"),
+    ]
+    images = [torch.zeros(3, 20, 50), torch.ones(3, 32, 32), torch.zeros(3, 64, 16)]
+    assert len(system.generate_text([talk], [images], max_new_tokens=2)) == 1
+    with pytest.raises(UserError, match="3 <image> placeholders but 2 images"):
+        system.generate_text([talk], [images[:2]])
+
+
+def test_bad_requests_are_one_clear_line(system: OvisU1System) -> None:
+    thin = torch.zeros(3, 1, 5000)
+    for sample, words in (
+        (Sample(id="e", task="edit", text="more red"), "e: task 'edit' needs an image"),
+        (
+            Sample(id="e", task="edit", text="<image> on <image>", context_images=(torch.zeros(3, 32, 32),)),
+            "e: 2 <image>",
+        ),
+        (Sample(id="e", task="edit", text="more red", context_images=(thin,)), "1x5000 pixels: too long and thin"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            system.encode(Batch((sample,)))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_stopped_in_the_middle_of_understanding_and_resumed_is_the_whole_run(
+    plain_ovis: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = copy.deepcopy(plain_ovis)
+    train_recipe(parse(plain), plain, tmp_path / "whole")
+    calls = 0
+
+    def stop(*_: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == 4  # the second step of the second stage
+
+
+
+    @contextmanager
+    def signalled() -> Iterator[Callable[..., bool]]:
+        yield stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "stop_signal", signalled)
+        assert not train_recipe(parse(plain), plain, tmp_path / "parts")
+    last = state.checkpoints(tmp_path / "parts" / "checkpoints")[-1]
+    assert (state.read_progress(last).stage, state.read_progress(last).step) == (1, 2)
+    assert train_recipe(parse(plain), plain, tmp_path / "parts", resume=True)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture
+def release(plain_ovis: dict[str, Any], tmp_path: Path) -> Path:
+    """A tiny model with a VAE in the published layout, the MLLM and decoder in bfloat16."""
+    plain = copy.deepcopy(plain_ovis)
+    plain["system"]["autoencoder"] = {"kind": "kl", "config": VAE}
+    plain["system"]["decoder"]["config"] |= {"channels": 4, "patch": 2}
+    torch.manual_seed(0)
+    made = build_system(parse(plain).system).to(torch.bfloat16).float()
+    assert isinstance(made, OvisU1System)
+    kinds = ("llm", "visual_tokenizer", "vte", "visual_generator.backbone")
+    made.origins["published"] = {"dtypes": dict.fromkeys(kinds, "bfloat16"), "head": True}
+    export_ovis(made, tmp_path / "release")
+    return tmp_path / "release"
+
+
+def test_the_published_layout_comes_back_to_the_bit(release: Path, tmp_path: Path) -> None:
+    loaded, sampling = load_system(str(release))
+    assert isinstance(loaded, OvisU1System)
+    assert (sampling.steps, sampling.cfg, sampling.edit["image_cfg"]) == (50, 5.0, 1.5)
+    export_ovis(loaded, tmp_path / "again")
+    one, two = (load_file(folder / "model.safetensors") for folder in (release, tmp_path / "again"))
+    assert one.keys() == two.keys()
+    assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)
+    assert (release / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
+    (tmp_path / "ours").mkdir()
+    loaded.save_pretrained(tmp_path / "ours")
+    back, _ = load_system(str(tmp_path / "ours"))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), back.state_dict().values(), strict=True))
+
+
+def test_bad_releases_are_one_clear_line(release: Path, tmp_path: Path) -> None:
+    config = json.loads((release / "config.json").read_text())
+
+    def refused(changed: dict[str, Any], words: str) -> None:
+        (release / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=words) as caught:
+            load_system(str(release))
+        assert "\n" not in str(caught.value)
+
+    refused({**config, "visual_generator_config": None}, "no generator")
+    generator = config["visual_generator_config"]
+    refused(
+        {**config, "visual_generator_config": {**generator, "num_head": 3}}, "unknown field 'num_head'.*'num_heads'"
+    )
+    refused({**config, "visual_generator_config": {**generator, "txt_type": "linear"}}, "txt_type 'linear'")
+    (release / "config.json").write_text(json.dumps(config))
+    file = release / "model.safetensors"
+    kept = {name: x for name, x in load_file(file).items() if not name.startswith("visual_generator.")}
+    save_file(kept, file)
+    refused(config, "no generator")
+
+
+def test_saved_runs_load_again(system: OvisU1System, plain_ovis: dict[str, Any], tmp_path: Path) -> None:
+    save_model(system, parse(plain_ovis), tmp_path / "model")
+    back, sampling = load_system(str(tmp_path / "model"))
+    assert sampling.edit == {"image_cfg": 1.5}
+    one, two = system.state_dict(), back.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
