@@ -24,6 +24,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import logging
+
+    data = logging.getLogger("diptych.data")
+    level = data.level
+    data.setLevel(logging.ERROR)  # what it warns of is printed here
+    try:
+        return _report(args)
+    finally:
+        data.setLevel(level)
+
+
+def _report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from transformers.utils import logging as transformers_logging
@@ -35,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from diptych.recipes.train import run_folder
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("diptych.data").setLevel(logging.ERROR)  # what it warns of is printed here
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     limit = PREVIEW if args.preview and args.limit is None else args.limit
