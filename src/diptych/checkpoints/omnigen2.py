@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import SHARD_BYTES, load_into, own_tensors, read_tensors, weight_files, write_tensors
+from diptych.checkpoints.streaming import stream
+from diptych.checkpoints.tensors import SHARD_BYTES, load_into, own_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
 
 STEM = "diffusion_pytorch_model"
@@ -79,9 +80,10 @@ def read_transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def load_transformer(module: nn.Module, folder: Path) -> None:
-    """The published weights into a transformer, tensor by tensor and strictly; made in their stored precision where
-    the module is on the meta device and in that precision."""
-    load_into(module, read_tensors(weight_files(folder, STEM)), str(folder))
+    """The published weights into a transformer, strictly, in its number format; no more than one tensor of them is in
+    memory beside those of the module, which may be on the meta device."""
+    dtype = next(module.parameters()).dtype
+    load_into(module, stream(weight_files(folder, STEM), dtype), str(folder))
 
 
 def write_release(
