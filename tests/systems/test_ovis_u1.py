@@ -217,8 +217,6 @@ def test_a_run_stopped_in_the_middle_of_understanding_and_resumed_is_the_whole_r
         calls += 1
         return calls == 4  # the second step of the second stage
 
-
-
     @contextmanager
     def signalled() -> Iterator[Callable[..., bool]]:
         yield stop

@@ -112,7 +112,10 @@ AUTOENCODERS: dict[str, Any] = {
 
 
 def build_system(
-    spec: SystemSpec | ComposedSpec | MLLMSpec | BagelSpec, *, meta: bool = False, assets: Path | None = None
+    spec: SystemSpec | ComposedSpec | MLLMSpec | BagelSpec | OmniGen2Spec | OvisU1Spec,
+    *,
+    meta: bool = False,
+    assets: Path | None = None,
 ) -> System:
     """A system from its specification.
 

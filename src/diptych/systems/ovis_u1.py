@@ -130,9 +130,9 @@ class OvisU1System(AssembledSystem):
         if refiner.config.pool == "none":
             raise UserError("ovis_u1: the decoder needs a vector for the whole prompt; pool must be 'cls' or 'average'")
         self.settings = config
-        self.backbone = backbone
+        self.backbone: Ovis = backbone  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
         self.refiner = refiner
-        self.decoder = decoder
+        self.decoder: Yak = decoder  # pyright: ignore[reportIncompatibleVariableOverride]
         self.autoencoder = autoencoder
         self.origins = origins
 
@@ -201,7 +201,9 @@ class OvisU1System(AssembledSystem):
         image = self._on_canvas(image, sample)
         if self.settings.read_pixels is None:
             return image
-        return resized(image, whole_size(*image.shape[-2:], self.backbone.pixels.factor, *self.settings.read_pixels))
+        height, width = image.shape[-2:]
+        least, most = self.settings.read_pixels
+        return resized(image, whole_size(height, width, self.backbone.pixels.factor, least, most))
 
     def _on_canvas(self, image: Tensor, sample: Sample) -> Tensor:
         """A context image fitted to a canvas; one of the very size of the image to make stays as it is, since its
@@ -209,7 +211,9 @@ class OvisU1System(AssembledSystem):
         wanted = sample.image.shape[-2:] if sample.image is not None else sample.size
         if wanted is not None and tuple(image.shape[-2:]) == tuple(wanted):
             return image
-        size = whole_size(*image.shape[-2:], self.settings.canvas, *self.settings.canvas_pixels)
+        height, width = image.shape[-2:]
+        least, most = self.settings.canvas_pixels
+        size = whole_size(height, width, self.settings.canvas, least, most)
         return covering(image, size)
 
     def _largest(self) -> tuple[int, int]:

@@ -303,8 +303,8 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
             index: Tensor | slice = slice(None)
         else:
             index = (torch.tensor(mine)[:, None] + torch.arange(length)).flatten().to(q.device)
-        heads = (x[index].unflatten(0, (len(mine), length)).transpose(1, 2) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1)  # (n length, H, K)
+        query, keys, values = (x[index].unflatten(0, (len(mine), length)).transpose(1, 2) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(0, 1)  # (n length, H, K)
         if isinstance(index, slice):
             return mixed.flatten(1)
         out = out.index_copy(0, index, mixed)
