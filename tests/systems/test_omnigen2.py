@@ -185,8 +185,9 @@ def test_reference_latents_are_the_autoencoders_at_whole_patches(system: OmniGen
     assert [[tuple(x.shape) for x in images] for images in latents] == [[], [(4, 8, 8), (4, 4, 10)]]
     torch.testing.assert_close(latents[1][0], system.to_latents(EDIT.context_images[0][None])[0])
     odd = replace(EDIT, context_images=(picture(19, 30),))
-    (found,) = with_settings(system, max_pixels=300).encode(Batch((odd,))).context_latents or ()
-    assert tuple(found[0].shape) == (4, 6, 10)  # 19 x 30 shrunk to 13.8 x 21.8, cut to multiples of 4
+    found = with_settings(system, max_pixels=300).encode(Batch((odd,))).context_latents
+    assert found is not None
+    assert tuple(found[0][0].shape) == (4, 6, 10)  # 19 x 30 shrunk to 13.8 x 21.8, cut to multiples of 4
     assert system.encode(Batch((PAIR,))).context_latents == ((),)
     assert with_settings(system, references=False).encode(Batch((EDIT,))).context_latents == ((),)
 

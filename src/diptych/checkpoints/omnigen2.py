@@ -123,9 +123,10 @@ def write_release(
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2))
     tensors: Iterable[tuple[str, Tensor]] = own_tensors(transformer).items()
     write_tensors(folder / "transformer", tensors, STEM, dtype, shard_bytes)
-    for path in sorted(like.rglob("*")) if like is not None else []:
-        if path.is_file() and is_small(path):
-            shutil.copyfile(path, folder / path.relative_to(like))
+    if like is not None:
+        for path in sorted(like.rglob("*")):
+            if path.is_file() and is_small(path):
+                shutil.copyfile(path, folder / path.relative_to(like))
 
 
 def is_small(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ OMNIGEN2_KINDS = {"backbone": "qwen2_5_vl", "decoder": "omnigen2", "autoencoder"
 
 def omnigen2_release(folder: Path, model: str) -> tuple[OmniGen2Spec, Sampling]:
     """The specification and sampling defaults of an OmniGen2 release in `folder`, whose parts refer to `model`."""
-    parts = {
+    parts: dict[str, Any] = {
         name: Part(kind=OMNIGEN2_KINDS[name], weights=model, subfolder=place)
         for name, place in omnigen2_files.PARTS.items()
     }

@@ -242,8 +242,8 @@ class OmniGen2System(AssembledSystem):
         x = [(1 - now) * clean + now * rough for now, clean, rough in zip(t, data, noise, strict=True)]
         output = self.transformer.denoise(x, t, condition)
         errors = [
-            flow_matching.velocity_loss(*(tensor[None] for tensor in row), settings.prediction)
-            for row in zip(output, data, noise, x, t, strict=True)
+            flow_matching.velocity_loss(v[None], clean[None], rough[None], noisy[None], now[None], settings.prediction)
+            for v, clean, rough, noisy, now in zip(output, data, noise, x, t, strict=True)
         ]
         loss = torch.cat(errors)  # (B,)
         if settings.weigh == "sample":

@@ -68,7 +68,9 @@ def rows(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def training() -> tuple[dict[str, Tensor], dict[str, Any], OmniGen2, TokenCondition]:
     tensors, config = golden("training")
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config["transformer"].items()}
+    sizes: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config["transformer"].items()
+    }
     model = OmniGen2(OmniGen2Config(**sizes))
     model.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("weights.")})
     references = tuple(
@@ -112,7 +114,9 @@ def test_positions_and_rotations() -> None:
 
 def test_the_way_in() -> None:
     tensors, config = golden("transformer")
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config["transformer"].items()}
+    sizes: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config["transformer"].items()
+    }
     model = OmniGen2(replace(OmniGen2Config(**sizes), num_refiner_layers=1, num_layers=0))
     weights = {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
