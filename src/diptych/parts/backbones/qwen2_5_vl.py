@@ -105,8 +105,9 @@ class Qwen2_5VL(Backbone, Gridded):
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Qwen2_5VL:
         """Weights, tokenizer and image processor from a folder or a hub id; safetensors only, no remote code.
 
-        A `text_encoder` folder of a diffusers pipeline has neither tokenizer nor image processor: the tokenizer is
-        then read from the folder `tokenizer` beside it, and the image processor is Qwen2-VL's own.
+        A folder inside a pipeline (`text_encoder`, `mllm`) may have neither tokenizer nor image processor: the
+        tokenizer is then read from the folder `tokenizer` or `processor` beside it, and the image processor from
+        `processor`, or it is Qwen2-VL's own.
 
         Raises:
             UserError: unreachable hub id, a folder that is no Qwen2.5-VL, no safetensors, or missing, unexpected or
@@ -118,8 +119,8 @@ class Qwen2_5VL(Backbone, Gridded):
         words, pictures = folder, folder
         if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
             words, pictures = folder.parent / "tokenizer", folder.parent / "processor"
-        try:
             words = words if words.is_dir() else pictures
+        try:
             tokenizer = AutoTokenizer.from_pretrained(str(words), trust_remote_code=False)
             there = not folder.is_dir() or (pictures / "preprocessor_config.json").is_file()
             processor = Qwen2VLImageProcessorPil.from_pretrained(str(pictures)) if there else None
