@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, refuse_pickle
+from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, refuse_pickle, swap_prefix
 from diptych.core.errors import UserError
 
 KEYS: tuple[tuple[str, str], ...] = (
@@ -50,7 +50,7 @@ def to_ours(tensors: Iterable[tuple[str, Tensor]], rows: int) -> Iterator[tuple[
         rows: V, rows of the MLLM's own embedding table.
     """
     for name, tensor in tensors:
-        ours = _swap(name, (*OTHER_KEYS, *KEYS))
+        ours = swap_prefix(name, (*OTHER_KEYS, *KEYS))
         if ours != TABLE or tensor.shape[0] <= rows:
             yield ours, tensor
             continue
@@ -69,9 +69,9 @@ def to_published(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
         if name in (TABLE, STARTS, ENDS, QUERIES):
             table[name] = tensor
             if len(table) == 4:
-                yield _swap(TABLE, back), torch.cat([table[key] for key in (TABLE, STARTS, ENDS, QUERIES)])
+                yield swap_prefix(TABLE, back), torch.cat([table[key] for key in (TABLE, STARTS, ENDS, QUERIES)])
         else:
-            yield _swap(name, back), tensor
+            yield swap_prefix(name, back), tensor
     assert len(table) in (0, 4), "table, marks and queries go together"
 
 
@@ -108,10 +108,3 @@ def load_metaquery(system: nn.Module, file: Path) -> None:
 def metaquery_tensors(system: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a hieraquery system of MetaQuery's parts under MetaQuery's key names."""
     return to_published(own_tensors(system).items())
-
-
-def _swap(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    for before, after in pairs:
-        if name.startswith(before):
-            return after + name.removeprefix(before)
-    return name

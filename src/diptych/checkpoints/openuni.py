@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, refuse_pickle
+from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, refuse_pickle, swap_prefix
 from diptych.core.errors import UserError
 
 KEYS: tuple[tuple[str, str], ...] = (
@@ -60,7 +60,7 @@ _OURS = re.compile(r"^(backbone\.model\.model\.vision_tower\.encoder\.layer\.\d+
 def to_ours(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Published names and tensors as ours; a name that OpenUni does not have comes through unchanged."""
     for name, tensor in tensors:
-        renamed = _swap(name, KEYS)
+        renamed = swap_prefix(name, KEYS)
         inner = _OURS.match(renamed)
         if inner is None:
             yield renamed, tensor
@@ -69,7 +69,7 @@ def to_ours(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
             for part, piece in zip(PARTS, tensor.chunk(3), strict=True):
                 yield f"{inner[1]}{part}{leaf}", piece
         else:
-            yield inner[1] + _swap(inner[2], VISION_LAYER), tensor
+            yield inner[1] + swap_prefix(inner[2], VISION_LAYER), tensor
 
 
 def to_published(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -81,11 +81,11 @@ def to_published(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
         inner = _OURS.match(name)
         part = next((part for part in PARTS if inner and inner[2].startswith(part)), None)
         if inner is None:
-            yield _swap(name, back), tensor
+            yield swap_prefix(name, back), tensor
         elif part is None:
-            yield _swap(inner[1] + _swap(inner[2], back_layer), back), tensor
+            yield swap_prefix(inner[1] + swap_prefix(inner[2], back_layer), back), tensor
         else:
-            fused = _swap(f"{inner[1]}{FUSED}{inner[2].removeprefix(part)}", back)
+            fused = swap_prefix(f"{inner[1]}{FUSED}{inner[2].removeprefix(part)}", back)
             pieces = waiting.setdefault(fused, {})
             pieces[part] = tensor
             if len(pieces) == len(PARTS):
@@ -122,10 +122,3 @@ def load_openuni(system: nn.Module, file: Path) -> None:
 def openuni_tensors(system: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a composed system under OpenUni's key names."""
     return to_published(own_tensors(system).items())
-
-
-def _swap(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    for before, after in pairs:
-        if name.startswith(before):
-            return after + name.removeprefix(before)
-    return name

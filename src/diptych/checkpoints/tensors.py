@@ -236,3 +236,11 @@ def atomic_text(final: Path, text: str) -> None:
         raise UserError(f"{final}: could not be written ({error.strerror or error}); nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def swap_prefix(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """The name with the first of the prefixes that it begins with exchanged; pairs are (before, after)."""
+    for before, after in pairs:
+        if name.startswith(before):
+            return after + name.removeprefix(before)
+    return name
