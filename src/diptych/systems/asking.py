@@ -26,7 +26,7 @@ from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.decoders.base import Decoder
 from diptych.systems import conversation
-from diptych.systems.base import LORA, AssembledSystem, Dropped, trains
+from diptych.systems.base import AssembledSystem, Dropped, trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +218,7 @@ class AskingSystem(AssembledSystem):
         parts = dict(self.backbone.named_parts())
         name = {"residual_query_adapter": "adapter", "raw": "raw"}.get(self.origins["conditioner"]["kind"], "queries")
         parts[name] = self.conditioner
-        parts |= {"connector": self.connector, "decoder": self.decoder, "autoencoder": self.autoencoder}
-        if adapters := [p for name, p in self.decoder.named_parameters() if LORA in name]:
-            own = set(adapters)
-            parts["decoder"] = nn.ParameterList([p for p in self.decoder.parameters() if p not in own])
-            parts["lora"] = nn.ParameterList(adapters)
+        parts |= {"connector": self.connector, **self.decoder_parts(), "autoencoder": self.autoencoder}
         if self.mask_token is not None:
             parts["mask_token"] = nn.ParameterList([self.mask_token])
         return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}

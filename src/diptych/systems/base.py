@@ -194,6 +194,15 @@ class AssembledSystem(System):
         """Components whose weights are those of the name in `origins`, so that a saved folder only refers to them."""
         return [name for name in self.components if self.origins[name].get("weights")]
 
+    def decoder_parts(self) -> dict[str, nn.Module]:
+        """`decoder`, and `lora` where the decoder has adapters, which are then left out of `decoder`."""
+        adapters = [p for name, p in self.decoder.named_parameters() if LORA in name]
+        if not adapters:
+            return {"decoder": self.decoder}
+        own = set(adapters)
+        rest = [p for p in self.decoder.parameters() if p not in own]
+        return {"decoder": nn.ParameterList(rest), "lora": nn.ParameterList(adapters)}
+
     def stores(self, name: str) -> bool:
         """Whether a saved folder holds the weight of this name: all but the referred-to, whose adapters it holds."""
         return LORA in name or not name.startswith(tuple(f"{away}." for away in self.referenced()))

@@ -30,7 +30,7 @@ from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.omnigen2 import MOST_REFERENCES, OmniGen2
 from diptych.systems import conversation
-from diptych.systems.base import LORA, AssembledSystem, Dropped, trains
+from diptych.systems.base import AssembledSystem, Dropped, trains
 
 DRAWN: tuple[Task, ...] = ("text_to_image", "edit")
 
@@ -281,11 +281,7 @@ class OmniGen2System(AssembledSystem):
 
     def named_parts(self) -> dict[str, nn.Module]:
         """`llm`, `vision`, `projector`, `decoder`, `lora` where the decoder has adapters, `autoencoder`."""
-        parts = {**self.backbone.named_parts(), "decoder": self.decoder, "autoencoder": self.autoencoder}
-        if adapters := [p for name, p in self.decoder.named_parameters() if LORA in name]:
-            own = set(adapters)
-            parts["decoder"] = nn.ParameterList([p for p in self.decoder.parameters() if p not in own])
-            parts["lora"] = nn.ParameterList(adapters)
+        parts = {**self.backbone.named_parts(), **self.decoder_parts(), "autoencoder": self.autoencoder}
         return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
 
     def save_autoencoder(self, folder: Path) -> None:
