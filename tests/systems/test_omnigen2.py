@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
 from diptych.recipes.load import load_system
+from diptych.recipes.pack import save
 from diptych.recipes.release import export_omnigen2
 from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
 from diptych.training.loop import freeze
@@ -177,6 +179,18 @@ def test_text_states_are_the_post_norm_states_of_the_chat(loaded: OmniGen2System
     expected = loaded.transformer.refine(TokenCondition(tokens=states)).tokens[0]
     condition = loaded.encode(Batch((PAIR, EDIT)))
     torch.testing.assert_close(row(condition, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_prompt_is_worded_for_its_mllm(system: OmniGen2System) -> None:
+    plain = system.encode(Batch((replace(PAIR, text=f"draw: {TEXTS[0]}."),)))
+    with_settings(system, prompt="draw: {text}.")
+    assert isinstance(plain, TokenCondition)
+    worded = system.encode(Batch((PAIR,)))
+    assert isinstance(worded, TokenCondition)
+    torch.testing.assert_close(worded.tokens, plain.tokens)
+    dropped = system.encode(system.without(Batch((PAIR,)), "text"))
+    assert isinstance(dropped, TokenCondition)
+    assert dropped.tokens.shape[1] < worded.tokens.shape[1]
 
 
 def test_reference_latents_are_the_autoencoders_at_whole_patches(system: OmniGen2System) -> None:
@@ -401,6 +415,20 @@ def test_comes_back_to_the_bit(dtype: torch.dtype, release: Path, tmp_path: Path
     for path in source.rglob("*.json"):
         if not path.name.endswith(".index.json"):
             assert path.read_bytes() == (back / path.relative_to(source)).read_bytes(), path
+
+
+def test_saved_as_published_each_part_keeps_its_number_format(release: Path, tmp_path: Path) -> None:
+    """The MLLM in half precision, the transformer in bfloat16, the autoencoder as it is: the same bits again."""
+    source = tmp_path / "source"
+    shutil.copytree(release, source)
+    for part, dtype in (("transformer", torch.bfloat16), ("mllm", torch.float16)):
+        for file in (source / part).glob("*.safetensors"):
+            save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    save(str(source), tmp_path / "back", layout="published")
+    for part in ("transformer", "mllm", "vae"):
+        one, two = tensors(source, part), tensors(tmp_path / "back", part)
+        assert one.keys() == two.keys()
+        assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one), part
 
 
 def test_saved_again_it_refers_to_the_release(release: Path, system: OmniGen2System, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ DRAWN: tuple[Task, ...] = ("text_to_image", "edit")
 class OmniGen2Settings:
     """What the system does with its parts; the defaults are those of the released pipelines and fine-tuning.
 
+    prompt: the user turn; `{text}` is the caption or instruction.
     system: the system prompt, "" for none. system_dropped: the one of prompts that training drops.
     seen: what the MLLM is shown of reference images: `none` (the released editing pipeline), `dropped`: it reads them,
     and their states are left out (the released chat pipeline), `kept`: they stay in (SGT's training).
@@ -52,6 +53,7 @@ class OmniGen2Settings:
     in sampling) derive it from each sample's own number of tokens.
     """
 
+    prompt: str = "{text}"
     system: str = "You are a helpful assistant that generates high-quality images based on user instructions."
     system_dropped: str = "You are a helpful assistant that generates images."
     seen: Literal["none", "dropped", "kept"] = "none"
@@ -149,7 +151,7 @@ class OmniGen2System(AssembledSystem):
         conversations = [
             [
                 *([Message(role="system", text=system)] if system else []),
-                Message(role="user", text=IMAGE_PLACEHOLDER * len(images) + sample.text),
+                Message(role="user", text=IMAGE_PLACEHOLDER * len(images) + self._prompt(sample)),
             ]
             for sample, images, system in zip(batch, shown, systems, strict=True)
         ]
@@ -161,6 +163,10 @@ class OmniGen2System(AssembledSystem):
         if self.settings.seen == "dropped":
             return masked_image.drop(states, sequences.mask, ~sequences.images)
         return states, sequences.mask
+
+    def _prompt(self, sample: Sample) -> str:
+        """The user turn of a sample; nothing where its text was dropped."""
+        return self.settings.prompt.replace("{text}", sample.text) if sample.text else ""
 
     def _references(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
         """Clean latents of each sample's reference images, each (C, h, w)."""
@@ -284,11 +290,11 @@ class OmniGen2System(AssembledSystem):
         parts = {**self.backbone.named_parts(), **self.decoder_parts(), "autoencoder": self.autoencoder}
         return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
 
-    def save_autoencoder(self, folder: Path) -> None:
-        """Write the autoencoder in its published layout; UserError for one that has none."""
+    def save_autoencoder(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the autoencoder in its published layout, in this number format; UserError for one that has none."""
         if not isinstance(self.autoencoder, PublishedAutoencoder):
             raise UserError(f"{folder}: this autoencoder has no published layout")
-        self.autoencoder.save_pretrained(folder)
+        self.autoencoder.save_pretrained(folder, dtype)
 
     def shard_units(self) -> Iterable[nn.Module]:
         return [*self.backbone.shard_units(), *self.decoder.shard_units()]
