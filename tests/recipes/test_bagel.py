@@ -21,7 +21,7 @@ from diptych.checkpoints.streaming import stream
 from diptych.checkpoints.tensors import own_tensors
 from diptych.core.errors import UserError
 from diptych.parts.autoencoders.kl import KLAutoencoder
-from diptych.recipes import bagel
+from diptych.recipes import bagel, pack
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load_system
 from diptych.systems.bagel.network import BagelNetwork
@@ -76,6 +76,14 @@ def test_a_release_is_loaded_and_exported_to_the_bit(release: Path, tmp_path: Pa
         assert (release / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     with pytest.raises(UserError, match="exists already"):
         bagel.export_bagel(system, tmp_path / "out")
+
+
+def test_saved_as_published_it_is_the_release(release: Path, tmp_path: Path) -> None:
+    pack.save(str(release), tmp_path / "out", layout="published")
+    for name in ("ema.safetensors", "ae.safetensors"):
+        before, after = load_file(release / name), load_file(tmp_path / "out" / name)
+        assert {key: value.dtype for key, value in before.items()} == {key: value.dtype for key, value in after.items()}
+        same(before, after)
 
 
 def test_a_model_that_refers_to_a_release_holds_no_weights_of_it(release: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "study": "run a set of recipes at equal budget and tabulate them",
     "check": "look at a recipe and its data before a run",
     "recipes": "list the recipes, or show one",
+    "save": "a model as a folder, in our layout or the published one",
     "pack": "a run's model as one small folder",
     "confusions": "how the toy world's detector reads its own images",
     "doctor": "look at this machine and this installation",

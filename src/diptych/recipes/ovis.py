@@ -126,11 +126,14 @@ def prefix(name: str) -> str:
     return f"{first}.{second}" if first == "visual_generator" else first
 
 
-def export_ovis(system: System, folder: Path) -> None:
+def export_ovis(system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write an Ovis-U1 in the published layout, for other programs that read it.
 
     A system that was read from that layout keeps its config.json and number formats, so that weights that were not
     trained come back to the bit.
+
+    Args:
+        dtype: of all weights; None for those formats.
 
     Raises:
         UserError: another system, parts that the layout has no place for, or a folder that exists.
@@ -155,8 +158,9 @@ def export_ovis(system: System, folder: Path) -> None:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in to_published(own_tensors(system).items()):
-            kept = dtypes.get(prefix(name))
-            kept = getattr(torch, kept) if kept and tensor.is_floating_point() else tensor.dtype
+            given = dtypes.get(prefix(name))
+            kept = dtype or (getattr(torch, given) if given else tensor.dtype)
+            kept = kept if tensor.is_floating_point() else tensor.dtype
             yield name, tensor.detach().to(kept)
             if published.get("head") and name == "llm.model.embed_tokens.weight" and system.backbone.tied:
                 yield HEAD, tensor.detach().to(kept).clone()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from diptych.checkpoints import omnigen2 as omnigen2_files
-from diptych.checkpoints.tensors import SHARD_BYTES, atomic_folder
+from diptych.checkpoints.streaming import entries
+from diptych.checkpoints.tensors import SHARD_BYTES, atomic_folder, weight_files
 from diptych.core.errors import UserError
 from diptych.inference.engine import Sampling
 from diptych.recipes.names import locate
@@ -42,7 +43,8 @@ def export_omnigen2(
     Args:
         system: an OmniGen2 with a Qwen2.5-VL and a KL autoencoder, without adapters.
         folder: to be made; it appears whole or not at all.
-        dtype: of the MLLM's and the transformer's weights; as they are when None.
+        dtype: of the MLLM's and the transformer's weights. None: each part has the format of the release that it was
+            read from, and else the one it is in.
 
     Raises:
         UserError: another system, parts that the layout has no place for, adapters, or a folder that exists.
@@ -59,8 +61,10 @@ def export_omnigen2(
     source = system.origins["autoencoder"].get("weights")
     like = locate(source) if source else None
 
+    formats = {part: release_format(system, part) for part in OMNIGEN2_KINDS}
+
     def save_mllm(place: Path) -> None:
-        system.backbone.save_pretrained(place, dtype)
+        system.backbone.save_pretrained(place, dtype or formats["backbone"])
         for path in place.iterdir():  # the tokenizer's files lie in the folder `processor`
             kept = path.name in ("config.json", "generation_config.json") or path.name.endswith(".index.json")
             if not kept and path.suffix != ".safetensors":
@@ -73,10 +77,22 @@ def export_omnigen2(
             sizes=system.transformer.plain_config(),
             save_mllm=save_mllm,
             save_processor=system.backbone.save_assets,
-            save_vae=system.save_autoencoder,
+            save_vae=lambda place: system.save_autoencoder(place, formats["autoencoder"]),
             like=like if like is not None and omnigen2_files.is_published(like) else None,
-            dtype=dtype,
+            dtype=dtype or formats["decoder"],
             shard_bytes=shard_bytes,
         )
 
     atomic_folder(folder, write)
+
+
+def release_format(system: OmniGen2System, part: str) -> torch.dtype | None:
+    """The number format of a part in the release that it was read from; None for a part of no release, or of several
+    formats."""
+    origin = system.origins[part]
+    if not origin.get("weights"):
+        return None
+    folder = locate(origin["weights"]) / (origin.get("subfolder") or "")
+    stem = "model" if part == "backbone" else omnigen2_files.STEM
+    found = {entry.dtype for file in weight_files(folder, stem) for entry in entries(file)}
+    return found.pop() if len(found) == 1 else None

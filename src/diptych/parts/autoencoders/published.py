@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -62,9 +63,9 @@ class PublishedAutoencoder(Autoencoder):
         """Published weights from a folder or hub id, safetensors only; errors as in `diptych.parts.pretrained.load`."""
         return cls.wrap(load(cls.architecture, source, subfolder=subfolder, revision=revision, dtype=dtype))
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write config.json and safetensors in diffusers' layout."""
-        save(self.model, folder)
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and safetensors in diffusers' layout, in this number format where one is given."""
+        save(self.model if dtype in (None, self.model.dtype) else copy.deepcopy(self.model).to(dtype), folder)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
