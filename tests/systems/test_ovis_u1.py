@@ -22,6 +22,7 @@ from diptych.inference.engine import Engine, Sampling
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load_system
 from diptych.recipes.ovis import export_ovis
+from diptych.recipes.pack import save
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import save_model, train_recipe
 from diptych.systems.ovis_u1 import OvisU1System
@@ -190,6 +191,32 @@ def test_conversations_with_several_images_and_turns(system: OvisU1System) -> No
         system.generate_text([talk], [images[:2]])
 
 
+def test_too_long_is_an_error_or_cut_when_asked_for(plain_ovis: dict[str, Any]) -> None:
+    plain = copy.deepcopy(plain_ovis)
+    plain["system"]["backbone"]["config"]["max_length"] = 48
+    long = Message(role="user", text="<image>" + "how many? " * 20)
+    talk = [long, Message(role="assistant", text="three")]
+    image = torch.zeros(3, 32, 32)
+    told = Sample(id="t", task="understand", messages=tuple(talk), context_images=(image,))
+    late = Sample(
+        id="u", task="understand", messages=(Message(role="user", text="<image>"), *talk[1:]), context_images=(image,)
+    )
+    made = build_system(parse(plain).system)
+    with pytest.raises(UserError, match="would be cut"):
+        made.losses(Batch((told,)), Draws([0]))
+    with pytest.raises(UserError, match="would be cut"):
+        made.generate_text([talk[:1]], [[image]], max_new_tokens=2)
+    plain["system"]["too_long"] = "cut"
+    made = build_system(parse(plain).system)
+    values = made.losses(Batch((told, late)), Draws([0, 1]))["cross_entropy.understand"]
+    assert values[0] == 0  # its answer lies beyond what is kept
+    assert values[1] > 0
+    values.sum().backward()
+    assert len(made.generate_text([talk[:1]], [[image]], max_new_tokens=2)) == 1
+    request = Sample(id="r", task="text_to_image", text="red " * 60)
+    assert made.eval().encode(Batch((request,))).tokens.shape[1] == 48
+
+
 def test_bad_requests_are_one_clear_line(system: OvisU1System) -> None:
     thin = torch.zeros(3, 1, 5000)
     for sample, words in (
@@ -260,6 +287,23 @@ def test_the_published_layout_comes_back_to_the_bit(release: Path, tmp_path: Pat
     loaded.save_pretrained(tmp_path / "ours")
     back, _ = load_system(str(tmp_path / "ours"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), back.state_dict().values(), strict=True))
+
+
+def test_saved_as_published_by_either_way_it_is_the_release(release: Path, tmp_path: Path) -> None:
+    """Straight, and by way of our own layout: the same names, number formats and bits."""
+    save(str(release), tmp_path / "published", layout="published")
+    save(str(release), tmp_path / "ours")
+    save(str(tmp_path / "ours"), tmp_path / "back", layout="published")
+    one = load_file(release / "model.safetensors")
+    for name in ("published", "back"):
+        two = load_file(tmp_path / name / "model.safetensors")
+        assert one.keys() == two.keys()
+        assert all(one[key].dtype == two[key].dtype and torch.equal(one[key], two[key]) for key in one)
+        assert json.loads((tmp_path / name / "config.json").read_text()) == json.loads(
+            (release / "config.json").read_text()
+        )
+    save(str(release), tmp_path / "half", layout="published", dtype=torch.float16)
+    assert {x.dtype for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
 
 
 def test_bad_releases_are_one_clear_line(release: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from diptych.objectives.cross_entropy import chosen_token_loss
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Sequences
 from diptych.parts.backbones.native_resolution import covering, resized, whole_size
-from diptych.parts.backbones.ovis import Ovis
+from diptych.parts.backbones.ovis import Ovis, cut
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.yak import Yak
 from diptych.systems import conversation
@@ -62,6 +62,8 @@ class OvisU1Config:
     drop_text, drop_all: share of training samples that lose their text, and text and images, for guidance.
     prediction, time_mean, time_std, time_shift: as of the composed system.
     pack: tokens of a row into which texts are packed in training, 0 for padded rows.
+    too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut` as the reference
+    cuts them: to their first tokens in training, prompts to their last.
     """
 
     prompts: OvisPrompts = field(default_factory=OvisPrompts)
@@ -77,6 +79,7 @@ class OvisU1Config:
     time_std: float = 1.0
     time_shift: float | Literal["flux"] = 1.0
     pack: int = 0
+    too_long: Literal["error", "cut"] = "error"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "canvas_pixels", tuple(self.canvas_pixels))
@@ -226,12 +229,16 @@ class OvisU1System(AssembledSystem):
         """One pass of the MLLM over conversations; an image that occurs more than once is looked at once."""
         flat = [image for row in images for image in row]
         once = {id(image): image for image in flat}
-        sequences = self.backbone.tokenize(conversations, images=images)
+        whole = self.settings.too_long == "error"
+        sequences = self.backbone.tokenize(conversations, images=images, whole=whole)
         with nullcontext() if trains(self.backbone) else torch.no_grad():
             seen = dict(zip(once, self.backbone.vision_tokens(list(once.values())), strict=True))
             embeddings = self.backbone.place(
                 self.backbone.embed(sequences.ids), sequences.images, [seen[id(image)] for image in flat]
             )
+            if not whole:
+                kept = "first" if self.training or sequences.learned.any() else "last"
+                sequences, embeddings = cut(sequences, embeddings, self.backbone.max_length, kept)
             if not flat and sharded():
                 embeddings = embeddings + 0 * self._stand_in_vision().sum()
             pack = self.settings.pack if self.training else 0
@@ -337,7 +344,15 @@ class OvisU1System(AssembledSystem):
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
-        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
+        if self.settings.too_long == "error":
+            return conversation.answer(self.backbone, conversations, images, max_new_tokens)
+        room = self.backbone.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens}: the MLLM takes {self.backbone.max_length} tokens in all")
+        sequences = self.backbone.tokenize(conversations, images=images, generate=True, whole=False)
+        with torch.no_grad():
+            vision = self.backbone.vision_tokens([image for row in images for image in row])
+        return self.backbone.generate(sequences, vision, max_new_tokens=max_new_tokens, most=room)
 
     # Structure
 

@@ -17,7 +17,7 @@ from diptych.core.sample import Message
 from diptych.objectives.cross_entropy import chosen_token_loss
 from diptych.parts.backbones.base import Sequences
 from diptych.parts.backbones.native_resolution import Pixels, from_levels, pack_images
-from diptych.parts.backbones.ovis import Ovis, first_fit
+from diptych.parts.backbones.ovis import Ovis, cut, first_fit
 from diptych.parts.backbones.ovis_chat import OvisChat, padded
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.backbones.visual_tokenizer import IMAGE, expand
@@ -94,6 +94,25 @@ def test_conditions_are_the_references(
         torch.testing.assert_close(embeddings[row, mask], wanted, **CLOSE)
         if case != "train":
             torch.testing.assert_close(states[row, mask], tensors[f"outputs.{case}.cond"][row][real[row]], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_prompt_cut_to_its_last_tokens_is_the_references(
+    ovis: Ovis, golden: tuple[dict[str, Any], dict[str, Tensor]]
+) -> None:
+    """Case `batch_truncated`: images placed, then at most 12 tokens of each row, an image being cut in two."""
+    tensors = golden[1]
+    sequences, embeddings = merged(ovis, tensors, "batch_truncated")
+    shorter, left = cut(sequences, embeddings, 12, "last")
+    real = tensors["outputs.batch_truncated.attention_mask"]
+    assert shorter.mask.sum(1).tolist() == real.sum(1).tolist()
+    for row, mask in enumerate(shorter.mask):
+        wanted = tensors["outputs.batch_truncated.inputs_embeds"][row][real[row]]
+        torch.testing.assert_close(left[row, mask], wanted, **CLOSE)
+    first, head = cut(sequences, embeddings, 12, "first")
+    assert torch.equal(head[first.mask], embeddings[:, :12][first.mask])
+    assert torch.equal(first.ids, sequences.ids[:, :12])
+    assert cut(sequences, embeddings, 99, "last")[1] is embeddings
 
 
 @torch.no_grad()

@@ -1,16 +1,17 @@
 """The MLLM of Ovis-U1 (Sec. 2): AIMv2 at native resolution, the probabilistic visual tokenizer, and Qwen3.
 
 Parameter names are those of the published checkpoint. Deviations: sequences are padded on the right, and positions
-count real tokens, which gives the same states; a conversation that is too long is an error instead of being cut.
+count real tokens, which gives the same states; a conversation that is too long is an error unless one asks for `cut`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -153,11 +154,12 @@ class Ovis(Backbone):
         images: Sequence[Sequence[Tensor]] = (),
         generate: bool = False,
         opening: str = "",
+        whole: bool = True,
     ) -> Sequences:
+        """As `Backbone.tokenize`; without `whole`, a conversation may be longer than `max_length`, for `cut`."""
         counts = [[self.slots(image) for image in row] for row in images] if images else [[] for _ in conversations]
-        encoded = self.chat.encode(
-            conversations, counts, generate=generate, max_length=self.max_length, opening=opening
-        )
+        longest = self.max_length if whole else sys.maxsize
+        encoded = self.chat.encode(conversations, counts, generate=generate, max_length=longest, opening=opening)
         check_rows(encoded.ids, self.tokenizer, self.llm.config.vocab_size)
         return encoded.to(self.device)
 
@@ -251,8 +253,13 @@ class Ovis(Backbone):
         return self.llm.lm_head(hidden)
 
     @torch.no_grad()
-    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
+    def generate(
+        self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
+    ) -> list[str]:
+        """As `Backbone.generate`; `most`: of a longer prompt, so many last tokens are read."""
         embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
+        if most is not None:
+            sequences, embeddings = cut(sequences, embeddings, most, "last")
         ids = greedy(self, embeddings, sequences, ends=self.chat.end_ids, max_new_tokens=max_new_tokens)
         return [self.chat.decode(row) for row in ids]
 
@@ -281,6 +288,28 @@ class Ovis(Backbone):
         cast = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
         save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
         self.save_assets(folder)
+
+
+Kept = Literal["first", "last"]
+
+
+def cut(sequences: Sequences, embeddings: Tensor, most: int, kept: Kept) -> tuple[Sequences, Tensor]:
+    """Rows (B, L) and their embeddings (B, L, D), of each row at most its first or last `most` tokens.
+
+    The embeddings have their images placed, so that an image may be cut in two. The reference does this to whatever is
+    longer than `multimodal_max_length`: it keeps the first tokens in training and the last ones of a prompt.
+    """
+    lengths = sequences.mask.sum(1)  # (B,)
+    rest = (lengths - most).clamp(min=0)
+    if not rest.any():
+        return sequences, embeddings
+    within = torch.arange(min(most, sequences.mask.shape[1]), device=lengths.device)[None]
+    mask = within < (lengths - rest)[:, None]
+    starts = rest if kept == "last" else torch.zeros_like(rest)
+    places = (within + starts[:, None]).clamp(max=sequences.mask.shape[1] - 1)
+    ids, images, learned = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.learned))
+    shorter = Sequences(ids=ids, mask=mask, images=images & mask, learned=learned & mask)
+    return shorter, embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))
 
 
 def language_model(config: Mapping[str, Any]) -> Any:
