@@ -23,6 +23,7 @@ COMMANDS = {
     "ask": "answers to a question about images",
     "eval": "score a model, or pictures, on benchmarks",
     "compare": "two evaluations side by side",
+    "sweep": "a model's scores over a grid of sampling settings",
     "train": "run a recipe",
     "study": "run a set of recipes at equal budget and tabulate them",
     "check": "look at a recipe and its data before a run",

@@ -1,0 +1,215 @@
+"""A model scored at every point of a grid of sampling settings, as Ovis-U1's tables 13 and 14 do with two guidances.
+
+A sweep's folder holds `sweep.json` (every point's scores), `table.md`, `plot.png` where matplotlib is installed, and a
+folder for each point with what `evaluate` writes. What is finished is kept, so that a sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.checkpoints.tensors import atomic_text
+from diptych.core.errors import UserError, unknown
+from diptych.evaluation.evaluate import evaluate
+from diptych.evaluation.results import categories
+from diptych.inference.engine import Engine, Sampling
+
+SWEPT = ("cfg", "image_cfg", "steps", "shift", "renorm_min")
+"""Fields of `Sampling` that are numbers, and whose pictures a sweep may compare."""
+WHOLE = ("steps",)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A field of `Sampling` and the values that it takes."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+def axis(text: str) -> Axis:
+    """ "cfg=1,3,5" as an axis; UserError for anything else."""
+    name, separator, row = text.partition("=")
+    name = name.strip()
+    if not separator or not row.strip():
+        raise UserError(f"--over {text}: write it as FIELD=VALUE,VALUE: cfg=3,5,7.5")
+    if name not in SWEPT:
+        raise unknown("field", name, SWEPT, "--over")
+    values: list[float] = []
+    for word in row.split(","):
+        try:
+            value = float(word)
+        except ValueError as error:
+            raise UserError(f"--over {text}: {word.strip()!r} is no number") from error
+        if not math.isfinite(value) or (name in WHOLE and value != int(value)):
+            raise UserError(f"--over {text}: {word.strip()!r} is no value of {name}")
+        values.append(int(value) if name in WHOLE else value)
+    if len(set(values)) < len(values):
+        raise UserError(f"--over {text}: a value stands there twice")
+    return Axis(name, tuple(values))
+
+
+def sweep(
+    engine: Engine,
+    tasks: Sequence[str],
+    axes: Sequence[Axis],
+    *,
+    output: str | Path,
+    n: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    name: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    others: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Scores at every combination of the axes' values.
+
+    Args:
+        axes: the last one is the plot's horizontal axis, the others tell its lines apart.
+        output: the sweep's folder; given again, what is there is not made anew, and axes may have more values.
+        others: further arguments of `evaluate` that change no score (tools, log_samples).
+        say: told of each point that was finished.
+        options: fields of `Sampling` that are the same at every point.
+
+    Returns:
+        What sweep.json holds: `points`, each with its `at` (field to value) and `tasks` as in results.json.
+
+    Raises:
+        UserError: no axis, one that occurs twice or is among the options, a folder of another sweep, or what
+            `evaluate` raises.
+    """
+    names = [each.name for each in axes]
+    if not axes:
+        raise UserError(f"no axis; give --over FIELD=VALUE,VALUE. Fields: {', '.join(SWEPT)}.")
+    for field in names:
+        if names.count(field) > 1 or field in options:
+            raise UserError(f"{field} is given twice")
+    for each in axes:
+        for value in each.values:  # before anything is drawn
+            dataclasses.replace(Sampling(guidance=engine.sampling.guidance), **{each.name: value})
+    place = Path(output)
+    head = {"model": name or engine.name, "tasks": list(tasks), "axes": names, "n": n, "limit": limit}
+    head |= {"seeds": list(seeds or (seed,)), "options": json.loads(json.dumps(options))}
+    points = earlier(place / "sweep.json", head)
+    grid = [dict(zip(names, values, strict=True)) for values in itertools.product(*(each.values for each in axes))]
+    for at in grid:
+        if any(point["at"] == at for point in points):
+            continue
+        found = evaluate(
+            engine,
+            tasks,
+            output=place / folder(at),
+            n=n,
+            limit=limit,
+            seed=seed,
+            seeds=seeds,
+            name=name,
+            progress=progress,
+            **(others or {}),
+            **{**options, **at},
+        )
+        points.append({"at": at, "tasks": found["tasks"], "failed": found["failed"]})
+        atomic_text(place / "sweep.json", json.dumps({**head, "points": points}, indent=1) + "\n")
+        if say is not None:
+            told = ", ".join(f"{task} {figure(found['tasks'][task]['overall'])}" for task in found["tasks"])
+            say(f"{folder(at)}: {told}")
+    points.sort(key=lambda point: list(point["at"].values()))
+    whole = {**head, "points": points}
+    atomic_text(place / "sweep.json", json.dumps(whole, indent=1) + "\n")
+    atomic_text(place / "table.md", markdown(whole))
+    whole["plot"] = "plot.png" if plot(whole, place / "plot.png") else "no plot: matplotlib is not installed"
+    return whole
+
+
+def earlier(file: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The finished points of a sweep's folder; UserError where they belong to another one."""
+    if not file.is_file():
+        return []
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        points = list(before["points"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not readable as a sweep") from error
+    for key, value in head.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{file.parent}: holds another sweep ({key}: {before.get(key)!r} there, {value!r} here); "
+                "choose another --output"
+            )
+    return points
+
+
+def folder(at: dict[str, float]) -> str:
+    """The name of a point: "cfg-5_image_cfg-1.5"."""
+    return "_".join(f"{name}-{value:g}" for name, value in at.items())
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def measures(scores: dict[str, Any]) -> dict[str, float | None]:
+    """A point's numbers by name: categories, overall, and how much stayed untouched where that is known."""
+    found: dict[str, float | None] = {name: each["score"] for name, each in categories(scores).items()}
+    found["overall"] = scores["overall"]
+    if "preserved" in scores:
+        found["preserved"] = scores["preserved"]
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A table for each task, a row for each point."""
+    lines = [f"# {found['model']}: {' x '.join(found['axes'])}", ""]
+    for task in found["tasks"]:
+        rows = [(point["at"], measures(point["tasks"][task])) for point in found["points"]]
+        heads = list(dict.fromkeys(name for _, row in rows for name in row))
+        header = [*found["axes"], *heads]
+        lines += [f"## {task}", "", f"| {' | '.join(header)} |", f"|{'---:|' * len(header)}"]
+        for at, row in rows:
+            cells = [f"{value:g}" for value in at.values()] + [figure(row.get(name)) for name in heads]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> bool:
+    """Overall scores (and what stayed untouched) along the last axis, a line for each value of the others; False
+    without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return False
+    *others, last = found["axes"]
+    panels = [
+        (task, name)
+        for task in found["tasks"]
+        for name in ("overall", "preserved")
+        if any(name in point["tasks"][task] for point in found["points"])
+    ]
+    drawn = Figure(figsize=(5.5, 3.6 * len(panels)), layout="constrained")
+    for (task, name), axes in zip(panels, drawn.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for point in found["points"]:
+            value = point["tasks"][task].get(name)
+            if value is not None:
+                label = ", ".join(f"{other} {point['at'][other]:g}" for other in others)
+                lines.setdefault(label, []).append((point["at"][last], value))
+        for label, row in lines.items():
+            axes.plot(*zip(*sorted(row), strict=True), marker="o", label=label or None)
+        axes.set(title=f"{task}: {name}", xlabel=last, ylabel=name)
+        axes.grid(alpha=0.3)
+        if others and lines:
+            axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=150)
+    return True
