@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
@@ -224,3 +227,37 @@ def test_loader_raises_a_workers_user_error_plainly() -> None:
         list(loader.steps(mixture, 0, 4, workers=1))
     assert "Traceback" not in str(caught.value)
     assert list(loader.steps(Mixture([(Numbers(3), 1.0)], seed=1, batch=2, size=1), 4, 4, workers=1)) == []
+
+
+@given(
+    shares=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    batch=st.integers(1, 48),
+    seed=st.integers(0, 1000),
+    step=st.integers(0, 10_000),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_balanced_batch_holds_the_shares(shares: list[int], batch: int, seed: int, step: int) -> None:
+    parts = [(Numbers(97, str(place)), float(share)) for place, share in enumerate(shares)]
+    found = Counter(
+        id.split(":")[0] for id in Mixture(parts, seed=seed, batch=batch, size=1, balanced=True).batch(step).ids
+    )
+    for place, share in enumerate(shares):
+        exact = batch * share / sum(shares)
+        assert math.floor(exact + 1e-9) <= found[str(place)] <= math.ceil(exact - 1e-9)
+        together = batch * sum(shares[: place + 1]) / sum(shares)
+        seen = sum(found[str(at)] for at in range(place + 1))
+        assert math.floor(together + 1e-9) <= seen <= math.ceil(together - 1e-9)
+
+
+def test_a_balanced_mixture_is_fair_and_spread() -> None:
+    """One to two in every batch and on every rank (SGT, Sec. 4.3); shares that are no whole numbers hold on average."""
+    parts = [(Numbers(1000, "told"), 1.0), (Numbers(1000, "drawn"), 2.0)]
+    mixture = Mixture(parts, seed=1, batch=60, size=1, balanced=True)
+    for step in range(20):
+        assert sum(id.startswith("told") for id in mixture.batch(step).ids) == 20
+        for rank in range(4):
+            assert 4 <= sum(id.startswith("told") for id in mixture.batch(step, rank, 4).ids) <= 6
+    uneven = Mixture([(Numbers(1000, "a"), 1.0), (Numbers(1000, "b"), 2.0)], seed=1, batch=4, size=1, balanced=True)
+    counts = [sum(id.startswith("a") for id in uneven.batch(step).ids) for step in range(600)]
+    assert set(counts) == {1, 2}
+    assert abs(sum(counts) / len(counts) - 4 / 3) < 0.06

@@ -177,11 +177,34 @@ def test_studies_of_the_package_can_be_planned(monkeypatch: pytest.MonkeyPatch) 
     for name in study.names():
         wanted = load(name)
         runs = plan(wanted, wanted.seeds, Path("out"))
-        assert len({run.samples for run in runs if run.spec.report}) == 1
+        budgets: dict[object, set[int]] = {}
+        for run in runs:
+            if run.spec.report and run.spec.labels.get("tuning") != "base":
+                budgets.setdefault(run.spec.labels.get("system"), set()).add(run.samples)
+        assert all(len(samples) == 1 for samples in budgets.values())
     reported = [run.spec.labels for run in plan(load("toy_iomm"), (0,), Path("out")) if run.spec.report]
     assert len(reported) == 8
     with pytest.raises(UserError, match="Did you mean 'toy_iomm'"):
         load("toy_iom")
+
+
+def test_a_model_that_is_there_stands_for_a_run(tiny_study: StudySpec, tiny_model: Path) -> None:
+    changes = ["runs.first.report=true", "stages.mix.steps=1", f"runs.first.model={tiny_model}"]
+    wanted = load("study.yaml", changes)
+    first, second = plan(wanted, (0,), Path("out"))
+    assert (first.chain, second.chain) == ((), ((1, 2),))
+    assert second.recipe.start == str(tiny_model)
+    found = run_study(wanted, Path("out"))
+    assert found is not None
+    assert found["complete"]
+    assert not Path("out/0/first/model").exists()
+    table = Path("out/table.md").read_text()
+    assert f"not counted: first ({tiny_model})" in table
+    assert "given" in table
+    with pytest.raises(UserError, match="holds scores of the model"):
+        run_study(load("study.yaml", changes[:2]), Path("out"))
+    with pytest.raises(UserError, match="no such folder, and no hub id"):
+        plan(load("study.yaml", ["runs.first.model=./gone"]), (0,), Path("out"))
 
 
 def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ class Mixture:
     is new in each epoch; so a source alone shows each item once per epoch. With buckets, all slots of a step share one,
     chosen in proportion to its items, and the source is drawn given the bucket, so that the weights hold overall.
 
+    `balanced` mixtures hold the weights in every batch (SGT, Sec. 4.3: a ratio within the batch): each source gets its
+    share of the slots, rounded up or down by chance where it is no whole number; so do sources that follow each other,
+    taken together. The slots of a source are spread over the batch, so that each rank gets its part of every source.
+
     An unreadable item is replaced by the next one in the permutation, logged once as a warning and kept in `skipped`.
 
     Args:
@@ -71,6 +75,7 @@ class Mixture:
         buckets: sizes to assign items to, as from `diptych.data.buckets.buckets`.
         bad_share: largest tolerated share of unreadable items among the distinct items tried.
         max_loss: largest share of an image that the crop to its bucket may lose before it is left out.
+        balanced: the weights hold in every batch, not only on average.
 
     Raises:
         UserError: no part, a bad weight or size; later, too many unreadable items or no item for any bucket.
@@ -86,6 +91,7 @@ class Mixture:
         buckets: Sequence[Size] | None = None,
         bad_share: float = 0.01,
         max_loss: float = 0.5,
+        balanced: bool = False,
     ) -> None:
         if not parts:
             raise UserError("a mixture needs at least one source")
@@ -104,6 +110,8 @@ class Mixture:
         self.sources = [source for source, _ in parts]
         self.weights = [weight / total for _, weight in parts]
         self.seed, self.batch_size, self.bad_share, self.max_loss = seed, batch, bad_share, max_loss
+        self.balanced = balanced
+        self._stride = _spreading_stride(batch)
         self.bucketed = bool(buckets)
         square = (size, size) if isinstance(size, int) else size
         self.buckets: list[Size] = [square] if square is not None else list(buckets or ())
@@ -145,7 +153,7 @@ class Mixture:
         tried: list[Item] = []
         bad: list[tuple[Item, BadItem]] = []
         for slot, slot_key in zip(self._slots(rank, world), keys, strict=True):
-            place = self._choose(slot_key, self._plan.chances[bucket])
+            place = self._choose(self._point(step, slot, slot_key), self._plan.chances[bucket])
             counter = ordinal * self.batch_size + slot
             samples.append(self._load(place, bucket, counter, ItemDraws(slot_key), tried, bad))
         return Drawn(Batch(tuple(samples)), keys, tuple(tried), tuple(bad))
@@ -178,8 +186,17 @@ class Mixture:
         own = self.batch_size // world
         return range(rank * own, (rank + 1) * own)
 
-    def _choose(self, slot_key: int, chances: Sequence[float]) -> int:
-        draw = key(slot_key, "source") / (1 << 63)
+    def _point(self, step: int, slot: int, slot_key: int) -> float:
+        """Where in [0, 1) a slot looks among the sources laid end to end: anywhere, or, of a balanced mixture, on a
+        comb of one tooth a slot that is shifted by chance."""
+        if not self.balanced:
+            return key(slot_key, "source") / (1 << 63)
+        tooth = slot * self._stride % self.batch_size
+        return (tooth + key(self.seed, step, "comb") / (1 << 63)) / self.batch_size
+
+    @staticmethod
+    def _choose(draw: float, chances: Sequence[float]) -> int:
+        """The source at this point; sources are as long as their chances."""
         last = 0
         for place, chance in enumerate(chances):
             if chance > 0:
@@ -265,6 +282,11 @@ class Mixture:
         if not any(assignment.members):
             raise UserError(f"{source.name}: every item is too wide or too tall for the buckets; raise max_ratio")
         return assignment
+
+
+def _spreading_stride(count: int) -> int:
+    """A step through `count` places that visits each once and leaves neighbours far apart: about 0.62 count."""
+    return next((step for step in range(max(1, round(0.618 * count)), count) if math.gcd(step, count) == 1), 1)
 
 
 def _named(bad: dict[str, str]) -> str:

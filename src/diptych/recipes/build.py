@@ -443,6 +443,7 @@ def build_data(
         size=None if sizes else size,
         buckets=sizes,
         bad_share=spec.bad_share,
+        balanced=spec.balanced,
     )
     return mixture, parts
 

@@ -32,7 +32,7 @@ def build_proxies(
 
     Args:
         path: a folder (folder, sa1b) or an annotation file (coco); none for the toy world.
-        count: of toy scenes; 0 for endless.
+        count: of toy scenes, 0 for endless; of other pictures, drawn by `seed`, 0 for all.
 
     Raises:
         UserError: an option that is unknown, missing or would be ignored, or libraries of the extra `data` missing.
@@ -40,7 +40,7 @@ def build_proxies(
     where = f"sources.{name}"
     try:
         from diptych.data.proxies.coco import CocoPictures, Sa1bPictures
-        from diptych.data.proxies.pictures import FolderPictures, ToyPictures
+        from diptych.data.proxies.pictures import FolderPictures, SomePictures, ToyPictures
         from diptych.data.proxies.source import ProxySource
     except ModuleNotFoundError as error:
         raise UserError(f"{where}: proxies need {error.name}; install diptych[data]") from error
@@ -63,11 +63,11 @@ def build_proxies(
         )
     if path is None:
         raise UserError(f"{where}: 'path' is missing")
-    if count:
-        raise UserError(f"{where}: 'count' is for toy scenes; all pictures of {path} are used")
     given = {option: options[option] for option in PICTURES[kind] if option in options}
     if kind == "coco" and "images" not in given:
         raise UserError(f"{where}.options: 'images' is missing, the folder of the pictures")
     makers: dict[str, Callable[..., Any]] = {"folder": FolderPictures, "coco": CocoPictures, "sa1b": Sa1bPictures}
     pictures = makers[kind](path, name=name, **given)
+    if count:
+        pictures = SomePictures(pictures, count, seed=seed, name=where)
     return ProxySource(pictures, proxies=options["proxies"], seed=seed, task=task, name=name)

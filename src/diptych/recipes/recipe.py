@@ -113,9 +113,9 @@ class SourceSpec:
 
     task: what its samples are for. share: its part of the mixture (the paper's mix ratio is the share of images).
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
-    columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: toy
-    samples, 0 for endless. seed: of the toy world. options: its others (`start`: first index, so that sets differ;
-    `text_only`, `full`, `captions`: shares).
+    columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: of toy
+    samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw. options: its
+    others (`start`: first index, so that sets differ; `text_only`, `full`, `captions`: shares); of proxies, see
     `recipes.pictures`.
     """
 
@@ -136,6 +136,7 @@ class SourceSpec:
 class DataSpec:
     """sources: by name. size: side of the images in pixels, or [height, width].
 
+    balanced: the shares hold in every batch, not only on average (`data.mixture.Mixture`).
     buckets: greatest aspect ratio of the buckets around `size`, None for one square bucket. fit: `crop` or `letterbox`.
     held_out: samples of each source kept for the held-out loss. bad_share: of unreadable items, above which a run
     stops.
@@ -143,6 +144,7 @@ class DataSpec:
     """
 
     sources: dict[str, SourceSpec]
+    balanced: bool = False
     size: int | tuple[int, int] = 512
     buckets: float | None = None
     fit: Literal["crop", "letterbox"] = "crop"

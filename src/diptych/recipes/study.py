@@ -20,6 +20,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.evaluation import toyfeatures, toyscales, toyvqa
 from diptych.evaluation.evaluate import TASKS
 from diptych.recipes.build import build_system
+from diptych.recipes.names import locate
 from diptych.recipes.recipe import Recipe, load_plain, merge, parse, set_value
 from diptych.recipes.run import check_parts
 from diptych.recipes.schema import read
@@ -43,11 +44,14 @@ class TaskSpec:
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One run. set: changes to its recipe. start: an earlier run whose model it starts from; the recipe's own start
-    when None. report: whether it is scored and stands in the table. labels: its entries in the table's columns."""
+    when None. model: one that is there already (shipped name, run folder, saved folder), which stands for the run; its
+    recipe is then not trained. report: whether it is scored and stands in the table. labels: its entries in the table's
+    columns."""
 
     recipe: str
     set: tuple[str, ...] = ()
     start: str | None = None
+    model: str | None = None
     report: bool = True
     labels: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
 
@@ -75,7 +79,7 @@ class StudySpec:
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A run with one seed. plain: its resolved recipe. start: the run it starts from. chain: (steps, batch) of every
-    stage behind its model, those of the runs it starts from first."""
+    stage behind its model, those of the runs it starts from first; none of a model that is given."""
 
     name: str
     seed: int
@@ -89,6 +93,11 @@ class Planned:
     @property
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
+
+    @property
+    def model(self) -> str:
+        """Where its trained model is: in its own folder, or what stands for it."""
+        return self.spec.model or str(self.folder / "model")
 
     @property
     def lineage(self) -> list[Planned]:
@@ -221,11 +230,13 @@ def _plan_run(
     plain["seed"] = seed
     start = None if spec.start is None else earlier[spec.start]
     if start is not None:
-        plain["start"] = str(start.folder / "model")
+        plain["start"] = start.model
     for override in (*study.set, *spec.set):
         set_value(plain, override)
     recipe = parse(plain, f"runs.{name}: {spec.recipe}")
-    own = tuple((stage.steps, stage.batch) for stage in recipe.stages.values())
+    if spec.model is not None:
+        locate(spec.model)
+    own = () if spec.model else tuple((stage.steps, stage.batch) for stage in recipe.stages.values())
     return Planned(
         name=name,
         seed=seed,

@@ -46,6 +46,7 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
             "recipe": spec.recipe,
             "set": list(spec.set),
             "start": spec.start,
+            "model": spec.model,
             "reported": spec.report,
             "labels": dict(spec.labels),
             "budget": [list(part) for part in same[0].chain],
@@ -139,7 +140,7 @@ def table(found: dict[str, Any], task: str) -> list[list[str]]:
                 values = " ".join(f"{one['tasks'][task]['overall']:.3f}" for one in row["seeds"].values())
                 deviation = score["deviation"]
                 cells.append(values + (f" (sd {deviation:.3f})" if deviation is not None else ""))
-        budget = " + ".join(f"{steps:,} x {batch}" for steps, batch in row["budget"])
+        budget = " + ".join(f"{steps:,} x {batch}" for steps, batch in row["budget"]) or "given"
         spent = row["training_seconds"]
         lines.append(
             [*names[name], *cells, budget, f"{row['samples']:,}", NONE_YET if spent is None else f"{spent:,.0f}"]
@@ -182,9 +183,11 @@ def facts(found: dict[str, Any]) -> list[str]:
     """How the study was run and how the table is to be read."""
     seeds = ", ".join(str(seed) for seed in found["seeds"])
     equal = "The budgets are equal." if found["equal_budget"] else "The budgets differ; see the samples."
+    models = [f"{name} ({row['model']})" for name, row in found["runs"].items() if row["model"]]
+    apart = f" The training of models that were given is not counted: {', '.join(models)}." if models else ""
     lines = [
         f"- Seeds: {seeds}. A seed sets the first weights, the data order, and all noise of training and sampling.",
-        f"- Budget and time include the runs that a run starts from. {equal}",
+        f"- Budget and time include the runs that a run starts from. {equal}{apart}",
         "- Intervals are bootstrapped over prompts"
         + (", and averaged over the seeds." if len(found["seeds"]) > 1 else "; they say nothing of other seeds."),
     ]

@@ -28,6 +28,7 @@ from diptych.recipes.quickstart import hardware
 from diptych.recipes.run import difference, strip, train_recipe
 from diptych.recipes.study import Planned, StudySpec, asked, plan
 
+GIVEN = "given.json"
 STOPPED = 3
 """Exit code of a process whose run was stopped by a signal after saving."""
 
@@ -95,7 +96,10 @@ def holds_others(out: Path) -> bool:
 
 
 def check_same(run: Planned) -> None:
-    """UserError when the folder of a run holds one of another recipe."""
+    """UserError when the folder of a run holds one of another recipe, or the scores of another model."""
+    before = given(run)
+    if before is not None and before != run.spec.model:
+        raise UserError(f"{run.folder}: holds scores of the model {before}; choose another --out")
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
@@ -106,8 +110,14 @@ def check_same(run: Planned) -> None:
         raise UserError(f"{run.folder}: holds a run of another recipe ({changed}); choose another --out")
 
 
+def given(run: Planned) -> str | None:
+    """The model whose scores stand in a run's folder in place of a trained one's."""
+    path = run.folder / GIVEN
+    return json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else None
+
+
 def trained(run: Planned) -> bool:
-    return (run.folder / "model" / "config.json").is_file()
+    return run.spec.model is not None or (run.folder / "model" / "config.json").is_file()
 
 
 def scored(run: Planned, tasks: Asked) -> bool:
@@ -128,6 +138,9 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
                     return False
             if not trained(run):
                 raise UserError(f"{run.folder}: its training left no model")
+        if run.spec.model is not None:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            atomic_text(run.folder / GIVEN, json.dumps({"model": run.spec.model}) + "\n")
         if not scored(run, tasks):
             score(run, tasks, progress)
     return True
@@ -136,7 +149,7 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
 def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
     """Scores of a trained run in eval/, with its seed for the noise."""
     device = "cuda" if torch.cuda.is_available() and run.recipe.run.device == "auto" else "cpu"
-    engine = load(str(run.folder), device=device)
+    engine = load(run.spec.model or str(run.folder), device=device)
 
     def told(task: str, done: int, total: int) -> None:
         if progress is not None:

@@ -19,7 +19,7 @@ from diptych.core.errors import UserError
 from diptych.data import report
 from diptych.data.proxies.annotated import view
 from diptych.data.proxies.coco import CocoPictures, Sa1bPictures
-from diptych.data.proxies.pictures import FolderPictures
+from diptych.data.proxies.pictures import FolderPictures, SomePictures, ToyPictures
 from diptych.data.proxies.source import ProxySource
 from diptych.data.source import BadItem
 
@@ -147,6 +147,30 @@ def test_depth_maps(photographs: Path, tmp_path: Path) -> None:
         pictures.load(0, (8, 8))
 
 
+def test_coco_with_depth(photographs: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "astronaut.npy", np.zeros((512, 512), dtype=np.float32))
+    file = photographs / "panoptic.json"
+    pictures = CocoPictures(file, images=photographs / "images", depth=tmp_path, name="coco")
+    assert [pictures.id(at) for at in range(len(pictures))] == ["astronaut.png"]
+    assert pictures.dropped == {"coco/chelsea.png": "no depth map"}
+
+
+def test_some_pictures(photographs: Path) -> None:
+    toys = ToyPictures(count=50, seed=2)
+    few, more = SomePictures(toys, 7, seed=1), SomePictures(toys, 20, seed=1)
+    names = [{some.id(at) for at in range(len(some))} for some in (few, more)]
+    assert len(names[0]) == 7
+    assert names[0] < names[1] < {toys.id(at) for at in range(50)}
+    assert names[0] != {SomePictures(toys, 7, seed=3).id(at) for at in range(7)}
+    one = SomePictures(coco(photographs), 1)
+    whole = coco(photographs)
+    place = next(at for at in range(2) if whole.id(at) == one.id(0))
+    assert one.sizes() == [whole.sizes()[place]]
+    assert one.stamp(0) == whole.stamp(place)
+    with pytest.raises(UserError, match="photos: count must be from 1 to the 50 pictures there are, not 51"):
+        SomePictures(toys, 51, name="photos")
+
+
 def recipe(tiny_plain: dict[str, Any], source: dict[str, Any], path: Path) -> Path:
     tiny_plain["stages"]["mix"]["data"]["sources"] = {"proxies": {"kind": "proxies", "task": "edit", **source}}
     path.write_text("# Proxies.\n" + yaml.safe_dump(tiny_plain))
@@ -184,7 +208,6 @@ def test_check_draws_a_sheet(
         ({"options": {"pictures": "toyworld", "proxies": "edge"}}, "unknown proxy 'edge'. Did you mean 'edges'"),
         ({"options": {"pictures": "toyworld", "proxies": "edges", "depth": "x"}}, "unknown key 'depth'"),
         ({"path": "x", "options": {"pictures": "coco", "proxies": "edges"}}, "'images' is missing"),
-        ({"path": "x", "count": 3, "options": {"pictures": "sa1b", "proxies": "edges"}}, "'count' is for toy scenes"),
     ],
 )
 def test_wrong_recipes(

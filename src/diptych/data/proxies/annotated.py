@@ -134,9 +134,9 @@ def crop_box(picture: tuple[int, int], size: Size) -> tuple[float, float, float,
 def stacked(segments: Sequence[Segment], size: Size) -> NDArray[np.int32]:
     """(H, W): the number (from 1) of the smallest segment over each pixel, 0 where there is none."""
     labels = np.zeros(size, dtype=np.int32)
-    areas = [int(segment.mask.sum()) for segment in segments]
+    areas = [int(np.count_nonzero(segment.mask)) for segment in segments]
     for number in sorted(range(len(segments)), key=lambda number: -areas[number]):
-        labels[segments[number].mask] = number + 1
+        np.copyto(labels, number + 1, where=segments[number].mask)
     return labels
 
 

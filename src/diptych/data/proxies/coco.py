@@ -28,7 +28,8 @@ class CocoPictures(Pictures):
 
     Instances: polygons or RLE by object. Panoptic: `segments_info` by picture, masks in PNGs whose colours are segment
     numbers (R + 256 G + 65536 B). An annotation whose picture is not listed, and a picture without annotation, are
-    listed as dropped; an annotation that does not fit makes its picture a BadItem.
+    listed as dropped, as is one without the depth map asked for; an annotation that does not fit makes its picture a
+    BadItem.
 
     Args:
         file: instances_*.json or panoptic_*.json.
@@ -79,12 +80,15 @@ class CocoPictures(Pictures):
                 self.dropped[label] = f"annotation without image (image_id {row['image_id']})"
         self.rows: list[tuple[Mapping[str, Any], list[Any]]] = []
         for row in images:
-            if by_image[row["id"]]:
-                self.rows.append((row, by_image[row["id"]]))
-            else:
+            if not by_image[row["id"]]:
                 self.dropped[f"{self.name}/{row['file_name']}"] = "image without annotation"
+            elif self.depth is not None and self.depth.path(str(row["file_name"])) is None:
+                self.dropped[f"{self.name}/{row['file_name']}"] = "no depth map"
+            else:
+                self.rows.append((row, by_image[row["id"]]))
         if not self.rows:
-            raise UserError(f"{self.file}: no picture with an annotation")
+            also = "" if self.depth is None else f" and a depth map in {self.depth.folder}"
+            raise UserError(f"{self.file}: no picture with an annotation{also}")
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.data.folder import FolderSource
 from diptych.data.imaging import image_size, read_image, to_picture
@@ -102,6 +103,40 @@ def _size(path: Path) -> Size | None:
         return image_size(path, str(path))
     except BadItem:
         return None
+
+
+class SomePictures(Pictures):
+    """`count` of other pictures, drawn by seed and name: a smaller draw is part of a larger one, and two annotations of
+    the same pictures give nearly the same draw.
+
+    Raises:
+        UserError: there are not as many.
+    """
+
+    def __init__(self, pictures: Pictures, count: int, *, seed: int = 0, name: str = "proxies") -> None:
+        if not 1 <= count <= len(pictures):
+            raise UserError(f"{name}: count must be from 1 to the {len(pictures):,} pictures there are, not {count:,}")
+        self.whole = pictures
+        self.known: frozenset[Known] = pictures.known
+        self.dropped = pictures.dropped
+        drawn = sorted(range(len(pictures)), key=lambda index: key(seed, pictures.id(index)))
+        self.rows = sorted(drawn[:count])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def id(self, index: int) -> str:
+        return self.whole.id(self.rows[index])
+
+    def load(self, index: int, size: Size) -> Annotated:
+        return self.whole.load(self.rows[index], size)
+
+    def sizes(self) -> Sequence[Size | None] | None:
+        found = self.whole.sizes()
+        return None if found is None else [found[row] for row in self.rows]
+
+    def stamp(self, index: int) -> str:
+        return self.whole.stamp(self.rows[index])
 
 
 class ToyPictures(Pictures):
