@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from torch import nn
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine, Sampling, from_pil, to_pil
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load_system
 from diptych.recipes.ovis import export_ovis
@@ -159,6 +160,24 @@ def test_condition_is_computed_once_and_not_per_step(system: OvisU1System) -> No
         hook.remove()
     assert image[0].size == (32, 32)
     assert calls == {"refiner": 3, "llm": 3, "decoder": 5}  # once a branch; guidance in one batch
+
+
+def test_an_edit_has_the_shape_of_its_image(system: OvisU1System) -> None:
+    """As in the reference, unless a size is asked for; each image is the one that it is by itself."""
+    engine = Engine(system, Sampling(size=(32, 32), steps=2, cfg=2.0, edit={"image_cfg": 1.5}))
+    pictures = [Image.new("RGB", size, "red") for size in ((30, 18), (24, 40), (31, 17))]
+    told: list[tuple[int, int]] = []
+    made = engine.edit(pictures, ["bluer"] * 3, n=2, progress=lambda done, of: told.append((done, of)))
+    assert [image.size for image in made] == [size for size in ((32, 16), (24, 40), (32, 16)) for _ in range(2)]
+    assert told[-1] == (6, 6)
+    assert sorted(told) == told
+    assert engine.edit(pictures[0], "bluer", size=24)[0].size == (24, 24)
+    assert engine.generate("red")[0].size == (32, 32)
+    noise = engine.tensors(
+        [Sample(id="e", task="edit", text="bluer", context_images=(from_pil(pictures[2]),))], n=2, seed=0, positions=[2]
+    )
+    for one, again in zip(made[4:], noise, strict=True):
+        assert abs(np.asarray(one, dtype=int) - np.asarray(to_pil(again), dtype=int)).max() <= 1
 
 
 def test_one_batch_of_all_tasks_gives_the_terms_of_each(system: OvisU1System) -> None:

@@ -33,10 +33,53 @@ def two_stages(plain: dict[str, Any], strategy: str) -> dict[str, Any]:
     return plain
 
 
+def all_tasks(tokenizer: Path) -> dict[str, Any]:
+    """An Ovis-U1 that learns all its tasks at once, one sample a pass: most passes differ between processes."""
+    source = {"kind": "toyworld", "count": 64}
+    tasks = {"understand": 0.5, "text_to_image": 0.3, "edit": 0.2}
+    llm = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 24, "intermediate_size": 32, "head_dim": 12}
+    llm |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"words": 20, "max_length": 512, "preface": "", "min_pixels": 1024, "max_pixels": 1024}
+    config |= {"llm": {**llm, "tie_word_embeddings": False}, "vision": {**vision, "image_size": 32, "patch_size": 8}}
+    decoder = {"channels": 3, "patch": 8, "hidden": 32, "heads": 2, "double": 1, "single": 1, "axes": [4, 6, 6]}
+    stage = {
+        "train": ["vision", "head", "adapter", "llm", "refiner", "decoder"],
+        "steps": 3,
+        "batch": 8,
+        "micro_batch": 1,
+        "optimizer": {"lr": 1e-3},
+        "data": {
+            "size": 32,
+            "sources": {task: {**source, "task": task, "share": share} for task, share in tasks.items()},
+        },
+    }
+    return {
+        "seed": 1,
+        "system": {
+            "kind": "ovis_u1",
+            "blank": False,
+            "canvas": 8,
+            "canvas_pixels": [64, 1024],
+            "read_pixels": None,
+            "backbone": {"kind": "ovis", "tokenizer": str(tokenizer), "config": config},
+            "refiner": {"kind": "token_refiner"},
+            "decoder": {"kind": "yak", "config": decoder},
+            "autoencoder": {"kind": "pixel"},
+        },
+        "sampling": {"size": [32, 32], "steps": 2},
+        "run": {"log_every": 1, "save_every": 0, "validate_every": 0, "device": "cpu", "tensorboard": False},
+        "stages": {"all": stage},
+    }
+
+
 @pytest.fixture(scope="module")
-def together(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(_tiny_plain: dict[str, Any], tiny_mllm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both strategies under torchrun with two processes on the CPU; the sharded run also continued."""
     folder = tmp_path_factory.mktemp("together")
+    mixed = all_tasks(tiny_mllm)
+    mixed["run"]["strategy"] = "fsdp"
+    (folder / "all_tasks.yaml").write_text(yaml.safe_dump(mixed, sort_keys=False))
     for strategy in KINDS:
         (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(two_stages(_tiny_plain, strategy), sort_keys=False))
     script = Path(__file__).with_name("two_processes.py")
@@ -45,7 +88,7 @@ def together(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -65,6 +108,25 @@ def test_two_processes_are_one(strategy: str, together: Path, tiny_plain: dict[s
         assert one.keys() == two.keys()
         apart = torch.cat([(one[name].float() - two[name].float()).flatten() for name in one])
         assert apart.square().mean().sqrt() < 1e-4, file  # both optimisers blow up rounding where gradients vanish
+
+
+def test_tasks_mixed_within_a_step_are_sharded_too(together: Path, tiny_mllm: Path, tmp_path: Path) -> None:
+    """Passes of two processes that see different tasks, some without images: the losses and weights of one process."""
+    plain = all_tasks(tiny_mllm)
+    assert train_recipe(parse(plain), plain, tmp_path / "one")
+    alone, both = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "one", together / "all_tasks"))
+    assert all(
+        {"loss/cross_entropy.understand", "loss/flow.edit", "loss/flow.text_to_image"} <= set(row) for row in alone
+    )
+    for one, two in zip(alone, both, strict=True):
+        assert one.pop("stage") == two.pop("stage")
+        assert one == pytest.approx(two, rel=1e-3)
+    one, two = (
+        load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "one", together / "all_tasks")
+    )
+    assert one.keys() == two.keys()
+    apart = torch.cat([(one[name].float() - two[name].float()).flatten() for name in one])
+    assert apart.square().mean().sqrt() < 1e-4
 
 
 def test_a_sharded_run_goes_on(together: Path) -> None:

@@ -20,14 +20,15 @@ from diptych.inference.guidance import ALWAYS, Rule, guided, plan
 from diptych.inference.renormalise import Nested, Renorm, nested
 from diptych.inference.sampler import Method, sample, span, times
 from diptych.objectives.flow_matching import resolution_shift, root_shift
-from diptych.systems.base import Dropped, System, Thinker
+from diptych.systems.base import Dropped, ImageSized, System, Thinker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How images are sampled; a model's folder may carry its own defaults.
 
-    size: (height, width) in pixels. steps: sampler steps. cfg: text guidance scale, 1 for none.
+    size: (height, width) in pixels; some systems give edits the shape of their image where none is asked for. steps:
+    sampler steps. cfg: text guidance scale, 1 for none.
     image_cfg: image guidance scale in editing, 1 for text guidance alone. guidance: which branches these scales compare
     (`inference.guidance.Rule`). cfg_range: steps that are guided, first and last as shares of all steps. negative: the
     text that guidance leads away from. shift: of the times; "root" (OmniGen2's) and "flux" go by the latent's size.
@@ -192,7 +193,8 @@ class Engine:
         """Images (3, H, W) in [-1, 1] for requests, n each, request by request, each at the wanted `scales`.
 
         The condition of a request is computed once, however many images and scales are drawn from it, and the null
-        condition of guidance once for all.
+        condition of guidance once for all of a size. A request that says its size has that one; an edit by a system
+        whose edits have the shape of their image has that, unless `size` is among the options.
 
         Args:
             positions: of the requests in a longer list, by which their noise is drawn; their own places when None.
@@ -200,8 +202,26 @@ class Engine:
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
         settings = self._settings(options, edits=all(sample.task == "edit" for sample in samples))
-        wanted = views(self.system, settings.size, scales)
-        samples = [sample if sample.size else replace(sample, size=settings.size) for sample in samples]
+        samples = [replace(sample, size=self._size(sample, settings, "size" in options)) for sample in samples]
+        sizes = list(dict.fromkeys(sample.size for sample in samples))
+        if len(sizes) > 1:
+            places = [[row for row, sample in enumerate(samples) if sample.size == size] for size in sizes]
+            found: dict[int, list[Tensor]] = {}
+            for rows in places:
+                before = len(found)
+                own = self.tensors(
+                    [samples[row] for row in rows],
+                    n=n,
+                    seed=seed,
+                    scales=scales,
+                    positions=rows if positions is None else [positions[row] for row in rows],
+                    progress=None if progress is None else later(progress, before, len(rows), len(samples)),
+                    **options,
+                )
+                each = len(own) // len(rows)
+                found |= {row: own[at * each : (at + 1) * each] for at, row in enumerate(rows)}
+            return [image for row in range(len(samples)) for image in found[row]]
+        wanted = views(self.system, sizes[0] if sizes and sizes[0] else settings.size, scales)
         device, size = self.system.device, settings.batch_size
         null: Condition | None = None
         made: list[Tensor] = []
@@ -258,6 +278,17 @@ class Engine:
         own = self.sampling.edit if edits else {}
         return replace(self.sampling, **{**own, **options})
 
+    def _size(self, sample: Sample, settings: Sampling, given: bool) -> tuple[int, int]:
+        """(height, width) of the image that a request asks for."""
+        if sample.size is not None:
+            return sample.size
+        follows = isinstance(self.system, ImageSized) and "size" not in self.sampling.edit and not given
+        if follows and sample.task == "edit" and sample.context_images:
+            assert isinstance(self.system, ImageSized)
+            height, width = sample.context_images[0].shape[-2:]
+            return self.system.edit_size(height, width)
+        return settings.size
+
     def _thinker(self) -> Thinker:
         if not isinstance(self.system, Thinker):
             raise UserError(f"{self.name}: this model has no thinking mode; leave think at 0")
@@ -271,6 +302,15 @@ class Engine:
 
 Progress = Callable[[int, int], None]
 """Told (images made, images asked for)."""
+
+
+def later(progress: Progress, before: int, own: int, requests: int) -> Progress:
+    """Progress of `own` requests of all `requests`, of which `before` are done."""
+
+    def told(done: int, of: int) -> None:
+        progress(done + before * of // own, requests * of // own)
+
+    return told
 
 
 def flat(images: Sequence[Image.Image | Sequence[Image.Image]]) -> list[Image.Image]:

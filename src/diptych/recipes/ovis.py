@@ -140,6 +140,8 @@ def export_ovis(system: System, folder: Path, *, dtype: torch.dtype | None = Non
     """
     if not isinstance(system, OvisU1System) or system.origins["autoencoder"]["kind"] != "kl":
         raise UserError(f"{folder}: Ovis-U1's layout holds an Ovis-U1 with a KL autoencoder, and nothing else")
+    if not isinstance(system.backbone, Ovis):
+        raise UserError(f"{folder}: Ovis-U1's layout holds an Ovis MLLM, not {system.origins['backbone']['kind']!r}")
     if system.refiner.config.pool != "cls" or system.settings.layers != 2 or system.refiner.config.blocks != 2:
         raise UserError(f"{folder}: Ovis-U1's layout holds a refiner of two layers' states with a CLS token only")
     if folder.exists():

@@ -37,6 +37,8 @@ class System(nn.Module, abc.ABC):
 
     kind: ClassVar[str]
     tasks: ClassVar[tuple[Task, ...]]
+    alike: ClassVar[bool] = True
+    """Whether `losses` runs the same passes of the sharded units for any two batches that have the same tasks."""
 
     @abc.abstractmethod
     def encode(self, batch: Batch, draws: Draws | None = None) -> Condition:
@@ -88,7 +90,7 @@ class System(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def shard_units(self) -> Iterable[nn.Module]:
-        """Modules that a sharding engine may wrap, each used as a whole in every step."""
+        """Modules that a sharding engine may wrap, each used as a whole in every batch of the same tasks."""
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
@@ -125,6 +127,14 @@ class Thinker(abc.ABC):
     @abc.abstractmethod
     def think(self, batch: Batch, most: int) -> Batch:
         """Requests for images, each followed by a thought of at most `most` tokens (its last assistant message)."""
+
+
+class ImageSized(abc.ABC):
+    """A system whose edits have the shape of the image that they edit."""
+
+    @abc.abstractmethod
+    def edit_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the edit of an image of this size; UserError for one that no size suits."""
 
 
 class AssembledSystem(System):

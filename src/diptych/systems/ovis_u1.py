@@ -25,13 +25,14 @@ from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
 from diptych.objectives import flow_matching
 from diptych.objectives.cross_entropy import chosen_token_loss
 from diptych.parts.autoencoders.base import Autoencoder
-from diptych.parts.backbones.base import Sequences
+from diptych.parts.backbones.base import LayeredBackbone, Sequences
 from diptych.parts.backbones.native_resolution import covering, resized, whole_size
-from diptych.parts.backbones.ovis import Ovis, cut
+from diptych.parts.backbones.ovis import cut
+from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.yak import Yak
 from diptych.systems import conversation
-from diptych.systems.base import AssembledSystem, Dropped, trains
+from diptych.systems.base import AssembledSystem, Dropped, ImageSized, trains
 
 DESCRIBE = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of the "
@@ -93,51 +94,61 @@ class OvisU1Config:
 
 @dataclass(frozen=True)
 class Read:
-    """What the MLLM made of a batch. states: last layer first, each (B, L, D). images: how many it saw."""
+    """What the MLLM made of a batch. states: last layer first, each (B, L, D)."""
 
     sequences: Sequences
     states: list[Tensor]
-    images: int
 
 
-class OvisU1System(AssembledSystem):
-    """See the module's docstring. `origins` is the configuration of each part, kept to write `config()`."""
+class OvisU1System(AssembledSystem, ImageSized):
+    """See the module's docstring. `origins` is the configuration of each part, kept to write `config()`.
+
+    pooler: where the vector for the whole prompt comes from instead of the refiner (CLIP, table 9's V1 to V3).
+    """
 
     kind: ClassVar[str] = "ovis_u1"
     tasks: ClassVar[tuple[Task, ...]] = ("text_to_image", "edit", "understand")
     components: ClassVar[tuple[str, ...]] = ("backbone", "refiner", "decoder", "autoencoder")
 
-    backbone: Ovis
+    backbone: LayeredBackbone
     decoder: Yak
 
     def __init__(
         self,
         config: OvisU1Config,
         *,
-        backbone: Ovis,
+        backbone: LayeredBackbone,
         refiner: TokenRefiner,
         decoder: Yak,
         autoencoder: Autoencoder,
+        pooler: ClipText | None = None,
         origins: dict[str, Any],
     ) -> None:
         super().__init__()
+        if (refiner.config.pool == "none") != (pooler is not None):
+            raise UserError(
+                "ovis_u1: the decoder needs one vector for the whole prompt: the refiner's (pool cls or average) or, "
+                "with pool none, that of a pooler"
+            )
+        vector = refiner.config.hidden if pooler is None else pooler.width
         raw, wanted = config.layers * backbone.width, refiner.config.context_width
         for what, given, taken in (
             ("the refiner takes states of width", wanted, raw),
             ("the decoder takes tokens of width", decoder.condition_width, refiner.config.hidden),
-            ("the decoder takes a vector of width", decoder.pooled.mlp_in.in_features, refiner.config.hidden),
+            ("the decoder takes a vector of width", decoder.pooled.mlp_in.in_features, vector),
             ("the decoder takes latent channels", decoder.channels, autoencoder.channels),
         ):
             if given != taken:
                 raise UserError(f"ovis_u1: {what} {given}, but gets {taken}")
-        if refiner.config.pool == "none":
-            raise UserError("ovis_u1: the decoder needs a vector for the whole prompt; pool must be 'cls' or 'average'")
         self.settings = config
-        self.backbone: Ovis = backbone  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
+        self.backbone: LayeredBackbone = backbone  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
         self.refiner = refiner
         self.decoder: Yak = decoder  # pyright: ignore[reportIncompatibleVariableOverride]
         self.autoencoder = autoencoder
+        self.pooler = pooler
         self.origins = origins
+        if pooler is not None:
+            self.components = (*OvisU1System.components, "pooler")  # pyright: ignore[reportAttributeAccessIssue]
 
     # Conditions
 
@@ -206,7 +217,7 @@ class OvisU1System(AssembledSystem):
             return image
         height, width = image.shape[-2:]
         least, most = self.settings.read_pixels
-        return resized(image, whole_size(height, width, self.backbone.pixels.factor, least, most))
+        return resized(image, whole_size(height, width, self.backbone.image_step(), least, most))
 
     def _on_canvas(self, image: Tensor, sample: Sample) -> Tensor:
         """A context image fitted to a canvas; one of the very size of the image to make stays as it is, since its
@@ -214,10 +225,12 @@ class OvisU1System(AssembledSystem):
         wanted = sample.image.shape[-2:] if sample.image is not None else sample.size
         if wanted is not None and tuple(image.shape[-2:]) == tuple(wanted):
             return image
-        height, width = image.shape[-2:]
+        return covering(image, self.edit_size(*image.shape[-2:]))
+
+    def edit_size(self, height: int, width: int) -> tuple[int, int]:
+        """The canvas of an image: its sides are whole multiples, its area within the limits, its shape the image's."""
         least, most = self.settings.canvas_pixels
-        size = whole_size(height, width, self.settings.canvas, least, most)
-        return covering(image, size)
+        return whole_size(height, width, self.settings.canvas, least, most)
 
     def _largest(self) -> tuple[int, int]:
         """The square canvas of greatest area, for requests that do not say their size."""
@@ -239,11 +252,9 @@ class OvisU1System(AssembledSystem):
             if not whole:
                 kept = "first" if self.training or sequences.learned.any() else "last"
                 sequences, embeddings = cut(sequences, embeddings, self.backbone.max_length, kept)
-            if not flat and sharded():
-                embeddings = embeddings + 0 * self._stand_in_vision().sum()
             pack = self.settings.pack if self.training else 0
             states = self.backbone.states(embeddings, sequences.mask, self.settings.layers, pack)
-        return Read(sequences, states, len(flat))
+        return Read(sequences, states)
 
     def _condition(self, batch: Batch, read: Read, rows: int) -> TokenCondition:
         """The condition of `batch`, whose prompts are the first `rows` that were read."""
@@ -253,6 +264,8 @@ class OvisU1System(AssembledSystem):
         states = torch.cat([state[:rows, :length] for state in read.states], dim=-1)  # (B, L, layers D)
         full = bool(mask.all())
         tokens, pooled = self.refiner(states, None if full else mask)  # (B, L, W), (B, W)
+        if self.pooler is not None:
+            pooled = self.pooler([sample.text.replace(IMAGE_PLACEHOLDER, "") for sample in batch])
         latents = self._context_latents(batch)
         return TokenCondition(tokens=tokens, mask=None if full else mask, pooled=pooled, context_latents=latents)
 
@@ -297,8 +310,6 @@ class OvisU1System(AssembledSystem):
             terms |= self._flow(asked, batch.take(drawn), read, draws.take(drawn))
         if told:
             terms["cross_entropy.understand"] = self._answers(read, len(drawn))
-            if not drawn and sharded():
-                terms["cross_entropy.understand"] = terms["cross_entropy.understand"] + self._stand_in_flow(read)
         return terms
 
     def _flow(self, asked: Batch, batch: Batch, read: Read, draws: Draws) -> dict[str, Tensor]:
@@ -324,19 +335,6 @@ class OvisU1System(AssembledSystem):
         targets = read.sequences.ids[first:][rows, places + 1]
         return chosen_token_loss(self.backbone.logits(hidden), targets, rows, len(learned))
 
-    def _stand_in_vision(self) -> Tensor:
-        """Visual tokens of a white image: sharded, every process must run the tower in every step."""
-        side = self.backbone.pixels.factor
-        return self.backbone.vision_tokens([torch.ones(3, side, side, device=self.device)])[0]
-
-    def _stand_in_flow(self, read: Read) -> Tensor:
-        """0, by way of refiner and decoder: sharded, every process must run them in every step."""
-        states = torch.cat([state[:1] for state in read.states], dim=-1)
-        tokens, pooled = self.refiner(states, read.sequences.mask[:1])
-        x = states.new_zeros(1, self.decoder.channels, self.decoder.patch, self.decoder.patch)
-        output = self.decoder(x, x.new_ones(1), TokenCondition(tokens=tokens, pooled=pooled))
-        return 0 * output.sum()
-
     def generate_text(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -359,6 +357,7 @@ class OvisU1System(AssembledSystem):
     def named_parts(self) -> dict[str, nn.Module]:
         parts = dict(self.backbone.named_parts())
         parts |= {"refiner": self.refiner, "decoder": self.decoder, "autoencoder": self.autoencoder}
+        parts |= {} if self.pooler is None else {"pooler": self.pooler}
         return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
 
     def shard_units(self) -> Iterable[nn.Module]:
@@ -373,8 +372,3 @@ def target_size(sample: Sample) -> tuple[int, int] | None:
         return sample.size
     image = sample.image if sample.image is not None else sample.context_images[0]
     return image.shape[1], image.shape[2]
-
-
-def sharded() -> bool:
-    """Whether several processes train together."""
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
+from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Task
+from diptych.core.sample import Batch, Task
 from diptych.systems.base import System
 from diptych.training.state import whole
 from diptych.training.step import LossStep
 
 OCCASIONAL = "vision"
 """The part that a step without images does not run. Sharded, it would wait for processes whose samples have none, so
-it stays with the parameters that are gathered at once in every step."""
+it stays with the parameters that are gathered at once in every step, whose gradients are put together at once too."""
 
 
 def shard(system: System, accelerator: Accelerator, tasks: Sequence[set[Task]]) -> None:
@@ -28,12 +30,14 @@ def shard(system: System, accelerator: Accelerator, tasks: Sequence[set[Task]]) 
         tasks: those of each stage.
 
     Raises:
-        UserError: one process alone, or a stage in which some processes would run parts that others do not.
+        UserError: one process alone, or a stage that mixes tasks in a system whose passes cannot be made alike.
     """
     if accelerator.num_processes == 1:
         raise UserError("run.strategy: 'fsdp' shards over several processes; start with torchrun --nproc-per-node N")
-    if any("understand" in mixed and len(mixed) > 1 for mixed in tasks):
-        raise UserError("run.strategy: 'fsdp' cannot mix 'understand' with other tasks in a stage; use 'auto'")
+    if not system.alike and any("understand" in mixed and len(mixed) > 1 for mixed in tasks):
+        raise UserError(
+            f"run.strategy: 'fsdp' cannot mix 'understand' with other tasks in a {system.kind!r}; use 'auto'"
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if accelerator.mixed_precision == "bf16" else MixedPrecisionPolicy()
@@ -44,7 +48,28 @@ def shard(system: System, accelerator: Accelerator, tasks: Sequence[set[Task]]) 
             fully_shard(unit, mesh=mesh, mp_policy=policy)
     # The root gives its whole parameters back after each pass, so that averages swapped into the shards are seen.
     fully_shard(system, mesh=mesh, reshard_after_forward=True)
+    touch_everything(system)
     register_fsdp_forward_method(system, "losses")
+
+
+def touch_everything(system: System) -> None:
+    """Give every learning parameter outside the units a gradient in each pass, if need be of zeros.
+
+    Processes put these gradients together in one piece, which has to have the same parameters on each, whatever its
+    samples did not touch (a tower without images, a head without answers). So a part that no sample of a step touches
+    has a gradient of zeros when it is sharded, and none when it is not: AdamW then lets its averages decay.
+    """
+    plain = system.losses
+
+    def losses(batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        terms = plain(batch, draws)
+        if not torch.is_grad_enabled():
+            return terms
+        here = [p for p in system.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        name = next(iter(terms))
+        return {**terms, name: terms[name] + 0 * torch.stack([p.flatten()[0].float() for p in here]).sum()}
+
+    system.losses = losses
 
 
 def prepare(system: System, accelerator: Accelerator) -> nn.Module:

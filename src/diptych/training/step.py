@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diptych.core.draws import Draws
-from diptych.core.sample import Batch
+from diptych.core.sample import Batch, Sample
 from diptych.systems.base import System
 from diptych.training.config import StageConfig
 
@@ -48,21 +49,58 @@ class Report:
 def backward(
     model: nn.Module, batch: Batch, keys: Sequence[int], config: StageConfig, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Gradients of the weighted mean loss over this process's samples; unweighted terms, detached."""
+    """Gradients of the weighted mean loss over this process's samples; unweighted terms, detached.
+
+    Sharded, all processes run the same tasks in each pass: `lent`.
+    """
+    shards = isinstance(model, LossStep) and isinstance(model.system, FSDPModule)
     size = config.micro_batch or len(batch)
     starts = range(0, len(batch), size)
     found: dict[str, list[Tensor]] = {}
     for start in starts:
         rows = list(range(start, min(start + size, len(batch))))
-        draws = Draws([keys[row] for row in rows], accelerator.device)
+        own, own_keys = batch.take(rows), [keys[row] for row in rows]
+        more, more_keys = lent(own, own_keys) if shards else ((), ())
+        draws = Draws([*own_keys, *more_keys], accelerator.device)
         with nullcontext() if start == starts[-1] else accelerator.no_sync(model):
             with accelerator.autocast():
-                terms = model(batch.take(rows), draws)
-            weighted = [weight(config.weights, name) * values.float().sum() for name, values in terms.items()]
+                terms = model(Batch((*own.samples, *(one.to(accelerator.device) for one in more))), draws)
+            strange = {one.task for one in more}
+            counts = {name: 0.0 if task_of(name) in strange else weight(config.weights, name) for name in terms}
+            weighted = [counts[name] * values.float().sum() for name, values in terms.items()]
             accelerator.backward(torch.stack(weighted).sum() / len(batch))
         for name, values in terms.items():
-            found.setdefault(name, []).append(values.detach().float())
+            if task_of(name) not in strange:
+                found.setdefault(name, []).append(values.detach().float())
     return {name: torch.cat(values) for name, values in found.items()}
+
+
+def lent(batch: Batch, keys: Sequence[int]) -> tuple[tuple[Sample, ...], tuple[int, ...]]:
+    """Samples (and their keys) of tasks that other processes have in this pass and this one has not.
+
+    Each brings the first of its own; all know then which tasks there are, and run the same passes in the same order,
+    which sharded modules wait for. What is lent counts nothing.
+    """
+    first: dict[str, tuple[Sample, int]] = {}
+    for sample, own in zip(batch, keys, strict=True):
+        first.setdefault(sample.task, (sample, own))
+    present: list[list[str]] = gather_object([sorted(first)])
+    wanted = sorted({task for row in present for task in row if any(task not in other for other in present)})
+    if not wanted:
+        return (), ()
+    rank = torch.distributed.get_rank()
+    giver = {task: next(place for place, row in enumerate(present) if task in row) for task in wanted}
+    mine = {task: (first[task][0].to("cpu"), first[task][1]) for task in wanted if giver[task] == rank}
+    given: dict[str, tuple[Sample, int]] = {}
+    for row in gather_object([mine]):
+        given |= row
+    missing = [given[task] for task in wanted if task not in first]
+    return tuple(sample for sample, _ in missing), tuple(key for _, key in missing)
+
+
+def task_of(term: str) -> str:
+    """The task in a term's name ("flow.edit")."""
+    return term.rpartition(".")[2]
 
 
 def weight(weights: dict[str, float], name: str) -> float:
@@ -93,7 +131,7 @@ def not_finite(reports: Sequence[Report], norm: float) -> str:
     """What to say of a loss or gradient that is no number: term, task and samples; "" when all is well."""
     for report in reports:
         for name, values in report.losses.items():
-            task = name.rpartition(".")[2]
+            task = task_of(name)
             bad = [id for id, value in zip(report.ids[task], values, strict=True) if not math.isfinite(value)]
             if bad:
                 return f"loss {name} is not finite for task {task!r}, {named(bad)}"

@@ -149,6 +149,40 @@ class Backbone(nn.Module, abc.ABC):
         return embeddings.masked_scatter(slots[..., None], tokens)
 
 
+class LayeredBackbone(Backbone, abc.ABC):
+    """A backbone whose states of several layers can be had, as Ovis-U1's refiner takes them."""
+
+    @abc.abstractmethod
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+        whole: bool = True,
+    ) -> Sequences:
+        """As `Backbone.tokenize`; without `whole`, a conversation may be longer than `max_length`, to be cut later."""
+
+    @abc.abstractmethod
+    def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
+        """States of the last `layers` layers, the last one first (and normed), each (B, L, D).
+
+        With `pack`, rows are put one behind the other, without their padding, into rows of at most that many tokens
+        (NaViT's packing); each still sees itself alone, and the states are the same. Padding then has zeros.
+        """
+
+    @abc.abstractmethod
+    def image_step(self) -> int:
+        """Sides of images are resized to multiples of this, in pixels."""
+
+    @abc.abstractmethod
+    def generate(
+        self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
+    ) -> list[str]:
+        """As `Backbone.generate`; `most`: of a longer prompt, so many last tokens are read."""
+
+
 class Gridded(abc.ABC):
     """What a backbone also is whose vision tokens of one image lie on a grid, row by row."""
 

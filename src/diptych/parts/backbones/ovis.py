@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Message
 from diptych.parts.backbones.aimv2 import AIMv2Config
-from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.base import LayeredBackbone, Prefix, Sequences
 from diptych.parts.backbones.causal import greedy, run_causal
 from diptych.parts.backbones.native_resolution import Pixels, pack_images
 from diptych.parts.backbones.ovis_chat import NO_THOUGHTS, OvisChat
@@ -56,7 +56,7 @@ class OvisConfig:
     std: tuple[float, ...] = field(default=Pixels.std)
 
 
-class Ovis(Backbone):
+class Ovis(LayeredBackbone):
     """See the module's docstring. Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA."""
 
     def __init__(self, config: OvisConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -156,7 +156,6 @@ class Ovis(Backbone):
         opening: str = "",
         whole: bool = True,
     ) -> Sequences:
-        """As `Backbone.tokenize`; without `whole`, a conversation may be longer than `max_length`, for `cut`."""
         counts = [[self.slots(image) for image in row] for row in images] if images else [[] for _ in conversations]
         longest = self.max_length if whole else sys.maxsize
         encoded = self.chat.encode(conversations, counts, generate=generate, max_length=longest, opening=opening)
@@ -167,6 +166,9 @@ class Ovis(Backbone):
         """Visual tokens of an image (3, H, W); UserError for one that cannot be read at any size."""
         height, width = self.pixels.size(*image.shape[-2:])
         return height * width // self.pixels.factor**2
+
+    def image_step(self) -> int:
+        return self.pixels.factor
 
     def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
         if not images:
@@ -196,11 +198,6 @@ class Ovis(Backbone):
         return run_causal(self.llm.model, embeddings, mask, prefix, cache=cache)
 
     def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
-        """States of the last `layers` layers, the last one first (and normed), each (B, L, D).
-
-        With `pack`, rows are put one behind the other, without their padding, into rows of at most that many tokens
-        (NaViT's packing); each still sees itself alone, and the states are the same. Padding then has zeros.
-        """
         if not pack:
             return self._last(embeddings, mask, (mask.long().cumsum(1) - 1).clamp(min=0), layers)
         lengths = mask.sum(1).tolist()
@@ -256,7 +253,6 @@ class Ovis(Backbone):
     def generate(
         self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
     ) -> list[str]:
-        """As `Backbone.generate`; `most`: of a longer prompt, so many last tokens are read."""
         embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
         if most is not None:
             sequences, embeddings = cut(sequences, embeddings, most, "last")

@@ -47,6 +47,7 @@ class BagelSystem(AssembledSystem, Thinker):
 
     kind: ClassVar[str] = "bagel"
     tasks: ClassVar[tuple[Task, ...]] = ("text_to_image", "edit", "understand")
+    alike: ClassVar[bool] = False  # samples share packed rows, whose number differs
     components: ClassVar[tuple[str, ...]] = ("network", "autoencoder")
 
     def __init__(

@@ -1,0 +1,199 @@
+"""T5's encoder as a reader of prompts: FLUX's text encoder for tokens, and that of the baseline of Ovis-U1's table 9.
+
+It sees a whole text at once, has no images and answers nothing.
+
+B batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import Message
+from diptych.parts.backbones.base import LayeredBackbone, Prefix, Sequences
+from diptych.parts.backbones.published import without_bars, without_origin, write_model
+
+MAX_LENGTH = 512
+"""Tokens, as in FLUX; T5's positions are relative, so that it sets no limit itself."""
+
+
+class T5(LayeredBackbone):
+    """See the module's docstring. Use `from_config` or `from_pretrained`. Turns are read one after another as plain
+    text, without marks of who speaks."""
+
+    max_length = MAX_LENGTH
+
+    def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self._tokenizer = tokenizer
+        self.width: int = encoder.config.d_model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> T5:
+        """Random weights; under `torch.device("meta")` without memory. UserError for an unknown key."""
+        return cls(T5EncoderModel(t5_config(config)), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> T5:
+        """A folder with the encoder's safetensors; its tokenizer lies there, or beside it as in a pipeline of diffusers
+        (`tokenizer_2` for `text_encoder_2`).
+
+        Raises:
+            UserError: no such folder, no safetensors, or keys that do not fit.
+        """
+        folder = Path(source).expanduser()
+        encoder = read_encoder(T5EncoderModel, folder, dtype)
+        return cls(encoder, read_tokenizer(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.shared.weight.device
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` takes, in plain JSON values."""
+        return without_origin(self.encoder.config.to_dict())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise UserError("this T5 was built without a tokenizer")
+        return self._tokenizer
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+        whole: bool = True,
+    ) -> Sequences:
+        if any(len(row) for row in images):
+            self._refuse("sees no images")
+        if generate:
+            self._refuse("answers nothing")
+        texts = ["\n".join(message.text for message in row) for row in conversations]
+        rows: list[list[int]] = self.tokenizer(texts)["input_ids"]  # type: ignore[assignment]
+        longest = self.max_length if whole else sys.maxsize
+        for number, row in enumerate(rows):
+            if len(row) > longest:
+                raise UserError(
+                    f"conversation {number}: {len(row)} tokens, but T5 is given {longest}; shorten the text"
+                )
+        length = max(map(len, rows), default=0)
+        ids = torch.zeros((len(rows), length), dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), True
+        nothing = torch.zeros_like(mask)
+        return Sequences(ids=ids, mask=mask, images=nothing, learned=nothing).to(self.device)
+
+    def slots(self, image: Tensor) -> int:
+        self._refuse("sees no images")
+
+    def image_step(self) -> int:
+        return 1
+
+    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        if images:
+            self._refuse("sees no images")
+        return []
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.encoder.shared(ids)
+
+    def run(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: bool = False,
+    ) -> Prefix:
+        """As `Backbone.run`, but every token sees all of them, so that nothing can follow."""
+        if prefix is not None or cache or positions is not None:
+            self._refuse("reads a text as a whole; nothing can follow it")
+        return Prefix(hidden=self.states(embeddings, mask, 1)[0], mask=mask, cache=None)
+
+    def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
+        if pack:
+            raise UserError("T5 reads each text in a row of its own; leave pack at 0")
+        out = self.encoder.encoder(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=layers > 1)
+        return [out.last_hidden_state] if layers == 1 else list(out.hidden_states[: -layers - 1 : -1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self._refuse("answers nothing")
+
+    def generate(
+        self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
+    ) -> list[str]:
+        self._refuse("answers nothing")
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        return {"t5": self.encoder}
+
+    def shard_units(self) -> list[nn.Module]:
+        return list(self.encoder.encoder.block)
+
+    def save_assets(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        write_model(self.encoder, folder, dtype)
+        self.save_assets(folder)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"T5 {what}; use a multimodal language model as the backbone")
+
+
+def t5_config(values: Mapping[str, Any]) -> T5Config:
+    """A configuration; UserError names an unknown key."""
+    known = set(T5Config().to_dict())
+    for key in values:
+        if key not in known:
+            raise unknown("key", key, known, "t5")
+    return T5Config(**{**values, "is_decoder": False, "use_cache": False, "is_encoder_decoder": False})
+
+
+def read_encoder(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A text encoder of transformers from a folder, safetensors only, strictly; UserError for what does not fit."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no text encoder here (no config.json)")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != architecture.config_class.model_type:
+            raise UserError(f"{folder}: a {kind!r} model, not {architecture.config_class.model_type!r}")
+        with without_bars():
+            loaded: Any = architecture.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: not readable as a text encoder ({' '.join(str(error).split())[:200]})") from error
+    model, info = loaded
+    for what in ("missing_keys", "unexpected_keys"):
+        if info[what]:
+            raise UserError(f"{folder}: the weights do not fit the config: {what} {', '.join(sorted(info[what])[:3])}")
+    return model
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an encoder's folder, or of the folder beside it that a pipeline of diffusers has for it."""
+    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+    place = folder if (folder / "tokenizer_config.json").is_file() else beside
+    try:
+        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place}: no readable tokenizer ({' '.join(str(error).split())[:200]})") from error
