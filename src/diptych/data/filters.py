@@ -1,6 +1,7 @@
 """Which items of a source are used: filters on aspect ratio and on scores, as columns or from a scorer.
 
-Source: HieraQuery, Sec. 4.1 (aspect ratio at most 2.5, watermark score at most 0.5, CLIP score at least 0.45).
+Source: HieraQuery, Sec. 4.1 (aspect ratio at most 2.5, watermark score at most 0.5, CLIP score at least 0.45); Ovis-U1,
+Sec. 3.1 (aesthetic score above 6).
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import abc
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, unknown
 from diptych.data.atomic import write_atomically
 from diptych.data.source import BadItem, ItemDraws, Size, Source
 from diptych.data.subset import Subset
@@ -23,24 +24,40 @@ Scorer = Callable[[Tensor, str], float]
 """(image (3, H, W) in [-1, 1], caption) to a score."""
 
 
+SCORES = {"watermark": ("max_watermark", 1), "clip": ("min_clip", -1), "aesthetic": ("min_aesthetic", -1)}
+"""Scores by name: the limit in `Filters`, and whether more (1) or less (-1) than it is too much."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filters:
     """max_aspect: longest side over shortest, at most. max_watermark: watermark score, at most. min_clip: CLIP score of
-    image and caption, at least. None keeps all. scores: a JSON file {item: {"watermark": x, "clip": y}}, as
-    `score_items` writes it; without it, the scores are the columns `watermark` and `clip` of a JSONL file (list them in
-    its `ignore`)."""
+    image and caption, at least. min_aesthetic: aesthetic score, at least. None keeps all. scores: a JSON file
+    {item: {"watermark": x, "clip": y, "aesthetic": z}}, as `score_items` writes it; without it, the scores are the
+    columns `watermark`, `clip` and `aesthetic` of a JSONL file (list them in its `ignore`), or keys of the .json beside
+    the images of tar files. columns: other names of these, as in {aesthetic: AESTHETIC_SCORE}."""
 
     max_aspect: float | None = None
     max_watermark: float | None = None
     min_clip: float | None = None
+    min_aesthetic: float | None = None
     scores: str | None = None
+    columns: dict[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         if self.max_aspect is not None and not (self.max_aspect >= 1 and math.isfinite(self.max_aspect)):
             raise UserError(f"filters: max_aspect {self.max_aspect} must be a number of at least 1")
-        wanted = self.max_watermark is not None or self.min_clip is not None
-        if self.scores is not None and not wanted:
-            raise UserError("filters: scores is read by max_watermark and min_clip alone; set one or leave it out")
+        if self.scores is not None and not self.scored:
+            raise UserError("filters: scores is read by max_watermark, min_clip and min_aesthetic; set one of them")
+        for name in self.columns:
+            if name not in SCORES:
+                raise unknown("score", name, SCORES, "filters: columns")
+            if name not in self.scored or self.scores is not None:
+                raise UserError(f"filters: columns: {name} is not read from a column here; leave it out")
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the scores that are looked at."""
+        return [name for name, (limit, _) in SCORES.items() if getattr(self, limit) is not None]
 
 
 class Scored(abc.ABC):
@@ -83,7 +100,7 @@ def score_items(
     """Scores of every readable item by name, written to `file` every so many items; what is there is not scored anew.
 
     Args:
-        scorers: by name, `watermark` and `clip` for `Filters`.
+        scorers: by name, those of `SCORES` for `Filters`.
         size: (height, width) at which images are scored.
     """
     found = read_scores(file) if file.is_file() else {}
@@ -142,17 +159,16 @@ def _lookup(source: Source, filters: Filters) -> Callable[[int, str], object]:
         scores = read_scores(Path(filters.scores).expanduser())
         return lambda index, name: scores.get(item_id(source, index), {}).get(name)
     if isinstance(source, Scored):
-        return source.column
-    if filters.max_watermark is not None or filters.min_clip is not None:
+        return lambda index, name: source.column(index, filters.columns.get(name, name))
+    if filters.scored:
         raise UserError(f"{source.name}: this kind of source has no score columns; give a file of `scores`")
     return lambda index, name: None
 
 
 def _scored(score: Callable[[str], object], id: str, filters: Filters) -> str:
-    checks = (("watermark", filters.max_watermark, 1), ("clip", filters.min_clip, -1))
-    for name, limit, sign in checks:
-        if limit is None:
-            continue
+    for name in filters.scored:
+        field_name, sign = SCORES[name]
+        limit = getattr(filters, field_name)
         value = score(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{id}: no {name} score in {filters.scores or 'its row'}")

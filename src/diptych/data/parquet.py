@@ -12,6 +12,7 @@ from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
+from diptych.data.filters import Scored
 from diptych.data.imaging import FitMode, check_fit, image_size, read_image
 from diptych.data.rows import KEYS, make_sample, parse_row
 from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe
@@ -19,7 +20,7 @@ from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, de
 _REFERENCES = (dict, bytes, str)
 
 
-class ParquetSource(Source):
+class ParquetSource(Source, Scored):
     """Rows of parquet files, with the columns that `JsonlSource` has as keys.
 
     An image column holds encoded bytes, the {"bytes", "path"} of `datasets`, or paths relative to `folder`.
@@ -59,6 +60,8 @@ class ParquetSource(Source):
         hub = None if files or len(given) != 1 else given[0]
         self.folder = Path(folder) if folder is not None else Path(files[0]).parent if files else Path()
         self._data: Any = _load(hub, files, given, split, config, None if cache is None else str(cache))
+        self._whole = self._data
+        self._scores: dict[str, list[object]] = {}
         self._columns = self._choose(columns or {})
         if not len(self._data):
             raise UserError(f"{self.name}: no rows")
@@ -91,6 +94,13 @@ class ParquetSource(Source):
 
     def describe(self) -> str:
         return describe(self)
+
+    def column(self, index: int, name: str) -> object:
+        if name not in self._whole.column_names:
+            return None
+        if name not in self._scores:
+            self._scores[name] = list(self._whole[name])
+        return self._scores[name][index]
 
     def _choose(self, columns: Mapping[str, str]) -> dict[str, str]:
         """Column of each key that the task reads."""

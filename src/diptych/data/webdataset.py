@@ -23,6 +23,7 @@ from PIL import Image
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
 from diptych.data.atomic import write_atomically
+from diptych.data.filters import Scored
 from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
 from diptych.data.rows import Row, make_sample, parse_row, usable_text
 from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
@@ -51,7 +52,7 @@ class _Group:
     json: _Member | None
 
 
-class WebDatasetSource(Source):
+class WebDatasetSource(Source, Scored):
     """Samples of tar shards: members that share a name up to its first dot are one sample.
 
     - `image`: an image
@@ -127,6 +128,10 @@ class WebDatasetSource(Source):
 
     def describe(self) -> str:
         return describe(self)
+
+    def column(self, index: int, name: str) -> object:
+        group = self._groups[index]
+        return None if group.json is None else _object(self._bytes(group.json), self._group_id(group)).get(name)
 
     def _id(self, shard: int, key: str) -> str:
         return f"{self.name}/{self.shards[shard].name}/{key}"

@@ -30,12 +30,14 @@ from diptych.parts.autoencoders.dc import DCAutoencoder
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.autoencoders.qwen_image import QwenImageAutoencoder
-from diptych.parts.backbones.base import Backbone
+from diptych.parts.backbones.base import Backbone, LayeredBackbone
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
+from diptych.parts.backbones.t5 import T5
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.connectors import OpenUniConnector
 from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.conditioners.learnable_queries import LearnableQueries
@@ -80,7 +82,7 @@ from diptych.systems.ovis_u1 import OvisU1Config, OvisU1System
 from diptych.toyworld.samples import ToyWorld
 
 ENDLESS = 10_000_000
-BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL, "ovis": Ovis}
+BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL, "ovis": Ovis, "t5": T5}
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "raw": Raw,
     "metaquery": LearnableQueries,
@@ -187,8 +189,9 @@ def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniG
 
 def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1System:
     """An Ovis-U1 from its parts; the refiner takes as many layers of the MLLM as the system reads."""
+    _choose("backbone", spec.backbone.kind, {"ovis": Ovis, "t5": T5})
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
-    assert isinstance(backbone, Ovis)
+    assert isinstance(backbone, LayeredBackbone)
     _choose("refiner", spec.refiner.kind, {"token_refiner": TokenRefiner})
     _choose("decoder", spec.decoder.kind, {"yak": Yak})
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
@@ -198,6 +201,7 @@ def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1Sy
     with torch.device("meta" if meta else "cpu"):
         refiner = TokenRefiner(read(TokenRefinerConfig, config, "refiner.config"))
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
+    pooler, pooler_origin = build_pooler(spec.pooler, meta) if spec.pooler else (None, None)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(OvisU1Config)}
     system = OvisU1System(
         OvisU1Config(**fields),
@@ -205,8 +209,10 @@ def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1Sy
         refiner=refiner,
         decoder=decoder,
         autoencoder=autoencoder,
+        pooler=pooler,
         origins={
             "backbone": backbone_origin,
+            "pooler": pooler_origin,
             "refiner": {**dataclasses.asdict(spec.refiner), "config": config},
             "decoder": decoder_origin,
             "autoencoder": autoencoder_origin,
@@ -245,6 +251,19 @@ def _ovis(part: Part, meta: bool, assets: Path | None) -> tuple[Ovis, dict[str, 
     if not meta:
         read_named(backbone, part.config)
     return backbone, {**dataclasses.asdict(part), "tokenizer": None, "config": backbone.config()}
+
+
+def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
+    """CLIP's text encoder, frozen, by the name of its weights."""
+    _choose("pooler", part.kind, {"clip_text": ClipText})
+    if part.weights and not meta:
+        pooler = ClipText.from_pretrained(locate(part.weights) / (part.subfolder or ""))
+    elif not meta:
+        raise UserError("pooler: it is never trained, so that it needs `weights`")
+    else:
+        with torch.device("meta"):
+            pooler = ClipText.from_config(part.config or published_config(part.weights, part.subfolder))
+    return pooler, {**dataclasses.asdict(part), "config": pooler.config()}
 
 
 def build_conditioner(part: Part, width: int, meta: bool) -> Conditioner:
@@ -368,10 +387,10 @@ def toy_texts(count: int = 3000) -> list[str]:
 
 SOURCE_KEYS = {
     "toyworld": {"count", "seed", "options"},
-    "folder": {"path", "filters"},
-    "jsonl": {"path", "ignore", "filters"},
-    "webdataset": {"path", "filters"},
-    "parquet": {"path", "columns", "split", "filters"},
+    "folder": {"path", "filters", "control", "maps"},
+    "jsonl": {"path", "ignore", "filters", "control"},
+    "webdataset": {"path", "filters", "control"},
+    "parquet": {"path", "columns", "split", "filters", "control"},
     "proxies": {"path", "count", "seed", "options"},
 }
 """Keys of a source beside `kind`, `task` and `share`, by its kind; others would be ignored and are refused."""
@@ -395,11 +414,26 @@ def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
     if spec.path is None:
         raise UserError(f"sources.{name}: 'path' is missing")
     source = _file_source(name, spec, spec.path, data)
-    return source if spec.filters is None else filtered(source, spec.filters)
+    kept = source if spec.filters is None else filtered(source, spec.filters)
+    return kept if spec.control is None else _controlled(kept, name, spec, spec.control, data)
+
+
+def _controlled(pairs: Source, name: str, spec: SourceSpec, control: str, data: DataSpec) -> Source:
+    """Captioned images as edits of maps of them."""
+    try:
+        from diptych.data.control import ControlSource
+        from diptych.data.proxies.pictures import DepthMaps
+    except ModuleNotFoundError as error:
+        raise UserError(f"sources.{name}: control needs {error.name}; install diptych[data]") from error
+    if spec.task != "edit":
+        raise UserError(f"sources.{name}: control makes edits; set task to edit, not {spec.task}")
+    maps = None if spec.maps is None else DepthMaps(spec.maps)
+    return ControlSource(pairs, control, maps=maps, fit_mode=data.fit)
 
 
 def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Source:
-    given: dict[str, Any] = {"task": spec.task, "name": name, "fit": data.fit}
+    task = "text_to_image" if spec.control else spec.task
+    given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit}
     if spec.kind == "folder":
         return FolderSource(path, **given)
     if spec.kind == "jsonl":

@@ -81,11 +81,14 @@ class OmniGen2Spec(OmniGen2Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class OvisU1Spec(OvisU1Config):
+    """pooler: CLIP's text encoder, for a refiner without a vector of its own (pool: none)."""
+
     kind: Literal["ovis_u1"]
     backbone: Part
     refiner: Part
     decoder: Part
     autoencoder: Part
+    pooler: Part | None = None
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
     published: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -111,6 +114,9 @@ class MLLMSpec:
 class SourceSpec:
     """A source of samples.
 
+    control: captioned images are served as edits of maps of them (`data.control`: canny, depth, inpainting,
+    outpainting). maps: folder of depth maps for control `depth`, named as a folder's images.
+
     task: what its samples are for. share: its part of the mixture (the paper's mix ratio is the share of images).
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
     columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: of toy
@@ -127,6 +133,8 @@ class SourceSpec:
     split: str | None = None
     columns: dict[str, str] = field(default_factory=dict[str, str])
     filters: Filters | None = None
+    control: str | None = None
+    maps: str | None = None
     count: int = 0
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -119,5 +119,10 @@ def depth(view: View, rng: np.random.Generator) -> Pixels:
 
 def edges(view: View, rng: np.random.Generator) -> Pixels:
     """Canny's edges of the grey picture, white on black."""
-    grey = cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY)
+    return canny(view.image)
+
+
+def canny(image: Pixels) -> Pixels:
+    """The same of pixels (H, W, 3) uint8."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     return np.repeat(np.asarray(cv2.Canny(grey, *CANNY), dtype=np.uint8)[..., None], 3, axis=2)
