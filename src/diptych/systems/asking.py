@@ -8,7 +8,7 @@ Shapes: B batch, L prompt tokens, Q appended tokens, D MLLM width.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -70,7 +70,7 @@ class ComposedConfig:
     time_shift: float | Literal["flux"] = 1.0
 
 
-class AskingSystem(AssembledSystem):
+class AskingSystem(conversation.Answering, AssembledSystem):
     """An MLLM, a conditioner that asks it, a connector, a decoder, an autoencoder.
 
     `origins` is the configuration of each part, kept to write `config()`.
@@ -201,15 +201,6 @@ class AskingSystem(AssembledSystem):
     @abc.abstractmethod
     def _flow(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Terms of samples that make an image, keyed "term.task"."""
-
-    def generate_text(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[Tensor]],
-        *,
-        max_new_tokens: int = 64,
-    ) -> list[str]:
-        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
 
     # Structure
 

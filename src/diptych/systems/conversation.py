@@ -10,6 +10,22 @@ from torch import Tensor
 from diptych.core.sample import Batch, Message
 from diptych.objectives.cross_entropy import next_token_loss
 from diptych.parts.backbones.base import Backbone
+from diptych.systems.base import System
+
+
+class Answering(System):
+    """A system that answers as its MLLM does by itself."""
+
+    backbone: Backbone
+
+    def generate_text(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Tensor]],
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        return answer(self.backbone, conversations, images, max_new_tokens)
 
 
 def learn(backbone: Backbone, batch: Batch, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Batch, Message, Task
+from diptych.core.sample import Batch, Task
 from diptych.parts.backbones.base import Backbone
 from diptych.systems import conversation
-from diptych.systems.base import Dropped, System
+from diptych.systems.base import Dropped
 
 
-class MLLMSystem(System):
+class MLLMSystem(conversation.Answering):
     """Wraps a backbone; saved in the backbone's own published layout, so that other tools read it too."""
 
     kind: ClassVar[str] = "mllm"
@@ -34,15 +34,6 @@ class MLLMSystem(System):
         if others:
             raise UserError(f"{others[0].id}: task {others[0].task!r} cannot train an MLLM by itself; use 'understand'")
         return {"cross_entropy.understand": conversation.learn(self.backbone, batch, self.device)}
-
-    def generate_text(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[Tensor]],
-        *,
-        max_new_tokens: int = 64,
-    ) -> list[str]:
-        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
 
     def named_parts(self) -> dict[str, nn.Module]:
         return dict(self.backbone.named_parts())

@@ -68,7 +68,7 @@ class OmniGen2Settings:
     time_shift: float | Literal["flux", "root"] = "flux"
 
 
-class OmniGen2System(AssembledSystem):
+class OmniGen2System(conversation.Answering, AssembledSystem):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "omnigen2"
@@ -273,15 +273,6 @@ class OmniGen2System(AssembledSystem):
                 missing.append(sample.image)
         made = iter(self._latents(missing))
         return [next(made) if sample.latent is None else sample.latent for sample in batch]
-
-    def generate_text(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[Tensor]],
-        *,
-        max_new_tokens: int = 64,
-    ) -> list[str]:
-        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
 
     # Structure
 
