@@ -60,11 +60,12 @@ def test_axes_and_their_mistakes(tiny_model: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             axis(text)
     engine = load(str(tiny_model))
-    for axes, options, words in (
+    cases: list[tuple[list[Axis], dict[str, Any], str]] = [
         ([], {}, "no axis"),
         ([axis("cfg=1")] * 2, {}, "given twice"),
         ([axis("cfg=1")], {"cfg": 2.0}, "given twice"),
         ([axis("cfg=-1")], {}, "must not be negative"),
-    ):
+    ]
+    for axes, options, words in cases:
         with pytest.raises(UserError, match=words):
             sweep(engine, ["toyedit"], axes, output=tmp_path / "never", **options)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +26,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
 from diptych.inference.engine import Engine, Sampling, from_pil, to_pil
+from diptych.parts.backbones.ovis import Ovis
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load_system
 from diptych.recipes.ovis import export_ovis
@@ -29,6 +36,7 @@ from diptych.recipes.run import save_model, train_recipe
 from diptych.systems.ovis_u1 import OvisU1System
 from diptych.toyworld.samples import ToyWorld
 from diptych.training import loop, state
+from diptych.training.metrics import read_metrics
 
 LLM: dict[str, Any] = {
     "model_type": "qwen3",
@@ -59,6 +67,9 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 4,
     "scaling_factor": 0.13025,
 }
+
+
+PAIRS: dict[str, Any] = {"kind": "toyworld", "count": 32}
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +159,7 @@ def test_condition_is_computed_once_and_not_per_step(system: OvisU1System) -> No
 
         return hook
 
+    assert isinstance(system.backbone, Ovis)
     parts: dict[str, nn.Module] = {
         "refiner": system.refiner,
         "llm": system.backbone.llm.model,
@@ -227,13 +239,15 @@ def test_too_long_is_an_error_or_cut_when_asked_for(plain_ovis: dict[str, Any]) 
         made.generate_text([talk[:1]], [[image]], max_new_tokens=2)
     plain["system"]["too_long"] = "cut"
     made = build_system(parse(plain).system)
+    assert isinstance(made, OvisU1System)
     values = made.losses(Batch((told, late)), Draws([0, 1]))["cross_entropy.understand"]
     assert values[0] == 0  # its answer lies beyond what is kept
     assert values[1] > 0
     values.sum().backward()
     assert len(made.generate_text([talk[:1]], [[image]], max_new_tokens=2)) == 1
     request = Sample(id="r", task="text_to_image", text="red " * 60)
-    assert made.eval().encode(Batch((request,))).tokens.shape[1] == 48
+    made.eval()
+    assert made.encode(Batch((request,))).tokens.shape[1] == 48
 
 
 def test_bad_requests_are_one_clear_line(system: OvisU1System) -> None:
@@ -276,6 +290,56 @@ def test_a_run_stopped_in_the_middle_of_understanding_and_resumed_is_the_whole_r
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_killed_in_the_middle_of_stage_3_and_resumed_is_the_whole_run(
+    plain_ovis: dict[str, Any], tmp_path: Path
+) -> None:
+    """The six stages in a process of their own, which gets SIGKILL while stage 3 runs."""
+    plain = copy.deepcopy(plain_ovis)
+    stages = plain["stages"]
+    drawn = {**stages["editing"], "data": {"size": 32, "sources": {"pairs": {**PAIRS, "task": "text_to_image"}}}}
+    encoder = {**stages["adapter"], "train": ["vision", "head", "adapter"]}
+    plain["stages"] = {
+        "stage0": drawn,
+        "stage1": stages["adapter"],
+        "stage2": encoder,
+        "stage3": {**stages["understanding"], "steps": 40},
+        "stage4": drawn,
+        "stage5": stages["editing"],
+    }
+    plain["run"] |= {"save_every": 2}
+    (tmp_path / "six.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    train_recipe(parse(plain), plain, tmp_path / "whole")
+    command = [sys.executable, "-m", "diptych", "train", str(tmp_path / "six.yaml"), "--out", str(tmp_path / "parts")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not in_stage(checkpoints, 3):
+            assert child.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        child.kill()
+    assert child.wait() == -signal.SIGKILL
+    last = state.read_progress(state.checkpoints(checkpoints)[-1])
+    assert last.stage == 3
+    assert 2 <= last.step < 40
+    plain = yaml.safe_load((tmp_path / "six.yaml").read_text())
+    assert train_recipe(parse(plain), plain, tmp_path / "parts", resume=True)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "parts" / "metrics.jsonl")
+
+
+def in_stage(checkpoints: Path, stage: int) -> list[Path]:
+    """Complete checkpoints of a stage; the run may be writing and removing others meanwhile."""
+    found: list[Path] = []
+    for path in state.checkpoints(checkpoints) if checkpoints.is_dir() else []:
+        with suppress(OSError):
+            found += [path] if state.read_progress(path).stage == stage else []
+    return found
 
 
 @pytest.fixture
