@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "score a model, or pictures, on benchmarks",
     "compare": "two evaluations side by side",
     "sweep": "a model's scores over a grid of sampling settings",
+    "analyze": "a model's vision features, and its attention to images and words",
     "train": "run a recipe",
     "study": "run a set of recipes at equal budget and tabulate them",
     "check": "look at a recipe and its data before a run",

@@ -1,0 +1,232 @@
+"""What the analyses found, as files: JSON, Markdown tables, plots, and prompts with their words coloured."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.analysis.words import CATEGORIES
+from diptych.core.errors import UserError
+from diptych.data.atomic import write_atomically
+
+COLOURS = ("#3b5bdb", "#d9822b", "#0f9960", "#c23030", "#7157d9", "#1c2330", "#b83280", "#728c00")
+TINT = {"object": "59,91,219", "position": "217,130,43", "color": "15,153,96", "other": "114,124,140"}
+"""Red, green and blue of a category's words."""
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, [text.encode()])
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, aligned as text too."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def figure(columns: int, rows: int = 1, wide: float = 4.6, tall: float = 3.8) -> tuple[Any, Any]:
+    """A figure and its panels (rows, columns).
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("plots need matplotlib: pip install 'diptych[eval]'") from error
+    made = Figure(figsize=(wide * columns, tall * rows), layout="constrained")
+    return made, made.subplots(rows, columns, squeeze=False)
+
+
+def save(made: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.stem}.partial.png")
+    made.savefig(temporary, dpi=150)
+    temporary.replace(path)
+
+
+# Words
+
+
+def word_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Markdown of `word_attention.summary` by model, the baseline first where there are two."""
+    names = list(found)
+    first = found[names[0]]
+    lines = [
+        "# Attention to the words of a prompt",
+        "",
+        f"Mean of {first['prompts']} prompts, the first {first['steps']} steps of sampling, all layers and heads. "
+        "Shares of the attention that the image's latents give to the prompt (Yu et al., Semantic Generative Tuning, "
+        "App. 7.5, Fig. 12).",
+        "",
+    ]
+    rows = [[name, *(f"{found[name]['overall'][c]:.4f}" for c in CATEGORIES)] for name in names]
+    if len(names) == 2:
+        one, two = (found[name]["overall"] for name in names)
+        rows.append(["change", *(f"{two[c] - one[c]:+.4f}" for c in CATEGORIES)])
+    lines += [*table(["model", *CATEGORIES], rows), ""]
+    for name in names:
+        lines.append(f"- {name}: {found[name]['unworded']:.4f} goes to no word (template, markers), within `other`.")
+    for name in names:
+        each = found[name]
+        lines += ["", f"## {name}: by layer", ""]
+        rows = [
+            [str(at), *(f"{row[c]:.4f}" for c in CATEGORIES), f"{each['text_by_layer'][at]:.4f}"]
+            for at, row in enumerate(each["by_layer"])
+        ]
+        lines += table(["layer", *CATEGORIES, "prompt, of all attention"], rows)
+        lines += ["", f"## {name}: by layer and group of heads", ""]
+        rows = [
+            [str(at), str(group), *(f"{row[c]:.4f}" for c in CATEGORIES)]
+            for at, groups in enumerate(each["by_group"])
+            for group, row in enumerate(groups)
+        ]
+        lines += table(["layer", "group", *CATEGORIES], rows)
+    return lines
+
+
+def word_plots(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """A bar for each category and model, and each category along the layers."""
+    made, panels = figure(3, wide=5.2)
+    bars, lines, heads = panels[0]
+    for number, (name, each) in enumerate(found.items()):
+        offsets = np.arange(len(CATEGORIES)) + (number - (len(found) - 1) / 2) * 0.38
+        values = [each["overall"][c] for c in CATEGORIES]
+        errors = [each["deviation"][c] for c in CATEGORIES]
+        bars.bar(offsets, values, 0.36, yerr=errors, capsize=3, color=COLOURS[number], label=name)
+        for at, category in enumerate(CATEGORIES):
+            line = [row[category] for row in each["by_layer"]]
+            lines.plot(line, "-o" if number else "--o", color=COLOURS[at], markersize=3, label=f"{category}, {name}")
+    last = list(found.values())[-1]
+    keywords = np.array([[1 - group["other"] for group in groups] for groups in last["by_group"]])  # (layers, G)
+    shown = heads.imshow(keywords.T, aspect="auto", cmap="viridis", origin="lower")
+    made.colorbar(shown, ax=heads, label="share of objects, positions and colors")
+    heads.set(xlabel="layer", ylabel="group of heads", title=f"keywords, {list(found)[-1]}")
+    bars.set_xticks(range(len(CATEGORIES)), CATEGORIES)
+    bars.set(ylabel="share of the attention to the prompt", title="all layers; bars: spread over prompts")
+    lines.set(xlabel="layer", ylabel="share", title="by layer")
+    bars.legend(fontsize=8, frameon=False)
+    lines.legend(fontsize=6, frameon=False)
+    save(made, path)
+
+
+def prompt_page(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Each prompt with its words coloured by category, the deeper the more attention; as HTML."""
+    most = max(word["share"] for each in found.values() for row in each["words"] for word in row["words"])
+    names = list(found)
+    parts = [
+        "<!doctype html><meta charset='utf-8'><title>Attention to words</title>",
+        "<style>body{font:16px/1.9 system-ui,sans-serif;margin:2em;max-width:64em;color:#1c2330}"
+        "span.w{padding:.15em .35em;border-radius:.3em;margin-right:.25em;display:inline-block;line-height:1.3}"
+        "small{display:block;font-size:.7em;color:#444}td,th{padding:.2em .8em;vertical-align:top;text-align:left}"
+        "tr:nth-child(odd){background:#f6f7f9}</style>",
+        "<h1>Attention to the words of a prompt</h1><p>Share of the attention that the image's latents give to the "
+        "prompt, over the first steps of sampling; mean of layers and heads.</p><p>",
+        *(f"<span class=w style='background:rgba({TINT[c]},.45)'>{c}</span>" for c in CATEGORIES),
+        "</p><table>",
+        "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>",
+    ]
+    for number in range(len(found[names[0]]["words"])):
+        parts.append("<tr>")
+        for name in names:
+            base = found[names[0]]["words"][number]["words"]
+            parts.append("<td>")
+            for at, word in enumerate(found[name]["words"][number]["words"]):
+                change = "" if name == names[0] else f" ({100 * (word['share'] - base[at]['share']):+.2f})"
+                strength = 0.08 + 0.82 * word["share"] / most if most > 0 else 0.08
+                parts.append(
+                    f"<span class=w style='background:rgba({TINT[word['category']]},{strength:.2f})'>"
+                    f"{html.escape(word['word'])}<small>{100 * word['share']:.2f}%{change}</small></span>"
+                )
+            parts.append("</td>")
+        parts.append("</tr>")
+    return "".join([*parts, "</table>\n"])
+
+
+# Images
+
+
+def looking_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Markdown of `looking.summary` by model."""
+    names = list(found)
+    lines = [
+        "# Attention to the image in understanding",
+        "",
+        f"Share of the attention of the text after the image that goes to vision tokens; mean of "
+        f"{found[names[0]]['questions']} questions, heads and text tokens (Yu et al., Semantic Generative Tuning, Sec. "
+        "4.4, Fig. 8(a)).",
+        "",
+    ]
+    depth = max(len(found[name]["by_layer"]) for name in names)
+    rows = []
+    for at in range(depth):
+        values = [found[name]["by_layer"][at] if at < len(found[name]["by_layer"]) else None for name in names]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        if len(names) == 2:
+            one, two = values
+            cells.append("-" if one is None or two is None else f"{two - one:+.4f}")
+        rows.append([str(at), *cells])
+    return [*lines, *table(["layer", *names, *(["change"] if len(names) == 2 else [])], rows)]
+
+
+def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """A line for each model along the layers, its spread over questions as a band."""
+    made, panels = figure(1, wide=5.6)
+    panel = panels[0, 0]
+    for colour, (name, each) in zip(COLOURS, found.items(), strict=False):
+        layers, mean, spread = range(len(each["by_layer"])), np.array(each["by_layer"]), np.array(each["deviation"])
+        panel.plot(layers, mean, "-o", color=colour, markersize=3, label=name)
+        panel.fill_between(layers, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+    panel.set(xlabel="layer", ylabel="attention to vision tokens", title="band: spread over questions")
+    panel.legend(fontsize=8, frameon=False)
+    save(made, path)
+
+
+# Features
+
+
+def feature_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Markdown of the probes by model."""
+    first = next(iter(found.values()))
+    rows = [
+        [name, f"{each['probe']['mean']:.3f}", f"{each['probe']['deviation']:.3f}", f"{each['probe']['chance']:.3f}"]
+        for name, each in found.items()
+    ]
+    return [
+        "# Vision features",
+        "",
+        f"{first['images']} images of {len(first['classes'])} classes ({', '.join(first['classes'])}). Accuracy of a "
+        "linear classifier on vision tokens (flattened, PCA to 50), five folds; the map is t-SNE of perplexity 30 (Yu "
+        "et al., Semantic Generative Tuning, App. 7.5, Fig. 11).",
+        "",
+        *table(["model", "linear probe", "sd of folds", "largest class"], rows),
+    ]
+
+
+def feature_plot(
+    found: Mapping[str, Mapping[str, Any]],
+    planes: Mapping[str, NDArray[np.floating]],
+    labels: Sequence[str],
+    path: Path,
+) -> None:
+    """The maps side by side, classes in colours."""
+    made, panels = figure(len(planes))
+    names = sorted(set(labels))
+    for panel, (model, points) in zip(panels[0], planes.items(), strict=True):
+        for number, name in enumerate(names):
+            rows = [row for row, label in enumerate(labels) if label == name]
+            panel.scatter(points[rows, 0], points[rows, 1], s=12, color=COLOURS[number % len(COLOURS)], label=name)
+        panel.set(xticks=[], yticks=[], title=f"{model}\nlinear probe {found[model]['probe']['mean']:.3f}")
+    panels[0, 0].legend(fontsize=8, frameon=False)
+    save(made, path)
