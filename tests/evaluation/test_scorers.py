@@ -144,6 +144,8 @@ def test_fid() -> None:
         close = {"rel": 1e-4 if singular else 1e-6, "abs": 1e-9}
         for name in ("fid", "mean_term", "trace_term", "sqrt_trace"):
             assert getattr(found, name) == pytest.approx(expected[name], **close), (case["name"], name)
+        single = frechet.fid(real.astype(np.float32), fake.astype(np.float32))
+        assert float(np.float32(single)) == pytest.approx(expected["fid_float32_features"], **close), case["name"]
 
 
 def test_clipscore() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 import diptych
 from diptych.core.errors import UserError
+from diptych.evaluation.journal import Journal
 from diptych.evaluation.understanding import asking, benchmarks, question
 from diptych.evaluation.understanding.table import Table
 from diptych.inference.engine import Engine
@@ -135,22 +135,22 @@ def small() -> benchmarks.Benchmark:
     return replace(benchmarks.benchmark("mmstar"), max_new_tokens=4)
 
 
-def test_run(tmp_path: Path, engine: Engine, small: benchmarks.Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_and_gone_on_with(
+    tmp_path: Path, engine: Engine, small: benchmarks.Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{**ROWS[0], "index": at, "image": base(name)} for at, name in COLOURS.items()]
-    rows.append({**ROWS[0], "index": "3", "image": "A" * 80})
+    rows += [{**ROWS[0], "index": "3", "image": "A" * 80}, {**ROWS[0], "index": "2", "image": base("red")}]
     write_tsv(tmp_path / "MMStar.tsv", rows)
-    record = tmp_path / "replies.jsonl"
-    first = asking.run(engine, small, tmp_path, record=record, batch_size=2)
+    questions = asking.items(small, tmp_path)
+    assert [item.id for item in questions] == ["MMStar:0", "MMStar:1", "MMStar:2", "MMStar:3", "MMStar:2#2"]
+    record, made_with = tmp_path / "replies.jsonl", {"model": "m"}
+    first = asking.ask(engine, questions, max_new_tokens=4, batch_size=2, journal=Journal(record, made_with))
+    assert list(first.replies) == ["MMStar:0", "MMStar:1", "MMStar:2", "MMStar:2#2"]
+    assert "not an image" in first.failed["MMStar:3"]
     lines = record.read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["MMStar:0", "MMStar:1", "MMStar:2"]
-    assert list(first.scores["missing"]) == ["MMStar:3"]
-    assert first.failed == 1
-    assert "published e1ecd2140806c1b1bbf54b43372efb9e" in first.scores["files"]["MMStar.tsv"]
-    assert not first.scores["comparable"]
-    assert [judged.row["reply"] for judged in first.samples][:3] == [json.loads(line)["reply"] for line in lines]
 
     # stopped in the middle of a line: nothing is asked twice, nothing is lost
-    record.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
+    record.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
     asked: list[int] = []
     inner = engine.system.generate_text
 
@@ -159,27 +159,19 @@ def test_run(tmp_path: Path, engine: Engine, small: benchmarks.Benchmark, monkey
         return inner(conversations, images, **options)
 
     monkeypatch.setattr(engine.system, "generate_text", counted)
-    again = asking.run(engine, small, tmp_path, record=record, batch_size=2)
+    again = asking.ask(engine, questions, max_new_tokens=4, batch_size=2, journal=Journal(record, made_with))
     assert asked == [1]
-    assert again.scores == first.scores
+    assert again == first
     assert record.read_text().splitlines() == lines
+    other = [replace(item, prompt="Why?") if item.id == "MMStar:1" else item for item in questions]
+    asking.ask(engine, other, max_new_tokens=4, batch_size=2, journal=Journal(record, made_with))
+    assert asked == [1, 1], "another prompt is asked anew"
 
 
 def test_several_pictures(tmp_path: Path, engine: Engine, small: benchmarks.Benchmark) -> None:
     write_tsv(tmp_path / "MMStar.tsv", ROWS)
-    found = asking.run(engine, small, tmp_path)
-    assert not found.scores["missing"]
-    assert found.scores["questions"] == 3
-
-
-def test_judge(tmp_path: Path, engine: Engine) -> None:
-    rows = [{"index": at, "image": base("red"), "question": "q?", "answer": "x", "category": "ocr"} for at in range(2)]
-    write_tsv(tmp_path / "MMVet.tsv", rows)
-    vet = replace(benchmarks.benchmark("mmvet"), max_new_tokens=4)
-    with pytest.raises(UserError, match="mmvet needs a judge"):
-        asking.run(engine, vet, tmp_path)
-    found = asking.run(engine, vet, tmp_path, judge=lambda prompts: ["0.5", None])
-    assert (found.scores["overall"], found.scores["judge_failed"], found.failed) == (0.25, ["MMVet:1"], 1)
+    found = asking.ask(engine, asking.items(small, tmp_path), max_new_tokens=4)
+    assert (len(found.replies), found.failed) == (3, {})
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
+from diptych.evaluation.judge import Reply
 from diptych.evaluation.understanding import free_form, judged, multiple_choice, text, true_or_false
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS, kept
 
@@ -65,10 +66,28 @@ def test_rows_that_do_not_fit(scorer: object, rows: list[dict[str, object]], mes
         scorer(rows, ["yes"] * len(rows))
 
 
+def test_categories_follow_the_rule_of_the_headline_figure() -> None:
+    rows = [choice(base + turn * 1_000_000, "A", category="xy"[base]) for turn in range(2) for base in range(2)]
+    circular = multiple_choice.circular(rows, ["A", "A", "B", "A"])
+    assert {name: (each["score"], each["count"]) for name, each in circular.categories().items()} == {
+        "x": (0, 1),
+        "y": (1, 1),
+    }
+    assert circular.earned(rows) == [([0, 2], "x", 0), ([1, 3], "y", 1)]
+    points = [{"index": at, "category": "count" if at < 2 else "scene", "answer": "Yes"} for at in range(4)]
+    mme = true_or_false.mme(points, ["yes", "no", "yes", "yes"])
+    assert {name: each["score"] for name, each in mme.categories().items()} == {"count": 50, "scene": 200}
+    worths = [worth for _, _, worth in mme.earned(points) if worth is not None]
+    assert mme.overall == mme.scale * sum(worths) / len(worths) == 250
+    pope = [{"index": at, "category": "a,b" if at else "a", "answer": "Yes"} for at in range(2)]
+    found = true_or_false.pope(pope, ["no", "yes"]).categories()
+    assert {name: (each["score"], each["count"]) for name, each in found.items()} == {"a": (2 / 3, 2), "b": (1, 1)}
+
+
 def test_interval() -> None:
     rows = [choice(at, "A") for at in range(40)]
     found = multiple_choice.accuracy(rows, ["A"] * 30 + ["B"] * 10)
-    low, high = found.interval()
+    low, high = found.interval() or (0, 0)
     assert low < found.overall == 0.75 < high
     assert found.interval() == (low, high)
     assert 0.25 < high - low < 0.31  # 2 x 1.96 x sqrt(.75 x .25 / 40) = 0.268
@@ -76,7 +95,8 @@ def test_interval() -> None:
     points = true_or_false.mme(
         [{"index": at, "category": "count", "answer": "Yes"} for at in range(40)], ["yes"] * 39 + ["no"]
     )
-    assert points.interval()[0] <= points.overall <= points.interval()[1] <= 200
+    low, high = points.interval() or (0, 0)
+    assert low <= (points.overall or 0) <= high <= 200
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
@@ -102,21 +122,24 @@ MATHS = [
 def test_math_vista() -> None:
     prompts: list[str] = []
 
-    def judge(asked: Sequence[str]) -> list[str | None]:
+    def judge(asked: Sequence[str], usable: Callable[[str], bool]) -> list[Reply]:
         prompts.extend(asked)
-        return ["1.449", None]
+        assert not usable(" ")
+        return [Reply(text="1.449"), Reply(failure="refused")]
 
     found = judged.math_vista(MATHS, ["B", "14", "It is about 1.449 m.", "they are 2 and 3"], judge)
     assert found.values == (1, 1, 1, 0)
-    assert found.failed == (3,)
-    assert found.figures == {"task": {"t": 0.75}, "skills": {"s1": 0.75, "s2": 0.75}}
+    assert found.failed == {3: "refused"}
+    assert found.overall == 1
+    assert found.figures == {"task": {"t": 1}, "skills": {"s1": 1, "s2": 1}}
+    assert found.earned(MATHS)[3] == ([3], "t", None)
     assert len(prompts) == 2
     assert "It is about 1.449 m." in prompts[0]
     assert "a number" in prompts[0]
 
 
 def test_math_vista_asks_no_judge_for_nothing() -> None:
-    def judge(asked: Sequence[str]) -> list[str | None]:
+    def judge(asked: Sequence[str], usable: Callable[[str], bool]) -> list[Reply]:
         raise AssertionError("asked")
 
     found = judged.math_vista(MATHS, ["(A)", "15", "1.46", None], judge)
@@ -146,11 +169,14 @@ def test_grade(reply: str, value: float | None) -> None:
 def test_mm_vet() -> None:
     rows = [{"index": at, "question": "q?", "answer": "a", "category": "ocr,math"} for at in range(3)]
     rows.append({"index": 3, "question": "q?", "answer": "a", "category": "ocr"})
-    found = judged.mm_vet(rows, ["x", "y", None, "z"], lambda prompts: ["0.5", "I cannot", "1.0"])
+    said = [Reply(text="0.5"), Reply(text="I cannot"), Reply(text="1.0")]
+    found = judged.mm_vet(rows, ["x", "y", None, "z"], lambda prompts, usable: said)
     assert found.values == (0.5, 0, 0, 1)
-    assert found.failed == (1,)
-    assert found.overall == 0.375
-    assert found.figures["capability"] == {"math": 0.5 / 3, "ocr": 0.375}
+    assert found.failed == {1: "no grade in the reply 'I cannot'"}
+    assert found.overall == 0.5, "over what the judge graded, and what has no reply"
+    assert found.figures["capability"] == {"math": 0.25, "ocr": 0.5}
+    nothing = judged.mm_vet(rows[:1], ["x"], lambda prompts, usable: [Reply(failure="refused")])
+    assert (nothing.overall, nothing.interval(), nothing.categories()) == (None, None, {})
 
 
 def test_limit_keeps_rows_that_count_together() -> None:
