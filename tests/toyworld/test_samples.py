@@ -10,7 +10,7 @@ from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Task
 from diptych.toyworld.edits import EDIT_KINDS, Edit
 from diptych.toyworld.language import DESCRIBE, QUESTION_KINDS, ask_place, describe, vocabulary, words
 from diptych.toyworld.render import render
-from diptych.toyworld.samples import TOLD_TURNS, ToyWorld
+from diptych.toyworld.samples import ToyWorld
 from diptych.toyworld.scene import CELLS, Scene
 from diptych.toyworld.statements import KINDS, held_out
 
@@ -77,7 +77,7 @@ def test_conversations() -> None:
     for index in range(600):
         sample = world.sample("understand", index)
         asked, answered = sample.messages[::2], sample.messages[1::2]
-        assert 1 <= len(asked) == len(answered) <= TOLD_TURNS
+        assert 1 <= len(asked) == len(answered) <= world.turns
         if sample.extra["question_kinds"] == ["place"] * 4:
             walked += 1
             scene = Scene.from_dict(sample.extra["scene"])
@@ -105,6 +105,19 @@ def test_conversations() -> None:
     assert 0.03 < walked / 600 < 0.1
 
 
+def test_lessons_about_short_captions() -> None:
+    world = ToyWorld(2, text_only=1.0, told=1.0, asked=["color", "relation"], turns=1)
+    for index in range(200):
+        sample = world.sample("understand", index)
+        assert len(sample.messages) == 2
+        assert sample.extra["question_kinds"] in (["color"], ["relation"])
+        statement = sample.extra["key"].split("|")
+        assert statement[0] in {"colors", "position", "color_attribution"}
+        if "what color is the " in sample.messages[0].text:
+            asked = sample.messages[0].text.split("what color is the ")[1][:-1]
+            assert f"{sample.messages[1].text} {asked}" in statement
+
+
 def test_the_language_is_closed() -> None:
     known = set(vocabulary())
     assert len(known) < 100
@@ -121,6 +134,11 @@ def test_the_language_is_closed() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="text_only is a share between 0 and 1, not 3"):
         ToyWorld(0, text_only=3)
+    with pytest.raises(UserError, match="about a short caption 'colour'. Did you mean 'color'"):
+        ToyWorld(0, asked=["colour"])  # pyright: ignore[reportArgumentType]
+    for empty in ({"turns": 0}, {"asked": []}):
+        with pytest.raises(UserError, match="at least one turn"):
+            ToyWorld(0, **empty)
     with pytest.raises(UserError, match="at least 8 pixels"):
         ToyWorld(0, 4)
     with pytest.raises(UserError, match="Did you mean 'edit'"):

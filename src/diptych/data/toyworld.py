@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from diptych.core.errors import UserError
 from diptych.core.sample import TASKS, Sample, Task
 from diptych.data.source import ItemDraws, Size, Source, check_task, describe
+from diptych.toyworld.language import QuestionKind
 from diptych.toyworld.samples import ToyWorld
 
 
@@ -18,7 +19,7 @@ class ToyWorldSource(Source):
         seed: of the world; another seed is another stream of items.
         size: side of its images in pixels.
         start: first item, so that held-out items can follow those of training.
-        text_only, full, captions: shares, as of `ToyWorld`.
+        text_only, told, asked, turns, full, captions: as of `ToyWorld`.
     """
 
     def __init__(
@@ -30,6 +31,9 @@ class ToyWorldSource(Source):
         size: int = 32,
         start: int = 0,
         text_only: float = 0.3,
+        told: float = 0.5,
+        asked: Sequence[QuestionKind] | None = None,
+        turns: int = 5,
         full: float = 0.25,
         captions: float = 0.15,
         name: str | None = None,
@@ -40,7 +44,9 @@ class ToyWorldSource(Source):
         self.task = check_task(task, served, self.name)
         if count < 1 or start < 0:
             raise UserError(f"{self.name}: count {count} must be at least 1 and start {start} at least 0")
-        self.world = ToyWorld(seed, size, text_only=text_only, full=full, captions=captions)
+        self.world = ToyWorld(
+            seed, size, text_only=text_only, told=told, asked=asked, turns=turns, full=full, captions=captions
+        )
         self.seed, self.size, self.start, self.count = seed, size, start, count
         self.dropped: Mapping[str, str] = {}
 

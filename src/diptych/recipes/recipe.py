@@ -121,7 +121,7 @@ class SourceSpec:
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
     columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: of toy
     samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw. options: its
-    others (`start`: first index, so that sets differ; `text_only`, `full`, `captions`: shares); of proxies, see
+    others (`start`: first index, so that sets differ; and those of `ToyWorld`); of proxies, see
     `recipes.pictures`.
     """
 

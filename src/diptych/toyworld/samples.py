@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from diptych.toyworld.language import (
 )
 from diptych.toyworld.render import render
 from diptych.toyworld.scene import CELLS, Scene, generator, pick
-from diptych.toyworld.statements import KINDS, PREFIXES, Statement, draw_statement
+from diptych.toyworld.statements import KINDS, PREFIXES, Kind, Statement, draw_statement
 
 TURNS = 3
 """Most questions in one conversation about a scene."""
-TOLD_TURNS = 5
-"""Most questions in one conversation about a short caption, which is read in no time."""
+TOLD_QUESTIONS: tuple[QuestionKind, ...] = ("count", "color", "relation", "existence", "background")
+"""What a short caption can be asked for."""
+TOLD_KINDS: tuple[Kind, ...] = (*KINDS, *("position", "color_attribution") * 2)
+"""Kinds of short captions that conversations are about: most name two things, as whose colour is whose comes last."""
 
 
 class ToyWorld:
@@ -37,23 +40,43 @@ class ToyWorld:
     Args:
         seed: another seed is another stream. The split does not depend on it.
         size: side of the images in pixels. The same (seed, task, index) at another size is the same scene.
-        text_only: share of `understand` samples in which a description stands in place of the image.
+        text_only: share of `understand` samples in which a text stands in place of the image.
+        told: share of these texts that are short captions; the others are full descriptions.
+        asked: kinds of the questions about short captions, all that a caption can answer when None; turns: most of
+            them in one conversation.
         full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
         captions: share of `understand` samples, but for those told by a short caption, that ask for all there is:
             half of them for a description, half what is in each cell, in any order.
     """
 
     def __init__(
-        self, seed: int = 0, size: int = 32, *, text_only: float = 0.3, full: float = 0.25, captions: float = 0.15
+        self,
+        seed: int = 0,
+        size: int = 32,
+        *,
+        text_only: float = 0.3,
+        told: float = 0.5,
+        asked: Sequence[QuestionKind] | None = None,
+        turns: int = 5,
+        full: float = 0.25,
+        captions: float = 0.15,
     ) -> None:
-        for name, share in (("text_only", text_only), ("full", full), ("captions", captions)):
+        for name, share in (("text_only", text_only), ("told", told), ("full", full), ("captions", captions)):
             if not 0 <= share <= 1:
                 raise UserError(f"toyworld: {name} is a share between 0 and 1, not {share}")
+        for kind in asked or ():
+            if kind not in TOLD_QUESTIONS:
+                raise unknown("kind of question about a short caption", kind, TOLD_QUESTIONS)
+        if turns < 1 or asked == []:
+            raise UserError("toyworld: a conversation has at least one turn and one kind of question")
         if size < 8:
             raise UserError(f"toyworld: size is at least 8 pixels, not {size}")
         self.seed = seed
         self.size = size
         self.text_only = text_only
+        self.told = told
+        self.asked: tuple[QuestionKind, ...] = tuple(asked or TOLD_QUESTIONS)
+        self.turns = turns
         self.full = full
         self.captions = captions
 
@@ -104,12 +127,15 @@ class ToyWorld:
     def _understand(self, name: str, rng: np.random.Generator) -> Sample:
         text_only = bool(rng.random() < self.text_only)
         statement: Statement | None = None
-        if text_only and rng.random() < 0.5:
-            statement = draw_statement(rng, pick(rng, KINDS))
+        asked: list[Question] = []
+        if text_only and rng.random() < self.told:
+            while not asked:  # some captions answer none of the wanted kinds
+                statement = draw_statement(rng, pick(rng, TOLD_KINDS))
+                asked = self._told(statement, rng)
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
-        described = not statement and rng.random() < self.captions
-        asked = _description(scene, rng) if described else _conversation(scene, statement, rng)
+        if not statement:
+            asked = _description(scene, rng) if rng.random() < self.captions else _conversation(scene, rng)
         if text_only:
             order = rng.permutation(len(scene.objects)).tolist()
             told = pick(rng, statement.wordings) if statement else describe(scene, order)
@@ -125,6 +151,16 @@ class ToyWorld:
         images = () if text_only else (render(scene, self.size),)
         return Sample(id=name, task="understand", context_images=images, messages=tuple(messages), extra=extra)
 
+    def _told(self, statement: Statement, rng: np.random.Generator) -> list[Question]:
+        """Up to `turns` unlike questions of the wanted kinds about what a short caption says."""
+        unlike: dict[str, Question] = {}
+        for _ in range(self.turns):
+            for at in rng.permutation(len(self.asked)).tolist():
+                question = ask_statement(statement, self.asked[at], rng)
+                if question and len(unlike) < self.turns:
+                    unlike[question.text] = question
+        return list(unlike.values())
+
 
 def _description(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """The description, or the contents of the four cells in any order.
@@ -136,17 +172,9 @@ def _description(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [ask_place(scene, cell) for cell in rng.permutation(len(CELLS)).tolist()]
 
 
-def _conversation(scene: Scene, statement: Statement | None, rng: np.random.Generator) -> list[Question]:
-    """One to TURNS questions of unlike kinds about a scene; up to TOLD_TURNS about what a short caption says."""
+def _conversation(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """One to TURNS questions of unlike kinds about a scene."""
     kinds: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "caption"]
-    if statement is None:
-        turns = int(rng.integers(1, TURNS + 1))
-        found = (ask(scene, kinds[at], rng) for at in rng.permutation(len(kinds)).tolist())
-        return [question for question in found if question][:turns]
-    unlike: dict[str, Question] = {}
-    for _ in range(TOLD_TURNS):
-        for at in rng.permutation(len(kinds)).tolist():
-            question = ask_statement(statement, kinds[at], rng)
-            if question and len(unlike) < TOLD_TURNS:
-                unlike[question.text] = question
-    return list(unlike.values())
+    turns = int(rng.integers(1, TURNS + 1))
+    found = (ask(scene, kinds[at], rng) for at in rng.permutation(len(kinds)).tolist())
+    return [question for question in found if question][:turns]
