@@ -1,8 +1,10 @@
 """Score a model, or pictures made elsewhere, on benchmarks.
 
 Toy world: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (questions), toyfeatures (feature distance),
-toyscales (whether a model's scales agree). Published: geneval, dpg, wise_legacy, wise_verified, imgedit, gedit,
-mjhq_fid, clipscore; their data are downloaded on first use. A run that was stopped goes on where it was.
+toyscales (whether a model's scales agree). Generation and editing: geneval, dpg, wise_legacy, wise_verified, imgedit,
+gedit, mjhq_fid, clipscore. Understanding: pope, mme, mmvp, mmstar, mmmu_val, mmbench_dev_en, seedbench_img, ai2d,
+scienceqa_test, realworldqa, blink, cv_bench, hallusion_bench, vsr, chartqa, docvqa_val, ocrbench, mathvista, mmvet, and
+other splits. Data are downloaded on first use. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="folder for results.json, rows and pictures; toy tasks do without")
     parser.add_argument("--log-samples", action="store_true", help="write samples_TASK.jsonl: all that is known")
     group = parser.add_argument_group("published benchmarks")
-    group.add_argument("--only", metavar="STEP", help="generate, or score")
+    group.add_argument("--only", metavar="STEP", help="generate (pictures, or replies), or score")
     group.add_argument("--images", metavar="DIR", help="score pictures made elsewhere, in the official layout")
     group.add_argument("--seeds", help="several seeds by comma: 0,1,2; the score is their mean")
     group.add_argument("--num-seeds", type=int, help="so many seeds, from --seed on")
@@ -55,25 +57,25 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError, unknown
-    from diptych.evaluation.evaluate import BENCHMARKS, TASKS, check_plan, evaluate
+    from diptych.evaluation.evaluate import TASKS, check_plan, evaluate, names
 
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     for task in tasks:
-        if task not in TASKS and task not in BENCHMARKS:
-            raise unknown("task", task, [*TASKS, *BENCHMARKS], "--tasks")
+        if task not in names():
+            raise unknown("task", task, names(), "--tasks")
     output = None if args.output is None else Path(args.output).expanduser()
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: a file, not a folder")
     if args.only not in (None, "generate", "score"):
         raise unknown("step", args.only, ("generate", "score"), "--only")
     toys = [task for task in tasks if task in TASKS]
-    published = [task for task in tasks if task in BENCHMARKS]
+    published = [task for task in tasks if task not in TASKS]
     images = None if args.images is None else Path(args.images).expanduser()
     if args.model is None and (toys or not (images or args.only == "score")):
         raise UserError("no MODEL; it can be left out with --images, or with --only score")
-    check_plan(args.model is not None, toys, published, output, args.only, images)
     settings = options.sampling(args)
     seeds = seeds_of(args)
+    check_plan(args.model is not None, tasks, output, args.only, images, seeds)
     args.device = device = own_device(options.device(args.device))
     tools = tools_of(args, output, device) if published else None
     makes = bool(toys) or (args.only != "score" and images is None)

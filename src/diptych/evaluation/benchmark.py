@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,8 @@ from diptych.core.errors import UserError
 from diptych.evaluation.download import Data
 from diptych.evaluation.judge import Judge, JudgeDown, Reply, lasting
 
+T = TypeVar("T")
+R = TypeVar("R")
 RESAMPLES = 1000
 Row = dict[str, Any]
 Weights = Mapping[str, float] | str
@@ -192,12 +194,12 @@ def failed(reason: str, replies: Sequence[Reply] = (), **detail: Any) -> Row:
     return {"score": None, "failure": reason, "again": again, "detail": detail}
 
 
-def judged(judge: Judge, units: Iterable[Unit], one: Callable[[Unit], Row]) -> Iterator[tuple[Unit, Row]]:
+def judged(judge: Judge, units: Iterable[T], one: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """`one` of every unit, as many at a time as the judge has workers.
 
     When the judge is down, what was under way is still given, and then `JudgeDown` is raised.
     """
-    waiting: dict[Future[Row], Unit] = {}
+    waiting: dict[Future[R], T] = {}
     rest = iter(units)
     down: JudgeDown | None = None
     with ThreadPoolExecutor(max(1, judge.workers)) as pool:

@@ -121,11 +121,13 @@ def difference(task: str, first: Path, second: Path, one: Mapping[str, Any], two
     a, b = read_scores(first, task), read_scores(second, task)
     weights = one.get("about", {}).get("overall_is", "categories")
     rows = paired(a, b, weights)
-    if task in PERCENT:
-        rows = {
-            name: (100 * one, 100 * two, 100 * gap, 100 * low, 100 * high)
-            for name, (one, two, gap, low, high) in rows.items()
-        }
+    scale = 100 if task in PERCENT else one.get("about", {}).get("scale", 1)
+    rows = {
+        name: (scale * a, scale * b, scale * gap, scale * low, scale * high)
+        for name, (a, b, gap, low, high) in rows.items()
+    }
+    if "compared_is" in one.get("about", {}):
+        warnings.append(f"single items give {one['about']['compared_is']}")
     if not rows:
         warnings.append("no scores of single items to pair; only the overall figures can be put side by side")
         if one["overall"] is not None and two["overall"] is not None:

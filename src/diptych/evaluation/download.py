@@ -20,11 +20,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A published file: where it is, what it must hash to (None where the publisher says nothing), and its licence."""
+    """A published file: where it is, what it must hash to (None where the publisher says nothing), and its licence.
+
+    md5: in place of a SHA-256, where that is what the publisher gives.
+    """
 
     url: str
     sha256: str | None
     licence: str
+    md5: str | None = None
 
     @property
     def name(self) -> str:
@@ -43,7 +47,7 @@ def _hub(dataset: str, path: str, licence: str) -> File:
 _WISE = ("PKU-YuanGroup/WISE", "eb51174483a5de2e34e8614cf9dfb3319ee7fcd0")
 _IMGEDIT = ("PKU-YuanGroup/ImgEdit", "547185d12c08267a862b94248576e1746e479937")
 _ELLA = ("TencentQQGYLab/ELLA", "3c228f1dc6c4d3cad0a47493816151a419f14db3")
-_STATED = "see the publisher's repository"
+STATED = "see the publisher's repository"
 FILES: dict[str, tuple[File, ...]] = {
     "geneval": (
         _github(
@@ -54,9 +58,9 @@ FILES: dict[str, tuple[File, ...]] = {
             "MIT",
         ),
     ),
-    "dpg": (_github(*_ELLA, "dpg_bench/dpg_bench.csv", None, _STATED),),
+    "dpg": (_github(*_ELLA, "dpg_bench/dpg_bench.csv", None, STATED),),
     "wise_legacy": tuple(
-        _github(*_WISE, f"WISE_legacy/data/{name}.json", sha256, _STATED)
+        _github(*_WISE, f"WISE_legacy/data/{name}.json", sha256, STATED)
         for name, sha256 in (
             ("cultural_common_sense", "7a59216c768698280cea37caa574b52f3faf054d73b398b9bb6b3161baf8e3aa"),
             ("spatio-temporal_reasoning", "e27d797885ad86e64d857d0cc93d33e04be572a8dcae95692a2c7e7876233f9a"),
@@ -64,7 +68,7 @@ FILES: dict[str, tuple[File, ...]] = {
         )
     ),
     "wise_verified": tuple(
-        _github(*_WISE, f"data_verified/{name}_verified.json", sha256, _STATED)
+        _github(*_WISE, f"data_verified/{name}_verified.json", sha256, STATED)
         for name, sha256 in (
             ("cultural_common_sense", "23482925266e2784b2ba24b75239fdc6691bf85ae253d2c4aa38b71b45fefa89"),
             ("spatio-temporal_reasoning", "42c0b9d829365e392c2d4af283850dc76b1f922ab0c79198366de4f306eaf2b6"),
@@ -76,25 +80,25 @@ FILES: dict[str, tuple[File, ...]] = {
             *_IMGEDIT,
             "Benchmark/Basic/basic_edit.json",
             "5ee9b7d61e918692416f79896300f738598c83adff8de737b25be4aaff72dc69",
-            _STATED,
+            STATED,
         ),
         _github(
             *_IMGEDIT,
             "Benchmark/Basic/prompts.json",
             "f9468dc848776ee0a6c2e2c31e678c7224e9cb61b013747c8c52d4a05627b5a0",
-            _STATED,
+            STATED,
         ),
-        _hub("sysuyy/ImgEdit", "Benchmark.tar", _STATED),
+        _hub("sysuyy/ImgEdit", "Benchmark.tar", STATED),
     ),
     "mjhq_fid": (
-        _hub("playgroundai/MJHQ-30K", "meta_data.json", _STATED),
-        _hub("playgroundai/MJHQ-30K", "mjhq30k_imgs.zip", _STATED),
+        _hub("playgroundai/MJHQ-30K", "meta_data.json", STATED),
+        _hub("playgroundai/MJHQ-30K", "mjhq30k_imgs.zip", STATED),
     ),
     "clipscore": (
         File(
             url="https://raw.githubusercontent.com/openai/dalle3-eval-samples/main/prompts/8k_coco.txt",
             sha256=None,
-            licence=_STATED,
+            licence=STATED,
         ),
     ),
 }
@@ -123,7 +127,11 @@ class Data:
         if task not in FILES:
             raise unknown("benchmark", task, FILES)
         (published,) = [each for each in FILES[task] if each.name == name]
-        path = self.folder / task / name
+        return self.get(task, published)
+
+    def get(self, task: str, published: File) -> Path:
+        """A published file in the folder of a benchmark; as `file`."""
+        path = self.folder / task / published.name
         if not path.is_file():
             if not self.online:
                 raise UserError(f"--data-dir: {path} is missing; it is published at {published.url}")
@@ -140,7 +148,7 @@ def fetch(published: File, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(published.url, timeout=60) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
-        if published.sha256 is not None:
+        if published.sha256 or published.md5:
             compare(published, partial)
         os.replace(partial, path)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
@@ -156,7 +164,7 @@ def fetch(published: File, path: Path) -> None:
 
 def check(published: File, path: Path) -> None:
     """The published checksum where there is one; else the one seen first, with a warning when it changes."""
-    if published.sha256 is not None:
+    if published.sha256 or published.md5:
         compare(published, path)
         return
     size, seen = path.stat(), path.with_name("checksums.json")
@@ -176,16 +184,18 @@ def check(published: File, path: Path) -> None:
 
 def compare(published: File, path: Path) -> None:
     """UserError where a file is not the published one."""
-    sha256 = file_digest(path)
-    if sha256 != published.sha256:
-        name = published.name
+    kind, wanted = ("SHA-256", published.sha256) if published.sha256 else ("MD5", published.md5 or "")
+    found = file_digest(path, kind)
+    if found != wanted:
         raise UserError(
-            f"{path.with_name(name)}: not the published file: SHA-256 {sha256[:12]}..., published is "
-            f"{(published.sha256 or '')[:12]}...; remove it, or take it from {published.url}"
+            f"{path.with_name(published.name)}: not the published file: {kind} {found[:12]}..., published is "
+            f"{wanted[:12]}...; remove it, or take it from {published.url}"
         )
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+def file_digest(path: Path, kind: str = "SHA-256") -> str:
+    """SHA-256, or MD5, of a file."""
     with path.open("rb") as file:
+        if kind == "MD5":
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()

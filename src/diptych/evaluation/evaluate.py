@@ -19,6 +19,8 @@ from diptych.evaluation.geneval_task import GenEval
 from diptych.evaluation.harness import Outcome, Plan
 from diptych.evaluation.judged_tasks import DPG, WiseLegacy, WiseVerified
 from diptych.evaluation.results import TaskResult
+from diptych.evaluation.understanding import task as understanding
+from diptych.evaluation.understanding.benchmarks import BENCHMARKS as UNDERSTANDING
 from diptych.inference.engine import Engine
 
 TASKS = (toyeval.NAME, toyedit.NAME, toyvqa.NAME, toyfeatures.NAME, toyscales.NAME)
@@ -27,7 +29,7 @@ TASKS = (toyeval.NAME, toyedit.NAME, toyvqa.NAME, toyfeatures.NAME, toyscales.NA
 BENCHMARKS: dict[str, type[Benchmark]] = {
     each.name: each for each in (GenEval, DPG, WiseLegacy, WiseVerified, ImgEdit, GEdit, MJHQ, ClipScore)
 }
-"""Published benchmarks of generation and editing."""
+"""Published benchmarks of generation and editing; those of understanding are `UNDERSTANDING`."""
 
 
 def evaluate(
@@ -51,7 +53,7 @@ def evaluate(
 
     Args:
         engine: the model; None to score pictures that are there.
-        tasks: of `TASKS` and `BENCHMARKS`.
+        tasks: of `TASKS`, `BENCHMARKS` and `UNDERSTANDING`.
         output: folder for results.json, rows and pictures. Without it nothing is written, which toy tasks allow.
         n: images per prompt of toy tasks; None for each one's own number (4 of ToyEval, 1 of the edits).
         limit: at most this many prompts, edits or questions of each task; marks results as not comparable.
@@ -68,12 +70,12 @@ def evaluate(
         What results.json holds: `tasks.toyeval.overall`, `tasks.toyeval.counting.score` and so on.
     """
     for task in tasks:
-        if task not in TASKS and task not in BENCHMARKS:
-            raise unknown("task", task, [*TASKS, *BENCHMARKS])
+        if task not in names():
+            raise unknown("task", task, names())
     if not tasks:
-        raise UserError(f"no task given. Choices: {', '.join([*TASKS, *BENCHMARKS])}.")
+        raise UserError(f"no task given. Choices: {', '.join(names())}.")
     published = [task for task in tasks if task in BENCHMARKS]
-    check_plan(engine is not None, [task for task in tasks if task in TASKS], published, output, only, images)
+    check_plan(engine is not None, tasks, output, only, images, seeds)
     begin = time.perf_counter()
     done: list[TaskResult] = []
     for task in tasks:
@@ -81,6 +83,14 @@ def evaluate(
             assert engine is not None, "toy tasks have a model"
             done.append(run(engine, task, n=n, limit=limit, seed=seed, progress=progress, **options))
     place = None if output is None else Path(output)
+    for task in tasks:
+        if task in UNDERSTANDING:
+            assert place is not None, "published benchmarks have a folder"
+            own = tools or Tools(data=Data(folder=default_folder()))
+            asked = Plan(output=place, only=only, limit=limit)
+            size = int(options.get("batch_size", understanding.BATCH))
+            answered = understanding.run(engine, UNDERSTANDING[task], asked, own, progress, batch_size=size)
+            done += [answered] if answered is not None else []
     outcomes: dict[str, Outcome] = {}
     for task in published:
         assert place is not None, "published benchmarks have a folder"
@@ -104,15 +114,27 @@ def evaluate(
     return found
 
 
+def names() -> list[str]:
+    """Every task."""
+    return [*TASKS, *BENCHMARKS, *UNDERSTANDING]
+
+
 def check_plan(
     model: bool,
-    toys: Sequence[str],
-    published: Sequence[str],
+    tasks: Sequence[str],
     output: str | Path | None,
     only: str | None,
     images: str | Path | None,
+    seeds: Sequence[int] | None,
 ) -> None:
     """UserError for wishes that do not go together; `model` is whether there is one."""
+    toys = [task for task in tasks if task in TASKS]
+    asked = [task for task in tasks if task in UNDERSTANDING]
+    published = [task for task in tasks if task not in TASKS]
+    if asked and images is not None:
+        raise UserError(f"{asked[0]} asks about pictures of its own; --images is for benchmarks of generation")
+    if asked and seeds is not None:
+        raise UserError(f"{asked[0]} is answered greedily; --seeds and --num-seeds are for benchmarks of generation")
     if only not in (None, "generate", "score"):
         raise unknown("value of only", str(only), ("generate", "score"))
     if toys and (only is not None or images is not None):
@@ -121,6 +143,8 @@ def check_plan(
         )
     if toys and not model:
         raise UserError(f"{toys[0]} needs a model")
+    if images is not None and seeds is not None:
+        raise UserError("--images are scored as they are; --seeds and --num-seeds are for pictures made here")
     if published and output is None:
         raise UserError(f"{published[0]} needs --output, the folder for its pictures and scores")
     if images is not None and only == "generate":

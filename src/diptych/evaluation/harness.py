@@ -19,6 +19,7 @@ from diptych.core.sample import Sample
 from diptych.evaluation.benchmark import Benchmark, Item, Row, Unit, in_turn
 from diptych.evaluation.journal import Journal, digest
 from diptych.evaluation.judge import JudgeDown
+from diptych.evaluation.results import categories
 from diptych.inference.engine import Engine, from_pil, to_pil
 
 log = logging.getLogger(__name__)
@@ -230,9 +231,13 @@ def outcome_scores(outcome: Outcome) -> dict[str, Any]:
     bad = [row for row in every if row["failure"] is not None]
     found = outcome.benchmark.scores(every)
     if len(outcome.rows) > 1:
-        each = {seed: outcome.benchmark.scores(rows)["overall"] for seed, rows in outcome.rows.items()}
-        values = torch.tensor([value for value in each.values() if value is not None], dtype=torch.float64)
-        found["seeds"] = {str(seed): value for seed, value in each.items()}
+        each = {seed: outcome.benchmark.scores(rows) for seed, rows in outcome.rows.items()}
+        values = torch.tensor(
+            [one["overall"] for one in each.values() if one["overall"] is not None], dtype=torch.float64
+        )
+        beside = set(found) - {"overall", "interval", *categories(found)}
+        found |= {name: averaged([one.get(name) for one in each.values()]) for name in beside}
+        found["seeds"] = {str(seed): one["overall"] for seed, one in each.items()}
         found["seed_std"] = float(values.std()) if len(values) > 1 else None
     notes: list[str] = []
     if missing:
@@ -255,6 +260,15 @@ def outcome_scores(outcome: Outcome) -> dict[str, Any]:
         "about": {**outcome.benchmark.about(), "overall_is": weights if isinstance(weights, str) else dict(weights)},
         "seconds": round(outcome.seconds, 2),
     }
+
+
+def averaged(values: Sequence[Any]) -> Any:
+    """The mean of a figure over seeds, or of each figure of a table; None where a seed has none."""
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], dict):
+        return {name: averaged([value.get(name) for value in values]) for name in values[0]}
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +310,8 @@ def run(
             meet(share)
             continue
         journal = Journal(place / "scores.jsonl", about)
+        if share.count == 1:  # of a run with more processes that was stopped
+            gather(journal, units, place, about)
         score(benchmark, units, journal, share=share, progress=progress)
         meet(share)
         gather(journal, units, place, about)

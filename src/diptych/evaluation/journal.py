@@ -22,22 +22,30 @@ class Journal:
     key replaces an earlier one.
     """
 
-    def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, made_with: Mapping[str, Any] | None) -> None:
         """Opens or begins the file.
+
+        Args:
+            made_with: None takes the file as it is; it then has to be there.
 
         Raises:
             UserError: the rows that are there were made with something else, which is named.
         """
+        if made_with is None and not path.is_file():
+            raise UserError(f"{path}: no such file")
         self.path = path
         self.rows: dict[str, Row] = {}
         self._lock = threading.Lock()
-        head = {"made_with": json.loads(json.dumps(dict(made_with)))}
+        head = {"made_with": json.loads(json.dumps(dict(made_with or {})))}
+        self.made_with: dict[str, Any] = head["made_with"]
         whole = 0
         if path.is_file():
             data = path.read_bytes()
             whole = data.rfind(b"\n") + 1
             for number, line in enumerate(self._lines(data[:whole])):
-                if number == 0:
+                if number == 0 and made_with is None:
+                    self.made_with = line.get("made_with", {})
+                elif number == 0:
                     self._compare(line.get("made_with", {}), head["made_with"])
                 else:
                     self.rows[line["key"]] = line

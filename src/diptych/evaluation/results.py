@@ -68,8 +68,8 @@ def _interval(resampled: np.ndarray) -> list[float]:
 
 
 def categories(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The categories among a task's scores."""
-    return {name: value for name, value in scores.items() if isinstance(value, dict)}
+    """The categories among a task's scores: the entries that have a score of their own."""
+    return {name: value for name, value in scores.items() if isinstance(value, dict) and "score" in value}
 
 
 def versions() -> dict[str, str]:

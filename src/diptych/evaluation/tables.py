@@ -28,9 +28,9 @@ def rows_of(scores: Mapping[str, Any]) -> list[list[str]]:
     """Name, score, interval and count of a task's categories and overall."""
     found: list[list[str]] = []
     for name, each in categories(scores).items():
-        if "score" in each:
-            found.append([name, figure(each["score"]), spread(each["interval"]), str(each["count"])])
-    found.append(["overall", figure(scores["overall"]), spread(scores.get("interval")), str(scores.get("images", ""))])
+        found.append([name, figure(each["score"]), spread(each["interval"]), str(each["count"])])
+    samples = scores.get("images", scores.get("questions", ""))
+    found.append(["overall", figure(scores["overall"]), spread(scores.get("interval")), str(samples)])
     return found
 
 
@@ -80,9 +80,9 @@ def page(found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> str:
 
 
 def gallery(outcome: Outcome) -> list[str]:
-    """Some pictures from all over the benchmark, with prompt and score."""
-    every = [row for rows in outcome.rows.values() for row in rows]
-    known = [row for row in every if row["key"] in outcome.places]
+    """Some pictures from all over the benchmark (of the last seed), with prompt and score."""
+    last = list(outcome.rows.values())[-1] if outcome.rows else []
+    known = [row for row in last if row["key"] in outcome.places]
     chosen = known[:: max(1, -(-len(known) // SHOWN))][:SHOWN]
     images: list[Image.Image] = []
     captions: list[str] = []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,15 +12,14 @@ from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.evaluation.results import Judged, Progress, TaskResult
+from diptych.evaluation.journal import Journal
+from diptych.evaluation.results import Progress
 from diptych.evaluation.understanding.benchmarks import Benchmark, kept
 from diptych.evaluation.understanding.judged import Judge
 from diptych.evaluation.understanding.question import Question, question
 from diptych.evaluation.understanding.scored import Row, Scored
 from diptych.evaluation.understanding.table import Table
 from diptych.inference.engine import Engine, from_pil
-
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +55,25 @@ def items(benchmark: Benchmark, folder: Path, limit: int | None = None) -> list[
         if not at_hand:
             raise UserError(f"{table.path}: no row of split {benchmark.split!r}")
         rows = [table.rows[at] for at in at_hand]
-        found += [_item(benchmark, table, at_hand[at]) for at in kept(rows, limit, benchmark.together)]
+        names = _names(table)
+        found += [_item(benchmark, table, at_hand[at], names) for at in kept(rows, limit, benchmark.together)]
     return found
 
 
-def _item(benchmark: Benchmark, table: Table, at: int) -> Item:
+def _names(table: Table) -> list[str]:
+    """Names of the rows: the file and the index, which some files give to several rows."""
+    often: Counter[str] = Counter()
+    names: list[str] = []
+    for row in table.rows:
+        name = f"{table.path.stem}:{row['index']}"
+        often[name] += 1
+        names.append(name if often[name] == 1 else f"{name}#{often[name]}")
+    return names
+
+
+def _item(benchmark: Benchmark, table: Table, at: int, names: Sequence[str]) -> Item:
     row = table.rows[at]
-    name = f"{table.path.stem}:{row['index']}"
-    return Item(id=name, row=row, prompt=benchmark.prompt(row), pictures=lambda: table.pictures(at))
-
-
-def check_files(benchmark: Benchmark, folder: Path) -> dict[str, str]:
-    """Files that are not the published ones, with their MD5; parquet files, which have no published sum, are named."""
-    strange: dict[str, str] = {}
-    for file in benchmark.files:
-        path = folder / file.name
-        if not path.is_file():
-            strange[file.name] = "another format (.parquet): no published checksum"
-            continue
-        digest = hashlib.md5(usedforsecurity=False)
-        with path.open("rb") as data:
-            while chunk := data.read(CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != file.md5:
-            strange[file.name] = f"MD5 {digest.hexdigest()}, published {file.md5}"
-    return strange
+    return Item(id=names[at], row=row, prompt=benchmark.prompt(row), pictures=lambda: table.pictures(at))
 
 
 def ask(
@@ -90,52 +82,45 @@ def ask(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
-    record: Path | None = None,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Asked:
     """The model's replies.
 
     Args:
-        record: JSON lines of replies; those that are there already are not asked again, and new ones are appended
-            batch by batch. A line of another prompt is asked again.
+        journal: replies; those that are there already are not asked for again, unless the prompt is another one now,
+            and new ones are added batch by batch.
+        progress: told how many of the questions are answered.
     """
-    asked = Asked()
-    if record is not None and record.is_file():
-        prompts = {item.id: item.prompt for item in questions}
-        for row in _lines(record):
-            if row.get("id") in prompts and row.get("prompt") == prompts[row["id"]] and isinstance(row["reply"], str):
-                asked.replies[row["id"]] = row["reply"]
+    asked = known(questions, journal)
     left = [item for item in questions if item.id not in asked.replies]
+    done = len(questions) - len(left)
+    if progress is not None:
+        progress(done, len(questions))
     for start in range(0, len(left), batch_size):
-        group = [(item, read) for item in left[start : start + batch_size] if (read := _read(item, asked)) is not None]
-        for (item, _), reply in zip(group, _replies(engine, [read for _, read in group], max_new_tokens), strict=True):
+        group = [(item, found) for item in left[start : start + batch_size] if (found := read(item, asked)) is not None]
+        replies = _replies(engine, [found for _, found in group], max_new_tokens)
+        for (item, _), reply in zip(group, replies, strict=True):
             asked.replies[item.id] = reply
-        if record is not None and group:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            with record.open("a", encoding="utf-8") as lines:
-                for item, _ in group:
-                    row = {"id": item.id, "prompt": item.prompt, "reply": asked.replies[item.id]}
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if journal is not None:
+                journal.add(item.id, {"prompt": item.prompt, "reply": reply})
         if progress is not None:
-            progress(len(questions) - len(left) + min(start + batch_size, len(left)), len(questions))
+            progress(done + min(start + batch_size, len(left)), len(questions))
     return asked
 
 
-def _lines(record: Path) -> Iterator[Mapping[str, str]]:
-    """The whole lines of a record; a last line that was cut short is cut off, so that new ones start clean."""
-    text = record.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with record.open("r+b") as lines:
-            lines.truncate(len(whole))
-    for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{record}:{number}: not JSON ({error.msg})") from error
+def known(questions: Sequence[Item], journal: Journal | None) -> Asked:
+    """The replies that a journal holds to these very questions."""
+    asked = Asked()
+    for item in questions if journal is not None else ():
+        row = journal.rows.get(item.id) if journal is not None else None
+        if row is not None and row["prompt"] == item.prompt:
+            asked.replies[item.id] = row["reply"]
+    return asked
 
 
-def _read(item: Item, asked: Asked) -> tuple[Question, list[Image.Image]] | None:
+def read(item: Item, asked: Asked) -> tuple[Question, list[Image.Image]] | None:
+    """A question with its pictures; where one cannot be read, None, and `asked` says why."""
     try:
         pictures = item.pictures()
     except UserError as error:
@@ -164,71 +149,3 @@ def score(benchmark: Benchmark, questions: Sequence[Item], asked: Asked, judge: 
     if judge is None:
         raise UserError(f"{benchmark.name} needs a judge")
     return benchmark.score_judged(rows, replies, judge)
-
-
-def run(
-    engine: Engine,
-    benchmark: Benchmark,
-    folder: Path,
-    *,
-    judge: Judge | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    record: Path | None = None,
-    progress: Progress | None = None,
-) -> TaskResult:
-    """One benchmark on a model: questions asked, replies recorded and scored.
-
-    Scores hold `overall` with its `interval`, `unit`, `convention`, every other figure, `questions`, what is `missing`
-    (by id, with the reason), `unread` replies and ids the judge `failed` on; `comparable` is False with a limit, with
-    anything missing or failed, or with files other than the published ones (`files`).
-    """
-    if benchmark.score_judged is not None and judge is None:
-        raise UserError(f"{benchmark.name} needs a judge")
-    questions = items(benchmark, folder, limit)
-    asked = ask(
-        engine,
-        questions,
-        max_new_tokens=benchmark.max_new_tokens,
-        batch_size=batch_size,
-        record=record,
-        progress=progress,
-    )
-    return result(benchmark, questions, asked, score(benchmark, questions, asked, judge), folder, limit)
-
-
-def result(
-    benchmark: Benchmark, questions: Sequence[Item], asked: Asked, scored: Scored, folder: Path, limit: int | None
-) -> TaskResult:
-    """A score with all that a reader must know beside it."""
-    strange = check_files(benchmark, folder)
-    failed = [questions[at].id for at in scored.failed]
-    scores = {
-        "overall": scored.overall,
-        "interval": list(scored.interval()),
-        "unit": scored.unit,
-        "convention": scored.convention,
-        "figures": scored.figures,
-        "questions": len(questions),
-        "missing": asked.failed,
-        "unread": scored.unread,
-        "judge_failed": failed,
-        "files": strange,
-        "comparable": limit is None and not asked.failed and not failed and not strange,
-    }
-    samples = [
-        Judged(
-            row={
-                "id": item.id,
-                "category": str(item.row.get("category", benchmark.name)),
-                "prompt": item.prompt,
-                "answer": item.row.get("answer"),
-                "reply": asked.replies.get(item.id),
-                "read": read,
-                "value": value,
-            },
-            correct=value == 1,
-        )
-        for item, read, value in zip(questions, scored.read, scored.values, strict=True)
-    ]
-    return TaskResult(task=benchmark.name, scores=scores, samples=samples, failed=len(asked.failed) + len(failed))

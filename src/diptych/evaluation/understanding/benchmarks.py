@@ -7,7 +7,7 @@ Licences are those of each benchmark: see its page.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diptych.core.errors import UserError, unknown
@@ -42,6 +42,7 @@ class Benchmark:
     files: its tables; several are read one after the other. prompt: a row to the text of its question.
     score: a pure function of rows and replies; `score_judged` where a judge is needed. together: see `Together`.
     split: of a file that holds several, the one that is asked. max_new_tokens: most tokens of a reply.
+    home: the folder of its files in a data folder, where it is not its name.
     """
 
     name: str
@@ -52,6 +53,12 @@ class Benchmark:
     together: Together | None = None
     split: str | None = None
     max_new_tokens: int = 64
+    home: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """The folder of its files in a data folder."""
+        return self.home or self.name
 
     def tables(self, folder: Path) -> list[Table]:
         """Its tables in a data folder; a parquet file of the same name stands for a TSV.
@@ -120,8 +127,8 @@ _EVERY = (
     _choice("blink", _kit("VLMEval/BLINK.tsv", "d5e8af148b10ac69f535ff7b23f3f989")),
     _choice("cv_bench", _kit("VLMEval/CV-Bench-2D.tsv", "a7cff4cc2857cc237ee2b89e62bccb2d"),
             _kit("VLMEval/CV-Bench-3D.tsv", "bb94c0d568d652d15b60e001ac40a170"), score=multiple_choice.cv_bench),
-    _choice("cv_bench_2d", _kit("VLMEval/CV-Bench-2D.tsv", "a7cff4cc2857cc237ee2b89e62bccb2d"),
-            score=multiple_choice.cv_bench),
+    replace(_choice("cv_bench_2d", _kit("VLMEval/CV-Bench-2D.tsv", "a7cff4cc2857cc237ee2b89e62bccb2d"),
+                    score=multiple_choice.cv_bench), home="cv_bench"),
     _choice("mmvp", _kit("VLMEval/MMVP.tsv", "8cb732b141a0cba5b42159df2839e557"),
             score=multiple_choice.pairs, together=_pair),
     Benchmark(name="mmmu_val", files=(_kit("VLMEval/MMMU_DEV_VAL.tsv", "585e8ad75e73f75dcad265dfd0417d64"),),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diptych.core.errors import UserError
-from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, positions_by, ratio
+from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, grouped, positions_by, ratio
 from diptych.evaluation.understanding.text import anls, answers, relaxed_accuracy, vqa_accuracy
 
 RECOGNITION = (
@@ -49,6 +49,8 @@ def _each(rows: Sequence[Row], replies: Replies, score: Callable[[str, Any], flo
         read=tuple(replies),
         counts=each(values),
         combine=ratio,
+        by=grouped(rows, each(values), "split"),
+        label="split",
     )
 
 
@@ -79,7 +81,9 @@ def ocr_bench(rows: Sequence[Row], replies: Replies) -> Scored:
         values=tuple(values),
         read=tuple(replies),
         counts=each(values),
-        combine=lambda sums: len(values) * ratio(sums),
+        combine=lambda sums: sums[0],
+        by=grouped(rows, each(values)),
+        scale=len(values),
     )
 
 

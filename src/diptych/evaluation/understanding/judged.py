@@ -1,7 +1,7 @@
 """Benchmarks whose replies a judge must read: MathVista and MM-Vet.
 
-A judge is any function from prompts to replies; None, or a reply that cannot be used, is a failure: it earns nothing,
-is listed, and never becomes another score.
+A judge is any function from prompts to replies. A failure, or a reply that cannot be used, is listed and left out of
+the means; it never becomes another score.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import ast
 import re
 import string
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from diptych.core.errors import UserError
+from diptych.evaluation.judge import Reply
 from diptych.evaluation.understanding.letters import kit_letter
-from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, mean, ratio
+from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, grouped, mean, ratio
 
-Judge = Callable[[Sequence[str]], Sequence[str | None]]
-"""Prompts to replies, as many and in that order; None where the judge gave none."""
+Usable = Callable[[str], bool]
+Judge = Callable[[Sequence[str], Usable], Sequence[Reply]]
+"""Prompts, and what makes a reply usable, to replies, as many and in that order."""
+
+T = TypeVar("T")
 
 _NUMBER = re.compile(r"(?:score\s*[:=]\s*)?\**(\d+(?:\.\d+)?)\**\.?", re.IGNORECASE)
 _EXTRACT = """A student answered a question about a picture. Copy the student's final answer, and nothing else.
@@ -52,21 +56,25 @@ def math_vista(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
     prompts = [
         _EXTRACT.format(wanted=_wanted(rows[at]), question=_question(rows[at]), reply=replies[at]) for at in asked
     ]
-    failed: list[int] = []
-    for at, extracted in zip(asked, _ask(judge, prompts), strict=True):
-        if extracted is None:
-            failed.append(at)
+    failed: dict[int, str] = {}
+    for at, extracted in zip(asked, _ask(judge, prompts, lambda text: bool(text.strip())), strict=True):
+        if extracted.failure is not None:
+            failed[at] = extracted.failure
         else:
-            said[at] = math_value(rows[at], extracted)
+            said[at] = math_value(rows[at], extracted.text)
     values = tuple(float(value is not None and value == math_truth(row)) for row, value in zip(rows, said, strict=True))
+    counted, earned = _without(failed, rows), _without(failed, values)
+    counts = each(earned)
     return Scored(
         convention="accuracy; letters and bare numbers read by rule, other final answers copied out by the judge",
-        figures={"task": by_column(rows, values, "task"), "skills": _by_member(rows, values, "skills")},
+        figures={"task": by_column(counted, earned, "task"), "skills": _by_member(counted, earned, "skills")},
         values=values,
         read=tuple(said),
-        counts=each(values),
+        counts=counts,
         combine=ratio,
-        failed=tuple(failed),
+        by=grouped(counted, counts, "task"),
+        label="task",
+        failed=failed,
     )
 
 
@@ -114,20 +122,26 @@ def mm_vet(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
         _GRADE.format(question=_question(rows[at]), answer=rows[at]["answer"], reply=replies[at]) for at in asked
     ]
     grades: list[float | None] = [None] * len(rows)
-    for at, answer in zip(asked, _ask(judge, prompts), strict=True):
-        grades[at] = None if answer is None else grade(answer)
+    failed: dict[int, str] = {}
+    for at, answer in zip(asked, _ask(judge, prompts, lambda text: grade(text) is not None), strict=True):
+        grades[at] = None if answer.failure is not None else grade(answer.text)
+        if grades[at] is None:
+            failed[at] = answer.failure or f"no grade in the reply {answer.text[:60]!r}"
     values = tuple(0.0 if given is None else given for given in grades)
+    counted, earned = _without(failed, rows), _without(failed, values)
+    counts = each(earned)
     return Scored(
         convention="mean grade of the judge, 0 to 1",
         figures={
-            "capability": _by_member(rows, values, "category"),
-            "combination": by_column(rows, values, "category"),
+            "capability": _by_member(counted, earned, "category"),
+            "combination": by_column(counted, earned, "category"),
         },
         values=values,
         read=tuple(None if given is None else str(given) for given in grades),
-        counts=each(values),
+        counts=counts,
         combine=ratio,
-        failed=tuple(at for at in asked if grades[at] is None),
+        by=grouped(counted, counts),
+        failed=failed,
     )
 
 
@@ -138,12 +152,16 @@ def grade(reply: str) -> float | None:
     return value if value is not None and value <= 1 else None
 
 
-def _ask(judge: Judge, prompts: Sequence[str]) -> Sequence[str | None]:
+def _ask(judge: Judge, prompts: Sequence[str], usable: Usable) -> Sequence[Reply]:
     if not prompts:
         return []
-    given = judge(prompts)
-    assert len(given) == len(prompts), "a judge answers every prompt, with None if need be"
+    given = judge(prompts, usable)
+    assert len(given) == len(prompts), "a judge answers every prompt, with a failure if need be"
     return given
+
+
+def _without(failed: Mapping[int, str], things: Sequence[T]) -> list[T]:
+    return [thing for at, thing in enumerate(things) if at not in failed]
 
 
 def _question(row: Row) -> str:

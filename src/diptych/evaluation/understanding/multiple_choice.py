@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 from diptych.core.errors import UserError
 from diptych.evaluation.understanding.letters import Choices, kit_letter
-from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, mean, positions_by, ratio
+from diptych.evaluation.understanding.scored import (
+    Replies,
+    Row,
+    Scored,
+    by_column,
+    each,
+    grouped,
+    mean,
+    positions_by,
+    ratio,
+)
 
 Reader = Callable[[str, Choices], str | None]
 
@@ -44,6 +54,7 @@ def accuracy(rows: Sequence[Row], replies: Replies, *, reader: Reader = kit_lett
         read=read,
         counts=each(values),
         combine=ratio,
+        by=grouped(rows, each(values)),
     )
 
 
@@ -98,6 +109,9 @@ def circular(rows: Sequence[Row], replies: Replies) -> Scored:
         read=read,
         counts=each(hits.values()),
         combine=ratio,
+        by=grouped(asked, each(hits.values())),
+        units=tuple((heads[base], *(at for at in group if at != heads[base])) for base, group in questions.items()),
+        worth=min,
     )
 
 
@@ -135,6 +149,8 @@ def pairs(rows: Sequence[Row], replies: Replies, *, reader: Reader = kit_letter)
         read=read,
         counts=each(both),
         combine=ratio,
+        units=tuple(groups.values()),
+        worth=min,
     )
 
 
@@ -156,16 +172,21 @@ def cv_bench(rows: Sequence[Row], replies: Replies) -> Scored:
         )
 
     halves = _halves(source, dict.fromkeys(source, 1.0))
+    counts = [
+        [count for name in names for count in ((value, 1.0) if str(row["source"]) == name else (0.0, 0.0))]
+        for row, value in zip(rows, values, strict=True)
+    ]
+    peers = {name: [other for other in names if _half(other) == _half(name)] for name in names}
     return Scored(
         convention=f"mean of (ADE20K + COCO) / 2 and of Omni3D ({' and '.join(halves)} here); {_READ_BY}",
         figures={**halves, "source": source, "category": by_column(rows, values, "category")},
         values=values,
         read=read,
-        counts=[
-            [count for name in names for count in ((value, 1.0) if str(row["source"]) == name else (0.0, 0.0))]
-            for row, value in zip(rows, values, strict=True)
-        ],
+        counts=counts,
         combine=combine,
+        by=grouped(rows, counts, "source"),
+        total={name: 1 / len(halves) / len(peers[name]) for name in names},
+        label="source",
     )
 
 

@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 """A row of a benchmark's table, by column; a column that is empty is absent."""
 Replies = Sequence[str | None]
 Unit = Literal["share", "points"]
+Total = Mapping[str, float] | Literal["items", "categories"]
 Combine = Callable[[Sequence[float]], float]
 """Sums of what is counted, to the headline figure."""
 RESAMPLES = 1000
@@ -30,8 +31,13 @@ class Scored:
     values: per row, what it earned (0 to 1). read: per row, what the reply was read as; None where it could not be.
     counts: what is counted of each unit, (units, counts): a unit is a row, or the rows that are only worth something
         together (rotations, pairs). combine: the headline figure from the sums of the counts.
+    by: counts of the units of each category, of which `combine` makes the category's figure.
+    units: positions of the rows of each unit; a row each where it is empty. worth: what a unit earned, from what its
+        rows earned. total: how the units' worths make the headline figure: the mean of all, of the categories' means,
+        or a weighted one of those, times `scale`; None where it is none of these (F1).
+    label: the column that names a unit's category.
     unread: how many replies are missing or could not be read; they earn nothing.
-    failed: positions of the rows that the judge failed on; they earn nothing.
+    failed: positions of the rows that the judge failed on, and why; they are left out.
     """
 
     convention: str
@@ -41,20 +47,49 @@ class Scored:
     read: tuple[str | None, ...]
     counts: Sequence[Sequence[float]]
     combine: Combine
-    failed: tuple[int, ...] = ()
+    by: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict[str, Sequence[Sequence[float]]])
+    units: Sequence[Sequence[int]] = ()
+    worth: Combine = field(default_factory=lambda: mean)
+    total: Total | None = "items"
+    scale: float = 1.0
+    label: str = "category"
+    failed: Mapping[int, str] = field(default_factory=dict[int, str])
 
     @property
-    def overall(self) -> float:
-        """The headline figure."""
-        return self.combine([sum(column) for column in zip(*self.counts, strict=True)])
+    def overall(self) -> float | None:
+        """The headline figure; None of nothing."""
+        return None if not self.counts else self.combine([sum(column) for column in zip(*self.counts, strict=True)])
 
-    def interval(self, seed: int = 0) -> tuple[float, float]:
+    def interval(self, seed: int = 0) -> tuple[float, float] | None:
         """95% interval of the headline figure: units drawn again with replacement, `RESAMPLES` times."""
-        units = np.asarray(self.counts, dtype=float)  # (units, counts)
+        return self._interval(self.counts, seed) if self.counts else None
+
+    def categories(self) -> dict[str, dict[str, Any]]:
+        """{"score", "interval", "count" (of units)} of each category, by the rule of the headline figure."""
+        return {
+            name: {
+                "score": self.combine([sum(column) for column in zip(*counts, strict=True)]),
+                "interval": list(self._interval(counts, 0)),
+                "count": len(counts),
+            }
+            for name, counts in self.by.items()
+        }
+
+    def _interval(self, counts: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
+        units = np.asarray(counts, dtype=float)  # (units, counts)
         often = np.random.default_rng(seed).multinomial(len(units), [1 / len(units)] * len(units), RESAMPLES)
         drawn = [self.combine(sums.tolist()) for sums in often @ units]
         low, high = np.percentile(drawn, [2.5, 97.5])
         return float(low), float(high)
+
+    def earned(self, rows: Sequence[Row]) -> list[tuple[list[int], str, float | None]]:
+        """Of each unit: its rows, its category, and what it is worth; None where the judge failed."""
+        found: list[tuple[list[int], str, float | None]] = []
+        for unit in self.units or [(at,) for at in range(len(rows))]:
+            lost = any(at in self.failed for at in unit)
+            name = str(rows[unit[0]].get(self.label) or "all")
+            found.append((list(unit), name, None if lost else self.worth([self.values[at] for at in unit])))
+        return found
 
     @property
     def unread(self) -> int:
@@ -72,6 +107,18 @@ def ratio(sums: Sequence[float]) -> float:
 def each(values: Iterable[float]) -> list[tuple[float, float]]:
     """Counts of units that weigh the same, for `ratio`."""
     return [(value, 1.0) for value in values]
+
+
+def grouped(
+    rows: Sequence[Row],
+    counts: Sequence[Sequence[float]],
+    column: str = "category",
+    units: Sequence[Sequence[int]] = (),
+) -> dict[str, list[Sequence[float]]]:
+    """Counts of units by an entry of their first rows, sorted by name; without the column, none."""
+    heads = [rows[unit[0]] for unit in units] if units else rows
+    places = positions_by(heads, column)
+    return {name: [counts[at] for at in places[name]] for name in sorted(places)}
 
 
 def mean(values: Iterable[float]) -> float:

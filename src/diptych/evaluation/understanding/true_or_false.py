@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diptych.core.errors import UserError
-from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, mean, positions_by, ratio
+from diptych.evaluation.understanding.scored import (
+    Replies,
+    Row,
+    Scored,
+    by_column,
+    each,
+    grouped,
+    mean,
+    positions_by,
+    ratio,
+)
 from diptych.evaluation.understanding.yes_no import YesNo, kit_yes_no, mme_script, pope_script
 
 Reader = Callable[[str], YesNo | None]
@@ -51,6 +61,7 @@ def accuracy(rows: Sequence[Row], replies: Replies) -> Scored:
         read=read,
         counts=each(values),
         combine=ratio,
+        by=grouped(rows, each(values)),
     )
 
 
@@ -71,21 +82,19 @@ def pope(rows: Sequence[Row], replies: Replies) -> Scored:
     figures: dict[str, Any] = {"overall": _detection(rows, read, repeated)}
     figures |= {name: _detection(rows, read, group) for name, group in groups.items()}
     script = {name: _detection(rows, theirs, group) for name, group in groups.items()}
+    counts = [
+        (said and true, said, true)
+        for said, true in zip((one == "Yes" for one in read), (truth(row) == "Yes" for row in rows), strict=True)
+    ]
     return Scored(
         convention=f"F1, a row counting once per category; {_READ_BY}",
         figures={**figures, "script": {**script, "average_f1": mean(part["f1"] for part in script.values())}},
         values=values,
         read=read,
-        counts=[
-            (times * (said and true), times * said, times * true)
-            for times, said, true in zip(
-                (often[at] for at in range(len(rows))),
-                (one == "Yes" for one in read),
-                (truth(row) == "Yes" for row in rows),
-                strict=True,
-            )
-        ],
+        counts=[[often[at] * count for count in one] for at, one in enumerate(counts)],
         combine=_f1,
+        by={name: [counts[at] for at in group] for name, group in groups.items()},
+        total=None,
     )
 
 
@@ -120,14 +129,20 @@ def mme(rows: Sequence[Row], replies: Replies) -> Scored:
     _, theirs = read_answers(rows, replies, mme_script)
     groups = _image_pairs(rows)
     figures = _mme_figures(rows, values, groups)
+    counts = _mme_counts(rows, values, groups)
     return Scored(
         convention=f"points of 2,800, perception and reasoning; {_READ_BY}",
         unit="points",
         figures={**figures, "script": _mme_figures(rows, theirs, groups)},
         values=values,
         read=read,
-        counts=_mme_counts(rows, values, groups),
+        counts=counts,
         combine=_mme_points,
+        by=grouped(rows, counts, units=groups),
+        units=groups,
+        worth=lambda earned: (mean(earned) + min(earned)) / 2,
+        total="categories",
+        scale=200.0 * len(figures["category"]),
     )
 
 
@@ -185,16 +200,21 @@ def hallusion_bench(rows: Sequence[Row], replies: Replies) -> Scored:
     figures: dict[str, Any] = {"overall": _three(rows, values, range(len(rows)))}
     for column in ("category", "l2-category"):
         figures |= {name: _three(rows, values, at) for name, at in positions_by(rows, column).items()}
+    sets = list(_sets(rows, range(len(rows)), (3,)).values())
+    counts = [
+        [count for right in _rights(rows, values, group) for count in (sum(right), float(len(right)))] for group in sets
+    ]
     return Scored(
         convention=f"mean of aAcc, fAcc and qAcc; {_READ_BY}",
         figures=figures,
         values=values,
         read=read,
-        counts=[
-            [count for right in _rights(rows, values, group) for count in (sum(right), float(len(right)))]
-            for group in _sets(rows, range(len(rows)), (3,)).values()
-        ],
+        counts=counts,
         combine=lambda sums: mean(ratio(sums[at : at + 2]) for at in (0, 2, 4)),
+        by=grouped(rows, counts, "l2-category", sets),
+        units=sets,
+        total=None,
+        label="l2-category",
     )
 
 
