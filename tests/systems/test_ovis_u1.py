@@ -314,11 +314,13 @@ def test_a_run_killed_in_the_middle_of_stage_3_and_resumed_is_the_whole_run(
     command = [sys.executable, "-m", "diptych", "train", str(tmp_path / "six.yaml"), "--out", str(tmp_path / "parts")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
     checkpoints = tmp_path / "parts" / "checkpoints"
+    limit = time.monotonic() + 900
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not in_stage(checkpoints, 3):
             assert child.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.002)
+            assert time.monotonic() < limit, "the run never came to stage 3"
+            time.sleep(0.01)
     finally:
         child.kill()
     assert child.wait() == -signal.SIGKILL
