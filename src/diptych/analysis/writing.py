@@ -117,7 +117,10 @@ def word_plots(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     bars.set(ylabel="share of the attention to the prompt", title="all layers; bars: spread over prompts")
     lines.set(xlabel="layer", ylabel="share", title="by layer")
     bars.legend(fontsize=8, frameon=False)
-    lines.legend(fontsize=6, frameon=False)
+    lines.set_ylim(bottom=0)
+    lines.legend(fontsize=6, frameon=False, ncols=len(found), loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    for axis in (lines.xaxis, heads.xaxis, heads.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     save(made, path)
 
 
@@ -189,6 +192,7 @@ def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         panel.plot(layers, mean, "-o", color=colour, markersize=3, label=name)
         panel.fill_between(layers, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     panel.set(xlabel="layer", ylabel="attention to vision tokens", title="band: spread over questions")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(fontsize=8, frameon=False)
     save(made, path)
 

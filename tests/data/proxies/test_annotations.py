@@ -57,6 +57,11 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("short", lambda row: row.update(segmentation=[[10, 10, 20, 20]]), "polygon of 4 numbers"),
     ("rle", lambda row: row.update(segmentation={"size": [4, 5], "counts": [20]}), "RLE of another size (5x4 for a"),
     ("runs", lambda row: row.update(segmentation={"size": [512, 512], "counts": [20]}), "RLE of the wrong length (20"),
+    ("unsized", lambda row: row.update(segmentation={"counts": [20]}), "RLE of another size (None for a"),
+    ("text", lambda row: row.update(segmentation={"size": [512, 512], "counts": "!!"}), "RLE that cannot be read"),
+    ("words", lambda row: row.update(segmentation={"size": [512, 512], "counts": ["a"]}), "RLE that cannot be read"),
+    ("nan", lambda row: row.update(segmentation=[[10, 10, float("nan"), 9, 9, 9]]), "polygon that is no list of"),
+    ("left", lambda row: row.update(segmentation=[[-9, 10, 90, 10, 10, 90]]), "polygon outside the picture"),
     ("empty", lambda row: row.update(segmentation=[]), "empty mask (annotation 1)"),
     ("nothing", lambda row: row.update(segmentation={"size": [512, 512], "counts": [512 * 512]}), "empty mask"),
     ("category", lambda row: row.update(category_id=5), "unknown category (5 of annotation 1)"),
@@ -95,6 +100,11 @@ def test_annotations_without_pictures(photographs: Path, tmp_path: Path) -> None
         coco(photographs, {**plain, "annotations": []}, tmp=tmp_path)
     with pytest.raises(UserError, match="needs 'images' and 'annotations'"):
         coco(photographs, [], tmp=tmp_path)
+    del lost["annotations"][-1]["image_id"]
+    assert coco(photographs, lost, tmp=tmp_path).dropped["coco/annotation 99"].startswith("annotation without image")
+    del lost["images"][1]["height"]
+    with pytest.raises(UserError, match=r"images\[1\] has no 'height'"):
+        coco(photographs, lost, tmp=tmp_path)
 
 
 def test_panoptic_masks(photographs: Path, tmp_path: Path) -> None:
@@ -106,6 +116,22 @@ def test_panoptic_masks(photographs: Path, tmp_path: Path) -> None:
     plain["annotations"][0]["segments_info"].pop()
     with pytest.raises(BadItem, match=r"a segment that is not listed \(7\)"):
         coco(photographs, plain, file="panoptic.json", tmp=tmp_path).load(0, (8, 8))
+
+
+def test_panoptic_masks_that_do_not_fit(photographs: Path, tmp_path: Path) -> None:
+    plain = json.loads((photographs / "panoptic.json").read_text())
+    twice = {**plain, "annotations": [plain["annotations"][0]] * 2}
+    with pytest.raises(BadItem, match=r"several panoptic annotations \(2\)"):
+        coco(photographs, twice, file="panoptic.json", tmp=tmp_path).load(0, (8, 8))
+    (tmp_path / "panoptic").mkdir()
+    Image.new("RGB", (5, 4)).save(tmp_path / "panoptic" / "astronaut.png")
+    own = CocoPictures(photographs / "panoptic.json", images=photographs / "images", masks=tmp_path / "panoptic")
+    with pytest.raises(BadItem, match=r"mask of another size \(5x4 for a picture of 512x512\)"):
+        own.load(0, (8, 8))
+    found = report.inspect(ProxySource(own, proxies="panoptic", name="coco"), (16, 16))
+    assert found.usable == 0
+    assert len(found.bad) == 2
+    assert any(reason.startswith("panoptic mask missing") for reason in found.bad.values())
 
 
 def test_sa1b(tmp_path: Path) -> None:

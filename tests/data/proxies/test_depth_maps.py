@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,6 @@ from transformers import (
     DepthAnythingForDepthEstimation,
     DepthProConfig,
     DepthProForDepthEstimation,
-    DepthProImageProcessor,
     Dinov2Config,
     DPTImageProcessor,
 )
@@ -90,6 +91,7 @@ def test_made_until_there_are_enough(tmp_path: Path) -> None:
 
 
 def test_the_metric_model(tmp_path: Path) -> None:
+    """DepthPro at a tiny size; where torchvision is missing, the message says so."""
     torch.manual_seed(0)
     inner = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16)
     config = DepthProConfig(
@@ -99,7 +101,12 @@ def test_the_metric_model(tmp_path: Path) -> None:
         image_model_config=inner.to_dict(), patch_model_config=inner.to_dict(), fov_model_config=inner.to_dict(),
     )  # fmt: skip
     DepthProForDepthEstimation(config).save_pretrained(tmp_path)
-    DepthProImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    values = {"image_processor_type": "DepthProImageProcessor", "size": {"height": 64, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    if find_spec("torchvision") is None:
+        with pytest.raises(UserError, match="requires the Torchvision library"):
+            depth_maps.estimator(tmp_path)
+        return
     found = depth_maps.estimator(tmp_path)(Image.new("RGB", (40, 30), "olive"))
     assert found.shape == (30, 40)
     assert np.isfinite(found).all()

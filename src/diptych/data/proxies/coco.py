@@ -70,14 +70,18 @@ class CocoPictures(Pictures):
         self._list(plain["images"], plain["annotations"])
 
     def _list(self, images: Sequence[Any], annotations: Sequence[Any]) -> None:
+        for number, row in enumerate(images):
+            if missing := [key for key in ("id", "file_name", "height", "width") if key not in row]:
+                raise UserError(f"{self.file}: images[{number}] has no {missing[0]!r}")
         by_image: dict[Any, list[Any]] = {row["id"]: [] for row in images}
         self.dropped: dict[str, str] = {}
         for row in annotations:
-            if row["image_id"] in by_image:
-                by_image[row["image_id"]].append(row)
+            image = row.get("image_id")
+            if image in by_image:
+                by_image[image].append(row)
             else:
-                label = f"{self.name}/annotation {row.get('id', row['image_id'])}"
-                self.dropped[label] = f"annotation without image (image_id {row['image_id']})"
+                label = f"{self.name}/annotation {row.get('id', image)}"
+                self.dropped[label] = f"annotation without image (image_id {image})"
         self.rows: list[tuple[Mapping[str, Any], list[Any]]] = []
         for row in images:
             if not by_image[row["id"]]:
@@ -104,6 +108,8 @@ class CocoPictures(Pictures):
             listed = f"{image.width}x{image.height}, listed as {row['width']}x{row['height']}"
             raise BadItem(id, f"picture of another size than its annotation ({listed})")
         shape = (image.height, image.width)
+        if self.panoptic and len(annotations) > 1:
+            raise BadItem(id, f"several panoptic annotations ({len(annotations)})")
         segments = (
             self._panoptic_segments(annotations[0], shape, id)
             if self.panoptic
@@ -247,10 +253,13 @@ def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bo
     """
     height, width = size
     if isinstance(segmentation, Mapping):
-        if list(segmentation.get("size", [])) != [height, width]:
-            given = "x".join(map(str, reversed(segmentation.get("size", []))))
+        said = segmentation.get("size")
+        if said not in ([height, width], (height, width)):
+            given = "x".join(map(str, reversed(said))) if isinstance(said, list | tuple) else said
             raise BadItem(id, f"RLE of another size ({given} for a picture of {width}x{height}, {label})")
         counts = segmentation.get("counts")
+        if isinstance(counts, list) and not _numbers(counts):
+            raise BadItem(id, f"RLE that cannot be read ({label})")
         if isinstance(counts, list) and sum(counts) != height * width:
             raise BadItem(id, f"RLE of the wrong length ({sum(counts)} for {height * width} pixels, {label})")
         plain: Any = dict(segmentation)
@@ -259,6 +268,8 @@ def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bo
         for polygon in segmentation:
             if len(polygon) < 6 or len(polygon) % 2:
                 raise BadItem(id, f"polygon of {len(polygon)} numbers ({label})")
+            if not _numbers(polygon):
+                raise BadItem(id, f"polygon that is no list of numbers ({label})")
             xs, ys = polygon[::2], polygon[1::2]
             if min(*xs, *ys) < -OUTSIDE or max(xs) > width + OUTSIDE or max(ys) > height + OUTSIDE:
                 raise BadItem(id, f"polygon outside the picture ({label})")
@@ -274,3 +285,8 @@ def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bo
     if not mask.any():
         raise BadItem(id, f"empty mask ({label})")
     return mask
+
+
+def _numbers(values: Sequence[Any]) -> bool:
+    """Whether all are finite numbers."""
+    return all(isinstance(one, int | float) and np.isfinite(one) for one in values)

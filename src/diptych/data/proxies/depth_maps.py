@@ -34,7 +34,8 @@ Estimator = Callable[[Image.Image], Plane]
 
 
 def estimator(model: str | Path, device: str = "cpu") -> Estimator:
-    """A depth model of transformers, by folder or hub id; UserError when it cannot be read."""
+    """A depth model of transformers, by folder or hub id; UserError when it cannot be read, or when a library is missing
+    that it needs (DepthPro's processor needs torchvision)."""
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     try:
@@ -42,6 +43,8 @@ def estimator(model: str | Path, device: str = "cpu") -> Estimator:
         network = AutoModelForDepthEstimation.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no depth model of transformers ({error})") from error
+    except ImportError as error:
+        raise UserError(f"{model}: {' '.join(str(error).split())}") from error
     network = network.to(device).eval()
 
     @torch.no_grad()
