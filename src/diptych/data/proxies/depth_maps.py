@@ -34,8 +34,8 @@ Estimator = Callable[[Image.Image], Plane]
 
 
 def estimator(model: str | Path, device: str = "cpu") -> Estimator:
-    """A depth model of transformers, by folder or hub id; UserError when it cannot be read, or when a library is missing
-    that it needs (DepthPro's processor needs torchvision)."""
+    """A depth model of transformers, by folder or hub id; UserError when it cannot be read, or when a library that it
+    needs is missing (DepthPro's processor needs torchvision)."""
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     try:
