@@ -54,7 +54,7 @@ class Silent(ColorNamer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--size", type=int, default=512, help="side of the pictures")
     parser.add_argument("--short", type=int, default=800, help="side that the detector sees")
     parser.add_argument("--batch", default="1,2,4")
@@ -91,7 +91,9 @@ def main() -> None:
                     "objects": objects,
                 }
             )
-            print(f"{batch:>6}{args.pictures / seconds:>12.3f}{outside:>15.1%}{objects:>17.1f}")
+            print(f"{batch:>6}{args.pictures / seconds:>12.3f}{outside:>15.1%}{objects:>17.1f}", flush=True)
+            if not objects:
+                print("       nothing was read out: with objects, more time is spent outside the models")
     print(json.dumps({"size": args.size, "short": args.short, "rows": rows, **machine(args.device)}))
 
 

@@ -119,15 +119,22 @@ def read_out(
     inside = logits > 0
     area = inside.sum((1, 2))
     certainty = (logits.sigmoid() * inside).sum((1, 2)) / area.clamp(min=1)
-    scores = (top * certainty).cpu()
-    kept = [int(k) for k in scores.argsort(descending=True) if scores[k] > threshold and area[k] > 0]
-    found: list[Detection] = []
-    for k in kept:
-        mask = inside[k].cpu().numpy()
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        found.append(Detection(label=int(labels[k]), score=float(scores[k]), box=box, mask=mask))
-    return found
+    scores = top * certainty
+    order = scores.argsort(descending=True)
+    kept = order[(scores[order] > threshold) & (area[order] > 0)]
+    masks = inside[kept]
+    (top_edge, bottom), (left, right) = ends(masks.any(2)), ends(masks.any(1))
+    boxes = torch.stack([left, top_edge, right, bottom], 1).tolist()  # one transfer each, not one per object
+    found = zip(labels[kept].tolist(), scores[kept].tolist(), boxes, masks.cpu().numpy(), strict=True)
+    return [
+        Detection(label=label, score=score, box=(float(x0), float(y0), float(x1), float(y1)), mask=mask)
+        for label, score, (x0, y0, x1, y1), mask in found
+    ]
+
+
+def ends(lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Of lines (K, N) that hold something each, the first place that does and the one after the last, (K,) both."""
+    return lines.int().argmax(1), lines.shape[1] - lines.flip(1).int().argmax(1)
 
 
 class ColorNamer:
