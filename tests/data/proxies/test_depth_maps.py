@@ -104,7 +104,7 @@ def test_the_metric_model(tmp_path: Path) -> None:
     values = {"image_processor_type": "DepthProImageProcessor", "size": {"height": 64, "width": 64}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     if find_spec("torchvision") is None:
-        with pytest.raises(UserError, match="requires the Torchvision library"):
+        with pytest.raises(UserError, match="Missing optional dependencies: torchvision"):
             depth_maps.estimator(tmp_path)
         return
     found = depth_maps.estimator(tmp_path)(Image.new("RGB", (40, 30), "olive"))

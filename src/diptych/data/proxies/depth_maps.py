@@ -43,8 +43,6 @@ def estimator(model: str | Path, device: str = "cpu") -> Estimator:
         network = AutoModelForDepthEstimation.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no depth model of transformers ({error})") from error
-    except ImportError as error:
-        raise UserError(f"{model}: {' '.join(str(error).split())}") from error
     network = network.to(device).eval()
 
     @torch.no_grad()
