@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ def test_start_keeps_a_common_reference(tiny_plain: dict[str, Any], tmp_path: Pa
     saved(parse(tiny_plain), tmp_path / "first", ["decoder", "queries"])
     tiny_plain["start"] = str(tmp_path / "first")
     assert start(parse(tiny_plain)).config()["backbone"]["weights"] == tiny_plain["system"]["backbone"]["weights"]
+
+
+def test_start_wants_the_same_words(tiny_plain: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model, folder)
+    (file,) = folder.rglob("tokenizer.json")
+    content = json.loads(file.read_text())
+    ids = content["model"]["vocab"]
+    one, two = sorted(ids, key=ids.get)[-2:]
+    ids[one], ids[two] = ids[two], ids[one]
+    file.write_text(json.dumps(content))
+    tiny_plain["start"] = str(folder)
+    with pytest.raises(UserError, match=r"start: .*other: its tokenizer is not the recipe's"):
+        start(parse(tiny_plain))
 
 
 def test_the_seed_makes_the_weights(tiny_plain: dict[str, Any]) -> None:

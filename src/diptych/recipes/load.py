@@ -168,9 +168,26 @@ def start(recipe: Recipe) -> System:
         read_published(system, file)
         return system
     source, _ = load_system(recipe.start)
+    check_words(system, source, recipe.start)
     copy_weights(system, source, recipe.start)
     own_others(system, source)
     return system
+
+
+def check_words(system: System, source: System, name: str) -> None:
+    """UserError where the same ids are other words in `source`: its embeddings would stand for the wrong ones."""
+    own, others = words(system), words(source)
+    if own and others and own != others:
+        raise UserError(
+            f"start: {name}: its tokenizer is not the recipe's (other words, or other ids for them); name it as the "
+            "backbone's weights instead, which brings its tokenizer"
+        )
+
+
+def words(system: System) -> dict[str, int]:
+    """Words and ids of a system's tokenizer; none where it has no one tokenizer."""
+    tokenizer = getattr(system, "tokenizer", None) or getattr(getattr(system, "backbone", None), "tokenizer", None)
+    return dict(tokenizer.get_vocab()) if tokenizer is not None else {}
 
 
 def own_others(system: System, source: System) -> None:
