@@ -152,8 +152,8 @@ def main() -> None:
     if not args.no_training:
         extra |= training(max(3, args.repeats // 4))
         print(
-            f"toy, 32 px: {extra['toy_per_second']:.0f} samples/s/core; a batch of {BATCH} takes {extra['data_ms']:.0f} ms, "
-            f"a step {extra['step_ms']:.0f} ms; starved {extra['starved']:.0%}"
+            f"toy, 32 px: {extra['toy_per_second']:.0f} samples/s/core; a batch of {BATCH} takes "
+            f"{extra['data_ms']:.0f} ms, a step {extra['step_ms']:.0f} ms; starved {extra['starved']:.0%}"
         )
     print(
         json.dumps({"benchmark": "proxies", "side": args.side, "images_per_second": found, **extra, **machine("cpu")})

@@ -134,7 +134,7 @@ def test_the_language_is_closed() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="text_only is a share between 0 and 1, not 3"):
         ToyWorld(0, text_only=3)
-    with pytest.raises(UserError, match="about a short caption 'colour'. Did you mean 'color'"):
+    with pytest.raises(UserError, match=r"about a short caption 'colour'\. Did you mean 'color'"):
         ToyWorld(0, asked=["colour"])  # pyright: ignore[reportArgumentType]
     for empty in ({"turns": 0}, {"asked": []}):
         with pytest.raises(UserError, match="at least one turn"):

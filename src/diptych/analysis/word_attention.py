@@ -81,7 +81,7 @@ class WordAttention:
 
     def categories(self, share: Tensor) -> dict[str, float]:
         """Shares (L,) of tokens summed by category; they sum to 1."""
-        found = dict.fromkeys(CATEGORIES, 0.0)
+        found: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
         for value, owner in zip(share.tolist(), self.owners, strict=True):
             if owner is not None:
                 found[self.prompt.words[owner].category] += value

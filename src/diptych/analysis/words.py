@@ -118,17 +118,18 @@ def parse(line: str) -> Prompt:
     text, at = "", 0
     for found in MARK.finditer(line):
         text += line[at : found.start()]
-        category = found[2].strip()
-        if category not in CATEGORIES:
-            raise unknown("category", category, CATEGORIES, f"prompt {line!r}")
-        marks.append((len(text), len(text) + len(found[1]), category))  # type: ignore[arg-type]
+        named = found[2].strip()
+        category: Category | None = next((known for known in CATEGORIES if known == named), None)
+        if category is None:
+            raise unknown("category", named, CATEGORIES, f"prompt {line!r}")
+        marks.append((len(text), len(text) + len(found[1]), category))
         text, at = text + found[1], found.end()
     text += line[at:]
     spans = [(found[0], found.start(), found.end()) for found in WORD.finditer(text)]
     if not spans:
         raise UserError(f"prompt {line!r}: has no words")
     if marks:
-        words = [Word(word, a, b, next((c for x, y, c in marks if x <= a < y), "other")) for word, a, b in spans]
+        words = [Word(word, a, b, _marked(a, marks)) for word, a, b in spans]
         return Prompt(text, tuple(words))
     kinds = [_kind(word.lower()) for word, _, _ in spans]
     for place, (now, after) in enumerate(pairwise([*kinds, "other"])):
@@ -136,6 +137,12 @@ def parse(line: str) -> Prompt:
             kinds[place] = "object"
         assert now in CATEGORIES
     return Prompt(text, tuple(Word(*span, kind) for span, kind in zip(spans, kinds, strict=True)))
+
+
+def _marked(at: int, marks: Sequence[tuple[int, int, Category]]) -> Category:
+    """The category that the word at a place was marked with."""
+    found: list[Category] = [category for start, stop, category in marks if start <= at < stop]
+    return found[0] if found else "other"
 
 
 def _kind(word: str) -> Category:
