@@ -28,7 +28,7 @@ TURNS = 3
 """Most questions in one conversation about a scene."""
 TOLD_QUESTIONS: tuple[QuestionKind, ...] = ("count", "color", "relation", "existence", "background")
 """What a short caption can be asked for."""
-TOLD_KINDS: tuple[Kind, ...] = (*KINDS, *("position", "color_attribution") * 2)
+TOLD_KINDS: tuple[Kind, ...] = (*KINDS, *KINDS[-2:], *KINDS[-2:])
 """Kinds of short captions that conversations are about: most name two things, as whose colour is whose comes last."""
 
 
