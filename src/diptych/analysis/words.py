@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, get_args
 
 from diptych.core.errors import UserError, unknown
@@ -131,11 +130,10 @@ def parse(line: str) -> Prompt:
     if marks:
         words = [Word(word, a, b, _marked(a, marks)) for word, a, b in spans]
         return Prompt(text, tuple(words))
-    kinds = [_kind(word.lower()) for word, _, _ in spans]
-    for place, (now, after) in enumerate(pairwise([*kinds, "other"])):
+    kinds: list[Category] = [_kind(word.lower()) for word, _, _ in spans]
+    for place, after in enumerate([*kinds[1:], "other"]):
         if spans[place][0].lower() in ("orange", "oranges") and after != "object":
             kinds[place] = "object"
-        assert now in CATEGORIES
     return Prompt(text, tuple(Word(*span, kind) for span, kind in zip(spans, kinds, strict=True)))
 
 
