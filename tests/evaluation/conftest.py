@@ -106,7 +106,7 @@ def bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 def tiny_eyes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Folders of a Mask2Former and of a CLIP with random weights."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import (
         CLIPConfig,
         CLIPModel,
@@ -153,6 +153,9 @@ def tiny_eyes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(  # CLIP reads a text at its end, which padding must not move
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
     )
