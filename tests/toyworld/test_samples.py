@@ -118,6 +118,38 @@ def test_lessons_about_short_captions() -> None:
             assert f"{sample.messages[1].text} {asked}" in statement
 
 
+def test_lessons_about_edits() -> None:
+    world = ToyWorld(3, edited=1.0, told=0.0, text_only=0.5)
+    told: set[bool] = set()
+    for index in range(100):
+        sample = world.sample("understand", index)
+        edit = Edit.from_dict(sample.extra["edit"])
+        asked, answered = sample.messages[::2], sample.messages[1::2]
+        told.add(sample.extra["text_only"])
+        assert f"{edit.instruction}. " in asked[0].text
+        assert Scene.from_dict(sample.extra["scene"]) == edit.source
+        if sample.extra["text_only"]:
+            assert not sample.context_images
+        else:
+            assert torch.equal(sample.context_images[0], render(edit.source))
+        if asked[-1].text.endswith(DESCRIBE):
+            assert [turn.text for turn in answered] == [describe(edit.target)]
+        else:
+            cells = [next(i for i, cell in enumerate(CELLS) if turn.text.endswith(f"the {cell}?")) for turn in asked]
+            assert [turn.text for turn in answered] == [ask_place(edit.target, cell).answer for cell in cells]
+    assert told == {True, False}
+
+
+def test_lessons_that_imagine_what_a_caption_leaves_open() -> None:
+    world = ToyWorld(4, imagined=1.0, told=1.0, text_only=1.0)
+    for index in range(60):
+        sample = world.sample("understand", index)
+        assert [turn.role for turn in sample.messages] == ["user", "assistant"]
+        assert sample.messages[0].text.endswith(f". {DESCRIBE}")
+        assert sample.messages[1].text == describe(Scene.from_dict(sample.extra["scene"]))
+        assert not held_out(sample.extra["key"])
+
+
 def test_the_language_is_closed() -> None:
     known = set(vocabulary())
     assert len(known) < 100

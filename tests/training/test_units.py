@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from diptych.core.draws import Draws
@@ -27,7 +30,7 @@ from diptych.training.loop import freeze, stop_signal
 from diptych.training.metrics import Metrics, read_metrics
 from diptych.training.optimizers import build_optimizers, set_rate, trainable
 from diptych.training.schedule import factor
-from diptych.training.step import Report, mean_losses, not_finite, weight
+from diptych.training.step import Report, mean_losses, not_finite, precision, weight
 
 
 def test_muon_takes_the_matrices_inside_blocks(tiny_plain: dict[str, Any]) -> None:
@@ -80,6 +83,24 @@ def test_ema_by_hand() -> None:
     assert parameter.item() == -1.0
     ema.copy_in()
     assert parameter.item() == pytest.approx(expected)
+
+
+def test_bf16_on_a_cpu_writes_attention_out() -> None:
+    q = torch.randn(2, 2, 8, 16, requires_grad=True)
+
+    def kernel(mixed: str) -> tuple[str, torch.dtype]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with precision(Accelerator(mixed_precision=mixed, cpu=True)):
+            out = F.scaled_dot_product_attention(q, q, q)
+        assert out.grad_fn is not None
+        return out.grad_fn.name(), out.dtype
+
+    fused, plain = kernel("no"), kernel("bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "Flash" in fused[0]
+    assert fused[1] == torch.float32
+    assert "Flash" not in plain[0]
+    assert plain[1] == torch.bfloat16
 
 
 def test_schedules() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -54,11 +54,19 @@ class Sample:
 
     def to(self, device: torch.device | str) -> Sample:
         """The same sample with its tensors on `device`."""
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        """Target image, context images and latent, as far as there are any, in the order of `mapped`."""
+        return [one for one in (self.image, *self.context_images, self.latent) if one is not None]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same sample with each of its tensors changed, in the order of `tensors`."""
         return replace(
             self,
-            image=None if self.image is None else self.image.to(device),
-            context_images=tuple(image.to(device) for image in self.context_images),
-            latent=None if self.latent is None else self.latent.to(device),
+            image=None if self.image is None else change(self.image),
+            context_images=tuple(change(image) for image in self.context_images),
+            latent=None if self.latent is None else change(self.latent),
         )
 
 
@@ -113,5 +121,15 @@ class Batch:
         return torch.stack(tensors)  # (B, 3, H, W)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
-        return Batch(tuple(sample.to(device) for sample in self.samples))
+        """The same batch with its tensors on `device`; those of one shape travel together."""
+        if all(tensor.device == torch.device(device) for sample in self.samples for tensor in sample.tensors()):
+            return self
+        found: dict[tuple[Any, ...], list[Tensor]] = {}
+        for tensor in (tensor for sample in self.samples for tensor in sample.tensors()):
+            found.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
+        moved = {key: iter(torch.stack(group).to(device).unbind()) for key, group in found.items()}
+
+        def move(tensor: Tensor) -> Tensor:
+            return next(moved[tuple(tensor.shape), tensor.dtype, tensor.device])
+
+        return Batch(tuple(sample.mapped(move) for sample in self.samples))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from diptych.core.errors import UserError
@@ -53,21 +55,29 @@ def steps(
     for step, drawn in zip(range(start, stop), loader, strict=True):
         if isinstance(drawn, UserError):
             raise drawn
+        drawn = _changed(drawn, torch.from_numpy)
         mixture.record(drawn)
         yield step, drawn.batch, drawn.keys
 
 
 class _Steps(Dataset[Drawn | UserError]):
-    """Steps by number. A user's mistake is returned, for a worker would wrap what it raises in a traceback."""
+    """Steps by number, images as arrays: each tensor would take a shared file of its own to the training process.
+
+    A user's mistake is returned, for a worker would wrap what it raises in a traceback.
+    """
 
     def __init__(self, mixture: Mixture, rank: int, world: int) -> None:
         self.mixture, self.rank, self.world = mixture, rank, world
 
     def __getitem__(self, index: int) -> Drawn | UserError:
         try:
-            return self.mixture.draw(index, self.rank, self.world)
+            return _changed(self.mixture.draw(index, self.rank, self.world), torch.Tensor.numpy)
         except UserError as error:
             return error
+
+
+def _changed(drawn: Drawn, change: Callable[[Any], Any]) -> Drawn:
+    return replace(drawn, batch=Batch(tuple(sample.mapped(change) for sample in drawn.batch)))
 
 
 def _as_is(drawn: Any) -> Any:

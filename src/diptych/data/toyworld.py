@@ -19,7 +19,7 @@ class ToyWorldSource(Source):
         seed: of the world; another seed is another stream of items.
         size: side of its images in pixels.
         start: first item, so that held-out items can follow those of training.
-        text_only, told, asked, turns, full, captions: as of `ToyWorld`.
+        text_only, told, asked, turns, full, captions, edited, imagined: as of `ToyWorld`.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class ToyWorldSource(Source):
         turns: int = 5,
         full: float = 0.25,
         captions: float = 0.15,
+        edited: float = 0.0,
+        imagined: float = 0.0,
         name: str | None = None,
     ) -> None:
         self.name = name or "toyworld"
@@ -45,7 +47,16 @@ class ToyWorldSource(Source):
         if count < 1 or start < 0:
             raise UserError(f"{self.name}: count {count} must be at least 1 and start {start} at least 0")
         self.world = ToyWorld(
-            seed, size, text_only=text_only, told=told, asked=asked, turns=turns, full=full, captions=captions
+            seed,
+            size,
+            text_only=text_only,
+            told=told,
+            asked=asked,
+            turns=turns,
+            full=full,
+            captions=captions,
+            edited=edited,
+            imagined=imagined,
         )
         self.seed, self.size, self.start, self.count = seed, size, start, count
         self.dropped: Mapping[str, str] = {}

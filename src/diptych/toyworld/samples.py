@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,10 @@ class ToyWorld:
         full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
         captions: share of `understand` samples, but for those told by a short caption, that ask for all there is:
             half of them for a description, half what is in each cell, in any order.
+        edited: share of `understand` samples, but for those told by a short caption, in which an instruction follows
+            the image or the text, and all there would be after it is asked for.
+        imagined: share of the texts that are short captions whose scene is to be described whole: what a caption
+            leaves open is any of what it allows.
     """
 
     def __init__(
@@ -60,8 +65,11 @@ class ToyWorld:
         turns: int = 5,
         full: float = 0.25,
         captions: float = 0.15,
+        edited: float = 0.0,
+        imagined: float = 0.0,
     ) -> None:
-        for name, share in (("text_only", text_only), ("told", told), ("full", full), ("captions", captions)):
+        shares = {"text_only": text_only, "told": told, "full": full, "captions": captions}
+        for name, share in {**shares, "edited": edited, "imagined": imagined}.items():
             if not 0 <= share <= 1:
                 raise UserError(f"toyworld: {name} is a share between 0 and 1, not {share}")
         for kind in asked or ():
@@ -79,12 +87,15 @@ class ToyWorld:
         self.turns = turns
         self.full = full
         self.captions = captions
+        self.edited = edited
+        self.imagined = imagined
 
     def sample(self, task: Task, index: int) -> Sample:
         """The sample at `index` of a task's stream.
 
         `extra` holds `scene` as plain values, and by task `key` (text_to_image: the statement's, None for a full
-        description), `edit` (for `Edit.from_dict`), `question_kinds` and `text_only` (understand).
+        description), `edit` (for `Edit.from_dict`; also of an `edited` conversation), `question_kinds` and `text_only`
+        (understand).
         """
         rng = generator(self.seed, task, index)
         name = f"toyworld:{task}:{self.seed}:{index}"
@@ -128,13 +139,21 @@ class ToyWorld:
         text_only = bool(rng.random() < self.text_only)
         statement: Statement | None = None
         asked: list[Question] = []
+        change = ""
         if text_only and rng.random() < self.told:
+            imagined = self.imagined and rng.random() < self.imagined
             while not asked:  # some captions answer none of the wanted kinds
-                statement = draw_statement(rng, pick(rng, TOLD_KINDS))
-                asked = self._told(statement, rng)
+                statement = draw_statement(rng, pick(rng, KINDS if imagined else TOLD_KINDS))
+                asked = [Question(kind="caption", text=DESCRIBE, answer="")] if imagined else self._told(statement, rng)
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
-        if not statement:
+        if statement and asked[0].kind == "caption":
+            asked = [replace(asked[0], answer=describe(scene))]
+        elif not statement and self.edited and rng.random() < self.edited:
+            made = random_edit(rng)
+            scene, change, asked = made.source, f"{made.instruction}. ", _description(made.target, rng)
+            extra |= {"scene": scene.to_dict(), "edit": made.to_dict()}
+        elif not statement:
             asked = _description(scene, rng) if rng.random() < self.captions else _conversation(scene, rng)
         if text_only:
             order = rng.permutation(len(scene.objects)).tolist()
@@ -143,6 +162,7 @@ class ToyWorld:
             extra["key"] = statement.key if statement else None
         else:
             opening = f"{IMAGE_PLACEHOLDER}\n"
+        opening += change
         extra["question_kinds"] = [question.kind for question in asked]
         messages: list[Message] = []
         for turn, question in enumerate(asked):

@@ -23,8 +23,8 @@ class EMA:
         """Take the weights as they are now into the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter.detach().float(), 1 - decay)
+        now = [parameter.detach().float() for parameter in self.parameters.values()]
+        torch._foreach_lerp_([self.average[name] for name in self.parameters], now, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ from diptych.training.metrics import Metrics
 from diptych.training.optimizers import build_optimizers, set_rate, trainable
 from diptych.training.parallel import clip, prepare, shard
 from diptych.training.schedule import factor
-from diptych.training.step import backward, exchange, mean_losses, not_finite
+from diptych.training.step import backward, exchange, mean_losses, not_finite, precision
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def validate(system: System, batches: Sequence[Batch], seed: int, accelerator: A
     system.eval()
     for number, batch in enumerate(batches):
         draws = Draws([key(seed, number, row) for row in range(len(batch))], accelerator.device)
-        with accelerator.autocast():
+        with precision(accelerator):
             terms = system.losses(batch.to(accelerator.device), draws)
         for name, values in terms.items():
             found.setdefault(name, []).append(values.float())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Sample
@@ -46,6 +47,18 @@ class Report:
     stop: bool
 
 
+@contextmanager
+def precision(accelerator: Accelerator) -> Iterator[None]:
+    """The forward pass of a run in its precision.
+
+    In bfloat16 on a CPU attention is written out as matrix products: torch's fused kernel is six times slower backward
+    there than in float32 (docs/log.md).
+    """
+    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    with accelerator.autocast(), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        yield
+
+
 def backward(
     model: nn.Module, batch: Batch, keys: Sequence[int], config: StageConfig, accelerator: Accelerator
 ) -> dict[str, Tensor]:
@@ -63,7 +76,7 @@ def backward(
         more, more_keys = lent(own, own_keys) if shards else ((), ())
         draws = Draws([*own_keys, *more_keys], accelerator.device)
         with nullcontext() if start == starts[-1] else accelerator.no_sync(model):
-            with accelerator.autocast():
+            with precision(accelerator):
                 terms = model(Batch((*own.samples, *(one.to(accelerator.device) for one in more))), draws)
             strange = {one.task for one in more}
             counts = {name: 0.0 if task_of(name) in strange else weight(config.weights, name) for name in terms}

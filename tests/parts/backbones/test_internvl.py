@@ -114,6 +114,21 @@ def test_template_slots_and_learned_tokens(backbone: InternVL) -> None:
     assert not out.mask[1, length:].any()
 
 
+def test_requests_that_are_alike_are_tokenized_as_if_alone(backbone: InternVL) -> None:
+    one = [Message(role="user", text="<image>\nwhat color?"), Message(role="assistant", text="red")]
+    two = [*one, Message(role="user", text="red"), Message(role="assistant", text="red")]
+    small, large = torch.zeros(3, 32, 32), torch.zeros(3, 64, 64)
+    rows = [one, two, one, one]
+    images = [[small], [small], [large], [small]]
+    together = backbone.tokenize(rows, images=images)
+    for row, (conversation, image) in enumerate(zip(rows, images, strict=True)):
+        alone = backbone.tokenize([conversation], images=[image])
+        count = alone.ids.shape[1]
+        assert together.ids[row, :count].equal(alone.ids[0])
+        assert together.learned[row, :count].equal(alone.learned[0])
+        assert not together.mask[row, count:].any()
+
+
 def test_generation_prompt_is_a_prefix_of_the_learned_turn(backbone: InternVL) -> None:
     prompt = backbone.tokenize([asked("describe the image.")], generate=True).ids[0]
     whole = backbone.tokenize([asked("describe the image.", "\n a red circle")])

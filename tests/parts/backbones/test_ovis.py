@@ -24,7 +24,7 @@ from diptych.parts.backbones.visual_tokenizer import IMAGE, expand
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ovis_u1" / "visual_tokenizer_a.safetensors"
 TOKENIZER = train_tokenizer(["two yes"], 320)
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+CLOSE = {"rtol": 5e-5, "atol": 5e-5}
 
 
 @pytest.fixture(scope="module")

@@ -88,20 +88,23 @@ class Chat:
         """
         if len(slots) != len(conversations):
             raise UserError(f"{len(conversations)} conversations with images for {len(slots)}")
-        segments = [
-            self._segments(row, self._filled(row, messages, counts), generate, opening)
-            for row, (messages, counts) in enumerate(zip(conversations, slots, strict=True))
-        ]
-        flat = [segment.text for row in segments for segment in row]
+        known: dict[Any, list[Segment]] = {}  # requests of a batch are often alike: each is written out once
+        segments: list[list[Segment]] = []
+        for row, (messages, counts) in enumerate(zip(conversations, slots, strict=True)):
+            same = (tuple(messages), tuple(counts))
+            if same not in known:
+                known[same] = self._segments(row, self._filled(row, messages, counts), generate, opening)
+            segments.append(known[same])
+        flat = list(dict.fromkeys(segment.text for row in known.values() for segment in row))
         encoded: list[list[int]] = self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []  # type: ignore[assignment]
+        pieces = dict(zip(flat, encoded, strict=True))
         rows: list[list[int]] = []
         learned: list[list[bool]] = []
-        pieces = iter(encoded)
         for row, parts in enumerate(segments):
             ids: list[int] = []
             targets: list[bool] = []
             for part in parts:
-                piece = next(pieces)
+                piece = pieces[part.text]
                 ids += piece
                 targets += [part.learned] * len(piece)
             self._check_length(row, ids, max_length)
