@@ -8,7 +8,7 @@ import torch
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Task
 from diptych.toyworld.edits import EDIT_KINDS, Edit
-from diptych.toyworld.language import DESCRIBE, QUESTION_KINDS, ask_place, describe, vocabulary, words
+from diptych.toyworld.language import DESCRIBE, LIST, QUESTION_KINDS, ask_place, describe, slots, vocabulary, words
 from diptych.toyworld.render import render
 from diptych.toyworld.samples import ToyWorld
 from diptych.toyworld.scene import CELLS, Scene
@@ -148,6 +148,30 @@ def test_lessons_that_imagine_what_a_caption_leaves_open() -> None:
         assert sample.messages[0].text.endswith(f". {DESCRIBE}")
         assert sample.messages[1].text == describe(Scene.from_dict(sample.extra["scene"]))
         assert not held_out(sample.extra["key"])
+
+
+def test_lists_tell_every_slot_in_any_order() -> None:
+    world = ToyWorld(6, listed=1.0, captions=1.0, edited=0.5, imagined=0.5, text_only=0.5)
+    orders: set[tuple[str, ...]] = set()
+    for index in range(100):
+        sample = world.sample("understand", index)
+        if sample.extra["question_kinds"] != ["caption"]:
+            assert sample.extra["key"]  # a short caption that is asked for a part
+            continue
+        assert sample.messages[0].text.endswith(LIST)
+        scene = Scene.from_dict(sample.extra["scene"])
+        if "edit" in sample.extra:
+            scene = Edit.from_dict(sample.extra["edit"]).target
+        told = [part.rsplit(" ", 1) for part in sample.messages[1].text.split(", ")]
+        orders.add(tuple(slot for slot, _ in told))
+        assert sorted(slot for slot, _ in told) == sorted(slots())
+        found = dict(told)
+        assert found["background"] == scene.background
+        for cell, name in enumerate(CELLS):
+            thing = scene.at(cell)
+            wanted = (thing.colour, thing.shape) if thing else ("nothing", "nothing")
+            assert (found[f"{name} color"], found[f"{name} shape"]) == wanted
+    assert len(orders) > 50
 
 
 def test_the_language_is_closed() -> None:

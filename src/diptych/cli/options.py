@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from diptych.inference.engine import Engine
 
-MODEL = "shipped name (toy/iomm), run folder, folder in save_pretrained layout, or hub id"
+MODEL = "shipped name (toy/iomm), run folder or checkpoint, folder in save_pretrained layout, or hub id"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 

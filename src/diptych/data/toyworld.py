@@ -19,7 +19,7 @@ class ToyWorldSource(Source):
         seed: of the world; another seed is another stream of items.
         size: side of its images in pixels.
         start: first item, so that held-out items can follow those of training.
-        text_only, told, asked, turns, full, captions, edited, imagined: as of `ToyWorld`.
+        text_only, told, asked, turns, full, captions, edited, imagined, listed: as of `ToyWorld`.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class ToyWorldSource(Source):
         captions: float = 0.15,
         edited: float = 0.0,
         imagined: float = 0.0,
+        listed: float = 0.0,
         name: str | None = None,
     ) -> None:
         self.name = name or "toyworld"
@@ -57,6 +58,7 @@ class ToyWorldSource(Source):
             captions=captions,
             edited=edited,
             imagined=imagined,
+            listed=listed,
         )
         self.seed, self.size, self.start, self.count = seed, size, start, count
         self.dropped: Mapping[str, str] = {}

@@ -136,7 +136,7 @@ def build_system(
         return build_bagel(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=_tokenizer)
     assert isinstance(spec, ComposedSpec)
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
-    conditioner = build_conditioner(spec.conditioner, backbone.width, meta)
+    conditioner = build_conditioner(spec.conditioner, backbone, meta)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
     connector, connector_origin = build_connector(spec.connector, backbone.width, decoder.condition_width, meta)
@@ -266,13 +266,22 @@ def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
     return pooler, {**dataclasses.asdict(part), "config": pooler.config()}
 
 
-def build_conditioner(part: Part, width: int, meta: bool) -> Conditioner:
-    """A conditioner for an MLLM of this width."""
+def build_conditioner(part: Part, backbone: Backbone, meta: bool) -> Conditioner:
+    """A conditioner for an MLLM. Learned queries start as the embeddings of `words`, where these are set."""
     cls = _choose("conditioner", part.kind, CONDITIONERS)
+    where = f"conditioner {part.kind}"
+    config = part.config if part.kind == "raw" else {"width": backbone.width, **part.config}
+    words = config.pop("words", None) if part.kind in ("metaquery", "residual_query_adapter") else None
     with torch.device("meta" if meta else "cpu"):
-        return _call(
-            cls, f"conditioner {part.kind}", {"width": width, **part.config} if part.kind != "raw" else part.config
-        )
+        conditioner = _call(cls, where, config)
+    if words is not None and not meta:
+        assert isinstance(conditioner, LearnableQueries | ResidualQueryAdapter)
+        ids = backbone.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        if len(ids) != conditioner.count:
+            raise UserError(f"{where}: the words are {len(ids)} tokens, for {conditioner.count} queries")
+        with torch.no_grad():
+            conditioner.queries.copy_(backbone.embed(ids[None])[0])
+    return conditioner
 
 
 def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -45,7 +45,8 @@ def load(model: str, *, device: str = "cpu") -> Engine:
     """A model that generates, edits and answers.
 
     Args:
-        model: a shipped name (`toy/iomm`), a run folder, a folder in save_pretrained layout, or a hub id.
+        model: a shipped name (`toy/iomm`), a run folder or one of its checkpoints, a folder in save_pretrained layout,
+            or a hub id.
     """
     system, sampling = load_system(model)
     return Engine(system.to(device), sampling, model)
@@ -64,8 +65,9 @@ def load_system(model: str) -> tuple[System, Sampling]:
     if (folder / "model" / "config.json").is_file():
         return _from_folder(folder / "model", model)
     found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
-    if found:
-        return from_checkpoint(found[-1], model), parse(state.read_recipe(found[-1]), model).sampling
+    checkpoint = folder if state.is_checkpoint(folder) else found[-1] if found else None
+    if checkpoint:
+        return from_checkpoint(checkpoint, model), parse(state.read_recipe(checkpoint), model).sampling
     raise UserError(f"{model}: no model here (neither config.json nor a run's checkpoints)")
 
 

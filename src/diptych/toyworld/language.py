@@ -20,6 +20,7 @@ QuestionKind = Literal["count", "color", "position", "relation", "existence", "p
 
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 DESCRIBE = "describe the image."
+LIST = "what is where?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,25 @@ def describe(scene: Scene, order: Sequence[int] | None = None) -> str:
     parts = [f"{with_article(named(found.thing))} at the {CELLS[found.cell]}" for found in told]
     listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part) if parts else "nothing"
     return f"{listed} on {with_article(scene.background)} background"
+
+
+def slots() -> tuple[str, ...]:
+    """What a list tells of: the colour and the shape in each cell, and the background."""
+    return (*(f"{cell} {what}" for cell in CELLS for what in ("color", "shape")), "background")
+
+
+def listing(scene: Scene, order: Sequence[int]) -> str:
+    """Each slot with what is in it: "top left color red, background gray, top left shape circle, ...".
+
+    Args:
+        order: of `slots`.
+    """
+    told: list[str] = []
+    for cell in range(len(CELLS)):
+        found = scene.at(cell)
+        told += [found.colour, found.shape] if found else ["nothing", "nothing"]
+    told.append(scene.background)
+    return ", ".join(f"{slots()[at]} {told[at]}" for at in order)
 
 
 def references(scene: Scene, found: Object) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Message, Sample, Task
 from diptych.toyworld.edits import random_edit
 from diptych.toyworld.language import (
     DESCRIBE,
+    LIST,
     QUESTION_KINDS,
     Question,
     QuestionKind,
@@ -20,6 +20,8 @@ from diptych.toyworld.language import (
     ask_place,
     ask_statement,
     describe,
+    listing,
+    slots,
 )
 from diptych.toyworld.render import render
 from diptych.toyworld.scene import CELLS, Scene, generator, pick
@@ -52,6 +54,7 @@ class ToyWorld:
             the image or the text, and all there would be after it is asked for.
         imagined: share of the texts that are short captions whose scene is to be described whole: what a caption
             leaves open is any of what it allows.
+        listed: share of the requests for all there is that are for a list of slots (`language.listing`), in any order.
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class ToyWorld:
         captions: float = 0.15,
         edited: float = 0.0,
         imagined: float = 0.0,
+        listed: float = 0.0,
     ) -> None:
         shares = {"text_only": text_only, "told": told, "full": full, "captions": captions}
-        for name, share in {**shares, "edited": edited, "imagined": imagined}.items():
+        for name, share in {**shares, "edited": edited, "imagined": imagined, "listed": listed}.items():
             if not 0 <= share <= 1:
                 raise UserError(f"toyworld: {name} is a share between 0 and 1, not {share}")
         for kind in asked or ():
@@ -89,6 +93,7 @@ class ToyWorld:
         self.captions = captions
         self.edited = edited
         self.imagined = imagined
+        self.listed = listed
 
     def sample(self, task: Task, index: int) -> Sample:
         """The sample at `index` of a task's stream.
@@ -144,17 +149,19 @@ class ToyWorld:
             imagined = self.imagined and rng.random() < self.imagined
             while not asked:  # some captions answer none of the wanted kinds
                 statement = draw_statement(rng, pick(rng, KINDS if imagined else TOLD_KINDS))
-                asked = [Question(kind="caption", text=DESCRIBE, answer="")] if imagined else self._told(statement, rng)
+                asked = [] if imagined else self._told(statement, rng)
+                if imagined:
+                    break
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
-        if statement and asked[0].kind == "caption":
-            asked = [replace(asked[0], answer=describe(scene))]
+        if statement and not asked:
+            asked = [self._whole(scene, rng)]
         elif not statement and self.edited and rng.random() < self.edited:
             made = random_edit(rng)
-            scene, change, asked = made.source, f"{made.instruction}. ", _description(made.target, rng)
+            scene, change, asked = made.source, f"{made.instruction}. ", self._everything(made.target, rng)
             extra |= {"scene": scene.to_dict(), "edit": made.to_dict()}
         elif not statement:
-            asked = _description(scene, rng) if rng.random() < self.captions else _conversation(scene, rng)
+            asked = self._everything(scene, rng) if rng.random() < self.captions else _conversation(scene, rng)
         if text_only:
             order = rng.permutation(len(scene.objects)).tolist()
             told = pick(rng, statement.wordings) if statement else describe(scene, order)
@@ -171,6 +178,23 @@ class ToyWorld:
         images = () if text_only else (render(scene, self.size),)
         return Sample(id=name, task="understand", context_images=images, messages=tuple(messages), extra=extra)
 
+    def _everything(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
+        """The whole scene in one answer, or the contents of the four cells in any order.
+
+        A description names a cell after what is in it, so it can be told without finding a named cell; the others
+        cannot.
+        """
+        if rng.random() < 0.5 or (self.listed and rng.random() < self.listed):
+            return [self._whole(scene, rng)]
+        return [ask_place(scene, cell) for cell in rng.permutation(len(CELLS)).tolist()]
+
+    def _whole(self, scene: Scene, rng: np.random.Generator) -> Question:
+        """The description, or the list."""
+        if self.listed and rng.random() < self.listed:
+            order = rng.permutation(len(slots())).tolist()
+            return Question(kind="caption", text=LIST, answer=listing(scene, order))
+        return Question(kind="caption", text=DESCRIBE, answer=describe(scene))
+
     def _told(self, statement: Statement, rng: np.random.Generator) -> list[Question]:
         """Up to `turns` unlike questions of the wanted kinds about what a short caption says."""
         unlike: dict[str, Question] = {}
@@ -180,16 +204,6 @@ class ToyWorld:
                 if question and len(unlike) < self.turns:
                     unlike[question.text] = question
         return list(unlike.values())
-
-
-def _description(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """The description, or the contents of the four cells in any order.
-
-    A description names a cell after what is in it, so it can be told without finding a named cell; the other cannot.
-    """
-    if rng.random() < 0.5:
-        return [Question(kind="caption", text=DESCRIBE, answer=describe(scene))]
-    return [ask_place(scene, cell) for cell in rng.permutation(len(CELLS)).tolist()]
 
 
 def _conversation(scene: Scene, rng: np.random.Generator) -> list[Question]:

@@ -150,7 +150,12 @@ def read_back(checkpoint: Path, weights: dict[str, nn.Parameter]) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "progress.json").is_file())
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if is_checkpoint(path))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return (folder / "progress.json").is_file()
 
 
 def read_progress(checkpoint: Path) -> Progress:

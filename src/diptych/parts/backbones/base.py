@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from diptych.core.sample import Message
 
@@ -69,6 +70,11 @@ class Backbone(nn.Module, abc.ABC):
     """Longest sequence the language model takes, in tokens."""
     position_axes: int = 1
     """3 where rotary positions are by time, row and column."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the language model; UserError where it was built without one."""
 
     @abc.abstractmethod
     def tokenize(
