@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Sample
@@ -29,6 +30,7 @@ from diptych.recipes.run import set_checkpointing
 from diptych.recipes.schema import read
 from diptych.systems.composed import ComposedSystem
 from diptych.training.loop import freeze
+from diptych.training.step import precision
 from measure import Peak, machine, synchronize
 
 RECIPE = "iomm/b_pretrain_image"
@@ -105,7 +107,7 @@ def step(system: ComposedSystem, batch: Batch, device: str) -> dict[str, float]:
     system.zero_grad(set_to_none=True)
     synchronize(device)
     begin = time.perf_counter()
-    with torch.autocast(device, torch.bfloat16):
+    with precision(Accelerator(mixed_precision="bf16", cpu=device == "cpu")):
         loss = system.losses(batch, Draws([0], device))["flow.image"].mean()
     synchronize(device)
     middle = time.perf_counter()
