@@ -24,7 +24,8 @@ class EMA:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         now = [parameter.detach().float() for parameter in self.parameters.values()]
-        torch._foreach_lerp_([self.average[name] for name in self.parameters], now, 1 - decay)
+        before = [self.average[name] for name in self.parameters]
+        torch._foreach_lerp_(before, now, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
