@@ -124,9 +124,10 @@ def request(system: ComposedSystem, size: int, device: str) -> Batch:
 def step(system: ComposedSystem, batch: Batch, device: str) -> dict[str, float]:
     """Seconds of the forward and of the backward pass, and the loss."""
     system.zero_grad(set_to_none=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
     synchronize(device)
     begin = time.perf_counter()
-    with precision(Accelerator(mixed_precision="bf16", cpu=device == "cpu")):
+    with precision(accelerator):
         loss = system.losses(batch, Draws([0], device))["flow.image"].mean()
     synchronize(device)
     middle = time.perf_counter()

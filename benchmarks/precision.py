@@ -3,8 +3,8 @@
     python benchmarks/precision.py [--batch N] [--repeats N] [--device cuda]
 
 On a CPU a run in bfloat16 writes attention out as matrix products (`training.step.precision`); elsewhere the last two
-are the same. The ways take turns in one process, on one thread; a ratio is of the
-fastest steps, float32 over the other. The last line is JSON.
+are the same. The ways take turns in one process, on one thread; a ratio is of the fastest steps, float32 over the
+other. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -26,21 +24,11 @@ from training_step import Training
 WAYS = ("fp32", "bf16 fused", "bf16")
 
 
-@contextmanager
-def way(name: str, device: str) -> Iterator[None]:
-    """A forward pass in one of WAYS."""
-    if name == "bf16":
-        with precision(Accelerator(mixed_precision="bf16", cpu=device == "cpu")):
-            yield
-        return
-    with torch.autocast(device, torch.bfloat16, enabled=name != "fp32"):
-        yield
-
-
-def step(work: Training, name: str) -> float:
-    """Seconds of one step."""
+def step(work: Training, name: str, accelerator: Accelerator) -> float:
+    """Seconds of one step in one of WAYS."""
     begin = time.perf_counter()
-    with way(name, work.device):
+    fused = torch.autocast(work.device, torch.bfloat16, enabled=name != "fp32")
+    with precision(accelerator) if name == "bf16" else fused:
         loss = work.system.losses(work.batch, Draws(range(len(work.batch)), work.device))["flow.image"].float().mean()
     loss.backward()
     work.optimizer.step()
@@ -57,10 +45,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     work = Training("toy", arguments.batch, arguments.device)
-    times = {name: [step(work, name)] for name in WAYS}  # the first is a warm-up
+    accelerator = Accelerator(mixed_precision="bf16", cpu=arguments.device == "cpu")
+    times = {name: [step(work, name, accelerator)] for name in WAYS}  # the first is a warm-up
     for _ in range(arguments.repeats):
         for name in WAYS:
-            times[name].append(step(work, name))
+            times[name].append(step(work, name, accelerator))
     best = {name: min(found[1:]) for name, found in times.items()}
     results = {}
     print(f"{'way':12} {'seconds':>8} {'samples/s':>10} {'ratio':>7}")

@@ -146,12 +146,10 @@ class ToyWorld:
         asked: list[Question] = []
         change = ""
         if text_only and rng.random() < self.told:
-            imagined = self.imagined and rng.random() < self.imagined
-            while not asked:  # some captions answer none of the wanted kinds
-                statement = draw_statement(rng, pick(rng, KINDS if imagined else TOLD_KINDS))
-                asked = [] if imagined else self._told(statement, rng)
-                if imagined:
-                    break
+            if self.imagined and rng.random() < self.imagined:
+                statement = draw_statement(rng, pick(rng, KINDS))
+            else:
+                statement, asked = self._told(rng)
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
         if statement and not asked:
@@ -195,15 +193,18 @@ class ToyWorld:
             return Question(kind="caption", text=LIST, answer=listing(scene, order))
         return Question(kind="caption", text=DESCRIBE, answer=describe(scene))
 
-    def _told(self, statement: Statement, rng: np.random.Generator) -> list[Question]:
-        """Up to `turns` unlike questions of the wanted kinds about what a short caption says."""
+    def _told(self, rng: np.random.Generator) -> tuple[Statement, list[Question]]:
+        """A short caption, and up to `turns` unlike questions of the wanted kinds about what it says."""
         unlike: dict[str, Question] = {}
-        for _ in range(self.turns):
-            for at in rng.permutation(len(self.asked)).tolist():
-                question = ask_statement(statement, self.asked[at], rng)
-                if question and len(unlike) < self.turns:
-                    unlike[question.text] = question
-        return list(unlike.values())
+        while True:  # some captions answer none of the wanted kinds
+            statement = draw_statement(rng, pick(rng, TOLD_KINDS))
+            for _ in range(self.turns):
+                for at in rng.permutation(len(self.asked)).tolist():
+                    question = ask_statement(statement, self.asked[at], rng)
+                    if question and len(unlike) < self.turns:
+                        unlike[question.text] = question
+            if unlike:
+                return statement, list(unlike.values())
 
 
 def _conversation(scene: Scene, rng: np.random.Generator) -> list[Question]:
