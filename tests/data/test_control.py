@@ -22,8 +22,8 @@ from diptych.data.parquet import ParquetSource
 from diptych.data.proxies.pictures import DepthMaps
 from diptych.data.source import ItemDraws
 from diptych.data.webdataset import WebDatasetSource
-from diptych.recipes.build import build_source
 from diptych.recipes.recipe import DataSpec, SourceSpec
+from diptych.recipes.sources import build_source
 
 SIZE = (24, 32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Batch
+from diptych.core.sample import Batch, Sample
 from diptych.inference.engine import Engine, Sampling, from_pil, to_pil
 from diptych.recipes.load import load
 
@@ -82,6 +83,67 @@ def test_rules_negatives_and_several_images(engine: Engine, encoded: list[list[s
     encoded.clear()
     engine.edit([[picture], [picture, picture]], ["a", "b"], cfg=3.0, image_cfg=2.0, **options)
     assert encoded == [["edit 0:blurry"], ["edit 0:a+", "edit 1:b++"], ["edit 0:blurry+", "edit 1:blurry++"]]
+
+
+@pytest.fixture
+def thinking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    prompts = replace(engine.system.settings.prompts, think="what is in {text}?")
+    monkeypatch.setattr(engine.system, "settings", replace(engine.system.settings, prompts=prompts))
+    return engine
+
+
+def test_every_image_has_a_thought_of_its_own(thinking: Engine, encoded: list[list[str]]) -> None:
+    thoughts: list[str] = []
+    options: dict[str, Any] = {"n": 3, "think": 6, "think_temperature": 2.0, "cfg": 1.0}
+    images = pixels(thinking.generate(PROMPTS, thoughts=thoughts, batch_size=2, **options))
+    assert len(images) == len(thoughts) == 9
+    assert len(set(thoughts)) > 6
+    ids = [f"prompt {i}" for i in range(3) for _ in range(3)]
+    assert [one for call in encoded for one in call] == [
+        f"{name}:{text}" for name, text in zip(ids, thoughts, strict=True)
+    ]
+    again: list[str] = []
+    apart = np.abs(pixels(thinking.generate(PROMPTS, thoughts=again, batch_size=16, **options)) - images)
+    assert again == thoughts, "the same numbers, whatever the batch"
+    assert apart.max() <= 1
+    one: list[str] = []
+    thinking.generate(PROMPTS[:1], thoughts=one, **options)
+    assert one == thoughts[:3]
+
+
+def test_likeliest_thoughts_of_images_of_several_sizes(thinking: Engine) -> None:
+    samples = [
+        Sample(id=str(i), task="text_to_image", text=text, size=(16 * (1 + i % 2),) * 2)
+        for i, text in enumerate(PROMPTS)
+    ]
+    thoughts: list[str] = []
+    thinking.tensors(samples, n=2, seed=0, think=4, thoughts=thoughts)
+    assert thoughts[::2] == thoughts[1::2]
+    alone: list[str] = []
+    for sample in samples:
+        thinking.tensors([sample], n=1, seed=0, think=4, thoughts=alone)
+    assert thoughts[::2] == alone
+
+
+def test_thoughts_that_cannot_be(engine: Engine, thinking: Engine) -> None:
+    with pytest.raises(UserError, match="think_temperature must not be negative"):
+        thinking.generate("a red circle", think=4, think_temperature=-1.0)
+    with pytest.raises(UserError, match="no thinking mode for questions"):
+        thinking.ask(None, "how many?", think=True)
+
+
+def test_requests_with_images_have_no_thought(thinking: Engine) -> None:
+    picture = from_pil(Image.new("RGB", (32, 32), "red"))
+    edit = Sample(id="a", task="edit", text="paint it", context_images=(picture,))
+    thoughts: list[str] = []
+    (thought,) = thinking.tensors([edit], n=1, seed=0, think=4, thoughts=thoughts)
+    assert thoughts == [""]
+    assert torch.equal(thought, thinking.tensors([edit], n=1, seed=0)[0])
+
+
+def test_a_model_without_words_for_it_does_not_think(engine: Engine) -> None:
+    with pytest.raises(UserError, match="this model has no thinking mode; leave think at 0"):
+        engine.generate("a red circle", think=4)
 
 
 def test_guided_steps_alone_are_guided(engine: Engine) -> None:

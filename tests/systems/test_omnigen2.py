@@ -193,6 +193,31 @@ def test_the_prompt_is_worded_for_its_mllm(system: OmniGen2System) -> None:
     assert dropped.tokens.shape[1] < worded.tokens.shape[1]
 
 
+def test_an_opening_begins_the_assistants_turn(system: OmniGen2System) -> None:
+    plain = row(system.encode(Batch((PAIR,))), 0)
+    opened = row(with_settings(system, opening="how many circles").encode(Batch((PAIR,))), 0)
+    backbone = system.backbone
+    assert isinstance(backbone, Qwen2_5VL)
+    turn = backbone.tokenizer("<|im_start|>assistant\nhow many circles", add_special_tokens=False)["input_ids"]
+    assert len(opened) == len(plain) + len(turn)
+
+
+def test_edits_may_have_words_of_their_own(system: OmniGen2System) -> None:
+    plain = system.encode(Batch((PAIR, replace(EDIT, text=f"two. {TEXTS[1]}"))))
+    worded = with_settings(system, edit_prompt="two. {text}").encode(Batch((PAIR, EDIT)))
+    torch.testing.assert_close(worded.tokens, plain.tokens)
+
+
+def test_a_thought_is_drawn_in_the_captions_place(system: OmniGen2System) -> None:
+    batch = Batch((PAIR,))
+    with pytest.raises(UserError, match="no thinking mode"):
+        Engine(system, Sampling(size=(16, 16), steps=1)).generate("two", think=3)
+    thought, (said,) = with_settings(system, think="how many? {text}").think(batch, 3)
+    asked = [Message(role="user", text=f"how many? {PAIR.text}")]
+    assert said == system.generate_text([asked], [[]], max_new_tokens=3)[0]
+    assert thought.samples == (replace(PAIR, text=said),)
+
+
 def test_reference_latents_are_the_autoencoders_at_whole_patches(system: OmniGen2System) -> None:
     latents = system.encode(Batch((PAIR, EDIT))).context_latents
     assert latents is not None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import permutations
 from typing import get_args
 
 import pytest
@@ -12,6 +13,7 @@ from diptych.toyworld.language import DESCRIBE, LIST, QUESTION_KINDS, ask_place,
 from diptych.toyworld.render import render
 from diptych.toyworld.samples import ToyWorld
 from diptych.toyworld.scene import CELLS, Scene
+from diptych.toyworld.shapes import SHAPES
 from diptych.toyworld.statements import KINDS, held_out
 
 
@@ -49,7 +51,8 @@ def test_captions_are_never_held_out_and_match_their_image() -> None:
         assert sample.image is not None
         assert torch.equal(sample.image, render(scene))
         if sample.extra["key"] is None:
-            assert sample.text.endswith(describe(scene))
+            orders = permutations(range(len(scene.objects)))
+            assert any(sample.text.endswith(describe(scene, order)) for order in orders)
         else:
             assert not held_out(sample.extra["key"])
     assert seen == {*KINDS, "full"}
@@ -146,8 +149,26 @@ def test_lessons_that_imagine_what_a_caption_leaves_open() -> None:
         sample = world.sample("understand", index)
         assert [turn.role for turn in sample.messages] == ["user", "assistant"]
         assert sample.messages[0].text.endswith(f". {DESCRIBE}")
-        assert sample.messages[1].text == describe(Scene.from_dict(sample.extra["scene"]))
+        scene, answer = Scene.from_dict(sample.extra["scene"]), sample.messages[1].text
+        assert answer in {describe(scene, order) for order in permutations(range(len(scene.objects)))}
         assert not held_out(sample.extra["key"])
+        shapes = [word for word in words(sample.messages[0].text.partition(DESCRIBE)[0]) if word in SHAPES]
+        if len(shapes) == 2:  # in the caption's order
+            assert [word for word in words(answer) if word in SHAPES] == shapes
+
+
+def test_lessons_that_ask_for_all_there_is() -> None:
+    for placed in (0.0, 1.0):
+        world = ToyWorld(4, captions=1.0, placed=placed, text_only=0.0)
+        kinds = {kind for index in range(30) for kind in world.sample("understand", index).extra["question_kinds"]}
+        assert kinds == ({"place"} if placed else {"caption"})
+
+
+def test_full_captions_are_told_in_any_order() -> None:
+    world = ToyWorld(4, full=1.0)
+    told = [world.sample("text_to_image", index) for index in range(40)]
+    orders = [describe(Scene.from_dict(sample.extra["scene"])) in sample.text for sample in told]
+    assert 5 < sum(orders) < 35
 
 
 def test_lists_tell_every_slot_in_any_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +33,15 @@ def run(args: argparse.Namespace) -> int:
     engine = options.open_model(args)
     names = scale_names(engine.system, args.scales or "last")
     with bar("generate") as told:
-        images = engine.generate(args.prompts, n=args.n, seed=args.seed, progress=told, **settings)
+        thoughts: list[str] = []
+        images = engine.generate(args.prompts, n=args.n, seed=args.seed, progress=told, thoughts=thoughts, **settings)
+    for thought in thoughts:
+        print(f"thought: {thought}", file=sys.stderr)
     for number, prompt in enumerate(args.prompts):
         rows = slice(number * args.n, (number + 1) * args.n)
         facts = {"prompt": prompt, "model": args.model, "seed": args.seed, "sampling": settings}
+        if thoughts:
+            facts["thoughts"] = thoughts[rows]
         pictures = slice(rows.start * len(names), rows.stop * len(names))
         options.save_pictures(images[pictures], options.by_scale(files[rows], names), facts)
     return 0

@@ -19,7 +19,7 @@ class ToyWorldSource(Source):
         seed: of the world; another seed is another stream of items.
         size: side of its images in pixels.
         start: first item, so that held-out items can follow those of training.
-        text_only, told, asked, turns, full, captions, edited, imagined, listed: as of `ToyWorld`.
+        text_only, told, asked, turns, full, captions, placed, edited, imagined, listed: as of `ToyWorld`.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class ToyWorldSource(Source):
         turns: int = 5,
         full: float = 0.25,
         captions: float = 0.15,
+        placed: float = 0.5,
         edited: float = 0.0,
         imagined: float = 0.0,
         listed: float = 0.0,
@@ -56,6 +57,7 @@ class ToyWorldSource(Source):
             turns=turns,
             full=full,
             captions=captions,
+            placed=placed,
             edited=edited,
             imagined=imagined,
             listed=listed,

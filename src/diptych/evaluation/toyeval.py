@@ -38,7 +38,8 @@ def run(
     requests = [Sample(id=prompt.id, task="text_to_image", text=prompt.text) for prompt in prompts]
     if progress is not None:
         progress(0, n * len(prompts))
-    images = engine.tensors(requests, n=n, seed=seed, progress=progress, **options)
+    thoughts: list[str] = []
+    images = engine.tensors(requests, n=n, seed=seed, progress=progress, thoughts=thoughts, **options)
     verdicts: list[Verdict] = []
     samples: list[Judged] = []
     failed = 0
@@ -51,6 +52,8 @@ def run(
             failed += 1
         verdicts.append(verdict)
         row = {"id": prompt.id, "category": prompt.category, "prompt": prompt.text, "reason": verdict.reason}
+        if thoughts:
+            row["thought"] = thoughts[number]
         samples.append(Judged(row=row, correct=verdict.correct, image=to_pil(torch.nan_to_num(image))))
     return TaskResult(task=NAME, scores=scores(verdicts), samples=samples, failed=failed, sampling=options)
 

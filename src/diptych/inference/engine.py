@@ -15,12 +15,13 @@ from diptych.core.condition import Condition
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
+from diptych.core.tokens import drawn
 from diptych.inference.coarse_to_fine import View, views
 from diptych.inference.guidance import ALWAYS, Rule, guided, plan
 from diptych.inference.renormalise import Nested, Renorm, nested
 from diptych.inference.sampler import Method, sample, span, times
 from diptych.objectives.flow_matching import resolution_shift, root_shift
-from diptych.systems.base import Dropped, ImageSized, System, Thinker
+from diptych.systems.base import Dropped, ImageSized, Reasoner, System, Thinker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class Sampling:
     text that guidance leads away from. shift: of the times; "root" (OmniGen2's) and "flux" go by the latent's size.
     batch_size: images per decoder run (each takes as many rows as guidance has branches).
     cfg_interval, renorm, renorm_min: of guidance "bagel" (`inference.renormalise.Nested`). think: tokens that a model
-    may think in before an image, 0 for none. edit: other values of these fields for edits.
+    may write before each image about what is to be in it, 0 for none; think_temperature: they are drawn at, 0 for the
+    likeliest. edit: other values of these fields for edits.
     """
 
     size: tuple[int, int] = (512, 512)
@@ -51,6 +53,7 @@ class Sampling:
     renorm: Renorm = "none"
     renorm_min: float = 0.0
     think: int = 0
+    think_temperature: float = 0.0
     edit: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ class Sampling:
             raise UserError("cfg_range does not go with guidance 'bagel'; it has cfg_interval")
         if self.think < 0:
             raise UserError(f"think must not be negative, not {self.think}")
+        if not 0 <= self.think_temperature < float("inf"):
+            raise UserError(f"think_temperature must not be negative, not {self.think_temperature}")
         for name in self.edit:
             if name == "edit" or name not in [row.name for row in fields(self)]:
                 raise unknown("option", name, [row.name for row in fields(self)], "edit")
@@ -103,20 +108,23 @@ class Engine:
         n: int = 1,
         seed: int = 0,
         progress: Progress | None = None,
+        thoughts: list[str] | None = None,
         **options: Any,
     ) -> list[Image.Image]:
         """Images for one prompt or several, n each, prompt by prompt.
 
         A model of several scales makes the last one, or those of `scales` ("all", or names as in "4x4,8x8"), which then
         follow each other, coarse before fine. Other `options` are fields of `Sampling` (`size` may be one number).
-        The same (seed, prompt position, image position) gives the same noise for any batch size.
+        The same (seed, prompt position, image position) gives the same noise for any batch size. A list given as
+        `thoughts` is extended by the thought that each image was made from, where the model thinks.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         empty = [i for i, text in enumerate(prompts) if not text.strip()]
         if empty:
             raise UserError(f"prompt {empty[0]} is empty")
         samples = [Sample(id=f"prompt {i}", task="text_to_image", text=text) for i, text in enumerate(prompts)]
-        return [to_pil(x) for x in self.tensors(samples, n=n, seed=seed, progress=progress, **options)]
+        made = self.tensors(samples, n=n, seed=seed, progress=progress, thoughts=thoughts, **options)
+        return [to_pil(x) for x in made]
 
     def edit(
         self,
@@ -168,7 +176,7 @@ class Engine:
             for text, group in zip(questions, groups, strict=True)
         ]
         if think:
-            conversations = [self._thinker().thinking(conversation) for conversation in conversations]
+            conversations = [self._reasoner().reasoning(conversation) for conversation in conversations]
         device = self.system.device
         tensors = [[from_pil(picture).to(device) for picture in group] for group in groups]
         answers: list[str] = []
@@ -188,6 +196,7 @@ class Engine:
         scales: str = "last",
         positions: Sequence[int] | None = None,
         progress: Progress | None = None,
+        thoughts: list[str] | None = None,
         **options: Any,
     ) -> list[Tensor]:
         """Images (3, H, W) in [-1, 1] for requests, n each, request by request, each at the wanted `scales`.
@@ -198,6 +207,7 @@ class Engine:
 
         Args:
             positions: of the requests in a longer list, by which their noise is drawn; their own places when None.
+            thoughts: extended by the thought that each image was made from, where the model thinks.
         """
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
@@ -207,8 +217,10 @@ class Engine:
         if len(sizes) > 1:
             places = [[row for row, sample in enumerate(samples) if sample.size == size] for size in sizes]
             found: dict[int, list[Tensor]] = {}
+            thought: dict[int, list[str]] = {}
             for rows in places:
                 before = len(found)
+                heard: list[str] = []
                 own = self.tensors(
                     [samples[row] for row in rows],
                     n=n,
@@ -216,10 +228,14 @@ class Engine:
                     scales=scales,
                     positions=rows if positions is None else [positions[row] for row in rows],
                     progress=None if progress is None else later(progress, before, len(rows), len(samples)),
+                    thoughts=heard,
                     **options,
                 )
                 each = len(own) // len(rows)
                 found |= {row: own[at * each : (at + 1) * each] for at, row in enumerate(rows)}
+                thought |= {row: heard[at * n : (at + 1) * n] for at, row in enumerate(rows)}
+            if thoughts is not None:
+                thoughts += [one for row in range(len(samples)) for one in thought[row]]
             return [image for row in range(len(samples)) for image in found[row]]
         wanted = views(self.system, sizes[0] if sizes and sizes[0] else settings.size, scales)
         device, size = self.system.device, settings.batch_size
@@ -227,8 +243,13 @@ class Engine:
         made: list[Tensor] = []
         for start in range(0, len(samples), size):
             group = Batch(tuple(samples[start : start + size])).to(device)
-            if settings.think:
-                group = self._thinker().think(group, settings.think)
+            places = range(start, start + len(group)) if positions is None else positions[start : start + size]
+            jobs = [(row, key(seed, places[row], k)) for row in range(len(group)) for k in range(n)]
+            if settings.think:  # each image has a thought, and so a condition, of its own
+                group, heard = self._think(group.take([row for row, _ in jobs]), [of for _, of in jobs], settings)
+                if thoughts is not None:
+                    thoughts += heard
+                jobs = [(row, of) for row, (_, of) in enumerate(jobs)]
             names, factors = plan(settings.guidance, settings.cfg, settings.image_cfg, edits=bool(group.rows("edit")))
             if null is None and "null" in names:
                 null = self.system.encode(self._without(group.take([0]), "text_and_images", settings.negative))
@@ -240,14 +261,10 @@ class Engine:
             if "text" in names:
                 seen["text"] = self.system.encode(self.system.without(group, "images"))
             branches = [seen[name] for name in names]
-            jobs = [(row, k) for row in range(len(group)) for k in range(n)]
             for block in (jobs[at : at + size] for at in range(0, len(jobs), size)):
                 rows = [row for row, _ in block]
                 chosen = [branch.take(rows) for branch in branches]
-                draws = Draws(
-                    [key(seed, start + row if positions is None else positions[start + row], k) for row, k in block],
-                    device,
-                )
+                draws = Draws([of for _, of in block], device)
                 drawn = [self._draw(view, chosen, factors, draws, settings) for view in wanted]
                 made += [images[row] for row in range(len(block)) for images in drawn]
                 if progress is not None:
@@ -289,9 +306,21 @@ class Engine:
             return self.system.edit_size(height, width)
         return settings.size
 
+    def _think(self, batch: Batch, keys: Sequence[int], settings: Sampling) -> tuple[Batch, list[str]]:
+        """Requests with their thoughts, drawn by these keys; and the thoughts."""
+        if not settings.think_temperature:
+            return self._thinker().think(batch, settings.think)
+        uniform = Draws(keys, self.system.device).uniform("thought", settings.think + 1)
+        return self._thinker().think(batch, settings.think, drawn(settings.think_temperature, uniform))
+
     def _thinker(self) -> Thinker:
-        if not isinstance(self.system, Thinker):
+        if not isinstance(self.system, Thinker) or not self.system.thinks:
             raise UserError(f"{self.name}: this model has no thinking mode; leave think at 0")
+        return self.system
+
+    def _reasoner(self) -> Reasoner:
+        if not isinstance(self.system, Reasoner):
+            raise UserError(f"{self.name}: this model has no thinking mode for questions; leave think off")
         return self.system
 
     def _without(self, batch: Batch, dropped: Dropped, negative: str) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from diptych.checkpoints import omnigen2 as omnigen2_files
-from diptych.core.errors import UserError, unknown
-from diptych.data.buckets import buckets as make_buckets
-from diptych.data.filters import filtered
-from diptych.data.folder import FolderSource
-from diptych.data.jsonl import JsonlSource
-from diptych.data.latent_cache import CachedLatents
-from diptych.data.mixture import Mixture
-from diptych.data.parquet import ParquetSource
-from diptych.data.source import Source
-from diptych.data.subset import hold_out
-from diptych.data.toyworld import ToyWorldSource
-from diptych.data.webdataset import WebDatasetSource
+from diptych.core.errors import UserError
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.dc import DCAutoencoder
 from diptych.parts.autoencoders.kl import KLAutoencoder
@@ -58,21 +46,19 @@ from diptych.parts.decoders.zimage import ZImage
 from diptych.recipes.bagel import build_bagel
 from diptych.recipes.names import locate
 from diptych.recipes.ovis import named_sizes, read_named
-from diptych.recipes.pictures import build_proxies
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import (
     BagelSpec,
     ComposedSpec,
-    DataSpec,
     HieraQuerySpec,
     MLLMSpec,
     OmniGen2Spec,
     OvisU1Spec,
     Part,
-    SourceSpec,
     SystemSpec,
 )
 from diptych.recipes.schema import read
+from diptych.recipes.tables import call, choose
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedConfig, ComposedSystem
 from diptych.systems.hieraquery import HieraConfig, HieraQuery
@@ -81,7 +67,6 @@ from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
 from diptych.systems.ovis_u1 import OvisU1Config, OvisU1System
 from diptych.toyworld.samples import ToyWorld
 
-ENDLESS = 10_000_000
 BACKBONES: dict[str, type[Backbone]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL, "ovis": Ovis, "t5": T5}
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "raw": Raw,
@@ -189,11 +174,11 @@ def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniG
 
 def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1System:
     """An Ovis-U1 from its parts; the refiner takes as many layers of the MLLM as the system reads."""
-    _choose("backbone", spec.backbone.kind, {"ovis": Ovis, "t5": T5})
+    choose("backbone", spec.backbone.kind, {"ovis": Ovis, "t5": T5})
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
     assert isinstance(backbone, LayeredBackbone)
-    _choose("refiner", spec.refiner.kind, {"token_refiner": TokenRefiner})
-    _choose("decoder", spec.decoder.kind, {"yak": Yak})
+    choose("refiner", spec.refiner.kind, {"token_refiner": TokenRefiner})
+    choose("decoder", spec.decoder.kind, {"yak": Yak})
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
     assert isinstance(decoder, Yak)
     sizes = {"context_width": spec.layers * backbone.width, "hidden": decoder.config.hidden}
@@ -227,7 +212,7 @@ def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1Sy
 
 def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone, and what its configuration file will say of it."""
-    cls = _choose("backbone", part.kind, BACKBONES)
+    cls = choose("backbone", part.kind, BACKBONES)
     if part.kind == "ovis" and not part.weights:
         return _ovis(part, meta, assets)
     if part.weights and not meta:
@@ -255,7 +240,7 @@ def _ovis(part: Part, meta: bool, assets: Path | None) -> tuple[Ovis, dict[str, 
 
 def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
     """CLIP's text encoder, frozen, by the name of its weights."""
-    _choose("pooler", part.kind, {"clip_text": ClipText})
+    choose("pooler", part.kind, {"clip_text": ClipText})
     if part.weights and not meta:
         pooler = ClipText.from_pretrained(locate(part.weights) / (part.subfolder or ""))
     elif not meta:
@@ -268,12 +253,12 @@ def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
 
 def build_conditioner(part: Part, backbone: Backbone, meta: bool) -> Conditioner:
     """A conditioner for an MLLM. Learned queries start as the embeddings of `words`, where these are set."""
-    cls = _choose("conditioner", part.kind, CONDITIONERS)
+    cls = choose("conditioner", part.kind, CONDITIONERS)
     where = f"conditioner {part.kind}"
     config = part.config if part.kind == "raw" else {"width": backbone.width, **part.config}
     words = config.pop("words", None) if part.kind in ("metaquery", "residual_query_adapter") else None
     with torch.device("meta" if meta else "cpu"):
-        conditioner = _call(cls, where, config)
+        conditioner = call(cls, where, config)
     if words is not None and not meta:
         assert isinstance(conditioner, LearnableQueries | ResidualQueryAdapter)
         ids = backbone.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
@@ -294,7 +279,7 @@ def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Mo
         if width != out:
             raise UserError(f"connector identity: the MLLM is {width} wide, the decoder takes {out}; use kind: linear")
         return nn.Identity(), dataclasses.asdict(part)
-    cls = _choose("connector", part.kind, {"identity": nn.Identity, **CONNECTORS})
+    cls = choose("connector", part.kind, {"identity": nn.Identity, **CONNECTORS})
     where = f"connector {part.kind}"
     if part.kind == "linear":
         sizes: dict[str, Any] = {"in_features": width, "out_features": out}
@@ -304,7 +289,7 @@ def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Mo
         if part.weights:
             raise UserError(f"{where}: reads no published weights; leave out 'weights'")
         with torch.device("meta" if meta else "cpu"):
-            return _call(cls, where, {**sizes, **part.config}), dataclasses.asdict(part)
+            return call(cls, where, {**sizes, **part.config}), dataclasses.asdict(part)
     config = dict(part.config)
     values = config.pop("body", None)
     with torch.device("meta" if meta else "cpu"):
@@ -312,14 +297,14 @@ def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Mo
             body = Qwen2Body.from_pretrained(locate(part.weights))
         else:
             body = Qwen2Body.from_config(values or published_config(part.weights, part.subfolder))
-        connector = _call(cls, where, {**sizes, "body": body, **config})
+        connector = call(cls, where, {**sizes, "body": body, **config})
     saved = {**config, "body": body.values}
     return connector, {**dataclasses.asdict(part), "weights": None, "config": saved}
 
 
 def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str, Any]]:
     """A decoder; `condition_width` of an MMDiT is the MLLM's where the recipe does not say."""
-    cls = _choose("decoder", part.kind, DECODERS)
+    cls = choose("decoder", part.kind, DECODERS)
     if part.kind == "mmdit":
         config = {"condition_width": width, **part.config}
         with torch.device("meta" if meta else "cpu"):
@@ -339,7 +324,7 @@ def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str
 
 def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, Any]]:
     """An autoencoder, frozen."""
-    cls = _choose("autoencoder", part.kind, AUTOENCODERS)
+    cls = choose("autoencoder", part.kind, AUTOENCODERS)
     if part.kind == "pixel":
         return PixelAutoencoder(), dataclasses.asdict(part)
     autoencoder, config = _diffusers_part(cls, part, meta)
@@ -389,123 +374,3 @@ def toy_texts(count: int = 3000) -> list[str]:
     texts += [message.text for i in range(count) for message in world.sample("understand", i).messages]
     prompts = dataclasses.asdict(ComposedConfig().prompts).values()
     return texts + [text.replace("{text}", "") for text in prompts for _ in range(50)]
-
-
-# Data
-
-
-SOURCE_KEYS = {
-    "toyworld": {"count", "seed", "options"},
-    "folder": {"path", "filters", "control", "maps"},
-    "jsonl": {"path", "ignore", "filters", "control"},
-    "webdataset": {"path", "filters", "control"},
-    "parquet": {"path", "columns", "split", "filters", "control"},
-    "proxies": {"path", "count", "seed", "options"},
-}
-"""Keys of a source beside `kind`, `task` and `share`, by its kind; others would be ignored and are refused."""
-
-
-def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
-    """A source from its specification; UserError for a key that this kind of source does not read."""
-    for field in dataclasses.fields(spec):
-        default = field.default if field.default is not dataclasses.MISSING else None
-        given_value = getattr(spec, field.name) not in (default, {}, ())
-        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "share"}:
-            reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
-            raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
-    if spec.kind == "toyworld":
-        size = data.size if isinstance(data.size, int) else data.size[0]
-        options = {**spec.options, "count": spec.count or ENDLESS, "seed": spec.seed, "size": size}
-        return _call(ToyWorldSource, f"sources.{name}.options", {**options, "task": spec.task, "name": name})
-    if spec.kind == "proxies":
-        chosen = {"path": spec.path, "count": spec.count, "seed": spec.seed, "options": spec.options}
-        return build_proxies(name, task=spec.task, fit=data.fit, **chosen)
-    if spec.path is None:
-        raise UserError(f"sources.{name}: 'path' is missing")
-    source = _file_source(name, spec, spec.path, data)
-    kept = source if spec.filters is None else filtered(source, spec.filters)
-    return kept if spec.control is None else _controlled(kept, name, spec, spec.control, data)
-
-
-def _controlled(pairs: Source, name: str, spec: SourceSpec, control: str, data: DataSpec) -> Source:
-    """Captioned images as edits of maps of them."""
-    try:
-        from diptych.data.control import ControlSource
-        from diptych.data.proxies.pictures import DepthMaps
-    except ModuleNotFoundError as error:
-        raise UserError(f"sources.{name}: control needs {error.name}; install diptych[data]") from error
-    if spec.task != "edit":
-        raise UserError(f"sources.{name}: control makes edits; set task to edit, not {spec.task}")
-    maps = None if spec.maps is None else DepthMaps(spec.maps)
-    return ControlSource(pairs, control, maps=maps, fit_mode=data.fit)
-
-
-def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Source:
-    task = "text_to_image" if spec.control else spec.task
-    given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit}
-    if spec.kind == "folder":
-        return FolderSource(path, **given)
-    if spec.kind == "jsonl":
-        return JsonlSource(path, ignore=spec.ignore, **given)
-    if spec.kind == "webdataset":
-        return WebDatasetSource(path, **given)
-    return ParquetSource(path, columns=spec.columns, split=spec.split or "train", **given)
-
-
-def build_data(
-    spec: DataSpec, seed: int, batch: int, step: int = 1, autoencoder: Autoencoder | None = None
-) -> tuple[Mixture, list[tuple[Source, Source | None]]]:
-    """A stage's mixture, and each source as (trained on, held out).
-
-    Args:
-        step: image sides must be multiples of it (autoencoder factor times patch).
-        autoencoder: makes the latents that `spec.cache` keeps.
-    """
-
-    def whole(name: str, source: SourceSpec) -> Source:
-        built = build_source(name, source, spec)
-        if spec.cache is None or source.task == "understand":
-            return built
-        if autoencoder is None:
-            raise UserError("data.cache: this system has no autoencoder whose latents could be kept")
-        return CachedLatents(built, spec.cache, autoencoder)
-
-    parts = [hold_out(whole(name, source), spec.held_out) for name, source in spec.sources.items()]
-    shares = [source.share for source in spec.sources.values()]
-    size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
-    sizes = None
-    if spec.buckets is not None:
-        if not isinstance(spec.size, int):
-            raise UserError("data.buckets goes with one number as `size`")
-        sizes = make_buckets(spec.size, step, spec.buckets)
-    weighted = [(train, share) for (train, _), share in zip(parts, shares, strict=True)]
-    mixture = Mixture(
-        weighted,
-        seed=seed,
-        batch=batch,
-        size=None if sizes else size,
-        buckets=sizes,
-        bad_share=spec.bad_share,
-        balanced=spec.balanced,
-    )
-    return mixture, parts
-
-
-def _choose(what: str, name: str, table: dict[str, Any]) -> Any:
-    if name not in table:
-        raise unknown(what, name, table)
-    return table[name]
-
-
-def _call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:
-    """Calls with keyword arguments; an argument that is not there is a user's error."""
-    gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    signature = inspect.signature(cls).parameters
-    parameters = {name: parameter for name, parameter in signature.items() if parameter.kind not in gathering}
-    for name in values:
-        if name not in parameters:
-            raise unknown("key", name, parameters, where)
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in values:
-            raise UserError(f"{where}: {name!r} is missing in its config")
-    return cls(**values)

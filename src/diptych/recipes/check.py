@@ -20,6 +20,7 @@ from diptych.recipes import build
 from diptych.recipes.load import start
 from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, check_sizes, image_step, stage_settings
+from diptych.recipes.sources import build_data, build_source
 from diptych.systems.asking import AskingSystem
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.mllm import MLLMSystem
@@ -234,10 +235,10 @@ def check_data(
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch, SHEET_SAMPLES)
     looked = replace(spec.data, cache=None)  # looking makes no latents
-    mixture, _ = build.build_data(looked, key(recipe.seed, name), few, image_step(system, images))
+    mixture, _ = build_data(looked, key(recipe.seed, name), few, image_step(system, images))
     reports: list[report.SourceReport] = []
     for source_name, source_spec in spec.data.sources.items():
-        source = build.build_source(source_name, source_spec, spec.data)
+        source = build_source(source_name, source_spec, spec.data)
         most = min(limit or TOY_ITEMS, TOY_ITEMS) if isinstance(source, ToyWorldSource) else limit
         total = len(source) if most is None else min(most, len(source))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -108,7 +109,7 @@ def quickstart(
         "recipe": recipe,
         "steps": sum(stage.steps for stage in parsed.stages.values()),
         "seed": SEED,
-        "sampling": before.result.sampling,
+        "sampling": {**dataclasses.asdict(engine.sampling), **before.result.sampling},
         "hardware": hardware(),
         "versions": versions(),
     }
@@ -155,9 +156,15 @@ def side(engine: Engine, name: str, limit: int | None, progress: Told | None) ->
     steps = min(SAMPLER_STEPS, engine.sampling.steps)
     result = evaluate.run(engine, toyeval.NAME, n=IMAGES_PER_PROMPT, limit=limit, seed=SEED, progress=told, steps=steps)
     prompts = toyeval.choose(SHOWN_PROMPTS)
-    images = engine.generate([prompt.text for prompt in prompts], n=SHOWN_IMAGES, seed=SEED, steps=steps)
+    thoughts: list[str] = []
+    texts = [prompt.text for prompt in prompts]
+    images = engine.generate(texts, n=SHOWN_IMAGES, seed=SEED, steps=steps, thoughts=thoughts)
+    pairs = list(zip(images, thoughts or [""] * len(images), strict=True))
     shown = [
-        [Shown(image=image, correct=judge(from_pil(image), prompt).correct) for image in images[at : at + SHOWN_IMAGES]]
+        [
+            Shown(image=image, correct=judge(from_pil(image), prompt).correct, thought=thought)
+            for image, thought in pairs[at : at + SHOWN_IMAGES]
+        ]
         for at, prompt in zip(range(0, len(images), SHOWN_IMAGES), prompts, strict=True)
     ]
     return Side(result=result, shown=shown, seconds=time.perf_counter() - clock)

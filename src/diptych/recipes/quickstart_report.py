@@ -26,10 +26,11 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A picture, and whether it shows what it was asked to."""
+    """A picture, whether it shows what it was asked to, and what the model had thought of before ("" for nothing)."""
 
     image: Image.Image
     correct: bool
+    thought: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,16 @@ def explained(story: Story) -> list[str]:
         kind = {"image": "unlabelled images", "text_to_image": "text-image pairs"}.get(source.task, source.task)
         number = f"{source.count:,} " if source.count else ""
         sources.append(f"{source.share / total:.0%} {number}{kind}")
+    first = story.after[0][0].thought if story.after and story.after[0] else ""
+    thinking = (
+        [
+            "Before each picture the language model wrote out what the prompt leaves open, and that was drawn: "
+            f"'{story.prompts[0]}' became '{first}'. This is not part of IOMM; --think 0 turns it off, and scores then "
+            "are lower."
+        ]
+        if first
+        else []
+    )
     return [
         f"The starting point, {found['model']}, joins a frozen multimodal language model to a small diffusion "
         "transformer. Until now the transformer was trained on unlabelled pictures only: it drew what the language "
@@ -119,6 +130,7 @@ def explained(story: Story) -> list[str]:
         f"This run continued for {found['steps']:,} steps of {stage.batch} samples: {', '.join(sources)}. The language "
         f"model stayed frozen; what learned was: {', '.join(stage.train)}.",
         "Both models then drew the same prompts from the same noise. No prompt below was in the training captions.",
+        *thinking,
     ]
 
 
@@ -142,7 +154,8 @@ def pictures(story: Story) -> str:
 
 
 def _strip(label: str, prompt: str, row: Sequence[Shown]) -> Strip:
-    alts = [f"{label}: {prompt} ({'right' if shown.correct else 'wrong'})" for shown in row]
+    said = [f"{prompt}: {shown.thought}" if shown.thought else prompt for shown in row]
+    alts = [f"{label}: {text} ({'right' if shown.correct else 'wrong'})" for text, shown in zip(said, row, strict=True)]
     return Strip(label=label, images=[shown.image for shown in row], alts=alts)
 
 

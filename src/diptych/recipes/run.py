@@ -22,9 +22,9 @@ from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
-from diptych.recipes import build
 from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
+from diptych.recipes.sources import build_data
 from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
@@ -161,7 +161,7 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.workers to 0")
     autoencoder = system.autoencoder if isinstance(system, AssembledSystem) else None
     step = image_step(system, images)
-    mixture, sources = build.build_data(spec.data, key(recipe.seed, name), spec.batch, step, autoencoder)
+    mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch, step, autoencoder)
     batches = [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch or spec.batch)
     return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches)
 

@@ -34,6 +34,7 @@ class Prompts:
     """User turns by task; `{text}` is the caption or instruction. The wording is the MLLM's, not the user's.
 
     opening: what the assistant's turn begins with, before the conditioner's tokens (OpenUni: "<img>").
+    think: asks the MLLM to write out what a caption leaves open, to be drawn in the caption's place (`Sampling.think`).
     """
 
     text_to_image: str = "Generate an image: {text}"
@@ -42,6 +43,7 @@ class Prompts:
     null: str = "Generate an image."
     system: str = ""
     opening: str = ""
+    think: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class ComposedConfig:
     time_shift: float | Literal["flux"] = 1.0
 
 
-class AskingSystem(conversation.Answering, AssembledSystem):
+class AskingSystem(conversation.Answering, conversation.Imagining, AssembledSystem):
     """An MLLM, a conditioner that asks it, a connector, a decoder, an autoencoder.
 
     `origins` is the configuration of each part, kept to write `config()`.
@@ -108,6 +110,10 @@ class AskingSystem(conversation.Answering, AssembledSystem):
         self.origins = origins
         learned = config.mask_way == "mask_token"
         self.mask_token = nn.Parameter(torch.zeros(backbone.width)) if learned else None
+
+    @property
+    def thought_prompt(self) -> str:
+        return self.settings.prompts.think
 
     # Requests
 

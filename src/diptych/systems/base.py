@@ -17,6 +17,7 @@ from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Task
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
@@ -117,16 +118,28 @@ class System(nn.Module, abc.ABC):
         return 1
 
 
+class Reasoner(abc.ABC):
+    """A system that can write down its reasons before it answers."""
+
+    @abc.abstractmethod
+    def reasoning(self, conversation: Sequence[Message]) -> list[Message]:
+        """The conversation with the request to reason first."""
+
+
 class Thinker(abc.ABC):
-    """A system that can write down its thoughts before it answers or makes an image."""
+    """A system that can write down a thought before it makes an image, unless it was given no words to ask for it."""
+
+    @property
+    @abc.abstractmethod
+    def thinks(self) -> bool:
+        """Whether it can."""
 
     @abc.abstractmethod
-    def thinking(self, conversation: Sequence[Message]) -> list[Message]:
-        """The conversation with the request to think first."""
+    def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
+        """Requests for images, each with a thought of at most `most` tokens of the model's; and these thoughts.
 
-    @abc.abstractmethod
-    def think(self, batch: Batch, most: int) -> Batch:
-        """Requests for images, each followed by a thought of at most `most` tokens (its last assistant message)."""
+        BAGEL's thought follows the request (its last assistant message), others' stands in place of the request's text.
+        """
 
 
 class ImageSized(abc.ABC):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diptych.core.sample import Batch, Message
+from diptych.core.tokens import NextToken, likeliest
 from diptych.objectives.cross_entropy import next_token_loss
 from diptych.parts.backbones.base import Backbone
-from diptych.systems.base import System
+from diptych.systems.base import System, Thinker
 
 
 class Answering(System):
@@ -26,6 +29,34 @@ class Answering(System):
         max_new_tokens: int = 64,
     ) -> list[str]:
         return answer(self.backbone, conversations, images, max_new_tokens)
+
+
+class Imagining(Thinker):
+    """A system whose MLLM can write out what a caption leaves open; that is then drawn in the caption's place.
+
+    Requests with images are left as they are, without a thought, and so is a caption to which it writes nothing.
+    """
+
+    backbone: Backbone
+
+    @property
+    @abc.abstractmethod
+    def thought_prompt(self) -> str:
+        """The user turn that asks for it, `{text}` the caption; "" for none."""
+
+    @property
+    def thinks(self) -> bool:
+        return bool(self.thought_prompt)
+
+    def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
+        captions = set(batch.rows("text_to_image"))
+        if not captions:
+            return batch, [""] * len(batch)
+        asked = [[Message(role="user", text=self.thought_prompt.replace("{text}", sample.text))] for sample in batch]
+        written = answer(self.backbone, asked, [[] for _ in asked], most, choose)
+        thoughts = [text if row in captions else "" for row, text in enumerate(written)]
+        pairs = zip(batch, thoughts, strict=True)
+        return Batch(tuple(replace(sample, text=text) if text else sample for sample, text in pairs)), thoughts
 
 
 def learn(backbone: Backbone, batch: Batch, device: torch.device) -> Tensor:
@@ -44,8 +75,9 @@ def answer(
     conversations: Sequence[Sequence[Message]],
     images: Sequence[Sequence[Tensor]],
     max_new_tokens: int,
+    choose: NextToken = likeliest,
 ) -> list[str]:
-    """The assistant's next turn of each conversation, greedily."""
+    """The assistant's next turn of each conversation."""
     sequences = backbone.tokenize(conversations, images=images, generate=True)
     vision = backbone.vision_tokens([image for row in images for image in row])
-    return backbone.generate(sequences, vision, max_new_tokens=max_new_tokens)
+    return backbone.generate(sequences, vision, max_new_tokens=max_new_tokens, choose=choose)

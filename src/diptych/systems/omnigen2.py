@@ -39,7 +39,9 @@ DRAWN: tuple[Task, ...] = ("text_to_image", "edit")
 class OmniGen2Settings:
     """What the system does with its parts; the defaults are those of the released pipelines and fine-tuning.
 
-    prompt: the user turn; `{text}` is the caption or instruction.
+    prompt: the user turn; `{text}` is the caption or instruction. edit_prompt: that of edits, where it is another.
+    opening: what an assistant's turn begins with that follows it; "", as released, for no such turn. think: as of
+    `Prompts`.
     system: the system prompt, "" for none. system_dropped: the one of prompts that training drops.
     seen: what the MLLM is shown of reference images: `none` (the released editing pipeline), `dropped`: it reads them,
     and their states are left out (the released chat pipeline), `kept`: they stay in (SGT's training).
@@ -54,6 +56,9 @@ class OmniGen2Settings:
     """
 
     prompt: str = "{text}"
+    edit_prompt: str = ""
+    opening: str = ""
+    think: str = ""
     system: str = "You are a helpful assistant that generates high-quality images based on user instructions."
     system_dropped: str = "You are a helpful assistant that generates images."
     seen: Literal["none", "dropped", "kept"] = "none"
@@ -68,7 +73,7 @@ class OmniGen2Settings:
     time_shift: float | Literal["flux", "root"] = "flux"
 
 
-class OmniGen2System(conversation.Answering, AssembledSystem):
+class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSystem):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "omnigen2"
@@ -107,6 +112,10 @@ class OmniGen2System(conversation.Answering, AssembledSystem):
         """The decoder, by its own type."""
         assert isinstance(self.decoder, OmniGen2), "checked when built"
         return self.decoder
+
+    @property
+    def thought_prompt(self) -> str:
+        return self.settings.think
 
     # Conditions
 
@@ -155,7 +164,9 @@ class OmniGen2System(conversation.Answering, AssembledSystem):
             ]
             for sample, images, system in zip(batch, shown, systems, strict=True)
         ]
-        sequences = self.backbone.tokenize(conversations, images=shown).to(self.device)
+        opening = self.settings.opening
+        sequences = self.backbone.tokenize(conversations, images=shown, generate=bool(opening), opening=opening)
+        sequences = sequences.to(self.device)
         with nullcontext() if trains(self.backbone) else torch.no_grad():
             vision = self.backbone.vision_tokens([image for row in shown for image in row])
             embeddings = self.backbone.place(self.backbone.embed(sequences.ids), sequences.images, vision)
@@ -166,7 +177,9 @@ class OmniGen2System(conversation.Answering, AssembledSystem):
 
     def _prompt(self, sample: Sample) -> str:
         """The user turn of a sample; nothing where its text was dropped."""
-        return self.settings.prompt.replace("{text}", sample.text) if sample.text else ""
+        settings = self.settings
+        prompt = settings.edit_prompt if settings.edit_prompt and sample.task == "edit" else settings.prompt
+        return prompt.replace("{text}", sample.text) if sample.text else ""
 
     def _references(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
         """Clean latents of each sample's reference images, each (C, h, w)."""

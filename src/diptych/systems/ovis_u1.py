@@ -44,12 +44,13 @@ DESCRIBE = (
 class OvisPrompts:
     """User turns by task; `{text}` is the caption or instruction, `<image>` the context image (repeated for several).
 
-    An instruction that says itself where its images stand is taken as it is.
+    An instruction that says itself where its images stand is taken as it is. think: as of `asking.Prompts`.
     """
 
     text_to_image: str = f"{IMAGE_PLACEHOLDER}\n{DESCRIBE}{{text}}"
     edit: str = f"{IMAGE_PLACEHOLDER}\n{{text}}"
     null: str = f"{IMAGE_PLACEHOLDER}\nGenerate an image."
+    think: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class Read:
     states: list[Tensor]
 
 
-class OvisU1System(AssembledSystem, ImageSized):
+class OvisU1System(conversation.Imagining, AssembledSystem, ImageSized):
     """See the module's docstring. `origins` is the configuration of each part, kept to write `config()`.
 
     pooler: where the vector for the whole prompt comes from instead of the refiner (CLIP, table 9's V1 to V3).
@@ -149,6 +150,10 @@ class OvisU1System(AssembledSystem, ImageSized):
         self.origins = origins
         if pooler is not None:
             self.components = (*OvisU1System.components, "pooler")  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def thought_prompt(self) -> str:
+        return self.settings.prompts.think
 
     # Conditions
 

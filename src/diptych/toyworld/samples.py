@@ -49,11 +49,12 @@ class ToyWorld:
             them in one conversation.
         full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
         captions: share of `understand` samples, but for those told by a short caption, that ask for all there is:
-            half of them for a description, half what is in each cell, in any order.
+            for a description, or what is in each cell, in any order.
+        placed: share of these that ask what is in each cell.
         edited: share of `understand` samples, but for those told by a short caption, in which an instruction follows
             the image or the text, and all there would be after it is asked for.
-        imagined: share of the texts that are short captions whose scene is to be described whole: what a caption
-            leaves open is any of what it allows.
+        imagined: share of the texts that are short captions whose scene is to be described whole, in the order in
+            which the caption names its things: what a caption leaves open is any of what it allows.
         listed: share of the requests for all there is that are for a list of slots (`language.listing`), in any order.
     """
 
@@ -68,11 +69,12 @@ class ToyWorld:
         turns: int = 5,
         full: float = 0.25,
         captions: float = 0.15,
+        placed: float = 0.5,
         edited: float = 0.0,
         imagined: float = 0.0,
         listed: float = 0.0,
     ) -> None:
-        shares = {"text_only": text_only, "told": told, "full": full, "captions": captions}
+        shares = {"text_only": text_only, "told": told, "full": full, "captions": captions, "placed": placed}
         for name, share in {**shares, "edited": edited, "imagined": imagined, "listed": listed}.items():
             if not 0 <= share <= 1:
                 raise UserError(f"toyworld: {name} is a share between 0 and 1, not {share}")
@@ -91,6 +93,7 @@ class ToyWorld:
         self.turns = turns
         self.full = full
         self.captions = captions
+        self.placed = placed
         self.edited = edited
         self.imagined = imagined
         self.listed = listed
@@ -118,7 +121,7 @@ class ToyWorld:
     def _text_to_image(self, name: str, rng: np.random.Generator) -> Sample:
         if rng.random() < self.full:
             scene, statement = Scene.random(rng), None
-            text = pick(rng, PREFIXES) + describe(scene)
+            text = pick(rng, PREFIXES) + describe(scene, rng.permutation(len(scene.objects)).tolist())
         else:
             statement = draw_statement(rng, pick(rng, KINDS))
             scene, text = statement.scene(rng), pick(rng, statement.wordings)
@@ -153,7 +156,7 @@ class ToyWorld:
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
         if statement and not asked:
-            asked = [self._whole(scene, rng)]
+            asked = [self._whole(scene, rng, statement.order(scene))]
         elif not statement and self.edited and rng.random() < self.edited:
             made = random_edit(rng)
             scene, change, asked = made.source, f"{made.instruction}. ", self._everything(made.target, rng)
@@ -182,16 +185,16 @@ class ToyWorld:
         A description names a cell after what is in it, so it can be told without finding a named cell; the others
         cannot.
         """
-        if rng.random() < 0.5 or (self.listed and rng.random() < self.listed):
+        if rng.random() < 1 - self.placed or (self.listed and rng.random() < self.listed):
             return [self._whole(scene, rng)]
         return [ask_place(scene, cell) for cell in rng.permutation(len(CELLS)).tolist()]
 
-    def _whole(self, scene: Scene, rng: np.random.Generator) -> Question:
-        """The description, or the list."""
+    def _whole(self, scene: Scene, rng: np.random.Generator, order: Sequence[int] | None = None) -> Question:
+        """The description, its objects in this order, or the list."""
         if self.listed and rng.random() < self.listed:
-            order = rng.permutation(len(slots())).tolist()
-            return Question(kind="caption", text=LIST, answer=listing(scene, order))
-        return Question(kind="caption", text=DESCRIBE, answer=describe(scene))
+            places = rng.permutation(len(slots())).tolist()
+            return Question(kind="caption", text=LIST, answer=listing(scene, places))
+        return Question(kind="caption", text=DESCRIBE, answer=describe(scene, order))
 
     def _told(self, rng: np.random.Generator) -> tuple[Statement, list[Question]]:
         """A short caption, and up to `turns` unlike questions of the wanted kinds about what it says."""

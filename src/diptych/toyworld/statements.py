@@ -121,6 +121,12 @@ class Statement:
             if self.relation in relations(by_shape[things[0].shape], by_shape[things[1].shape]):
                 return made
 
+    def order(self, scene: Scene) -> list[int]:
+        """A scene's objects in the order in which this names them, those that it does not tell apart in the scene's."""
+        shapes = [thing.shape for thing in self.things]
+        named = [at for at, found in enumerate(scene.objects) if found.shape in shapes]
+        return sorted(named, key=lambda at: shapes.index(scene.objects[at].shape))
+
     def _cells(self, rng: np.random.Generator) -> list[int] | None:
         """Cells for the two things of a relation; the other axis is free."""
         if self.relation is None:

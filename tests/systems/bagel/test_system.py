@@ -147,9 +147,10 @@ def test_conditions_are_joined_taken_and_masked(system: BagelSystem) -> None:
 
 def test_thinking_puts_a_thought_behind_the_request(system: BagelSystem) -> None:
     asked = Batch((Sample(id="a", task="text_to_image", text="a red circle"),))
-    thought = system.think(asked, 3)
+    thought, said = system.think(asked, 3)
     roles = [message.role for message in thought.samples[0].messages]
     assert roles == ["system", "assistant"]
+    assert said == [thought.samples[0].messages[-1].text]
     free = system.without(thought, "text").samples[0]
     assert [message.role for message in free.messages] == ["system"]
     assert system.without(thought, "text_and_images").samples[0].messages == ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.core.sample import Message
+from diptych.core.tokens import NextToken, likeliest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,15 @@ class Backbone(nn.Module, abc.ABC):
         """Hidden states (..., D) to next-token logits (..., V)."""
 
     @abc.abstractmethod
-    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
-        """Greedy continuation of each sequence, decoded without special tokens, cut at the end of the turn."""
+    def generate(
+        self,
+        sequences: Sequences,
+        vision: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        choose: NextToken = likeliest,
+    ) -> list[str]:
+        """Continuation of each sequence, decoded without special tokens, cut at the end of the turn."""
 
     @abc.abstractmethod
     def named_parts(self) -> dict[str, nn.Module]:
@@ -184,7 +192,13 @@ class LayeredBackbone(Backbone, abc.ABC):
 
     @abc.abstractmethod
     def generate(
-        self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
+        self,
+        sequences: Sequences,
+        vision: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        choose: NextToken = likeliest,
+        most: int | None = None,
     ) -> list[str]:
         """As `Backbone.generate`; `most`: of a longer prompt, so many last tokens are read."""
 

@@ -1,4 +1,4 @@
-"""Causal runs of transformers' decoder-only language models: continued from a prefix, right-padded, greedy."""
+"""Causal runs of transformers' decoder-only language models: continued from a prefix, right-padded, in text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from diptych.core.errors import UserError
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import Backbone, Prefix, Sequences
 
 
@@ -122,15 +123,22 @@ def _places(
 
 
 @torch.no_grad()
-def greedy(
-    backbone: Backbone, embeddings: Tensor, sequences: Sequences, *, ends: Collection[int], max_new_tokens: int
+def continued(
+    backbone: Backbone,
+    embeddings: Tensor,
+    sequences: Sequences,
+    *,
+    ends: Collection[int],
+    max_new_tokens: int,
+    choose: NextToken = likeliest,
 ) -> list[list[int]]:
-    """Greedy continuations of right-padded prompts, each up to and without its first token of `ends`.
+    """Continuations of right-padded prompts, each up to and without its first token of `ends`.
 
     Args:
         embeddings: (B, L, D) input embeddings of `sequences`, vision tokens placed.
         ends: token ids that end a turn.
         max_new_tokens: at most this many tokens; fewer where the model's `max_length` is reached.
+        choose: the next token of each.
     """
     lengths = sequences.mask.sum(1)  # (B,)
     room = backbone.max_length - int(lengths.max())
@@ -146,7 +154,7 @@ def greedy(
     tokens: list[Tensor] = []
     budget = min(max_new_tokens, room)
     for step in range(budget):
-        new = backbone.logits(hidden).argmax(-1)  # (B,)
+        new = choose(backbone.logits(hidden), step)  # (B,)
         tokens.append(new)
         done = done | torch.isin(new, stop)
         if step + 1 == budget or bool(done.all()):

@@ -21,8 +21,9 @@ from transformers import (
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import Backbone, Gridded, Prefix, Sequences
-from diptych.parts.backbones.causal import greedy, run_causal
+from diptych.parts.backbones.causal import continued, run_causal
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.published import (
     check_keys,
@@ -206,9 +207,17 @@ class InternVL(Backbone, Gridded):
         return self.model.lm_head(hidden)
 
     @torch.no_grad()
-    def generate(self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int) -> list[str]:
+    def generate(
+        self,
+        sequences: Sequences,
+        vision: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        choose: NextToken = likeliest,
+    ) -> list[str]:
         embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
-        ids = greedy(self, embeddings, sequences, ends=self.chat.end_ids, max_new_tokens=max_new_tokens)
+        ends = self.chat.end_ids
+        ids = continued(self, embeddings, sequences, ends=ends, max_new_tokens=max_new_tokens, choose=choose)
         return [self.chat.decode(row) for row in ids]
 
     def named_parts(self) -> dict[str, nn.Module]:

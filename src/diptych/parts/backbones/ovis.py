@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Message
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.aimv2 import AIMv2Config
 from diptych.parts.backbones.base import LayeredBackbone, Prefix, Sequences
-from diptych.parts.backbones.causal import greedy, run_causal
+from diptych.parts.backbones.causal import continued, run_causal
 from diptych.parts.backbones.native_resolution import Pixels, pack_images
 from diptych.parts.backbones.ovis_chat import NO_THOUGHTS, OvisChat
 from diptych.parts.backbones.published import check_rows, without_origin
@@ -251,12 +252,19 @@ class Ovis(LayeredBackbone):
 
     @torch.no_grad()
     def generate(
-        self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
+        self,
+        sequences: Sequences,
+        vision: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        choose: NextToken = likeliest,
+        most: int | None = None,
     ) -> list[str]:
         embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
         if most is not None:
             sequences, embeddings = cut(sequences, embeddings, most, "last")
-        ids = greedy(self, embeddings, sequences, ends=self.chat.end_ids, max_new_tokens=max_new_tokens)
+        ends = self.chat.end_ids
+        ids = continued(self, embeddings, sequences, ends=ends, max_new_tokens=max_new_tokens, choose=choose)
         return [self.chat.decode(row) for row in ids]
 
     def named_parts(self) -> dict[str, nn.Module]:

@@ -112,6 +112,7 @@ class SigLIPNaViT(nn.Module):
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 nn.init.zeros_(module.bias)
+        nn.init.normal_(self.position_embedding.weight, std=0.5)  # else neighbours are not told apart, nor shapes read
 
     def patches(self, image: Tensor) -> Tensor:
         """An image (3, H, W) as its patches (n, 3 P^2), channels fastest."""
@@ -136,6 +137,9 @@ class VisionConnector(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, out)
         self.fc2 = nn.Linear(out, out)
+        with torch.no_grad():  # what is seen comes out as large as the positions that are added to it
+            nn.init.normal_(self.fc1.weight, std=1.4 * width**-0.5)
+            nn.init.normal_(self.fc2.weight, std=1.6 * out**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

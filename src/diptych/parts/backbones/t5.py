@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Message
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import LayeredBackbone, Prefix, Sequences
 from diptych.parts.backbones.published import without_bars, without_origin, write_model
 
@@ -136,7 +137,13 @@ class T5(LayeredBackbone):
         self._refuse("answers nothing")
 
     def generate(
-        self, sequences: Sequences, vision: Sequence[Tensor], *, max_new_tokens: int, most: int | None = None
+        self,
+        sequences: Sequences,
+        vision: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        choose: NextToken = likeliest,
+        most: int | None = None,
     ) -> list[str]:
         self._refuse("answers nothing")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.attention import RowAttention
 from diptych.systems.bagel.context import Context, condition
 from diptych.systems.bagel.items import Markers
@@ -30,9 +31,10 @@ def write(
     *,
     most: int,
     ends: Collection[int],
+    choose: NextToken = likeliest,
     keep_logits: bool = False,
 ) -> Written:
-    """Continue contexts greedily.
+    """Continue contexts, by default greedily.
 
     A bos token is fed on each context's next rotary id, then each token that was found, until all rows have found one
     of `ends` or `most` tokens were fed, the bos among them; the token found last is not fed.
@@ -56,7 +58,7 @@ def write(
         scores = network.llm.lm_head(hidden)  # (B, V)
         if keep_logits:
             logits.append(scores)
-        tokens = scores.argmax(-1)
+        tokens = choose(scores, step)
         done = done | torch.isin(tokens, stop)
         if bool(done.all()):
             break

@@ -30,6 +30,7 @@ from diptych.core.packing import rows_within
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import grid_ids, stretched_ids
 from diptych.core.sample import Batch, Message, Sample, Task
+from diptych.core.tokens import NextToken, likeliest
 from diptych.objectives import flow_matching
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.mot import MoT
@@ -39,10 +40,10 @@ from diptych.systems.bagel.context import CacheCondition, ContextStore, Piece, c
 from diptych.systems.bagel.examples import Example, Reader, find_markers
 from diptych.systems.bagel.items import Markers, Pack, pack
 from diptych.systems.bagel.network import BagelNetwork, States
-from diptych.systems.base import LORA, AssembledSystem, Dropped, Thinker
+from diptych.systems.base import LORA, AssembledSystem, Dropped, Reasoner, Thinker
 
 
-class BagelSystem(AssembledSystem, Thinker):
+class BagelSystem(AssembledSystem, Reasoner, Thinker):
     """See the module's docstring. `origins` holds the configuration of `network` and `autoencoder`."""
 
     kind: ClassVar[str] = "bagel"
@@ -177,7 +178,7 @@ class BagelSystem(AssembledSystem, Thinker):
         return self._write(requests, max_new_tokens)
 
     @torch.no_grad()
-    def _write(self, requests: Sequence[Sequence[Piece]], most: int) -> list[str]:
+    def _write(self, requests: Sequence[Sequence[Piece]], most: int, choose: NextToken = likeliest) -> list[str]:
         assert self.tokenizer is not None
         reader = self.reader
         contexts = self.store.contexts(self.network, reader.markers, requests)
@@ -186,23 +187,27 @@ class BagelSystem(AssembledSystem, Thinker):
             raise UserError(
                 f"a conversation leaves no room to answer in {room + max(c.position for c in contexts)} tokens"
             )
-        written = write(self.network, reader.markers, contexts, most=min(most + 1, room), ends={reader.markers.eos})
+        ends, most = {reader.markers.eos}, min(most + 1, room)
+        written = write(self.network, reader.markers, contexts, most=most, ends=ends, choose=choose)
         fed = [row[1:] for row in written.fed]
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in fed]
 
-    def thinking(self, conversation: Sequence[Message]) -> list[Message]:
+    def reasoning(self, conversation: Sequence[Message]) -> list[Message]:
         return [Message(role="system", text=self.settings.wording.think_answer), *conversation]
 
-    def think(self, batch: Batch, most: int) -> Batch:
+    @property
+    def thinks(self) -> bool:
+        return True
+
+    def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
         plan = Message(role="system", text=self.settings.wording.think_image)
         asked = [replace(sample, messages=(plan, *sample.messages)) for sample in batch]
-        thoughts = self._write([self._pieces(sample) for sample in asked], most)
-        return Batch(
-            tuple(
-                replace(sample, messages=(*sample.messages, Message(role="assistant", text=thought)))
-                for sample, thought in zip(asked, thoughts, strict=True)
-            )
+        thoughts = self._write([self._pieces(sample) for sample in asked], most, choose)
+        told = tuple(
+            replace(sample, messages=(*sample.messages, Message(role="assistant", text=thought)))
+            for sample, thought in zip(asked, thoughts, strict=True)
         )
+        return Batch(told), thoughts
 
     # Training
 

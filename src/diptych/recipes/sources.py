@@ -1,0 +1,119 @@
+"""A stage's data, from its specification."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from diptych.core.errors import UserError
+from diptych.data.buckets import buckets as make_buckets
+from diptych.data.filters import filtered
+from diptych.data.folder import FolderSource
+from diptych.data.jsonl import JsonlSource
+from diptych.data.latent_cache import CachedLatents
+from diptych.data.mixture import Mixture
+from diptych.data.parquet import ParquetSource
+from diptych.data.source import Source
+from diptych.data.subset import hold_out
+from diptych.data.toyworld import ToyWorldSource
+from diptych.data.webdataset import WebDatasetSource
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.recipes.pictures import ENDLESS, build_proxies
+from diptych.recipes.recipe import DataSpec, SourceSpec
+from diptych.recipes.tables import call
+
+SOURCE_KEYS = {
+    "toyworld": {"count", "seed", "options"},
+    "folder": {"path", "filters", "control", "maps"},
+    "jsonl": {"path", "ignore", "filters", "control"},
+    "webdataset": {"path", "filters", "control"},
+    "parquet": {"path", "columns", "split", "filters", "control"},
+    "proxies": {"path", "count", "seed", "options"},
+}
+"""Keys of a source beside `kind`, `task` and `share`, by its kind; others would be ignored and are refused."""
+
+
+def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
+    """A source from its specification; UserError for a key that this kind of source does not read."""
+    for field in dataclasses.fields(spec):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        given_value = getattr(spec, field.name) not in (default, {}, ())
+        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "share"}:
+            reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
+            raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
+    if spec.kind == "toyworld":
+        size = data.size if isinstance(data.size, int) else data.size[0]
+        options = {**spec.options, "count": spec.count or ENDLESS, "seed": spec.seed, "size": size}
+        return call(ToyWorldSource, f"sources.{name}.options", {**options, "task": spec.task, "name": name})
+    if spec.kind == "proxies":
+        chosen = {"path": spec.path, "count": spec.count, "seed": spec.seed, "options": spec.options}
+        return build_proxies(name, task=spec.task, fit=data.fit, **chosen)
+    if spec.path is None:
+        raise UserError(f"sources.{name}: 'path' is missing")
+    source = _file_source(name, spec, spec.path, data)
+    kept = source if spec.filters is None else filtered(source, spec.filters)
+    return kept if spec.control is None else _controlled(kept, name, spec, spec.control, data)
+
+
+def _controlled(pairs: Source, name: str, spec: SourceSpec, control: str, data: DataSpec) -> Source:
+    """Captioned images as edits of maps of them."""
+    try:
+        from diptych.data.control import ControlSource
+        from diptych.data.proxies.pictures import DepthMaps
+    except ModuleNotFoundError as error:
+        raise UserError(f"sources.{name}: control needs {error.name}; install diptych[data]") from error
+    if spec.task != "edit":
+        raise UserError(f"sources.{name}: control makes edits; set task to edit, not {spec.task}")
+    maps = None if spec.maps is None else DepthMaps(spec.maps)
+    return ControlSource(pairs, control, maps=maps, fit_mode=data.fit)
+
+
+def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Source:
+    task = "text_to_image" if spec.control else spec.task
+    given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit}
+    if spec.kind == "folder":
+        return FolderSource(path, **given)
+    if spec.kind == "jsonl":
+        return JsonlSource(path, ignore=spec.ignore, **given)
+    if spec.kind == "webdataset":
+        return WebDatasetSource(path, **given)
+    return ParquetSource(path, columns=spec.columns, split=spec.split or "train", **given)
+
+
+def build_data(
+    spec: DataSpec, seed: int, batch: int, step: int = 1, autoencoder: Autoencoder | None = None
+) -> tuple[Mixture, list[tuple[Source, Source | None]]]:
+    """A stage's mixture, and each source as (trained on, held out).
+
+    Args:
+        step: image sides must be multiples of it (autoencoder factor times patch).
+        autoencoder: makes the latents that `spec.cache` keeps.
+    """
+
+    def whole(name: str, source: SourceSpec) -> Source:
+        built = build_source(name, source, spec)
+        if spec.cache is None or source.task == "understand":
+            return built
+        if autoencoder is None:
+            raise UserError("data.cache: this system has no autoencoder whose latents could be kept")
+        return CachedLatents(built, spec.cache, autoencoder)
+
+    parts = [hold_out(whole(name, source), spec.held_out) for name, source in spec.sources.items()]
+    shares = [source.share for source in spec.sources.values()]
+    size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+    sizes = None
+    if spec.buckets is not None:
+        if not isinstance(spec.size, int):
+            raise UserError("data.buckets goes with one number as `size`")
+        sizes = make_buckets(spec.size, step, spec.buckets)
+    weighted = [(train, share) for (train, _), share in zip(parts, shares, strict=True)]
+    mixture = Mixture(
+        weighted,
+        seed=seed,
+        batch=batch,
+        size=None if sizes else size,
+        buckets=sizes,
+        bad_share=spec.bad_share,
+        balanced=spec.balanced,
+    )
+    return mixture, parts

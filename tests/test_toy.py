@@ -1,0 +1,32 @@
+"""The shipped toy models do what the README says of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from diptych.evaluation import toyeval
+from diptych.recipes.load import load
+from diptych.recipes.names import locate
+
+SHIPPED = ("toy/mllm", "toy/iomm-pretrained", "toy/iomm")
+
+
+def test_pictures_follow_held_out_captions() -> None:
+    engine = load("toy/iomm")
+    found = toyeval.run(engine, n=1, limit=36, seed=5, steps=12)
+    assert found.scores["overall"] >= 0.85
+    assert all(sample.row["thought"] for sample in found.samples)
+    alone = toyeval.run(engine, n=1, limit=36, seed=5, steps=12, think=0)
+    assert alone.scores["overall"] < found.scores["overall"] - 0.2, "what the page says of captions by themselves"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_weights_are_safetensors_alone(name: str) -> None:
+    suffixes = {path.suffix for path in locate(name).rglob("*") if path.is_file()}
+    assert ".safetensors" in suffixes
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py"}
+
+
+def test_weights_are_small() -> None:
+    sizes = {name: sum(path.stat().st_size for path in locate(name).rglob("*.safetensors")) for name in SHIPPED}
+    assert sum(sizes.values()) < 15e6, sizes
