@@ -1,6 +1,7 @@
 """Generation of toy images with guidance: images per second, and the share of time outside the decoder.
 
-    python benchmarks/generation.py [--model toy/iomm] [--images 16] [--steps 25] [--cfg 3] [--repeats 5] [--profile]
+    python benchmarks/generation.py [--model toy/iomm] [--images 16] [--steps 25] [--cfg 3] [--think 0]
+                                    [--repeats 5] [--profile]
 
 Each image has a prompt of its own, so that a condition is encoded for each. Without the model, the recipe's system with
 random weights stands in, which takes the same time; the first line says which it was. "outside" is all but the
@@ -76,7 +77,7 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, float]:
         for watch in watches.values():
             watch.seconds, watch.calls = 0.0, 0
         begin = time.perf_counter()
-        engine.generate(prompts, steps=options.steps, cfg=options.cfg, batch_size=options.images)
+        engine.generate(prompts, steps=options.steps, cfg=options.cfg, batch_size=options.images, think=options.think)
         synchronize(options.device)
         return time.perf_counter() - begin
 
@@ -106,13 +107,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--think", type=int, default=0, help="tokens to write before each image, 0 for none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
 
     engine, name = engine_of(options.model, options.device)
-    print(f"{name}: {options.images} images, {options.steps} steps, cfg {options.cfg:g}")
+    print(f"{name}: {options.images} images, {options.steps} steps, cfg {options.cfg:g}, think {options.think}")
     found = measure(engine, options)
     print(f"{'part':<16}{'ms':>10}{'share':>9}")
     for part in ("total", "decoder", "language model", "other"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from diptych.evaluation import toyeval
+from diptych.evaluation import toyedit, toyeval, toyvqa
 from diptych.recipes.load import load
 from diptych.recipes.names import locate
 
-SHIPPED = ("toy/mllm", "toy/iomm-pretrained", "toy/iomm")
+IOMM = ("toy/mllm", "toy/iomm-pretrained", "toy/iomm")
+SHIPPED = (*IOMM, "toy/bagel")
 
 
 def test_pictures_follow_held_out_captions() -> None:
@@ -20,6 +21,14 @@ def test_pictures_follow_held_out_captions() -> None:
     assert alone.scores["overall"] < found.scores["overall"] - 0.2, "what the page says of captions by themselves"
 
 
+def test_bagel_answers_draws_and_edits() -> None:
+    engine = load("toy/bagel")
+    assert toyvqa.run(engine, limit=48).scores["overall"] >= 0.5
+    assert toyeval.run(engine, n=1, limit=24, steps=8).scores["overall"] > 0.05
+    edited = toyedit.run(engine, limit=12, steps=8).scores
+    assert edited["preserved"] > 0.5
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_are_safetensors_alone(name: str) -> None:
     suffixes = {path.suffix for path in locate(name).rglob("*") if path.is_file()}
@@ -29,4 +38,5 @@ def test_weights_are_safetensors_alone(name: str) -> None:
 
 def test_weights_are_small() -> None:
     sizes = {name: sum(path.stat().st_size for path in locate(name).rglob("*.safetensors")) for name in SHIPPED}
-    assert sum(sizes.values()) < 15e6, sizes
+    assert sum(sizes[name] for name in IOMM) < 15e6, sizes
+    assert sizes["toy/bagel"] < 8e6, sizes

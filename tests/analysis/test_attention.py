@@ -110,7 +110,8 @@ def test_uniform_attention_counts_tokens() -> None:
             assert tokens >= 1
             assert summary["overall"][category] == pytest.approx(tokens / count, rel=1e-4)
         if isinstance(system, BagelSystem):  # 16 latents and two markers beside the prompt
-            assert summary["text_by_layer"] == pytest.approx([count / (count + 18)] * 4, rel=1e-4)
+            layers = system.network.config.llm.num_hidden_layers
+            assert summary["text_by_layer"] == pytest.approx([count / (count + 18)] * layers, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bagel", "omnigen2", "ovis_u1", "hieraquery", "tiny"])
@@ -148,7 +149,7 @@ def test_images_are_looked_at_uniformly() -> None:
     text = len(system.reader.ids(question, "x")) + 2
     after = [16 / (18 + seen) for seen in range(1, text + 1)]  # 16 vision tokens between two markers
     expected = (16 / 18 + sum(after)) / (text + 1)  # the end marker is asked too
-    assert shares == pytest.approx([expected] * 4, rel=1e-4)
+    assert shares == pytest.approx([expected] * system.network.config.llm.num_hidden_layers, rel=1e-4)
 
 
 def test_looking_at_a_backbone(tiny_model: Path) -> None:

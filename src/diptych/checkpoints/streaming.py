@@ -79,13 +79,14 @@ def stream(files: Iterable[Path], dtype: torch.dtype | None = None) -> Iterator[
         dtype: what floating-point tensors become; they are converted piece by piece, so that a tensor is never there in
             both number formats.
     """
+    spare: dict[torch.dtype, Tensor] = {}
     for path in files:
         found = entries(path)
         try:
             with path.open("rb", buffering=0) as file:
                 for entry in found:
                     file.seek(entry.start)
-                    yield entry.name, _read(file, path, entry, dtype)
+                    yield entry.name, _read(file, path, entry, dtype, spare)
         except OSError as error:
             raise UserError(f"{path}: not readable ({error})") from error
 
@@ -100,15 +101,18 @@ def _entry(path: Path, name: str, row: dict[str, Any], base: int) -> Entry:
     return entry
 
 
-def _read(file: Any, path: Path, entry: Entry, dtype: torch.dtype | None) -> Tensor:
+def _read(file: Any, path: Path, entry: Entry, dtype: torch.dtype | None, spare: dict[torch.dtype, Tensor]) -> Tensor:
+    """spare: the piece that is being converted, by number format; one for all tensors, so that memory does not tear."""
     target = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
     tensor = torch.empty(entry.shape, dtype=target)
     flat = tensor.reshape(-1)
     if target == entry.dtype:
         _fill(file, path, entry, flat)
         return tensor
+    if entry.dtype not in spare:
+        spare[entry.dtype] = torch.empty(PIECE, dtype=entry.dtype)
     for piece in flat.split(PIECE):
-        part = torch.empty(len(piece), dtype=entry.dtype)
+        part = spare[entry.dtype][: len(piece)]
         _fill(file, path, entry, part)
         piece.copy_(part)
     return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,10 +32,7 @@ class Answering(System):
 
 
 class Imagining(Thinker):
-    """A system whose MLLM can write out what a caption leaves open; that is then drawn in the caption's place.
-
-    Requests with images are left as they are, without a thought, and so is a caption to which it writes nothing.
-    """
+    """A system whose MLLM can write out what a caption leaves open; that is then drawn in the caption's place."""
 
     backbone: Backbone
 
@@ -49,14 +46,23 @@ class Imagining(Thinker):
         return bool(self.thought_prompt)
 
     def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
-        captions = set(batch.rows("text_to_image"))
-        if not captions:
-            return batch, [""] * len(batch)
-        asked = [[Message(role="user", text=self.thought_prompt.replace("{text}", sample.text))] for sample in batch]
-        written = answer(self.backbone, asked, [[] for _ in asked], most, choose)
-        thoughts = [text if row in captions else "" for row, text in enumerate(written)]
-        pairs = zip(batch, thoughts, strict=True)
-        return Batch(tuple(replace(sample, text=text) if text else sample for sample, text in pairs)), thoughts
+        return imagine(
+            batch, self.thought_prompt, lambda asked: answer(self.backbone, asked, [[] for _ in asked], most, choose)
+        )
+
+
+def imagine(batch: Batch, prompt: str, write: Callable[[list[list[Message]]], list[str]]) -> tuple[Batch, list[str]]:
+    """Requests whose captions are replaced by what `write` answers to `prompt`, and these answers.
+
+    Requests with images are left as they are, without an answer, and so is a caption whose answer is empty.
+    """
+    captions = set(batch.rows("text_to_image"))
+    if not captions:
+        return batch, [""] * len(batch)
+    written = write([[Message(role="user", text=prompt.replace("{text}", sample.text))] for sample in batch])
+    thoughts = [text if row in captions else "" for row, text in enumerate(written)]
+    pairs = zip(batch, thoughts, strict=True)
+    return Batch(tuple(replace(sample, text=text) if text else sample for sample, text in pairs)), thoughts
 
 
 def learn(backbone: Backbone, batch: Batch, device: torch.device) -> Tensor:

@@ -101,7 +101,7 @@ class Read:
     states: list[Tensor]
 
 
-class OvisU1System(conversation.Imagining, AssembledSystem, ImageSized):
+class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
     """See the module's docstring. `origins` is the configuration of each part, kept to write `config()`.
 
     pooler: where the vector for the whole prompt comes from instead of the refiner (CLIP, table 9's V1 to V3).

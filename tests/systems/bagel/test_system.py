@@ -145,6 +145,15 @@ def test_conditions_are_joined_taken_and_masked(system: BagelSystem) -> None:
         torch.testing.assert_close(swapped, both.flip(0), rtol=1e-5, atol=1e-6)
 
 
+def test_a_caption_may_be_imagined_whole(system: BagelSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    wording = dataclasses.replace(system.settings.wording, think_image="{text}?")
+    monkeypatch.setattr(system, "settings", dataclasses.replace(system.settings, wording=wording))
+    asked = Batch((Sample(id="a", task="text_to_image", text="a red circle"),))
+    imagined, (said,) = system.think(asked, 3)
+    assert said == system.generate_text([[Message(role="user", text="a red circle?")]], [[]], max_new_tokens=3)[0]
+    assert imagined.samples == (dataclasses.replace(asked.samples[0], text=said or "a red circle"),)
+
+
 def test_thinking_puts_a_thought_behind_the_request(system: BagelSystem) -> None:
     asked = Batch((Sample(id="a", task="text_to_image", text="a red circle"),))
     thought, said = system.think(asked, 3)

@@ -66,7 +66,8 @@ def _scaled(height: int, width: int, scale: float, stride: int) -> tuple[int, in
 class Wording:
     """Special tokens of the tokenizer, and what is said before a request that should be thought over.
 
-    The published weights were tuned with instructions of their own release; give them here for its thinking mode.
+    The published weights were tuned with instructions of their own release; give them here for its thinking mode. A
+    `think_image` that holds `{text}`, the caption, is a question whose answer is drawn in the caption's place.
     """
 
     bos: str = "<|im_start|>"

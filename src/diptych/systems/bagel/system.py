@@ -41,6 +41,7 @@ from diptych.systems.bagel.examples import Example, Reader, find_markers
 from diptych.systems.bagel.items import Markers, Pack, pack
 from diptych.systems.bagel.network import BagelNetwork, States
 from diptych.systems.base import LORA, AssembledSystem, Dropped, Reasoner, Thinker
+from diptych.systems.conversation import imagine
 
 
 class BagelSystem(AssembledSystem, Reasoner, Thinker):
@@ -169,13 +170,22 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
         *,
         max_new_tokens: int = 64,
     ) -> list[str]:
+        return self._answer(conversations, images, max_new_tokens)
+
+    def _answer(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Tensor]],
+        most: int,
+        choose: NextToken = likeliest,
+    ) -> list[str]:
         reader = self.reader
         requests: list[list[Piece]] = []
         for number, (messages, pictures) in enumerate(zip(conversations, images, strict=True)):
             where = f"conversation {number}"
             parts = reader.conversation(messages, pictures, where)
             requests.append(reader.pieces(parts, self.settings, draw=False, where=where))
-        return self._write(requests, max_new_tokens)
+        return self._write(requests, most, choose)
 
     @torch.no_grad()
     def _write(self, requests: Sequence[Sequence[Piece]], most: int, choose: NextToken = likeliest) -> list[str]:
@@ -200,7 +210,10 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
         return True
 
     def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
-        plan = Message(role="system", text=self.settings.wording.think_image)
+        wording = self.settings.wording.think_image
+        if "{text}" in wording:
+            return imagine(batch, wording, lambda asked: self._answer(asked, [[] for _ in asked], most, choose))
+        plan = Message(role="system", text=wording)
         asked = [replace(sample, messages=(plan, *sample.messages)) for sample in batch]
         thoughts = self._write([self._pieces(sample) for sample in asked], most, choose)
         told = tuple(
