@@ -117,8 +117,8 @@ def explained(story: Story) -> list[str]:
     thinking = (
         [
             "Before each picture the language model wrote out what the prompt leaves open, and that was drawn: "
-            f"'{story.prompts[0]}' became '{first}'. This is not part of IOMM; --think 0 turns it off, and scores then "
-            "are lower."
+            f"'{story.prompts[0]}' became '{first}'. This is not part of IOMM; 'diptych generate' and "
+            "'diptych eval' leave it out with --think 0."
         ]
         if first
         else []

@@ -122,10 +122,9 @@ class Statement:
                 return made
 
     def order(self, scene: Scene) -> list[int]:
-        """A scene's objects in the order in which this names them, those that it does not tell apart in the scene's."""
+        """Objects of a scene made for this as it names them; alike ones in the order of the scene."""
         shapes = [thing.shape for thing in self.things]
-        named = [at for at, found in enumerate(scene.objects) if found.shape in shapes]
-        return sorted(named, key=lambda at: shapes.index(scene.objects[at].shape))
+        return sorted(range(len(scene.objects)), key=lambda at: shapes.index(scene.objects[at].shape))
 
     def _cells(self, rng: np.random.Generator) -> list[int] | None:
         """Cells for the two things of a relation; the other axis is free."""

@@ -112,7 +112,7 @@ class SigLIPNaViT(nn.Module):
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.position_embedding.weight, std=0.5)  # else neighbours are not told apart, nor shapes read
+        nn.init.normal_(self.position_embedding.weight, std=0.5)  # as large as what the patches bring
 
     def patches(self, image: Tensor) -> Tensor:
         """An image (3, H, W) as its patches (n, 3 P^2), channels fastest."""
