@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from diptych.checkpoints import omnigen2 as omnigen2_files
+from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.dc import DCAutoencoder
@@ -303,20 +304,27 @@ def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Mo
 
 
 def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str, Any]]:
-    """A decoder; `condition_width` of an MMDiT is the MLLM's where the recipe does not say."""
+    """A decoder; `condition_width` of an MMDiT is the MLLM's where the recipe does not say.
+
+    `weights` of `mmdit` and `yak` name a saved Diptych model that has such a decoder.
+    """
     cls = choose("decoder", part.kind, DECODERS)
     if part.kind == "mmdit":
-        config = {"condition_width": width, **part.config}
+        config = {"condition_width": width, **_decoder_sizes(part)}
         with torch.device("meta" if meta else "cpu"):
             decoder: Decoder = MMDiT(read(MMDiTConfig, config, "decoder.config"))
     elif part.kind == "yak":
+        config = _decoder_sizes(part)
         with torch.device("meta" if meta else "cpu"):
-            decoder = Yak(read(YakConfig, part.config, "decoder.config"))
-        config = part.config
+            decoder = Yak(read(YakConfig, config, "decoder.config"))
     elif part.kind == "omnigen2":
         decoder, config = _omnigen2_decoder(part, width, meta)
     else:
         decoder, config = _diffusers_part(cls, part, meta)
+    if part.kind in ("mmdit", "yak") and part.weights and not meta:
+        tensors = read_tensors(weight_files(locate(part.weights)))
+        found = ((name.removeprefix("decoder."), value) for name, value in tensors if name.startswith("decoder."))
+        load_into(decoder, found, f"decoder of {part.weights}")
     if part.lora:
         add_lora(decoder, **part.lora)
     return decoder, {**dataclasses.asdict(part), "config": config}
@@ -329,6 +337,20 @@ def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, An
         return PixelAutoencoder(), dataclasses.asdict(part)
     autoencoder, config = _diffusers_part(cls, part, meta)
     return autoencoder, {**dataclasses.asdict(part), "config": config}
+
+
+def _decoder_sizes(part: Part) -> dict[str, Any]:
+    """The configuration of a decoder of our own kinds: as given, or that of the saved model that `weights` names."""
+    if part.weights is None:
+        return part.config
+    saved = published_config(part.weights).get("decoder")
+    if not isinstance(saved, dict) or saved["kind"] != part.kind or saved["weights"]:
+        raise UserError(f"decoder: {part.weights} is not a saved model that holds a decoder of kind {part.kind}")
+    for name, value in part.config.items():
+        if name in saved["config"] and saved["config"][name] != value:
+            have = saved["config"][name]
+            raise UserError(f"decoder.config.{name}: {value}, but the decoder of {part.weights} has {have}")
+    return {**part.config, **saved["config"]}
 
 
 def _omnigen2_decoder(part: Part, width: int, meta: bool) -> tuple[OmniGen2, dict[str, Any]]:

@@ -33,7 +33,8 @@ LIBRARY = Path(__file__).parent / "library"
 class Part:
     """A part of a system: its `kind`, where its weights come from, and its configuration.
 
-    weights: shipped name, folder, or hub id; None for random weights. subfolder: inside it ("vae").
+    weights: shipped name, folder, or hub id; None for random weights. A decoder of our own kinds (`mmdit`, `yak`) comes
+    from a saved Diptych model that holds one. subfolder: inside it ("vae").
     config: sizes, read from the weights' own config where weights are given. tokenizer: of a backbone that starts from
     random weights ("toyworld" trains one on the toy world's texts; else a folder with tokenizer files).
     lora: rank, alpha, dropout, for decoders that are tuned that way.
