@@ -138,3 +138,10 @@ def test_unknown_sizes_name_the_known_ones() -> None:
     with pytest.raises(ValueError, match="InternVL3-2B-hf"):
         published_config("OpenGVLab/InternVL9")
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in SIZES.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("toy/sgt_")])
+def test_tuning_does_not_repeat_the_training_of_its_start(name: str) -> None:
+    recipe = loaded(name)
+    assert list(recipe.stages) == ["tune"]
+    assert recipe.start is not None
