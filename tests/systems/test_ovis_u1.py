@@ -150,6 +150,26 @@ def test_three_branches_as_one_batch_are_three_passes(system: OvisU1System) -> N
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_an_opening_follows_the_request_and_is_never_learned(plain_ovis: dict[str, Any]) -> None:
+    plain = copy.deepcopy(plain_ovis)
+    batch = Batch((*edits(1), *(ToyWorld(seed=0).sample("understand", index) for index in range(2))))
+    torch.manual_seed(0)
+    without = build_system(parse(plain).system)
+    plain["system"]["prompts"] = {**plain["system"].get("prompts", {}), "opening": "how many circles"}
+    made = build_system(parse(plain).system)
+    assert isinstance(without, OvisU1System)
+    assert isinstance(made, OvisU1System)
+    made.load_state_dict(without.state_dict())
+    backbone = made.backbone
+    assert isinstance(backbone, Ovis)
+    turn = backbone.tokenizer("<|im_start|>assistant\nhow many circles<|im_end|>\n", add_special_tokens=False)
+    before, after = (system.encode(batch.take([0])).tokens for system in (without, made))
+    assert after.shape[1] == before.shape[1] + len(turn["input_ids"])
+    told = [system.losses(batch, Draws([0, 1, 2]))["cross_entropy.understand"] for system in (without, made)]
+    torch.testing.assert_close(*told)
+
+
 def test_condition_is_computed_once_and_not_per_step(system: OvisU1System) -> None:
     calls: dict[str, int] = {"refiner": 0, "llm": 0, "decoder": 0}
 

@@ -44,13 +44,15 @@ DESCRIBE = (
 class OvisPrompts:
     """User turns by task; `{text}` is the caption or instruction, `<image>` the context image (repeated for several).
 
-    An instruction that says itself where its images stand is taken as it is. think: as of `asking.Prompts`.
+    An instruction that says itself where its images stand is taken as it is. think: as of `asking.Prompts`. opening:
+    an assistant's turn that follows the request, its states part of the condition; "", as released, for no such turn.
     """
 
     text_to_image: str = f"{IMAGE_PLACEHOLDER}\n{DESCRIBE}{{text}}"
     edit: str = f"{IMAGE_PLACEHOLDER}\n{{text}}"
     null: str = f"{IMAGE_PLACEHOLDER}\nGenerate an image."
     think: str = ""
+    opening: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +199,9 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
                 if size not in blanks:
                     blanks[size] = self._readable(torch.ones(3, *size, device=self.device), sample)
                 seen = (blanks[size],)
-            conversations.append([Message(role="user", text=self._prompt(sample, len(seen)))])
+            request = [Message(role="user", text=self._prompt(sample, len(seen)))]
+            opening = self.settings.prompts.opening
+            conversations.append([*request, Message(role="assistant", text=opening)] if opening else request)
             images.append(seen)
         return conversations, images
 
@@ -243,8 +247,13 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
         side = int(self.settings.canvas_pixels[1] ** 0.5) // canvas * canvas
         return side, side
 
-    def _read(self, conversations: Sequence[Sequence[Message]], images: Sequence[Sequence[Tensor]]) -> Read:
-        """One pass of the MLLM over conversations; an image that occurs more than once is looked at once."""
+    def _read(
+        self, conversations: Sequence[Sequence[Message]], images: Sequence[Sequence[Tensor]], told: bool = False
+    ) -> Read:
+        """One pass of the MLLM over conversations; an image that occurs more than once is looked at once.
+
+        told: whether some of them are learned from, and not requests alone.
+        """
         flat = [image for row in images for image in row]
         once = {id(image): image for image in flat}
         whole = self.settings.too_long == "error"
@@ -255,7 +264,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
                 self.backbone.embed(sequences.ids), sequences.images, [seen[id(image)] for image in flat]
             )
             if not whole:
-                kept = "first" if self.training or sequences.learned.any() else "last"
+                kept = "first" if self.training or told else "last"
                 sequences, embeddings = cut(sequences, embeddings, self.backbone.max_length, kept)
             pack = self.settings.pack if self.training else 0
             states = self.backbone.states(embeddings, sequences.mask, self.settings.layers, pack)
@@ -308,7 +317,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
         if learnt is not None:
             conversations += [sample.messages for sample in learnt]
             images += [sample.context_images for sample in learnt]
-        read = self._read(conversations, images)
+        read = self._read(conversations, images, bool(told))
 
         terms: dict[str, Tensor] = {}
         if asked is not None:
