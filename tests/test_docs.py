@@ -132,7 +132,14 @@ def test_toy_page_has_the_recipes_budgets() -> None:
     rows = re.findall(r"^\| `(toy/\w+)` \| (\w+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|", text, re.MULTILINE)
     told = [
         (name, stage_name, f"{stage.steps:,}", str(stage.batch), f"{stage.steps * stage.batch:,}")
-        for name in ("toy/mllm", "toy/iomm_pretrain_image", "toy/iomm_finetune_mix", "toy/bagel")
+        for name in (
+            "toy/mllm",
+            "toy/iomm_pretrain_image",
+            "toy/iomm_finetune_mix",
+            "toy/bagel",
+            "toy/omnigen2",
+            "toy/hieraquery",
+        )
         for stage_name, stage in recipe.load(name)[0].stages.items()
     ]
     assert rows == told
