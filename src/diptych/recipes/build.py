@@ -344,7 +344,7 @@ def _decoder_sizes(part: Part) -> dict[str, Any]:
     if part.weights is None:
         return part.config
     saved = published_config(part.weights).get("decoder")
-    if not isinstance(saved, dict) or saved["kind"] != part.kind or saved["weights"]:
+    if not isinstance(saved, dict) or saved.get("kind") != part.kind or saved.get("weights"):
         raise UserError(f"decoder: {part.weights} is not a saved model that holds a decoder of kind {part.kind}")
     for name, value in part.config.items():
         if name in saved["config"] and saved["config"][name] != value:
