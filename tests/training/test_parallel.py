@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from diptych.core.errors import UserError
 from diptych.recipes.recipe import parse
-from diptych.recipes.run import train_recipe
+from diptych.recipes.run import make_accelerator, train_recipe
+from diptych.training.config import RunConfig
 from diptych.training.metrics import read_metrics
 
 KINDS = {"auto": "muon", "fsdp": "adamw"}
@@ -81,7 +82,9 @@ def together(_tiny_plain: dict[str, Any], tiny_mllm: Path, tmp_path_factory: pyt
     mixed["run"]["strategy"] = "fsdp"
     (folder / "all_tasks.yaml").write_text(yaml.safe_dump(mixed, sort_keys=False))
     for strategy in KINDS:
-        (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(two_stages(_tiny_plain, strategy), sort_keys=False))
+        plain = two_stages(_tiny_plain, strategy)
+        plain["run"]["device"] = "auto"  # there is no GPU to be seen
+        (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     script = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder],
@@ -142,6 +145,15 @@ def test_sharding_alone_is_refused(tiny_plain: dict[str, Any], tmp_path: Path) -
     tiny_plain["run"]["strategy"] = "fsdp"
     with pytest.raises(UserError, match="start with torchrun --nproc-per-node"):
         train_recipe(parse(tiny_plain), tiny_plain, tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes with GPUs find each other")
+def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(UserError, match="2 processes were launched"):
+        make_accelerator(RunConfig())
 
 
 def test_sharded_runs_draw_no_pictures(tiny_plain: dict[str, Any]) -> None:

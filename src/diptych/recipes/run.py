@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,25 @@ def difference(a: Any, b: Any, where: str = "") -> str:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """One process, or several under a launcher."""
+    """One process, or several under a launcher.
+
+    Raises:
+        UserError: several that would each train alone.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
-    return Accelerator(
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
+        cpu=cpu,  # unless told, processes without a GPU do not find each other
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched (WORLD_SIZE), but each would train alone on "
+            f"{accelerator.device.type!r}; launch one, or set run.device=cpu"
+        )
+    return accelerator
 
 
 def check_parts(recipe: Recipe, system: System) -> None:

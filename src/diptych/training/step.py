@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Sample
 from diptych.systems.base import System
+from diptych.training.attention import WrittenOut
 from diptych.training.config import StageConfig
 
 NAMED = 8
@@ -49,14 +49,15 @@ class Report:
 
 @contextmanager
 def precision(accelerator: Accelerator) -> Iterator[None]:
-    """The forward pass of a run in its precision.
-
-    In bfloat16 on a CPU attention is written out as matrix products: torch's fused kernel is six times slower backward
-    there than in float32 (docs/log.md).
-    """
-    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
-    with accelerator.autocast(), sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+    """The forward pass of a run in its precision."""
+    with accelerator.autocast(), attention(accelerator):
         yield
+
+
+def attention(accelerator: Accelerator) -> AbstractContextManager[object]:
+    """How a run computes attention, forward and where backward recomputes it: in bfloat16 on a CPU, written out."""
+    plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    return WrittenOut() if plain else nullcontext()
 
 
 def backward(
@@ -81,7 +82,8 @@ def backward(
             strange = {one.task for one in more}
             counts = {name: 0.0 if task_of(name) in strange else weight(config.weights, name) for name in terms}
             weighted = [counts[name] * values.float().sum() for name, values in terms.items()]
-            accelerator.backward(torch.stack(weighted).sum() / len(batch))
+            with attention(accelerator):
+                accelerator.backward(torch.stack(weighted).sum() / len(batch))
         for name, values in terms.items():
             if task_of(name) not in strange:
                 found.setdefault(name, []).append(values.detach().float())
