@@ -20,6 +20,11 @@ def test_train_resume_and_another_recipe(tiny_recipe: Path, capsys: pytest.Captu
     assert Path("runs/tiny/model/config.json").is_file()
     assert yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text())["seed"] == 4
     assert "done: runs/tiny/model" in capsys.readouterr().out
+    assert main(["curves", "runs/tiny", "-o", "losses.png"]) == 0
+    assert capsys.readouterr().out == "losses.png\n"
+    assert Path("losses.png").stat().st_size > 1000
+    assert main(["curves", "runs/tin"]) == 2
+    assert "runs/tin: no metrics.jsonl" in capsys.readouterr().err
     assert main(["train", "tiny.yaml", "--set", "stages.mix.steps=2", "seed=4"]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["train", "tiny.yaml", "--resume", "--set", "stages.mix.steps=2"]) == 2

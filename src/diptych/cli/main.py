@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "a model's scores over a grid of sampling settings",
     "analyze": "a model's vision features, and its attention to images and words",
     "train": "run a recipe",
+    "curves": "the losses of runs, drawn",
     "study": "run a set of recipes at equal budget and tabulate them",
     "check": "look at a recipe and its data before a run",
     "recipes": "list the recipes, or show one",

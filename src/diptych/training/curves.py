@@ -1,0 +1,111 @@
+"""The losses of runs as curves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diptych.core.errors import UserError
+from diptych.training.metrics import read_metrics
+
+TRAINED, HELD_OUT = "loss/", "held_out/"
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's metrics.
+
+    Raises:
+        UserError: the folder holds no metrics, or none with a loss yet.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run}: no metrics.jsonl; give the folder of a run (diptych train --out)")
+    rows = read_metrics(path)
+    if not losses(rows):
+        raise UserError(f"{path}: no losses yet; a run writes them every run.log_every steps")
+    return rows
+
+
+def losses(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the losses, in the order in which they are met."""
+    prefixes = (TRAINED, HELD_OUT)
+    return list(dict.fromkeys(name.split("/", 1)[1] for row in rows for name in row if name.startswith(prefixes)))
+
+
+def points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric; the step counts over all stages."""
+    return [(row["step"], row[name]) for row in rows if name in row]
+
+
+def starts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Where each stage begins: the last step that was written of the one before it, 0 for the first."""
+    found: dict[str, int] = {}
+    last = 0
+    for row in rows:
+        found.setdefault(row["stage"], last)
+        last = row["step"]
+    return found
+
+
+def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Draw a panel for each loss, by step: a line in training, points where it was held out, a colour for each run.
+
+    runs: rows by label. Stages are marked where there is one run.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file's type is not one that it writes.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UserError("matplotlib is not installed; pip install 'diptych[eval]'") from error
+    terms = list(dict.fromkeys(term for rows in runs.values() for term in losses(rows)))
+    figure = Figure(figsize=(9, 2.6 * len(terms)), layout="constrained")
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UserError(f"{path}: not a picture that can be written; choices: {', '.join(sorted(known))}")
+    panels = figure.subplots(len(terms), 1, squeeze=False, sharex=True)[:, 0]
+    for term, panel in zip(terms, panels, strict=True):
+        for number, (label, rows) in enumerate(runs.items()):
+            begins = starts(rows)
+            for stage in begins:  # lines end with their stage
+                line = points([row for row in rows if row["stage"] == stage], TRAINED + term)
+                panel.plot([x for x, _ in line], [y for _, y in line], color=f"C{number}", linewidth=1)
+            held_out = points(rows, HELD_OUT + term)
+            panel.scatter(
+                [x for x, _ in held_out],
+                [y for _, y in held_out],
+                s=14,
+                color=f"C{number}",
+                edgecolors="black",
+                zorder=3,
+            )
+            panel.plot([], [], color=f"C{number}", label=label)
+            if len(runs) == 1:
+                for stage, begin in begins.items():
+                    panel.axvline(begin, color="gray", linewidth=0.6, alpha=0.7)
+                    if panel is panels[0]:
+                        panel.annotate(
+                            stage,
+                            (begin, 1.0),
+                            xycoords=("data", "axes fraction"),
+                            rotation=40,
+                            fontsize=7,
+                            annotation_clip=False,
+                            xytext=(1, 3),
+                            textcoords="offset points",
+                        )
+        panel.set_yscale("log")
+        panel.set_ylabel(term, fontsize=7)
+        panel.tick_params(labelsize=7, which="both")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("step (line: training, points: held out)", fontsize=8)
+    if len(runs) > 1:
+        panels[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    figure.savefig(temporary, dpi=130)
+    temporary.replace(path)
