@@ -139,6 +139,7 @@ def test_toy_page_has_the_recipes_budgets() -> None:
             "toy/bagel",
             "toy/omnigen2",
             "toy/hieraquery",
+            "toy/ovis_u1",
         )
         for stage_name, stage in recipe.load(name)[0].stages.items()
     ]

@@ -9,7 +9,7 @@ from diptych.recipes.load import load
 from diptych.recipes.names import locate
 
 IOMM = ("toy/mllm", "toy/iomm-pretrained", "toy/iomm")
-LIMITS = {"toy/bagel": 8e6, "toy/omnigen2": 8e6, "toy/hieraquery": 6e6}
+LIMITS = {"toy/bagel": 8e6, "toy/omnigen2": 8e6, "toy/hieraquery": 6e6, "toy/ovis-u1": 10e6}
 """Most bytes of the other systems."""
 SHIPPED = (*IOMM, *LIMITS)
 
@@ -45,6 +45,15 @@ def test_hieraquery_draws_the_same_at_its_scales_and_edits() -> None:
     assert toyeval.run(engine, n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.8
     assert toyscales.run(engine, limit=32, steps=12).scores["4x4"]["score"] >= 0.7
     assert toyedit.run(engine, limit=24, steps=12).scores["overall"] >= 0.35
+
+
+def test_ovis_u1_answers_draws_and_edits() -> None:
+    engine = load("toy/ovis-u1")
+    assert toyvqa.run(engine, limit=48).scores["overall"] >= 0.65
+    assert toyeval.run(engine, n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.85
+    edited = toyedit.run(engine, limit=24, steps=12).scores
+    assert edited["overall"] >= 0.7
+    assert edited["preserved"] >= 0.8
 
 
 @pytest.mark.parametrize("name", SHIPPED)
