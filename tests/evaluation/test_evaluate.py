@@ -105,6 +105,14 @@ def test_bad_requests(engine: Engine) -> None:
         evaluate(engine, ["toyevl"])
     with pytest.raises(UserError, match="limit"):
         evaluate(engine, ["toyeval"], limit=0)
+    with pytest.raises(UserError, match="n is of toyeval and toyedit; toyvqa would leave it unused"):
+        evaluate(engine, ["toyvqa"], n=2)
+
+
+def test_n_is_for_the_tasks_that_make_several_pictures(engine: Engine) -> None:
+    found = evaluate(engine, ["toyedit", "toyvqa", "toyfeatures"], n=2, limit=8, steps=1)["tasks"]
+    assert (found["toyedit"]["images"], found["toyedit"]["edits"]) == (16, 8)
+    assert found.keys() == {"toyedit", "toyvqa", "toyfeatures"}
 
 
 def test_shares_and_their_intervals() -> None:

@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL}; none with --images or --only score")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
     parser.add_argument("--tasks", default="toyeval", help="by comma (toyeval)")
-    parser.add_argument("--n", type=int, help="images per prompt of toy tasks (4 of toyeval, 1 of toyedit)")
+    parser.add_argument("--n", type=int, help="images per prompt of toyeval (4) and toyedit (1)")
     parser.add_argument("--limit", type=int, help="at most this many prompts, edits or questions of each task")
     parser.add_argument("--output", help="folder for results.json, rows and pictures; toy tasks do without")
     parser.add_argument("--log-samples", action="store_true", help="write samples_TASK.jsonl: all that is known")

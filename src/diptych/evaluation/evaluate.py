@@ -24,6 +24,8 @@ from diptych.evaluation.understanding.benchmarks import BENCHMARKS as UNDERSTAND
 from diptych.inference.engine import Engine
 
 TASKS = (toyeval.NAME, toyedit.NAME, toyvqa.NAME, toyfeatures.NAME, toyscales.NAME)
+COUNTED = (toyeval.NAME, toyedit.NAME)
+"""Tasks that make any number of images of a prompt."""
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
@@ -55,7 +57,7 @@ def evaluate(
         engine: the model; None to score pictures that are there.
         tasks: of `TASKS`, `BENCHMARKS` and `UNDERSTANDING`.
         output: folder for results.json, rows and pictures. Without it nothing is written, which toy tasks allow.
-        n: images per prompt of toy tasks; None for each one's own number (4 of ToyEval, 1 of the edits).
+        n: images per prompt of the tasks in `COUNTED`; None for each one's own number (4 of ToyEval, 1 of the edits).
         limit: at most this many prompts, edits or questions of each task; marks results as not comparable.
         seed: of the noise; seeds: several, for published benchmarks, whose mean is then the score.
         only: "generate" or "score". images: a folder in the benchmark's official layout, to be scored; with several
@@ -76,12 +78,15 @@ def evaluate(
         raise UserError(f"no task given. Choices: {', '.join(names())}.")
     published = [task for task in tasks if task in BENCHMARKS]
     check_plan(engine is not None, tasks, output, only, images, seeds)
+    if n is not None and not set(tasks) & set(COUNTED):
+        raise UserError(f"n is of {' and '.join(COUNTED)}; {', '.join(tasks)} would leave it unused")
     begin = time.perf_counter()
     done: list[TaskResult] = []
     for task in tasks:
         if task in TASKS:
             assert engine is not None, "toy tasks have a model"
-            done.append(run(engine, task, n=n, limit=limit, seed=seed, progress=progress, **options))
+            own_n = n if task in COUNTED else None
+            done.append(run(engine, task, n=own_n, limit=limit, seed=seed, progress=progress, **options))
     place = None if output is None else Path(output)
     for task in tasks:
         if task in UNDERSTANDING:
