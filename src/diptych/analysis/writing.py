@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diptych.analysis.words import CATEGORIES
 from diptych.core.errors import UserError
-from diptych.data.atomic import write_atomically
+from diptych.data.atomic import write_atomically, write_figure
 
 COLOURS = ("#3b5bdb", "#d9822b", "#0f9960", "#c23030", "#7157d9", "#1c2330", "#b83280", "#728c00")
 TINT = {"object": "59,91,219", "position": "217,130,43", "color": "15,153,96", "other": "114,124,140"}
@@ -48,12 +48,6 @@ def figure(columns: int, rows: int = 1, wide: float = 4.6, tall: float = 3.8) ->
         raise UserError("plots need matplotlib: pip install 'diptych[eval]'") from error
     made = Figure(figsize=(wide * columns, tall * rows), layout="constrained")
     return made, made.subplots(rows, columns, squeeze=False)
-
-
-def save(made: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    made.savefig(temporary, dpi=150)
-    temporary.replace(path)
 
 
 # Words
@@ -121,7 +115,7 @@ def word_plots(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     lines.legend(fontsize=6, frameon=False, ncols=len(found), loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axis in (lines.xaxis, heads.xaxis, heads.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    save(made, path)
+    write_figure(made, path)
 
 
 def prompt_page(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -194,7 +188,7 @@ def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panel.set(xlabel="layer", ylabel="attention to vision tokens", title="band: spread over questions")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(fontsize=8, frameon=False)
-    save(made, path)
+    write_figure(made, path)
 
 
 # Features
@@ -233,4 +227,4 @@ def feature_plot(
             panel.scatter(points[rows, 0], points[rows, 1], s=12, color=COLOURS[number % len(COLOURS)], label=name)
         panel.set(xticks=[], yticks=[], title=f"{model}\nlinear probe {found[model]['probe']['mean']:.3f}")
     panels[0, 0].legend(fontsize=8, frameon=False)
-    save(made, path)
+    write_figure(made, path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diptych.core.errors import UserError
 
@@ -29,10 +31,21 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         if error.errno in _FULL:
-            raise UserError(f"{path}: the disk is full; free space or choose another cache folder") from error
+            raise UserError(f"{path}: the disk is full; free space or choose another folder") from error
         if error.errno in _UNWRITABLE:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_figure(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Writes a matplotlib figure, in the format that the name ends in, as `write_atomically` does.
+
+    Raises:
+        UserError: as `write_atomically`.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=path.suffix[1:].lower())
+    write_atomically(path, [drawn.getvalue()])

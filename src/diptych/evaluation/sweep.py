@@ -17,6 +17,7 @@ from typing import Any
 
 from diptych.checkpoints.tensors import atomic_text
 from diptych.core.errors import UserError, unknown
+from diptych.data.atomic import write_figure
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.results import categories
 from diptych.inference.engine import Engine, Sampling
@@ -210,6 +211,5 @@ def plot(found: dict[str, Any], path: Path) -> bool:
         axes.grid(alpha=0.3)
         if others and lines:
             axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=150)
+    write_figure(drawn, path)
     return True

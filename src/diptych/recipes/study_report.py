@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.checkpoints.tensors import atomic_text
+from diptych.data.atomic import write_figure
 from diptych.evaluation.results import categories
 from diptych.recipes.clock import seconds
 from diptych.recipes.study import Planned, StudySpec, asked
@@ -232,9 +233,7 @@ def plot(found: dict[str, Any], path: Path) -> bool:
             panel.set_ylim(0, 1.08)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(found["title"], fontsize=10)
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    write_figure(figure, path)
     return True
 
 
@@ -264,7 +263,5 @@ def curve(found: dict[str, Any], path: Path) -> bool:
         panel.legend(title=by, fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(found["title"], fontsize=10)
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    write_figure(figure, path)
     return True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.data.atomic import write_figure
 from diptych.training.metrics import read_metrics
 
 TRAINED, HELD_OUT = "loss/", "held_out/"
@@ -105,7 +105,4 @@ def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     panels[-1].set_xlabel("step (line: training, points: held out)", fontsize=8)
     if len(runs) > 1:
         panels[0].legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(path)
+    write_figure(figure, path, dpi=130)
