@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diptych.core.progress import progress_bar
+
 
 @contextmanager
 def bar(what: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
     """A function to call with (done, total)."""
-    from tqdm import tqdm
-
-    line: Any = tqdm(desc=what, unit=unit, dynamic_ncols=True)
+    line: Any = progress_bar(what, unit)
 
     def told(done: int, total: int) -> None:
         line.total = total
@@ -27,14 +27,12 @@ def bar(what: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def bars(unit: str = "sample") -> Iterator[Callable[[str, int, int], None]]:
     """A function to call with (what, done, total); a bar for each thing named."""
-    from tqdm import tqdm
-
     lines: dict[str, Any] = {}
 
     def told(what: str, done: int, total: int) -> None:
         line = lines.get(what)
         if line is None:
-            line = lines[what] = tqdm(desc=what, unit=unit, total=total, dynamic_ncols=True)
+            line = lines[what] = progress_bar(what, unit, total=total)
         line.update(done - line.n)
         if done == total:
             line.close()

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
+from diptych.core.progress import progress_bar
 from diptych.core.sample import Batch
 from diptych.data import loader
 from diptych.data.mixture import Mixture
@@ -123,7 +123,7 @@ def train_stage(
         saved = progress.total
 
     steps = loader.steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=often.workers)
-    with progress_bar(config, progress.step, main) as bar:
+    with progress_bar(config.name, "step", total=config.steps, initial=progress.step, disable=not main) as bar:
         for step, batch, keys in steps:
             torch.manual_seed(key(run.seed, config.name, step, rank))
             rate = config.optimizer.lr * factor(config.schedule, step, config.steps)
@@ -147,7 +147,8 @@ def train_stage(
             if progress.total % often.log_every == 0 or ends:
                 row = {**progress.take_means(), "lr": rate}
                 metrics.write(progress.total, config.name, row)
-                bar.set_postfix({name: f"{x:.4f}" for name, x in row.items() if name.startswith("loss/")})
+                shown = {name: f"{x:.4f}" for name, x in row.items() if name.startswith("loss/")}
+                bar.set_postfix(shown, refresh=False)
             if due(progress.step, often.validate_every, ends) and stage.held_out:
                 with ema.applied() if ema else nullcontext():
                     row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator)
@@ -201,18 +202,6 @@ def validate(system: System, batches: Sequence[Batch], seed: int, accelerator: A
         for name, values in terms.items():
             found.setdefault(name, []).append(values.float())
     return {f"held_out/{name}": float(torch.cat(values).mean()) for name, values in found.items()}
-
-
-def progress_bar(config: StageConfig, done: int, main: bool) -> tqdm[Any]:
-    return tqdm(
-        total=config.steps,
-        initial=done,
-        desc=config.name,
-        unit="step",
-        disable=not main,
-        dynamic_ncols=True,
-        mininterval=1.0,
-    )
 
 
 @contextmanager
