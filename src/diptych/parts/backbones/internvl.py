@@ -21,10 +21,10 @@ from transformers import (
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import Backbone, Gridded, Prefix, Sequences
-from diptych.parts.backbones.causal import continued, run_causal
+from diptych.parts.backbones.base import Prefix, Sequences
+from diptych.parts.backbones.causal import run_causal
 from diptych.parts.backbones.chat import Chat
+from diptych.parts.backbones.image_text import ImageTextBackbone
 from diptych.parts.backbones.published import (
     check_keys,
     check_rows,
@@ -32,8 +32,6 @@ from diptych.parts.backbones.published import (
     read_config,
     read_model,
     unreadable,
-    without_origin,
-    write_model,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -43,7 +41,7 @@ POSITION_STD = 0.5
 does not read places for thousands of steps."""
 
 
-class InternVL(Backbone, Gridded):
+class InternVL(ImageTextBackbone):
     """InternViT, pixel shuffle, projector and a causal language model (Qwen2), with tokenizer and image processor.
 
     An image is resized to one square tile (`max_tiles=1`, as IOMM and OpenUni use it) of
@@ -53,6 +51,8 @@ class InternVL(Backbone, Gridded):
     Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
     """
 
+    published = "InternVL"
+
     def __init__(
         self,
         model: InternVLForConditionalGeneration,
@@ -61,23 +61,19 @@ class InternVL(Backbone, Gridded):
         *,
         max_tiles: int = 1,
     ) -> None:
-        super().__init__()
         config: Any = model.config
-        self.model: Any = model
-        self.width = config.text_config.hidden_size
-        self.max_length = config.text_config.max_position_embeddings
-        self.max_tiles = max_tiles
-        self.image_size, self.tile_tokens = _geometry(config)
-        self.image_processor = image_processor or GotOcr2ImageProcessorPil(
-            size={"height": self.image_size, "width": self.image_size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+        side, tile_tokens = _geometry(config)
+        processor = image_processor or GotOcr2ImageProcessorPil(
+            size={"height": side, "width": side}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
         )
-        size = self.image_processor.size
-        if (size["height"], size["width"]) != (self.image_size, self.image_size):
+        size = processor.size
+        if (size["height"], size["width"]) != (side, side):
             raise UserError(
-                f"image processor gives {size['height']}x{size['width']} px, "
-                f"but the vision tower takes {self.image_size}x{self.image_size}"
+                f"image processor gives {size['height']}x{size['width']} px, but the vision tower takes {side}x{side}"
             )
-        self._chat = None if tokenizer is None else matching_chat(Chat(tokenizer), tokenizer, config)
+        chat = None if tokenizer is None else matching_chat(Chat(tokenizer), tokenizer, config)
+        super().__init__(model, processor, chat)
+        self.max_tiles, self.image_size, self.tile_tokens = max_tiles, side, tile_tokens
 
     @classmethod
     def from_config(
@@ -122,20 +118,6 @@ class InternVL(Backbone, Gridded):
         except (OSError, ValueError) as error:
             raise unreadable(source, error) from error
         return cls(model, tokenizer, processor, max_tiles=max_tiles)
-
-    @property
-    def chat(self) -> Chat:
-        if self._chat is None:
-            raise UserError("this InternVL was built without a tokenizer")
-        return self._chat
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.chat.tokenizer
-
-    def config(self) -> dict[str, Any]:
-        """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
-        return without_origin(self.model.config.to_dict())
 
     def tokenize(
         self,
@@ -188,9 +170,6 @@ class InternVL(Backbone, Gridded):
         side = math.isqrt(self.tile_tokens)
         return side, side
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids)
-
     def run(
         self,
         embeddings: Tensor,
@@ -202,23 +181,6 @@ class InternVL(Backbone, Gridded):
     ) -> Prefix:
         assert positions is None, "InternVL's positions count real tokens"
         return run_causal(self.model.model.language_model, embeddings, mask, prefix, cache=cache)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        sequences: Sequences,
-        vision: Sequence[Tensor],
-        *,
-        max_new_tokens: int,
-        choose: NextToken = likeliest,
-    ) -> list[str]:
-        embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
-        ends = self.chat.end_ids
-        ids = continued(self, embeddings, sequences, ends=ends, max_new_tokens=max_new_tokens, choose=choose)
-        return [self.chat.decode(row) for row in ids]
 
     def named_parts(self) -> dict[str, nn.Module]:
         """`llm` (with the output head, tied or not), `vision`, `projector`."""
@@ -232,15 +194,6 @@ class InternVL(Backbone, Gridded):
     def shard_units(self) -> list[nn.Module]:
         inner = self.model.model
         return [*inner.vision_tower.encoder.layer, *inner.language_model.layers]
-
-    def save_assets(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-
-    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """config.json, safetensors and assets, in transformers' own layout; weights as `dtype` where one is given."""
-        write_model(self.model, folder, dtype)
-        self.save_assets(folder)
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [-1, 1] to the processor's mean and deviation, which are of values in [0, 1]."""

@@ -21,10 +21,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import Backbone, Gridded, Prefix, Sequences
-from diptych.parts.backbones.causal import continued, run_causal
+from diptych.parts.backbones.base import Prefix, Sequences
+from diptych.parts.backbones.causal import run_causal
 from diptych.parts.backbones.chat import Chat
+from diptych.parts.backbones.image_text import ImageTextBackbone
 from diptych.parts.backbones.published import (
     check_keys,
     check_rows,
@@ -32,12 +32,10 @@ from diptych.parts.backbones.published import (
     read_config,
     read_model,
     unreadable,
-    without_origin,
-    write_model,
 )
 
 
-class Qwen2_5VL(Backbone, Gridded):
+class Qwen2_5VL(ImageTextBackbone):
     """Window-attention vision tower, merger and a Qwen2 language model with rotary positions by time, row and column.
 
     An image keeps its aspect ratio: it is resized to whole merged patches within the processor's least and greatest
@@ -47,6 +45,7 @@ class Qwen2_5VL(Backbone, Gridded):
     Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
     """
 
+    published = "Qwen2.5-VL"
     position_axes = 3
 
     def __init__(
@@ -55,25 +54,21 @@ class Qwen2_5VL(Backbone, Gridded):
         tokenizer: PreTrainedTokenizerBase | None,
         image_processor: Qwen2VLImageProcessorPil | None,
     ) -> None:
-        super().__init__()
         config: Any = model.config
         vision = config.vision_config
-        self.model: Any = model
-        self.width = config.text_config.hidden_size
-        self.max_length = config.text_config.max_position_embeddings
-        self.merge = vision.spatial_merge_size
-        self.image_processor: Any = image_processor or Qwen2VLImageProcessorPil(
-            patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=self.merge
+        merge = vision.spatial_merge_size
+        processor: Any = image_processor or Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size, merge_size=merge
         )
-        for name, needed in (("patch_size", vision.patch_size), ("merge_size", self.merge)):
-            if getattr(self.image_processor, name) != needed:
-                raise UserError(
-                    f"image processor: {name} {getattr(self.image_processor, name)}, the tower has {needed}"
-                )
-        self._chat = None
+        for name, needed in (("patch_size", vision.patch_size), ("merge_size", merge)):
+            if getattr(processor, name) != needed:
+                raise UserError(f"image processor: {name} {getattr(processor, name)}, the tower has {needed}")
+        chat = None
         if tokenizer is not None:
             chat = Chat(tokenizer, image="<|image_pad|>", start="<|vision_start|>", end="<|vision_end|>")
-            self._chat = matching_chat(chat, tokenizer, config)
+            chat = matching_chat(chat, tokenizer, config)
+        super().__init__(model, processor, chat)
+        self.merge = merge
 
     @classmethod
     def from_config(
@@ -129,20 +124,6 @@ class Qwen2_5VL(Backbone, Gridded):
             raise unreadable(source, error) from error
         return cls(model, tokenizer, processor)
 
-    @property
-    def chat(self) -> Chat:
-        if self._chat is None:
-            raise UserError("this Qwen2.5-VL was built without a tokenizer")
-        return self._chat
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.chat.tokenizer
-
-    def config(self) -> dict[str, Any]:
-        """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
-        return without_origin(self.model.config.to_dict())
-
     def tokenize(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -186,9 +167,6 @@ class Qwen2_5VL(Backbone, Gridded):
         rows, columns = self._grid(image)
         return rows // self.merge, columns // self.merge
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids)
-
     def run(
         self,
         embeddings: Tensor,
@@ -200,23 +178,6 @@ class Qwen2_5VL(Backbone, Gridded):
     ) -> Prefix:
         language_model = self.model.model.language_model
         return run_causal(language_model, embeddings, mask, prefix, positions=positions, cache=cache)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        sequences: Sequences,
-        vision: Sequence[Tensor],
-        *,
-        max_new_tokens: int,
-        choose: NextToken = likeliest,
-    ) -> list[str]:
-        embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
-        ends = self.chat.end_ids
-        ids = continued(self, embeddings, sequences, ends=ends, max_new_tokens=max_new_tokens, choose=choose)
-        return [self.chat.decode(row) for row in ids]
 
     def named_parts(self) -> dict[str, nn.Module]:
         """`llm` (with the output head, tied or not), `vision`, `projector` (the merger)."""
@@ -231,14 +192,6 @@ class Qwen2_5VL(Backbone, Gridded):
     def shard_units(self) -> list[nn.Module]:
         inner = self.model.model
         return [*inner.visual.blocks, *inner.language_model.layers]
-
-    def save_assets(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-
-    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        write_model(self.model, folder, dtype)
-        self.save_assets(folder)
 
     def _grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches that the processor cuts an image into."""
