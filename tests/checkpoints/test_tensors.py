@@ -145,6 +145,16 @@ def old(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_are_as_readable_as_the_umask_says(tmp_path: Path, umask: int, rights: int) -> None:
+    before = os.umask(umask)
+    try:
+        atomic_folder(tmp_path / "model", lambda folder: write_tensors(folder, [("w", torch.zeros(3))]))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == rights
+
+
 def test_replacing_a_folder(old: Path) -> None:
     atomic_folder(old, lambda folder: (folder / "new").touch())
     assert {path.name for path in old.parent.iterdir()} == {"model"}

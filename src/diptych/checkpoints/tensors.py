@@ -188,6 +188,7 @@ def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
         clear_leftovers(final)
         temporary.mkdir(parents=True)
         write(temporary)
+        _as_readable_as(temporary)
         if final.exists():
             os.replace(final, old)
         os.replace(temporary, final)
@@ -199,6 +200,14 @@ def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _as_readable_as(folder: Path) -> None:
+    """Gives its files the folder's own rights to read and write; safetensors gives them to their owner alone."""
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(rights)
 
 
 def clear_leftovers(final: Path) -> None:
