@@ -29,6 +29,7 @@ from diptych.recipes.sources import build_data
 from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
+from diptych.training.launch import refuse_lonely_process
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         UserError: several that would each train alone.
     """
+    refuse_lonely_process()
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
