@@ -73,7 +73,7 @@ def _tiny_plain(tiny_mllm: Path) -> dict[str, Any]:
         "seed": 1,
         "system": {
             "kind": "composed",
-            "prediction": "data",
+            "flow": {"prediction": "data"},
             "backbone": {"kind": "internvl", "weights": str(tiny_mllm)},
             "conditioner": {"kind": "metaquery", "config": {"queries": 4}},
             "decoder": {"kind": "mmdit", "config": DECODER},

@@ -22,6 +22,7 @@ from diptych.core.errors import UserError
 from diptych.core.sample import TASKS, Task
 from diptych.data.rows import KEYS, parse_row
 from diptych.inference.engine import Engine, Sampling
+from diptych.objectives.flow_matching import FlowMatching
 from diptych.recipes import recipe, study
 from diptych.recipes.recipe import (
     BagelSpec,
@@ -45,6 +46,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 SECTIONS: dict[str, type] = {
     "## Top level": Recipe,
     "## system, kind composed": ComposedSpec,
+    "### flow": FlowMatching,
     "### prompts": Prompts,
     "## system, kind ovis_u1": OvisU1Spec,
     "### Parts": Part,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
 from diptych.objectives.flow_matching import (
     SMALLEST_TIME,
+    FlowMatching,
     Prediction,
+    TimestepSampling,
     interpolate,
     logit_normal_times,
     resolution_shift,
@@ -96,3 +101,50 @@ def test_flux_shift() -> None:
     assert resolution_shift(256) == pytest.approx(math.exp(0.5))
     assert resolution_shift(4096) == pytest.approx(math.exp(1.15))
     assert math.log(resolution_shift(2176)) == pytest.approx(0.825)
+
+
+DISTRIBUTIONS: dict[TimestepSampling, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda t: t,
+    "logit_normal": lambda t: torch.special.ndtr(torch.logit(t)),
+    "cosmap": lambda t: torch.atan(t / (1 - t)) * 2 / math.pi,  # t = 1 - 1 / (tan(pi u / 2) + 1), solved for u
+}
+"""Distribution functions, derived apart from how times are drawn."""
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_times_have_their_distribution(kind: TimestepSampling) -> None:
+    t = FlowMatching(timestep_sampling=kind).draw_times(Draws(range(4000)))
+    assert float(t.min()) >= 0
+    assert float(t.max()) <= 1
+    ranks = DISTRIBUTIONS[kind](t.sort().values)  # uniform, if t has this distribution
+    assert (ranks - torch.linspace(0, 1, 4000)).abs().max() < 1.63 / 4000**0.5  # Kolmogorov-Smirnov, 1%
+
+
+def test_mode_times_lie_between_and_prefer_the_middle() -> None:
+    u = Draws(range(2000)).uniform("time")
+    t = FlowMatching(timestep_sampling="mode").draw_times(Draws(range(2000)))
+    expected = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    torch.testing.assert_close(t, expected)
+    middle = ((t > 0.4) & (t < 0.6)).float().mean()
+    assert middle > 1.3 * 0.2
+
+
+@given(seed=SEEDS, count=st.integers(1, 5))
+@settings(max_examples=20, deadline=None)
+def test_each_sample_is_shifted_for_its_own_tokens(seed: int, count: int) -> None:
+    flow, draws = FlowMatching(timestep_shift="root", logit_mean=0.3), Draws([seed + row for row in range(count)])
+    tokens = [64 * (row + 1) for row in range(count)]
+    together = flow.times(draws, tokens)
+    for row in range(count):
+        alone = flow.times(draws.take([row]), tokens[row])
+        s, raw = math.sqrt(tokens[row]) / 20, torch.sigmoid(0.3 + draws.take([row]).normal("time"))
+        torch.testing.assert_close(alone, s * raw / (1 + (s - 1) * raw))
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"logit_std": 0.0}, {"logit_mean": math.nan}, {"timestep_shift": -1.0}, {"timestep_shift": math.inf}]
+)
+def test_values_without_sense_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        FlowMatching(**wrong)  # type: ignore[arg-type]

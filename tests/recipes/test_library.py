@@ -51,7 +51,7 @@ def built(system: str) -> System:
 def shape(recipe: Recipe) -> str:
     """The specification, without what does not change the modules."""
     spec = dataclasses.asdict(recipe.system)
-    return json.dumps({k: v for k, v in spec.items() if k not in ("prompts", "sampling", "mask_ratio", "time_shift")})
+    return json.dumps({k: v for k, v in spec.items() if k not in ("prompts", "sampling", "mask_ratio", "flow")})
 
 
 @pytest.fixture(scope="module", autouse=True)

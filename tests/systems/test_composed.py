@@ -146,7 +146,7 @@ def test_each_task_has_its_own_terms(make: Callable[..., ComposedSystem]) -> Non
 
 
 def test_flow_loss_by_hand(make: Callable[..., ComposedSystem]) -> None:
-    system = make(drop=0.0, prediction="velocity", time_mean=0.3, time_std=0.7, time_shift=2.0)
+    system = make(drop=0.0, flow={"logit_mean": 0.3, "logit_std": 0.7, "timestep_shift": 2.0})
     draws = Draws([5])
     noise, n = draws.normal("noise", 3, 32, 32), draws.normal("time")
     t = torch.sigmoid(0.3 + 0.7 * n)
@@ -165,7 +165,7 @@ def test_a_cached_latent_stands_for_the_image(make: Callable[..., ComposedSystem
 
 
 def test_data_predictions_become_velocities(make: Callable[..., ComposedSystem]) -> None:
-    system, x, t = make(prediction="data"), torch.randn(1, 3, 32, 32), torch.tensor([0.4])
+    system, x, t = make(flow={"prediction": "data"}), torch.randn(1, 3, 32, 32), torch.tensor([0.4])
     condition = system.encode(Batch((PAIR,)))
     expected = (x - system.decoder(x, t, condition)) / 0.4
     torch.testing.assert_close(system.velocity(x, t, condition), expected)

@@ -25,6 +25,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
 from diptych.inference.engine import Engine, Sampling
+from diptych.objectives.flow_matching import FlowMatching
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
@@ -336,7 +337,7 @@ def test_velocity_takes_the_projects_time(loaded: OmniGen2System) -> None:
 
 def test_losses_of_a_mixture(system: OmniGen2System) -> None:
     """Sizes and numbers of references differ; each sample's term is its own, but for its weight."""
-    with_settings(system, drop=0.0, weigh="sample")
+    with_settings(system, drop=0.0, flow=FlowMatching(timestep_shift="flux"))
     batch, draws = Batch((TOLD, EDIT, PAIR, replace(EDIT, context_images=EDIT.context_images[:1]))), Draws([1, 2, 3, 4])
     terms = system.losses(batch, draws)
     assert {name: len(values) for name, values in terms.items()} == {
@@ -347,7 +348,9 @@ def test_losses_of_a_mixture(system: OmniGen2System) -> None:
     ):
         alone = system.losses(batch.take([place]), draws.take([place]))
         assert alone[name].item() == pytest.approx(terms[name][index].item(), rel=1e-4)
-    by_elements = with_settings(system, weigh="element").losses(batch, draws)
+    by_elements = with_settings(system, flow=FlowMatching(timestep_shift="flux", weighting="element")).losses(
+        batch, draws
+    )
     counts = {"flow.edit": 4 * 4 * 8, "flow.text_to_image": 4 * 8 * 12}
     mean = (2 * counts["flow.edit"] + counts["flow.text_to_image"]) / 3
     for name, count in counts.items():
@@ -355,7 +358,7 @@ def test_losses_of_a_mixture(system: OmniGen2System) -> None:
 
 
 def test_flow_loss_by_hand(system: OmniGen2System) -> None:
-    with_settings(system, drop=0.0, time_shift="root", time_mean=0.3)
+    with_settings(system, drop=0.0, flow=FlowMatching(timestep_shift="root", logit_mean=0.3))
     draws = Draws([5])
     (loss,) = system.losses(Batch((PAIR,)), draws)["flow.text_to_image"]
     assert PAIR.image is not None

@@ -6,16 +6,96 @@ Shapes: B batch, C channels, h and w latent sides.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
 
 Prediction = Literal["velocity", "data"]
 """What the network gives: noise - data, or the data itself."""
 
 SMALLEST_TIME = 0.05
 """Data predictions are turned into velocities by dividing by t, held at this value or above (also at sampling)."""
+
+
+TimestepSampling = Literal["logit_normal", "uniform", "mode", "cosmap"]
+"""Distributions of the training times before their shift (Esser et al. 2024, arXiv 2403.03206, Sec. 3.1)."""
+
+MODE_SCALE = 1.29
+"""Of `mode`: the scale that Esser et al. found best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching:
+    """How a system is trained and sampled by flow matching: what its network predicts, and at which times it learns.
+
+    prediction: what the network's output means, `velocity` (noise - data) or `data`.
+    timestep_sampling: distribution of the training times.
+    logit_mean, logit_std: of `logit_normal` times, sigmoid(mean + std n).
+    timestep_shift: moves times towards noise by s t / (1 + (s - 1) t); `flux` and `root` (OmniGen2's second version)
+        derive s from the number of image tokens of each sample.
+    weighting: how images of different sizes count in a mean over samples: all alike (`sample`), or by the number of
+        elements of their latents (`element`).
+
+    Raises:
+        UserError: a deviation or a shift that is not above 0.
+    """
+
+    prediction: Prediction = "velocity"
+    timestep_sampling: TimestepSampling = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timestep_shift: float | Literal["flux", "root"] = 1.0
+    weighting: Literal["sample", "element"] = "sample"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.logit_mean):
+            raise UserError(f"logit_mean must be a finite number, not {self.logit_mean}")
+        if not 0 < self.logit_std < math.inf:
+            raise UserError(f"logit_std must be a finite number above 0, not {self.logit_std}")
+        if not isinstance(self.timestep_shift, str) and not 0 < self.timestep_shift < math.inf:
+            raise UserError(f"timestep_shift must be a finite number above 0, not {self.timestep_shift}")
+
+    def draw_times(self, draws: Draws, name: str = "time") -> Tensor:
+        """Training times before their shift, (B,) in (0, 1), one for each sample."""
+        if self.timestep_sampling == "logit_normal":
+            return logit_normal_times(draws.normal(name), mean=self.logit_mean, std=self.logit_std)
+        u = draws.uniform(name)  # (B,)
+        if self.timestep_sampling == "mode":  # Esser et al., Eq. 20
+            return 1 - u - MODE_SCALE * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+        if self.timestep_sampling == "cosmap":  # Esser et al., Eq. 21
+            return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+        return u
+
+    def shift(self, t: Tensor, tokens: int | Sequence[int]) -> Tensor:
+        """Times (B,) shifted for images of so many tokens: one number for the batch, or one for each sample."""
+        if not isinstance(tokens, int) and len(set(tokens)) == 1:
+            tokens = tokens[0]
+        if isinstance(tokens, int):
+            return shift_times(t, self._shift(tokens))
+        return shift_times(t, torch.tensor([self._shift(count) for count in tokens], dtype=t.dtype, device=t.device))
+
+    def times(self, draws: Draws, tokens: int | Sequence[int], name: str = "time") -> Tensor:
+        """Shifted training times, (B,)."""
+        return self.shift(self.draw_times(draws, name), tokens)
+
+    def to_velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity (B, C, h, w) that the network's output at `x` and `t` (B,) means."""
+        return to_velocity(output, x, t, self.prediction)
+
+    def loss(self, output: Tensor, data: Tensor, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Mean squared velocity error of each sample, (B,) in float32; see `velocity_loss`."""
+        return velocity_loss(output, data, noise, x, t, self.prediction)
+
+    def _shift(self, tokens: int) -> float:
+        if self.timestep_shift == "flux":
+            return resolution_shift(tokens)
+        return root_shift(tokens) if self.timestep_shift == "root" else float(self.timestep_shift)
 
 
 def logit_normal_times(normal: Tensor, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:

@@ -27,6 +27,7 @@ from diptych.recipes.names import locate
 from diptych.recipes.ovis import read_release, release_spec
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.release import omnigen2_release
+from diptych.recipes.renamed import system_with_new_names, with_new_names
 from diptych.recipes.schema import read
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
@@ -67,7 +68,7 @@ def load_system(model: str) -> tuple[System, Sampling]:
     found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
     checkpoint = folder if state.is_checkpoint(folder) else found[-1] if found else None
     if checkpoint:
-        return from_checkpoint(checkpoint, model), parse(state.read_recipe(checkpoint), model).sampling
+        return from_checkpoint(checkpoint, model), parse(with_new_names(state.read_recipe(checkpoint)), model).sampling
     raise UserError(f"{model}: no model here (neither config.json nor a run's checkpoints)")
 
 
@@ -91,7 +92,7 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
         if kind is None:
             raise UserError(f"{folder / 'config.json'}: not a Diptych model (no 'kind')")
         raise unknown("model_type", str(kind), PUBLISHED, str(folder / "config.json"))
-    spec: Any = read(SystemSpec, config, f"{folder / 'config.json'}", VARIANTS)
+    spec: Any = read(SystemSpec, system_with_new_names(config), f"{folder / 'config.json'}", VARIANTS)
     system = build_system(spec, assets=folder)
     load_folder_weights(system, folder)
     sampling = read(Sampling, spec.sampling, f"{folder / 'config.json'}: sampling")
@@ -109,7 +110,7 @@ def load_folder_weights(system: System, folder: Path) -> None:
 
 def from_checkpoint(checkpoint: Path, model: str) -> System:
     """An unfinished run: the recipe's start, and the (averaged) weights that were trained so far on top."""
-    recipe = parse(state.read_recipe(checkpoint), model)
+    recipe = parse(with_new_names(state.read_recipe(checkpoint)), model)
     system = start(recipe)
     position = state.read_progress(checkpoint).stage
     learned: dict[str, nn.Parameter] = {}

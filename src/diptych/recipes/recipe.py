@@ -18,6 +18,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Task
 from diptych.data.filters import Filters
 from diptych.inference.engine import Sampling
+from diptych.recipes.renamed import refuse_old
 from diptych.recipes.schema import Variants, read
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.composed import ComposedConfig
@@ -236,6 +237,7 @@ def load_plain(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def parse(plain: Mapping[str, Any], where: str = "") -> Recipe:
     """Plain values as a Recipe; UserError names what does not fit."""
     try:
+        refuse_old(dict(plain))
         recipe: Recipe = read(Recipe, dict(plain), "", VARIANTS)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from error

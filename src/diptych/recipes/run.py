@@ -25,6 +25,7 @@ from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
+from diptych.recipes.renamed import with_new_names
 from diptych.recipes.sources import build_data
 from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
 from diptych.training import loop, state
@@ -104,7 +105,7 @@ def claim(folder: Path, plain: dict[str, Any], resume: bool) -> bool:
     if not path.is_file():
         raise UserError(f"{folder}: nothing to resume (no recipe.yaml)")
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = difference(strip(before), strip(plain))
+    changed = difference(strip(with_new_names(before)), strip(plain))
     if changed:
         raise UserError(
             f"--resume: the run in {folder} has another recipe ({changed}); resume it with its own, "

@@ -58,11 +58,24 @@ def read_dataclass(cls: Any, value: Any, where: str, variants: Mapping[type, Var
         if absent and name not in rows:
             raise UserError(f"{where}: {name!r} is missing")
     place = f"{where}." if where else ""
-    values = {str(key): read(hints[str(key)], row, f"{place}{key}", variants) for key, row in rows.items()}
+    values = {
+        str(key): read(hints[str(key)], _with_defaults(fields[key], row), f"{place}{key}", variants)
+        for key, row in rows.items()
+    }
     try:
         return cls(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _with_defaults(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A mapping for a field whose default is a dataclass, with what it leaves out from that default."""
+    if field.default_factory is dataclasses.MISSING or not isinstance(value, dict):
+        return value
+    default = field.default_factory()
+    if not dataclasses.is_dataclass(default) or isinstance(default, type):
+        return value
+    return {**{row.name: getattr(default, row.name) for row in dataclasses.fields(default)}, **value}
 
 
 def _read_variant(cls: type, value: Any, where: str, variants: Mapping[type, Variants]) -> Any:

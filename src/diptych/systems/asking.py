@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample, Task
-from diptych.objectives import flow_matching, masked_image
+from diptych.objectives import masked_image
+from diptych.objectives.flow_matching import FlowMatching
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.base import Conditioner
@@ -53,23 +54,19 @@ class ComposedConfig:
     prompts: user turns by task.
     skip: first states of each prompt that the decoder does not see (Qwen-Image drops its 34 template tokens).
     condition: which last hidden states the decoder sees: those of the whole sequence (the paper) or of the queries.
-    prediction: what the decoder's output means.
+    flow: what the decoder's output means, and the times of training.
     mask_ratio: r, share of the image tokens hidden in training (IOMM, Sec. 3.4; tables 4-6).
     mask_way: how they are hidden.
     drop: share of training samples whose whole condition is replaced by the null prompt, for guidance.
-    time_mean, time_std: logit-normal times. time_shift: their resolution shift; "flux" derives it from the tokens.
     """
 
     prompts: Prompts = field(default_factory=Prompts)
     skip: int = 0
     condition: Literal["all", "queries"] = "all"
-    prediction: flow_matching.Prediction = "velocity"
+    flow: FlowMatching = field(default_factory=FlowMatching)
     mask_ratio: float = 0.0
     mask_way: masked_image.Way = "zero"
     drop: float = 0.1
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    time_shift: float | Literal["flux"] = 1.0
 
 
 class AskingSystem(conversation.Answering, conversation.Imagining, AssembledSystem):

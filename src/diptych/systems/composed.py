@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch
-from diptych.objectives import flow_matching
+from diptych.objectives.flow_matching import interpolate
 from diptych.systems.asking import AskingSystem, ComposedConfig, Prompts
 
 __all__ = ["ComposedConfig", "ComposedSystem", "Prompts"]
@@ -41,7 +41,7 @@ class ComposedSystem(AskingSystem):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert isinstance(condition, TokenCondition)
-        return flow_matching.to_velocity(self.decoder(x, t, condition), x, t, self.settings.prediction)
+        return self.settings.flow.to_velocity(self.decoder(x, t, condition), x, t)
 
     # Training
 
@@ -49,15 +49,10 @@ class ComposedSystem(AskingSystem):
         condition = self.encode(batch, draws)
         data = self.target_latents(batch)  # (B, C, h, w)
         noise = draws.normal("noise", *data.shape[1:])
-        settings, patch = self.settings, self.decoder.patch
-        tokens = data.shape[2] * data.shape[3] // patch**2
-        shift = flow_matching.resolution_shift(tokens) if settings.time_shift == "flux" else settings.time_shift
-        t = flow_matching.logit_normal_times(
-            draws.normal("time"), mean=settings.time_mean, std=settings.time_std, shift=shift
-        )
-        x = flow_matching.interpolate(data, noise, t)
-        output = self.decoder(x, t, condition)
-        loss = flow_matching.velocity_loss(output, data, noise, x, t, settings.prediction)
+        flow = self.settings.flow
+        t = flow.times(draws, self.decoder.tokens(data))
+        x = interpolate(data, noise, t)
+        loss = flow.loss(self.decoder(x, t, condition), data, noise, x, t)
         return {f"flow.{task}": loss[rows] for task in self.tasks if (rows := batch.rows(task))}
 
     def named_parts(self) -> dict[str, nn.Module]:

@@ -21,8 +21,8 @@ from diptych.core.condition import Condition, ScaleConditions, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
-from diptych.objectives import flow_matching
 from diptych.objectives.alignment import alignment_loss, resample
+from diptych.objectives.flow_matching import interpolate
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone, Gridded
 from diptych.parts.conditioners.base import Conditioner
@@ -180,22 +180,20 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         seen = condition.scales[-1] if isinstance(condition, ScaleConditions) else condition
         assert isinstance(seen, TokenCondition)
-        return flow_matching.to_velocity(self.decoder(x, t, seen), x, t, self.settings.prediction)
+        return self.settings.flow.to_velocity(self.decoder(x, t, seen), x, t)
 
     # Training
 
     def _flow(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        settings = self.settings
         condition = self.encode(batch, draws)
         data = self.scale_latents(batch)  # (B, C, h_k, w_k) each
         noise = [draws.normal(f"noise.{name}", *x.shape[1:]) for name, x in zip(self.scales, data, strict=True)]
         t = self._times(data, draws)  # (B,) each
-        xs = [flow_matching.interpolate(*three) for three in zip(data, noise, t, strict=True)]
+        xs = [interpolate(*three) for three in zip(data, noise, t, strict=True)]
         packed = self._decode(xs, t, condition.scales)
         terms: dict[str, Tensor] = {}
         for k, name in enumerate(self.scales):
-            loss = flow_matching.velocity_loss(packed.outputs[k], data[k], noise[k], xs[k], t[k], settings.prediction)
-            terms[f"flow_{name}"] = loss
+            terms[f"flow_{name}"] = self.settings.flow.loss(packed.outputs[k], data[k], noise[k], xs[k], t[k])
         if self.projector is not None:
             terms |= self._align(batch, packed.states, xs)
         return {
@@ -214,18 +212,10 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
 
     def _times(self, data: list[Tensor], draws: Draws) -> list[Tensor]:
         """Times (B,) of each scale, the same for all where they are shared."""
-        settings = self.settings
-
-        def drawn(name: str, x: Tensor) -> Tensor:
-            tokens = x.shape[2] * x.shape[3] // self.decoder.patch**2
-            shift = flow_matching.resolution_shift(tokens) if settings.time_shift == "flux" else settings.time_shift
-            return flow_matching.logit_normal_times(
-                draws.normal(name), mean=settings.time_mean, std=settings.time_std, shift=shift
-            )
-
-        if settings.times == "shared":
-            return [drawn("time", data[-1])] * len(data)
-        return [drawn(f"time.{name}", x) for name, x in zip(self.scales, data, strict=True)]
+        flow, tokens = self.settings.flow, self.decoder.tokens
+        if self.settings.times == "shared":
+            return [flow.times(draws, tokens(data[-1]))] * len(data)
+        return [flow.times(draws, tokens(x), f"time.{name}") for name, x in zip(self.scales, data, strict=True)]
 
     def _decode(self, xs: list[Tensor], t: list[Tensor], conditions: tuple[TokenCondition, ...]) -> Packed:
         assert isinstance(self.decoder, PackingDecoder)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +23,8 @@ from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
-from diptych.objectives import flow_matching, masked_image
+from diptych.objectives import masked_image
+from diptych.objectives.flow_matching import FlowMatching
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.published import PublishedAutoencoder
 from diptych.parts.backbones.base import Backbone
@@ -47,12 +48,10 @@ class OmniGen2Settings:
     and their states are left out (the released chat pipeline), `kept`: they stay in (SGT's training).
     references: whether the decoder reads the latents of reference images.
     max_pixels: greatest area of a reference image; a larger one is made smaller, and sides are cut to whole patches.
-    prediction: what the decoder's output means.
+    flow: what the decoder's output means, the times of training (the release's first version shifts them by `flux`, its
+    second, as in sampling, by `root`), and that images count by the elements of their latents.
     drop: share of training samples whose prompt is dropped; drop_references: share of those whose reference images go
     too.
-    weigh: how images of different sizes count in a batch's mean: all alike (`sample`), or by their latents' elements.
-    time_mean, time_std: logit-normal times. time_shift: their shift; "flux" (the release's v1) and "root" (its v2, as
-    in sampling) derive it from each sample's own number of tokens.
     """
 
     prompt: str = "{text}"
@@ -64,13 +63,9 @@ class OmniGen2Settings:
     seen: Literal["none", "dropped", "kept"] = "none"
     references: bool = True
     max_pixels: int = 1024 * 1024
-    prediction: flow_matching.Prediction = "velocity"
+    flow: FlowMatching = field(default_factory=lambda: FlowMatching(timestep_shift="flux", weighting="element"))
     drop: float = 1e-4
     drop_references: float = 0.5
-    weigh: Literal["sample", "element"] = "element"
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    time_shift: float | Literal["flux", "root"] = "flux"
 
 
 class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSystem):
@@ -213,7 +208,7 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert isinstance(condition, TokenCondition)
         output = torch.stack(self.transformer.denoise(list(x), t, condition))
-        return flow_matching.to_velocity(output, x, t, self.settings.prediction)
+        return self.settings.flow.to_velocity(output, x, t)
 
     # Training
 
@@ -231,7 +226,7 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
         condition = self.encode(batch, draws)
         data = self._targets(batch)  # each (C, h, w)
         noise = [draws.take([row]).normal("noise", *latent.shape)[0] for row, latent in enumerate(data)]
-        loss = self.flow_losses(condition, data, noise, draws.normal("time"), names=batch.ids)
+        loss = self.flow_losses(condition, data, noise, self.settings.flow.draw_times(draws), names=batch.ids)
         return {f"flow.{task}": loss[rows] for task in self.tasks if (rows := batch.rows(task))}
 
     def flow_losses(
@@ -239,42 +234,34 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
         condition: TokenCondition,
         data: Sequence[Tensor],
         noise: Sequence[Tensor],
-        normal: Tensor,
+        raw: Tensor,
         names: Sequence[str] = (),
     ) -> Tensor:
         """Squared velocity error of each sample, (B,).
 
-        With `weigh: element` a sample's mean error counts by its share of the batch's latent elements, so that the
+        With weighting `element` a sample's mean error counts by its share of the batch's latent elements, so that the
         batch's mean is the release's loss: the sum over all elements by their number.
 
         Args:
             condition: of `encode`. data, noise: latents of any sizes, each (C, h, w).
-            normal: the standard normal numbers that times are made of, (B,); greater is noisier.
+            raw: times before their shift, (B,).
             names: of the samples, for errors.
         """
-        settings = self.settings
+        flow = self.settings.flow
         layout = self.transformer.layout(data, condition)
         layout.check(self.transformer.config.axes_lens, names)
-        shifts = torch.tensor([self._shift(rows * columns) for rows, columns in layout.targets], device=normal.device)
-        raw = flow_matching.logit_normal_times(normal, mean=settings.time_mean, std=settings.time_std)
-        t = flow_matching.shift_times(raw, shifts)
+        t = flow.shift(raw, [rows * columns for rows, columns in layout.targets])
         x = [(1 - now) * clean + now * rough for now, clean, rough in zip(t, data, noise, strict=True)]
         output = self.transformer.denoise(x, t, condition)
         errors = [
-            flow_matching.velocity_loss(v[None], clean[None], rough[None], noisy[None], now[None], settings.prediction)
+            flow.loss(v[None], clean[None], rough[None], noisy[None], now[None])
             for v, clean, rough, noisy, now in zip(output, data, noise, x, t, strict=True)
         ]
         loss = torch.cat(errors)  # (B,)
-        if settings.weigh == "sample":
+        if flow.weighting == "sample":
             return loss
         elements = torch.tensor([float(latent.numel()) for latent in data], device=loss.device)
         return loss * elements / elements.mean()
-
-    def _shift(self, tokens: int) -> float:
-        shift = self.settings.time_shift
-        if shift == "flux":
-            return flow_matching.resolution_shift(tokens)
-        return flow_matching.root_shift(tokens) if shift == "root" else float(shift)
 
     def _targets(self, batch: Batch) -> list[Tensor]:
         """Latents of the target images, each (C, h, w); from a cache where a sample brings its own."""

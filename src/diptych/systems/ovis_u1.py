@@ -22,8 +22,8 @@ from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
-from diptych.objectives import flow_matching
 from diptych.objectives.cross_entropy import chosen_token_loss
+from diptych.objectives.flow_matching import FlowMatching, interpolate
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import LayeredBackbone, Sequences
 from diptych.parts.backbones.native_resolution import covering, resized, whole_size
@@ -64,7 +64,7 @@ class OvisU1Config:
     canvas: context images are fitted to sides that are multiples of this, of an area within `canvas_pixels`.
     read_pixels: area that they are brought to before the MLLM's own resizing; None for that alone.
     drop_text, drop_all: share of training samples that lose their text, and text and images, for guidance.
-    prediction, time_mean, time_std, time_shift: as of the composed system.
+    flow: what the decoder's output means, and the times of training.
     pack: tokens of a row into which texts are packed in training, 0 for padded rows.
     too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut` as the reference
     cuts them: to their first tokens in training, prompts to their last.
@@ -78,10 +78,7 @@ class OvisU1Config:
     read_pixels: tuple[int, int] | None = (3136, 448 * 448)
     drop_text: float = 0.1
     drop_all: float = 0.1
-    prediction: flow_matching.Prediction = "velocity"
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    time_shift: float | Literal["flux"] = 1.0
+    flow: FlowMatching = field(default_factory=FlowMatching)
     pack: int = 0
     too_long: Literal["error", "cut"] = "error"
 
@@ -297,7 +294,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert isinstance(condition, TokenCondition)
-        return flow_matching.to_velocity(self.decoder(x, t, condition), x, t, self.settings.prediction)
+        return self.settings.flow.to_velocity(self.decoder(x, t, condition), x, t)
 
     # Training
 
@@ -331,14 +328,10 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
         condition = self._condition(asked, read, len(batch))
         data = self.target_latents(batch)  # (B, C, h, w)
         noise = draws.normal("noise", *data.shape[1:])
-        settings = self.settings
-        tokens = data.shape[2] * data.shape[3] // self.decoder.patch**2
-        shift = flow_matching.resolution_shift(tokens) if settings.time_shift == "flux" else settings.time_shift
-        normal = draws.normal("time")
-        t = flow_matching.logit_normal_times(normal, mean=settings.time_mean, std=settings.time_std, shift=shift)
-        x = flow_matching.interpolate(data, noise, t)
-        output = self.decoder(x, t, condition)
-        loss = flow_matching.velocity_loss(output, data, noise, x, t, settings.prediction)
+        flow = self.settings.flow
+        t = flow.times(draws, self.decoder.tokens(data))
+        x = interpolate(data, noise, t)
+        loss = flow.loss(self.decoder(x, t, condition), data, noise, x, t)
         return {f"flow.{task}": loss[rows] for task in self.tasks if (rows := batch.rows(task))}
 
     def _answers(self, read: Read, first: int) -> Tensor:

@@ -14,6 +14,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
 from diptych.inference.engine import Engine, Sampling
+from diptych.objectives.flow_matching import FlowMatching
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.context import CacheCondition
 from diptych.systems.bagel.system import BagelSystem
@@ -46,7 +47,7 @@ def with_settings(system: BagelSystem, **values: Any) -> BagelSystem:
 
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
 def test_packed_and_unpacked_losses_are_equal(prediction: Any) -> None:
-    system = with_settings(build(), mean="sample", prediction=prediction)
+    system = with_settings(build(), mean="sample", flow=FlowMatching(prediction=prediction))
     everything, draws = batch(), Draws([11, 12, 13, 14, 15])
     packed = system.losses(everything, draws)
     rows = with_settings(system, row_tokens=40, sample_tokens=40).losses(everything, draws)
@@ -73,7 +74,7 @@ def test_token_means_weigh_samples_by_their_tokens(system: BagelSystem) -> None:
 
 
 def test_drops_leave_things_out_and_learn_the_rest(system: BagelSystem) -> None:
-    nothing = BagelConfig(**{**dataclasses.asdict(system.settings), "wording": system.settings.wording})
+    nothing = dataclasses.replace(system.settings)
     assert nothing.drop_text == 0.0
     reader, sample = system.reader, batch().samples[2]
     kept = reader.example(sample, system.settings, Draws([1]))

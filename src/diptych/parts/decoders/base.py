@@ -34,6 +34,10 @@ class Decoder(nn.Module, abc.ABC):
         weights use another time or sign converts here, so that velocity-trained weights give noise - data.
         """
 
+    def tokens(self, latents: Tensor) -> int:
+        """Image tokens of a latent (..., C, h, w)."""
+        return latents.shape[-2] * latents.shape[-1] // self.patch**2
+
     @abc.abstractmethod
     def shard_units(self) -> list[nn.Module]:
         """Blocks that a sharding engine may wrap."""

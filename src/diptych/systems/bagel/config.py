@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.core.errors import UserError
-from diptych.objectives.flow_matching import Prediction
+from diptych.objectives.flow_matching import FlowMatching
 from diptych.parts.backbones.attention import Kernel
 
 
@@ -84,10 +84,9 @@ class BagelConfig:
 
     wording: special tokens and instructions.
     vision_size, latent_size: of images that are read, by the vision tower and as latents.
-    prediction: what the latents' output means; BAGEL's is the velocity.
+    flow: what the latents' output means (BAGEL's is the velocity), and the times of training.
     drop_text, drop_vision, drop_latent: chance of each text and each reading of an image to be left out in training, so
     that guidance has something to compare with (an image keeps its rotary id).
-    time_mean, time_std, time_shift: logit-normal times of targets, and their shift.
     mean: losses are means over tokens, over samples of a task, or (cross-entropy) with weights 1 / sqrt(tokens).
     row_tokens: most tokens of a packed row. sample_tokens: most tokens of a sample.
     attention: kernel for packed rows. cache_tokens: contexts that are kept for later requests, in tokens.
@@ -96,13 +95,10 @@ class BagelConfig:
     wording: Wording = field(default_factory=Wording)
     vision_size: Sizes = field(default_factory=lambda: Sizes(longest=980, shortest=224))
     latent_size: Sizes = field(default_factory=lambda: Sizes(longest=1024, shortest=512))
-    prediction: Prediction = "velocity"
+    flow: FlowMatching = field(default_factory=FlowMatching)
     drop_text: float = 0.1
     drop_vision: float = 0.3
     drop_latent: float = 0.3
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    time_shift: float = 1.0
     mean: Literal["token", "sample", "root"] = "token"
     row_tokens: int = 36_864
     sample_tokens: int = 16_384
@@ -113,6 +109,8 @@ class BagelConfig:
         for name in ("drop_text", "drop_vision", "drop_latent"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.flow.weighting != "sample":
+            raise UserError("flow.weighting: images of a BAGEL count as its 'mean' says; leave weighting out")
         if not 0 < self.sample_tokens <= self.row_tokens:
             raise UserError(
                 f"sample_tokens {self.sample_tokens} must be above 0 and at most row_tokens {self.row_tokens}"

@@ -31,7 +31,6 @@ from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import grid_ids, stretched_ids
 from diptych.core.sample import Batch, Message, Sample, Task
 from diptych.core.tokens import NextToken, likeliest
-from diptych.objectives import flow_matching
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.mot import MoT
 from diptych.systems.bagel.answer import write
@@ -161,7 +160,7 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
             condition.lengths,
         )
         output = unpatchify(output.to(x.dtype), patch, "pqc", rows, columns)
-        return flow_matching.to_velocity(output, x, t, self.settings.prediction)
+        return self.settings.flow.to_velocity(output, x, t)
 
     def generate_text(
         self,
@@ -281,8 +280,7 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
         """Squared velocity error of each token to denoise, mean over its channels, (tokens,) in float32."""
         output = self.network.port.leave(states.latent[found]).float()[..., None]  # (n, c, 1): a token is an image
         data, noise, noisy, t = (x[found].float() for x in (latents, noise, noisy, times))
-        prediction = self.settings.prediction
-        return flow_matching.velocity_loss(output, data[..., None], noise[..., None], noisy[..., None], t, prediction)
+        return self.settings.flow.loss(output, data[..., None], noise[..., None], noisy[..., None], t)
 
     def _told(self, row: Pack, states: States, count: int) -> tuple[Tensor, Tensor]:
         """Sums and weights of the cross-entropies of a row, each (samples,)."""
@@ -308,14 +306,9 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
 
     def _times(self, examples: Sequence[Example], draws: Draws) -> Tensor:
         """A time for each sample with a target, in order."""
-        settings = self.settings
         rows = [number for number, example in enumerate(examples) if example.latents]
-        return flow_matching.logit_normal_times(
-            draws.take(rows).normal("time"),
-            mean=settings.time_mean,
-            std=settings.time_std,
-            shift=settings.time_shift,
-        ).to(self.device)
+        tokens = [len(examples[row].latents[-1]) for row in rows]
+        return self.settings.flow.times(draws.take(rows), tokens).to(self.device)
 
     # Structure
 
