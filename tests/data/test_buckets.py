@@ -26,7 +26,10 @@ def test_buckets_are_of_about_equal_area(multiple: int, step: int, max_ratio: fl
 
 
 def test_buckets_of_a_usual_size() -> None:
-    assert buckets(512, 64, 2.0) == [(512, 512), (448, 576), (576, 448), (384, 640), (640, 384), (384, 704), (704, 384)]
+    wide = [(448, 576), (384, 640), (384, 704), (384, 768)]
+    tall = [(width, height) for height, width in wide]
+    assert buckets(512, 64, 2.0) == [(512, 512), *(size for both in zip(wide, tall, strict=True) for size in both)]
+    assert buckets(16, 8, 2.0) == [(16, 16), (16, 24), (24, 16)]
 
 
 @pytest.mark.parametrize("wrong", [(0, 8, 2.0), (100, 16, 2.0), (64, 8, 0.5), (64, 0, 2.0), (64, 8, math.nan)])

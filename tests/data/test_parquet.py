@@ -101,3 +101,25 @@ def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'diptych\[data\]'"):
         ParquetSource(table(tmp_path / "p.parquet", image=[picture("red")]), task="image")
+
+
+@pytest.mark.parametrize(
+    "heights",
+    [
+        [16, None, 0, -3],
+        [16.0, float("nan"), 0.0, float("inf")],
+        ["16", "", "tall", None],
+        [True, False, None, True],
+        [16.0, 15.5, 1e300, None],
+    ],
+    ids=["null", "nan", "text", "bool", "fraction"],
+)
+def test_sizes_that_are_no_pixels_are_read_from_the_picture(heights: list[Any], tmp_path: Path) -> None:
+    data = picture("red", (8, 16))
+    file = table(tmp_path / "p.parquet", image=[data] * 4, text=["a"] * 4, width=[8] * 4, height=heights)
+    assert ParquetSource(file, cache=tmp_path / "cache").sizes() == [(16, 8)] * 4
+
+
+def test_sizes_in_columns_are_trusted_and_spare_the_headers(tmp_path: Path) -> None:
+    file = table(tmp_path / "p.parquet", image=[b"junk"] * 2, text=["a"] * 2, width=[30, 30.0], height=[20, 0])
+    assert ParquetSource(file, cache=tmp_path / "cache").sizes() == [(20, 30), None]

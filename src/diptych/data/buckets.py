@@ -13,8 +13,9 @@ from diptych.data.source import Size
 def buckets(base: int, step: int, max_ratio: float = 2.0) -> list[Size]:
     """Sizes (height, width), multiples of `step`, each of area about base * base, up to `max_ratio` either way.
 
-    For every width from base up, the height that comes closest in area is taken; tall sizes mirror the wide ones. The
-    square comes first, then wider and taller in turn. The area of each is within (step / shorter side) of base².
+    For every width from base up, the height is taken that comes closest in area without exceeding `max_ratio`, so that
+    images of just that ratio have a bucket that keeps nearly all of them. Tall sizes mirror the wide ones. The square
+    comes first, then wider and taller in turn. The area of each is within (step / shorter side) of base².
 
     Args:
         base: side of the square in pixels, a multiple of `step`.
@@ -29,13 +30,14 @@ def buckets(base: int, step: int, max_ratio: float = 2.0) -> list[Size]:
     if not (max_ratio >= 1 and math.isfinite(max_ratio)):
         raise UserError(f"bucket max_ratio {max_ratio} must be a number of at least 1")
 
-    found: list[Size] = [(base, base)]
+    sizes: list[Size] = [(base, base)]
     width = base + step
     while True:
-        height = round(base * base / width / step) * step
-        if height < step or width / height > max_ratio:
-            return found
-        found += [(height, width), (width, height)]
+        lowest = math.ceil(width / max_ratio / step) * step  # the ratio's own bound
+        height = max(lowest, round(base * base / width / step) * step)
+        if abs(height * width - base * base) * height > base * base * step:
+            return sizes
+        sizes += [(height, width), (width, height)]
         width += step
 
 

@@ -17,6 +17,7 @@ from diptych.data.imaging import FitMode, check_fit, image_size, read_image
 from diptych.data.rows import KEYS, make_sample, parse_row
 from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe
 
+_LONGEST_SIDE = 1_000_000
 _REFERENCES = (dict, bytes, str)
 
 
@@ -85,9 +86,13 @@ class ParquetSource(Source, Scored):
     def sizes(self) -> Sequence[Size | None] | None:
         if self.task == "understand":
             return None
-        if {"width", "height"} <= set(self._data.column_names):
-            return list(zip(self._data["height"], self._data["width"], strict=True))
-        return [self._size(index) for index in range(len(self))]
+        if not {"width", "height"} <= set(self._data.column_names):
+            return [self._size(index) for index in range(len(self))]
+        sizes: list[Size | None] = []
+        for index, sides in enumerate(zip(self._data["height"], self._data["width"], strict=True)):
+            height, width = map(_pixels, sides)
+            sizes.append((height, width) if height and width else self._size(index))
+        return sizes
 
     def fingerprint(self, index: int) -> str:
         return f"{self._data._fingerprint}:{index}:{self.fit}"
@@ -151,6 +156,14 @@ class ParquetSource(Source, Scored):
             return None if reference is None else image_size(self._file(reference, id), id)
         except BadItem:
             return None
+
+
+def _pixels(value: object) -> int:
+    """What a column says as a number of pixels; 0 for null, text, NaN and whatever else stands in tables where it was
+    not known."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= _LONGEST_SIDE:
+        return 0
+    return int(value) if value == int(value) else 0
 
 
 def _files(item: str) -> list[str]:

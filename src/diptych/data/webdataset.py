@@ -9,10 +9,10 @@ import itertools
 import json
 import os
 import re
-import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,9 @@ from diptych.data.filters import Scored
 from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
 from diptych.data.rows import Row, make_sample, parse_row, usable_text
 from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
+from diptych.data.tar_scan import scan
 
+_APART = "members of its name stand elsewhere in the shard; those of one sample must follow each other"
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60
 _IMAGES = frozenset(suffix.lstrip(".") for suffix in SUFFIXES)
@@ -50,10 +52,13 @@ class _Group:
     image: _Member | None
     text: _Member | None
     json: _Member | None
+    again: bool
+    """The key comes elsewhere in the shard too."""
 
 
 class WebDatasetSource(Source, Scored):
-    """Samples of tar shards: members that share a name up to its first dot are one sample.
+    """Samples of tar shards: members that follow each other and share a name up to its first dot are one sample
+    (`tar_scan`).
 
     - `image`: an image
     - `text_to_image`: an image and a .txt, or a .json with "text" or "caption"
@@ -88,10 +93,13 @@ class WebDatasetSource(Source, Scored):
         if not self.shards:
             raise UserError(f"{self.name}: no shards given")
         self._stamps = [file_stamp(path) for path in self.shards]
+        self._names = _shard_names(self.shards)
         self._groups: list[_Group] = []
         dropped: dict[str, str] = {}
         for number, path in enumerate(self.shards):
-            for group in _index(path, number):
+            groups, left_out = _index(path, number)
+            dropped |= {self._id(number, name): reason for name, reason in left_out}
+            for group in groups:
                 reason = self._lacks(group)
                 if reason is None:
                     self._groups.append(group)
@@ -134,7 +142,7 @@ class WebDatasetSource(Source, Scored):
         return None if group.json is None else _object(self._bytes(group.json), self._group_id(group)).get(name)
 
     def _id(self, shard: int, key: str) -> str:
-        return f"{self.name}/{self.shards[shard].name}/{key}"
+        return f"{self.name}/{self._names[shard]}/{key}"
 
     def _group_id(self, group: _Group) -> str:
         member = group.image or group.json
@@ -143,12 +151,12 @@ class WebDatasetSource(Source, Scored):
 
     def _lacks(self, group: _Group) -> str | None:
         if self.task == "understand":
-            return None if group.json else "no .json"
-        if group.image is None:
-            return "no image"
-        if self.task == "text_to_image" and not (group.text or group.json):
-            return "no caption"
-        return None
+            missing = None if group.json else "no .json"
+        elif group.image is None:
+            missing = "no image"
+        else:
+            missing = None if self.task == "image" or group.text or group.json else "no caption"
+        return f"{missing}; {_APART}" if missing and group.again else missing
 
     def _row(self, group: _Group, id: str) -> Row:
         if self.task == "image":
@@ -238,36 +246,23 @@ def _whole(response: http.client.HTTPResponse, url: str) -> Iterator[bytes]:
         raise UserError(f"{url}: the download broke off after {received:,} of {int(expected):,} bytes; try again")
 
 
-def _index(path: Path, shard: int) -> list[_Group]:
-    """Groups of a shard, in the order of their first members."""
-    groups: dict[str, dict[str, _Member]] = {}
-    try:
-        total = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                if info.offset_data + info.size > total:
-                    raise UserError(f"{path}: the shard is truncated, in member {info.name}")
-                folder, _, file = info.name.rpartition("/")
-                stem, _, suffix = file.partition(".")
-                if not stem:
-                    continue  # hidden files, such as those macOS adds
-                key = f"{folder}/{stem}" if folder else stem
-                groups.setdefault(key, {})[suffix.lower()] = _Member(shard, info.offset_data, info.size)
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a readable tar file; shards must be uncompressed ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from error
-    return [
-        _Group(
-            key,
-            next((member for suffix, member in members.items() if suffix in _IMAGES), None),
-            members.get("txt"),
-            members.get("json"),
-        )
-        for key, members in groups.items()
-    ]
+def _index(path: Path, shard: int) -> tuple[list[_Group], list[tuple[str, str]]]:
+    """Samples of a shard in their order, and (name, reason) of what is left out."""
+    listing = scan(path)
+    groups: list[_Group] = []
+    left_out = list(listing.left_out)
+    for number, (key, first, end) in enumerate(zip(listing.keys, listing.starts, listing.starts[1:], strict=False)):
+        members = {
+            listing.suffixes[place]: _Member(shard, listing.offsets[place], listing.sizes[place])
+            for place in range(first, end)
+        }
+        images = [suffix for suffix in members if suffix in _IMAGES]
+        if len(images) > 1:
+            left_out.append((key, f"several images ({', '.join(images)})"))
+            continue
+        image = members[images[0]] if images else None
+        groups.append(_Group(key, image, members.get("txt"), members.get("json"), number in listing.again))
+    return groups, left_out
 
 
 def _text(data: bytes, id: str) -> str:
@@ -285,6 +280,23 @@ def _object(data: bytes, id: str) -> Mapping[str, Any]:
     if not isinstance(fields, dict):
         raise BadItem(id, "malformed .json (not an object)")
     return fields
+
+
+def _shard_names(shards: Sequence[Path]) -> list[str]:
+    """What ids call the shards: file names, or, where two are the same, paths below the folder that holds them all.
+
+    Raises:
+        UserError: a shard is given twice.
+    """
+    whole = [os.path.abspath(path) for path in shards]
+    for path, count in Counter(whole).items():
+        if count > 1:
+            raise UserError(f"{path}: this shard is given {count} times; give it once, with a greater weight")
+    names = [path.name for path in shards]
+    if len(set(names)) == len(names):
+        return names
+    above = os.path.commonpath([os.path.dirname(path) for path in whole])
+    return [os.path.relpath(path, above).replace(os.sep, "/") for path in whole]
 
 
 def _cache_folder(cache: str | Path | None) -> Path:
