@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.positions import grid_ids
-from diptych.inference.sampler import times
+from diptych.inference.solvers import times
 from diptych.parts.backbones.mot import MoTConfig
 from diptych.parts.backbones.siglip_navit import SigLIPConfig
 from diptych.systems.bagel.context import Piece, condition, empty_context, latent_piece, read, text_piece, vision_piece

@@ -24,7 +24,8 @@ import torch
 
 from diptych.core.errors import UserError
 from diptych.evaluation.toyeval import choose
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
+from diptych.inference.sampling import Sampling
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain

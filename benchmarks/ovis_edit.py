@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from diptych.core.sample import Batch, Sample
-from diptych.inference.guidance import guided
-from diptych.inference.sampler import sample, times
+from diptych.inference.guidance import Branch, ChainGuidance, guided
+from diptych.inference.solvers import solve, times
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
 from diptych.recipes.schema import read
@@ -72,8 +72,10 @@ def branches(system: OvisU1System, batch: Batch) -> list[Batch]:
 @torch.no_grad()
 def once(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) -> Tensor:
     """As the engine does it."""
+    names: list[Branch] = ["null", "image", "full"]
     conditions = [system.encode(branch) for branch in branches(system, batch)]
-    return sample(guided(system, conditions, SCALES), noise, times(steps))
+    guidance = ChainGuidance(text=SCALES[1], images=SCALES[0])
+    return solve(guided(system.velocity, dict(zip(names, conditions, strict=True)), guidance), noise, times(steps))
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ def plain_loop(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) ->
         null, image, full = (system.velocity(x, t, system.encode(branch)) for branch in branches(system, batch))
         return null + SCALES[0] * (image - null) + SCALES[1] * (full - image)
 
-    return sample(velocity, noise, times(steps))
+    return solve(velocity, noise, times(steps))
 
 
 def measure(size: str, options: argparse.Namespace) -> dict[str, float]:

@@ -14,8 +14,8 @@ HEAD = """# Commands
 <!-- Written by docs/make_cli.py; change the commands in src/diptych/cli and run it again. -->
 
 `diptych COMMAND --help` says the same. Every command takes `-v` (say more on stderr) and `-vv` (still more). Sampling
-options that are not given (`--size`, `--steps`, `--cfg`, `--image-cfg`, `--sampler`, `--think`, `--batch-size`) are
-the model's own.
+options that are not given (`--size`, `--steps`, `--cfg`, `--image-cfg`, `--solver`, `--prompt-expansion`,
+`--batch-size`) are the model's own.
 
 Exit codes: 0 when done, 2 after a mistake of yours, with one line that names it, 130 after Ctrl-C; `doctor` gives 1
 when something does not work. Paths of pictures, scores and answers go to stdout, progress bars and warnings to stderr.

@@ -21,7 +21,8 @@ from diptych.cli.main import COMMANDS, main
 from diptych.core.errors import UserError
 from diptych.core.sample import TASKS, Task
 from diptych.data.rows import KEYS, parse_row
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
+from diptych.inference.sampling import Sampling
 from diptych.objectives.flow_matching import FlowMatching
 from diptych.recipes import recipe, study
 from diptych.recipes.recipe import (

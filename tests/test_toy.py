@@ -19,7 +19,7 @@ def test_pictures_follow_held_out_captions() -> None:
     found = toyeval.run(engine, n=1, limit=36, seed=5, steps=12)
     assert found.scores["overall"] >= 0.85
     assert all(sample.row["thought"] for sample in found.samples)
-    alone = toyeval.run(engine, n=1, limit=36, seed=5, steps=12, think=0)
+    alone = toyeval.run(engine, n=1, limit=36, seed=5, steps=12, prompt_expansion=0)
     assert alone.scores["overall"] < found.scores["overall"] - 0.2, "what the page says of captions by themselves"
 
 

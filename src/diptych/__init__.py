@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from diptych.core.errors import UserError
     from diptych.core.sample import Batch, Message, Sample
     from diptych.evaluation.evaluate import evaluate
-    from diptych.inference.engine import Engine, Sampling
+    from diptych.inference.engine import Engine
+    from diptych.inference.sampling import Sampling
     from diptych.recipes.load import load
     from diptych.recipes.train import train
     from diptych.systems.base import System
@@ -37,7 +38,7 @@ _PLACES = {
     "Engine": "diptych.inference.engine",
     "Message": "diptych.core.sample",
     "Sample": "diptych.core.sample",
-    "Sampling": "diptych.inference.engine",
+    "Sampling": "diptych.inference.sampling",
     "System": "diptych.systems.base",
     "ToyWorld": "diptych.toyworld.samples",
     "UserError": "diptych.core.errors",

@@ -14,7 +14,8 @@ from PIL import Image
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
-from diptych.inference.engine import Engine, Sampling, from_pil, to_pil
+from diptych.inference.engine import Engine, from_pil, to_pil
+from diptych.inference.sampling import Sampling
 from diptych.recipes.load import load
 
 PROMPTS = ["a red circle", "how many blue crosses are there left of a square?", "two"]
@@ -93,41 +94,41 @@ def thinking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def test_every_image_has_a_thought_of_its_own(thinking: Engine, encoded: list[list[str]]) -> None:
-    thoughts: list[str] = []
-    options: dict[str, Any] = {"n": 3, "think": 6, "think_temperature": 2.0, "cfg": 1.0}
-    images = pixels(thinking.generate(PROMPTS, thoughts=thoughts, batch_size=2, **options))
-    assert len(images) == len(thoughts) == 9
-    assert len(set(thoughts)) > 6
+    expansions: list[str] = []
+    options: dict[str, Any] = {"n": 3, "prompt_expansion": 6, "prompt_expansion_temperature": 2.0, "cfg": 1.0}
+    images = pixels(thinking.generate(PROMPTS, expansions=expansions, batch_size=2, **options))
+    assert len(images) == len(expansions) == 9
+    assert len(set(expansions)) > 6
     ids = [f"prompt {i}" for i in range(3) for _ in range(3)]
     assert [one for call in encoded for one in call] == [
-        f"{name}:{text}" for name, text in zip(ids, thoughts, strict=True)
+        f"{name}:{text}" for name, text in zip(ids, expansions, strict=True)
     ]
     again: list[str] = []
-    apart = np.abs(pixels(thinking.generate(PROMPTS, thoughts=again, batch_size=16, **options)) - images)
-    assert again == thoughts, "the same numbers, whatever the batch"
+    apart = np.abs(pixels(thinking.generate(PROMPTS, expansions=again, batch_size=16, **options)) - images)
+    assert again == expansions, "the same numbers, whatever the batch"
     assert apart.max() <= 1
     one: list[str] = []
-    thinking.generate(PROMPTS[:1], thoughts=one, **options)
-    assert one == thoughts[:3]
+    thinking.generate(PROMPTS[:1], expansions=one, **options)
+    assert one == expansions[:3]
 
 
-def test_likeliest_thoughts_of_images_of_several_sizes(thinking: Engine) -> None:
+def test_likeliest_expansions_of_images_of_several_sizes(thinking: Engine) -> None:
     samples = [
         Sample(id=str(i), task="text_to_image", text=text, size=(16 * (1 + i % 2),) * 2)
         for i, text in enumerate(PROMPTS)
     ]
-    thoughts: list[str] = []
-    thinking.tensors(samples, n=2, seed=0, think=4, thoughts=thoughts)
-    assert thoughts[::2] == thoughts[1::2]
+    expansions: list[str] = []
+    thinking.tensors(samples, n=2, seed=0, prompt_expansion=4, expansions=expansions)
+    assert expansions[::2] == expansions[1::2]
     alone: list[str] = []
     for sample in samples:
-        thinking.tensors([sample], n=1, seed=0, think=4, thoughts=alone)
-    assert thoughts[::2] == alone
+        thinking.tensors([sample], n=1, seed=0, prompt_expansion=4, expansions=alone)
+    assert expansions[::2] == alone
 
 
-def test_thoughts_that_cannot_be(engine: Engine, thinking: Engine) -> None:
-    with pytest.raises(UserError, match="think_temperature must not be negative"):
-        thinking.generate("a red circle", think=4, think_temperature=-1.0)
+def test_expansions_that_cannot_be(engine: Engine, thinking: Engine) -> None:
+    with pytest.raises(UserError, match="prompt_expansion_temperature must not be negative"):
+        thinking.generate("a red circle", prompt_expansion=4, prompt_expansion_temperature=-1.0)
     with pytest.raises(UserError, match="no thinking mode for questions"):
         thinking.ask(None, "how many?", think=True)
 
@@ -135,15 +136,15 @@ def test_thoughts_that_cannot_be(engine: Engine, thinking: Engine) -> None:
 def test_requests_with_images_have_no_thought(thinking: Engine) -> None:
     picture = from_pil(Image.new("RGB", (32, 32), "red"))
     edit = Sample(id="a", task="edit", text="paint it", context_images=(picture,))
-    thoughts: list[str] = []
-    (thought,) = thinking.tensors([edit], n=1, seed=0, think=4, thoughts=thoughts)
-    assert thoughts == [""]
+    expansions: list[str] = []
+    (thought,) = thinking.tensors([edit], n=1, seed=0, prompt_expansion=4, expansions=expansions)
+    assert expansions == [""]
     assert torch.equal(thought, thinking.tensors([edit], n=1, seed=0)[0])
 
 
 def test_a_model_without_words_for_it_does_not_think(engine: Engine) -> None:
-    with pytest.raises(UserError, match="this model has no thinking mode; leave think at 0"):
-        engine.generate("a red circle", think=4)
+    with pytest.raises(UserError, match="this model cannot expand prompts; leave prompt_expansion at 0"):
+        engine.generate("a red circle", prompt_expansion=4)
 
 
 def test_guided_steps_alone_are_guided(engine: Engine) -> None:
@@ -175,7 +176,7 @@ def test_images_differ_by_prompt_place_and_seed(engine: Engine) -> None:
 def test_options(engine: Engine) -> None:
     (wide,) = engine.generate("a red circle", size=(16, 32))
     assert wide.size == (32, 16)
-    (small,) = engine.generate("a red circle", size=16, method="heun", steps=1)
+    (small,) = engine.generate("a red circle", size=16, solver="heun", steps=1)
     assert small.size == (16, 16)
 
 
@@ -186,13 +187,13 @@ def test_options(engine: Engine) -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"cfg": -1.0}, "must not be negative"),
-        ({"shift": 0.0}, "shift must be above 0"),
-        ({"shift": "rot"}, "shift must be above 0, or 'root' or 'flux', not 'rot'"),
+        ({"timestep_shift": 0.0}, "timestep_shift must be above 0"),
+        ({"timestep_shift": "rot"}, "timestep_shift must be above 0, or 'root' or 'flux', not 'rot'"),
         ({"cfg_range": (0.6, 0.4)}, "cfg_range must be two rising shares"),
         ({"guidance": "chian"}, "Did you mean 'chain'"),
         ({"size": 30}, "size 30x30 is not divisible by 8"),
         ({"n": 0}, "n must be at least 1"),
-        ({"method": "hein"}, "Did you mean 'heun'"),
+        ({"solver": "hein"}, "Did you mean 'heun'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str, engine: Engine) -> None:

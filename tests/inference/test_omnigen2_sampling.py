@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diptych.core.condition import Condition, TokenCondition
-from diptych.inference.guidance import ALWAYS, Branch, guided, plan
-from diptych.inference.sampler import sample, span, times
+from diptych.core.sample import Batch, Sample
+from diptych.inference.guidance import ALWAYS, Branch, OmniGen2Guidance, guided
+from diptych.inference.solvers import solve, span, times
 from diptych.objectives.flow_matching import root_shift
 
 FILE = Path(__file__).parents[1] / "golden" / "omnigen2" / "omnigen2_sampling.safetensors"
@@ -68,16 +69,18 @@ def test_sampling(case: str, golden: dict[str, Tensor], config: dict[str, Any]) 
     t = times(steps, shift)
     close(1 - t, golden[f"outputs.{case}.timesteps"])
 
-    scales = options["text_guidance_scale"], options["image_guidance_scale"]
-    names, factors = plan("omnigen2", *scales, edits=options["group"] == "edit")
     share = (float(options["cfg_range"][0]), float(options["cfg_range"][1]))
     within = ALWAYS if share == ALWAYS else span(t, share)
     system: Any = Recorded(golden, case, t)
-    velocity = guided(system, [condition(name, count) for name in names], factors, within)
+    scales = {"text": options["text_guidance_scale"], "images": options["image_guidance_scale"]}
+    guidance = OmniGen2Guidance(**scales, during=within)
+    task = "edit" if options["group"] == "edit" else "text_to_image"
+    names = guidance.branches(Batch((Sample(id="a", task=task),)))
+    velocity = guided(system.velocity, {name: condition(name, count) for name in names}, guidance)
 
     latents = [noise]
     for step in range(steps):
-        latents.append(sample(velocity, latents[-1], t[step : step + 2]))
+        latents.append(solve(velocity, latents[-1], t[step : step + 2]))
         close(-velocity(latents[-2], t[step].expand(count)), golden[f"steps.{case}.velocity_combined"][step])
     for found, expected in zip(latents, golden[f"outputs.{case}.latents"], strict=True):
         close(found, expected)

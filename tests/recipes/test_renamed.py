@@ -58,7 +58,8 @@ def test_shipped_configurations_of_the_first_format_load(name: str) -> None:
 
 
 def test_every_new_name_is_a_key_of_some_recipe() -> None:
-    written = yaml.safe_dump(dataclasses.asdict(parse(load_plain("toy/omnigen2"))))
+    recipes = [dataclasses.asdict(parse(load_plain(name))) for name in ("toy/omnigen2", "bagel/finetune")]
+    written = yaml.safe_dump(recipes)
     for names in RENAMED.values():
         for new in names.values():
             assert f"{new.split('.')[-1]}:" in written

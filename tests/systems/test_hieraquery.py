@@ -15,7 +15,8 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
 from diptych.evaluation import toyscales
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
+from diptych.inference.sampling import Sampling
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load
 from diptych.recipes.recipe import parse

@@ -24,7 +24,8 @@ from diptych.core.condition import TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
+from diptych.inference.sampling import Sampling
 from diptych.objectives.flow_matching import FlowMatching
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
@@ -211,8 +212,8 @@ def test_edits_may_have_words_of_their_own(system: OmniGen2System) -> None:
 
 def test_a_thought_is_drawn_in_the_captions_place(system: OmniGen2System) -> None:
     batch = Batch((PAIR,))
-    with pytest.raises(UserError, match="no thinking mode"):
-        Engine(system, Sampling(size=(16, 16), steps=1)).generate("two", think=3)
+    with pytest.raises(UserError, match="cannot expand prompts"):
+        Engine(system, Sampling(size=(16, 16), steps=1)).generate("two", prompt_expansion=3)
     thought, (said,) = with_settings(system, think="how many? {text}").think(batch, 3)
     asked = [Message(role="user", text=f"how many? {PAIR.text}")]
     assert said == system.generate_text([asked], [[]], max_new_tokens=3)[0]
@@ -287,7 +288,9 @@ def test_answers_with_several_images_and_turns(loaded: OmniGen2System) -> None:
 
 
 def test_edits_with_several_references_in_one_batch(loaded: OmniGen2System, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = Sampling(size=(16, 24), steps=2, cfg=3.0, image_cfg=1.5, guidance="omnigen2", shift="root", batch_size=4)
+    sampling = Sampling(
+        size=(16, 24), steps=2, cfg=3.0, image_cfg=1.5, guidance="omnigen2", timestep_shift="root", batch_size=4
+    )
     engine = Engine(loaded, sampling)
     groups = [
         [Image.new("RGB", (16, 8), color) for color in ("red", "green", "blue", "white", "black")[:count]]
@@ -432,7 +435,12 @@ def test_comes_back_to_the_bit(dtype: torch.dtype, release: Path, tmp_path: Path
         export_omnigen2(made(), source, dtype=dtype)
     (source / "transformer" / "config.json").write_text((source / "transformer" / "config.json").read_text() + "\n")
     system, sampling = load_system(str(source))
-    assert (sampling.guidance, sampling.shift, sampling.cfg, sampling.image_cfg) == ("omnigen2", "root", 4.0, 2.0)
+    assert (sampling.guidance, sampling.timestep_shift, sampling.cfg, sampling.image_cfg) == (
+        "omnigen2",
+        "root",
+        4.0,
+        2.0,
+    )
     export_omnigen2(system, back, dtype=dtype)
     for part in ("transformer", "mllm", "vae"):
         one, two = tensors(source, part), tensors(back, part)

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options
     from diptych.cli.progress import bar
     from diptych.core.errors import UserError
-    from diptych.inference.coarse_to_fine import scale_names
+    from diptych.inference.scales import scale_names
 
     if args.n < 1:
         raise UserError(f"--n must be at least 1, not {args.n}")

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options
     from diptych.cli.progress import bar
     from diptych.core.errors import UserError
-    from diptych.inference.coarse_to_fine import scale_names
+    from diptych.inference.scales import scale_names
 
     if args.n < 1:
         raise UserError(f"--n must be at least 1, not {args.n}")
@@ -33,15 +33,17 @@ def run(args: argparse.Namespace) -> int:
     engine = options.open_model(args)
     names = scale_names(engine.system, args.scales or "last")
     with bar("generate") as told:
-        thoughts: list[str] = []
-        images = engine.generate(args.prompts, n=args.n, seed=args.seed, progress=told, thoughts=thoughts, **settings)
-    for thought in thoughts:
-        print(f"thought: {thought}", file=sys.stderr)
+        expansions: list[str] = []
+        images = engine.generate(
+            args.prompts, n=args.n, seed=args.seed, progress=told, expansions=expansions, **settings
+        )
+    for expansion in expansions:
+        print(f"expansion: {expansion}", file=sys.stderr)
     for number, prompt in enumerate(args.prompts):
         rows = slice(number * args.n, (number + 1) * args.n)
         facts = {"prompt": prompt, "model": args.model, "seed": args.seed, "sampling": settings}
-        if thoughts:
-            facts["thoughts"] = thoughts[rows]
+        if expansions:
+            facts["expansions"] = expansions[rows]
         pictures = slice(rows.start * len(names), rows.stop * len(names))
         options.save_pictures(images[pictures], options.by_scale(files[rows], names), facts)
     return 0

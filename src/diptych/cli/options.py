@@ -30,8 +30,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="sampler steps")
     group.add_argument("--cfg", type=float, help="text guidance scale, 1 for none")
     group.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
-    group.add_argument("--sampler", help="euler, or heun (two calls a step)")
-    group.add_argument("--think", type=int, metavar="TOKENS", help="to write before each image about it, 0 for none")
+    group.add_argument("--solver", help="euler, or heun (two calls a step)")
+    group.add_argument(
+        "--prompt-expansion", type=int, metavar="TOKENS", help="to write before each image about it, 0 for none"
+    )
     group.add_argument("--batch-size", type=int, help="images per decoder run")
     group.add_argument("--seed", type=int, default=0, help="of the noise (0)")
 
@@ -50,10 +52,10 @@ def by_scale(files: list[Path], names: Sequence[str]) -> list[Path]:
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Engine.generate` that were given."""
     found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
-    given = {"steps": args.steps, "cfg": args.cfg, "method": args.sampler, "batch_size": args.batch_size}
+    given = {"steps": args.steps, "cfg": args.cfg, "solver": args.solver, "batch_size": args.batch_size}
     given["scales"] = getattr(args, "scales", None)
     given["image_cfg"] = getattr(args, "image_cfg", None)
-    given |= {"negative": args.negative, "think": args.think}
+    given |= {"negative": args.negative, "prompt_expansion": args.prompt_expansion}
     return found | {name: value for name, value in given.items() if value is not None}
 
 

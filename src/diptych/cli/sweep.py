@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUES",
         action="append",
         default=[],
-        help="an axis: cfg=3,5,7.5; also image_cfg, steps, shift, renorm_min; once for each axis",
+        help="an axis: cfg=3,5,7.5; also image_cfg, steps, timestep_shift, renorm_min; once for each axis",
     )
     scoring.add(parser)
 

@@ -6,7 +6,6 @@ folder for each point with what `evaluate` writes. What is finished is kept, so 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -20,9 +19,9 @@ from diptych.core.errors import UserError, unknown
 from diptych.data.atomic import write_figure
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.results import categories
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
 
-SWEPT = ("cfg", "image_cfg", "steps", "shift", "renorm_min")
+SWEPT = ("cfg", "image_cfg", "steps", "timestep_shift", "renorm_min")
 """Fields of `Sampling` that are numbers, and whose pictures a sweep may compare."""
 WHOLE = ("steps",)
 
@@ -55,6 +54,12 @@ def axis(text: str) -> Axis:
     if len(set(values)) < len(values):
         raise UserError(f"--over {text}: a value stands there twice")
     return Axis(name, tuple(values))
+
+
+def setting(at: dict[str, float]) -> dict[str, Any]:
+    """Settings of sampling at a point; `renorm_min` is an option of BAGEL's guidance."""
+    rest: dict[str, Any] = {name: value for name, value in at.items() if name != "renorm_min"}
+    return {**rest, "guidance": {"renorm_min": at["renorm_min"]}} if "renorm_min" in at else rest
 
 
 def sweep(
@@ -97,7 +102,7 @@ def sweep(
             raise UserError(f"{field} is given twice")
     for each in axes:
         for value in each.values:  # before anything is drawn
-            dataclasses.replace(Sampling(guidance=engine.sampling.guidance), **{each.name: value})
+            engine.sampling.over(setting({each.name: value}))
     place = Path(output)
     head = {"model": name or engine.name, "tasks": list(tasks), "axes": names, "n": n, "limit": limit}
     head |= {"seeds": list(seeds or (seed,)), "options": json.loads(json.dumps(options))}
@@ -117,7 +122,7 @@ def sweep(
             name=name,
             progress=progress,
             **(others or {}),
-            **{**options, **at},
+            **{**options, **setting(at)},
         )
         points.append({"at": at, "tasks": found["tasks"], "failed": found["failed"]})
         atomic_text(place / "sweep.json", json.dumps({**head, "points": points}, indent=1) + "\n")

@@ -38,8 +38,8 @@ def run(
     requests = [Sample(id=prompt.id, task="text_to_image", text=prompt.text) for prompt in prompts]
     if progress is not None:
         progress(0, n * len(prompts))
-    thoughts: list[str] = []
-    images = engine.tensors(requests, n=n, seed=seed, progress=progress, thoughts=thoughts, **options)
+    expansions: list[str] = []
+    images = engine.tensors(requests, n=n, seed=seed, progress=progress, expansions=expansions, **options)
     verdicts: list[Verdict] = []
     samples: list[Judged] = []
     failed = 0
@@ -52,8 +52,8 @@ def run(
             failed += 1
         verdicts.append(verdict)
         row = {"id": prompt.id, "category": prompt.category, "prompt": prompt.text, "reason": verdict.reason}
-        if thoughts:
-            row["thought"] = thoughts[number]
+        if expansions:
+            row["expansion"] = expansions[number]
         samples.append(Judged(row=row, correct=verdict.correct, image=to_pil(torch.nan_to_num(image))))
     return TaskResult(task=NAME, scores=scores(verdicts), samples=samples, failed=failed, sampling=options)
 

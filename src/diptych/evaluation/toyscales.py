@@ -13,8 +13,8 @@ from torch import Tensor
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
 from diptych.evaluation.results import Judged, Progress, TaskResult, shares
-from diptych.inference.coarse_to_fine import scale_names
 from diptych.inference.engine import Engine, to_pil
+from diptych.inference.scales import scale_names
 from diptych.toyworld.detector import detect
 from diptych.toyworld.samples import ToyWorld
 

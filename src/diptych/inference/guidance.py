@@ -1,76 +1,162 @@
-"""Classifier-free guidance: composes velocity functions; all branches run as one batch."""
+"""Classifier-free guidance: which versions of a request are compared, and how their velocities become one.
+
+A guidance is an object with `branches(batch)`, the versions of the requests that it needs, and
+`combine(velocities, t)`, its arithmetic. `guided` runs the branches and calls it; none of them sees a model class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diptych.core.condition import Condition
-from diptych.core.errors import unknown
-from diptych.inference.sampler import Velocity
-from diptych.systems.base import System
-
-Rule = Literal["chain", "omnigen2", "bagel"]
-"""Which branches a request has. `chain`: a branch for each scale that is not 1; text guidance of an edit starts from
-the edit without its text. `omnigen2`: a scale acts above 1 only, image guidance acts together with text guidance only,
-and text guidance alone starts from a request without text and images. `bagel`: see `inference.renormalise`."""
+from diptych.core.sample import Batch
+from diptych.inference.solvers import Velocity
 
 Branch = Literal["null", "image", "text", "full"]
-"""A request without text and context images, without text, without context images, and as it is."""
+"""A request without text and context images, without its text, without its context images, and as it is."""
+
+ConditionedVelocity = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x (B, C, h, w), t (B,), condition of B requests) to velocity (B, C, h, w)."""
 
 ALWAYS = (0.0, 1.0)
 
 
-def plan(rule: Rule, cfg: float, image_cfg: float, *, edits: bool) -> tuple[list[Branch], list[float]]:
-    """Branches from the least to the most conditioned, and the scale of each step between them; of `bagel` the branches
-    that `inference.renormalise.nested` takes, in its order, and no scales.
+@dataclass(frozen=True, kw_only=True)
+class Guidance(abc.ABC):
+    """text: scale of the guidance by the request's text. images: scale of the guidance by its context images."""
 
-    Args:
-        cfg: text guidance scale. image_cfg: image guidance scale. edits: whether requests have context images.
+    text: float = 1.0
+    images: float = 1.0
 
-    Raises:
-        UserError: an unknown rule.
+    @abc.abstractmethod
+    def branches(self, batch: Batch) -> tuple[Branch, ...]:
+        """The versions of these requests that are compared, in the order in which they run; "full" is among them."""
+
+    @abc.abstractmethod
+    def acts(self, t: float) -> bool:
+        """Whether guidance acts at time t; where it does not, the full request runs alone."""
+
+    @abc.abstractmethod
+    def combine(self, velocities: Mapping[Branch, Tensor], t: float) -> Tensor:
+        """The guided velocity (B, C, h, w) from those of the branches at time t."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainGuidance(Guidance):
+    """Each condition is added in its turn: v_0 + sum_i s_i (v_i - v_(i-1)), from the least to the most conditioned.
+
+    Two branches are text guidance v_null + s (v - v_null); three are image and text guidance (Ovis-U1, Sec. 3;
+    InstructPix2Pix, Eq. 3). A scale of 1 needs no branch; text guidance of an edit starts from the edit without text.
+
+    during: least and greatest time at which guidance acts.
     """
-    if rule not in get_args(Rule):
-        raise unknown("guidance", rule, get_args(Rule))
-    if rule == "bagel":
-        others: list[Branch] = ["image", "text"]
-        return ["full", *others[: (cfg > 1) + (cfg > 1 and image_cfg > 1)]], []
-    text = cfg > 1 if rule == "omnigen2" else cfg != 1
-    image = edits and (image_cfg > 1 and text if rule == "omnigen2" else image_cfg != 1)
-    if image:
-        return ["null", "image", "full"], [image_cfg, cfg]
-    if not text:
-        return ["full"], []
-    return ["image" if edits and rule == "chain" else "null", "full"], [cfg]
+
+    during: tuple[float, float] = ALWAYS
+
+    def branches(self, batch: Batch) -> tuple[Branch, ...]:
+        edits = bool(batch.rows("edit"))
+        if edits and self.images != 1:
+            return ("null", "image", "full")
+        if self.text == 1:
+            return ("full",)
+        return ("image" if edits else "null", "full")
+
+    def acts(self, t: float) -> bool:
+        return within(t, self.during)
+
+    def combine(self, velocities: Mapping[Branch, Tensor], t: float) -> Tensor:
+        return chain(list(velocities.values()), self.text, self.images)
 
 
-def guided(
-    system: System, branches: Sequence[Condition], scales: Sequence[float], within: tuple[float, float] = ALWAYS
-) -> Velocity:
-    """Velocity v_0 + sum_i s_i (v_i - v_(i-1)) over branches ordered from the least to the most conditioned.
+@dataclass(frozen=True, kw_only=True)
+class OmniGen2Guidance(Guidance):
+    """OmniGen2's: a scale acts above 1 only, image guidance acts together with text guidance only, and text guidance
+    alone starts from a request without text and images. The arithmetic is that of the chain.
 
-    One branch is plain sampling; two are text guidance v_null + s (v - v_null); three are image and text guidance
-    (Ovis-U1, Sec. 3; InstructPix2Pix, Eq. 3): [null, image, image + text] with scales [s_image, s_text].
-
-    Args:
-        branches: conditions of the same batch. scales: one fewer.
-        within: least and greatest time at which guidance acts; at others the last branch runs alone.
+    during: least and greatest time at which guidance acts.
     """
-    assert len(scales) == len(branches) - 1, "one scale for every branch but the first"
-    joined = branches[0].join(branches[1:])
-    count = len(branches)
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if within != ALWAYS and not within[0] <= float(t[0]) <= within[1]:
-            return system.velocity(x, t, branches[-1])
-        each = system.velocity(torch.cat([x] * count), torch.cat([t] * count), joined).chunk(count)
-        v = each[0]
-        for before, after, scale in zip(each[:-1], each[1:], scales, strict=True):
-            v = v + scale * (after - before)
-        return v
+    during: tuple[float, float] = ALWAYS
 
-    return velocity
+    def branches(self, batch: Batch) -> tuple[Branch, ...]:
+        if self.text <= 1:
+            return ("full",)
+        return ("null", "image", "full") if batch.rows("edit") and self.images > 1 else ("null", "full")
+
+    def acts(self, t: float) -> bool:
+        return within(t, self.during)
+
+    def combine(self, velocities: Mapping[Branch, Tensor], t: float) -> Tensor:
+        return chain(list(velocities.values()), self.text, self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImageGuidance(Guidance):
+    """The chain's, every token of the result scaled to the length of the unguided velocity's (diffusers'
+    `QwenImagePipeline`; the report, arXiv 2508.02324, does not say so).
+
+    during: least and greatest time at which guidance acts. patch: side of a token in latent pixels.
+    """
+
+    during: tuple[float, float] = ALWAYS
+    patch: int = 2
+
+    def branches(self, batch: Batch) -> tuple[Branch, ...]:
+        if self.text <= 1:
+            return ("full",)
+        edits = bool(batch.rows("edit"))
+        return ("null", "image", "full") if edits and self.images != 1 else ("image" if edits else "null", "full")
+
+    def acts(self, t: float) -> bool:
+        return within(t, self.during)
+
+    def combine(self, velocities: Mapping[Branch, Tensor], t: float) -> Tensor:
+        v = chain(list(velocities.values()), self.text, self.images)
+        return v * (norm(velocities["full"], self.patch) / norm(v, self.patch))
+
+
+def within(t: float, during: tuple[float, float]) -> bool:
+    """Whether t lies in a closed span of times; `ALWAYS` holds for any t."""
+    return during == ALWAYS or during[0] <= t <= during[1]
+
+
+def chain(velocities: list[Tensor], text: float, images: float) -> Tensor:
+    """v_0 + sum_i s_i (v_i - v_(i-1)) of one to three velocities: the images' step comes before the text's."""
+    scales: list[float] = {1: [], 2: [text], 3: [images, text]}[len(velocities)]
+    v = velocities[0]
+    for before, after, scale in zip(velocities[:-1], velocities[1:], scales, strict=True):
+        v = v + scale * (after - before)
+    return v
+
+
+def norm(v: Tensor, patch: int | None) -> Tensor:
+    """2-norm of (B, C, h, w): over everything (B, 1, 1, 1), or of each token, spread over its pixels (B, 1, h, w)."""
+    squares = v.square().sum(1, keepdim=True)
+    if patch is None:
+        return squares.sum((2, 3), keepdim=True).sqrt()
+    totals = F.avg_pool2d(squares, patch) * patch**2
+    return totals.sqrt().repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def guided(velocity: ConditionedVelocity, conditions: Mapping[Branch, Condition], guidance: Guidance) -> Velocity:
+    """The guided velocity of requests whose branches have these conditions; all branches run as one batch."""
+    full = conditions["full"]
+    first, *others = conditions.values()
+    joined = first.join(others)
+    count = len(conditions)
+
+    def at(x: Tensor, t: Tensor) -> Tensor:
+        now = float(t[0])
+        if not others or not guidance.acts(now):
+            return velocity(x, t, full)
+        each = velocity(torch.cat([x] * count), torch.cat([t] * count), joined).chunk(count)
+        return guidance.combine(dict(zip(conditions, each, strict=True)), now)
+
+    return at

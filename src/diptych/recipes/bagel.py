@@ -18,7 +18,7 @@ from diptych.checkpoints import bagel, flux_autoencoder
 from diptych.checkpoints.streaming import entries, stream
 from diptych.checkpoints.tensors import atomic_folder, load_into, own_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
-from diptych.inference.engine import Sampling
+from diptych.inference.sampling import Sampling
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.backbones.mot import MoTConfig
@@ -39,12 +39,10 @@ SAMPLING = Sampling(
     steps=49,
     cfg=4.0,
     image_cfg=1.0,
-    guidance="bagel",
-    shift=3.0,
-    cfg_interval=(0.4, 1.0),
-    renorm="global",
+    guidance={"kind": "bagel", "interval": [0.4, 1.0], "renorm": "global"},
+    timestep_shift=3.0,
     batch_size=1,
-    edit={"image_cfg": 2.0, "cfg_interval": [0.0, 1.0], "renorm": "text_channel"},
+    edit={"image_cfg": 2.0, "guidance": {"interval": [0.0, 1.0], "renorm": "text_channel"}},
 )
 """The published settings; 49 steps are 50 times."""
 

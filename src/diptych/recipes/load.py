@@ -18,7 +18,8 @@ from diptych.checkpoints.ovis_config import is_ovis
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
+from diptych.inference.sampling import Sampling, from_legacy
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes import bagel
@@ -87,7 +88,7 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
         system = build_system(spec, assets=folder)
         assert isinstance(system, OvisU1System)
         read_release(system, folder, config)
-        return system, read(Sampling, spec.sampling, f"{folder / 'config.json'}: sampling")
+        return system, read(Sampling, from_legacy(spec.sampling), f"{folder / 'config.json'}: sampling")
     if "kind" not in config:
         if kind is None:
             raise UserError(f"{folder / 'config.json'}: not a Diptych model (no 'kind')")
@@ -95,7 +96,7 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
     spec: Any = read(SystemSpec, system_with_new_names(config), f"{folder / 'config.json'}", VARIANTS)
     system = build_system(spec, assets=folder)
     load_folder_weights(system, folder)
-    sampling = read(Sampling, spec.sampling, f"{folder / 'config.json'}: sampling")
+    sampling = read(Sampling, from_legacy(spec.sampling), f"{folder / 'config.json'}: sampling")
     return system, sampling
 
 

@@ -156,14 +156,14 @@ def side(engine: Engine, name: str, limit: int | None, progress: Told | None) ->
     steps = min(SAMPLER_STEPS, engine.sampling.steps)
     result = evaluate.run(engine, toyeval.NAME, n=IMAGES_PER_PROMPT, limit=limit, seed=SEED, progress=told, steps=steps)
     prompts = toyeval.choose(SHOWN_PROMPTS)
-    thoughts: list[str] = []
+    expansions: list[str] = []
     texts = [prompt.text for prompt in prompts]
-    images = engine.generate(texts, n=SHOWN_IMAGES, seed=SEED, steps=steps, thoughts=thoughts)
-    pairs = list(zip(images, thoughts or [""] * len(images), strict=True))
+    images = engine.generate(texts, n=SHOWN_IMAGES, seed=SEED, steps=steps, expansions=expansions)
+    pairs = list(zip(images, expansions or [""] * len(images), strict=True))
     shown = [
         [
-            Shown(image=image, correct=judge(from_pil(image), prompt).correct, thought=thought)
-            for image, thought in pairs[at : at + SHOWN_IMAGES]
+            Shown(image=image, correct=judge(from_pil(image), prompt).correct, expansion=expansion)
+            for image, expansion in pairs[at : at + SHOWN_IMAGES]
         ]
         for at, prompt in zip(range(0, len(images), SHOWN_IMAGES), prompts, strict=True)
     ]

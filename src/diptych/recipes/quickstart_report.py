@@ -26,11 +26,11 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A picture, whether it shows what it was asked to, and what the model had thought of before ("" for nothing)."""
+    """A picture, whether it shows what it was asked to, and what the model wrote about it before ("" for nothing)."""
 
     image: Image.Image
     correct: bool
-    thought: str = ""
+    expansion: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +113,12 @@ def explained(story: Story) -> list[str]:
         kind = {"image": "unlabelled images", "text_to_image": "text-image pairs"}.get(source.task, source.task)
         number = f"{source.count:,} " if source.count else ""
         sources.append(f"{source.share / total:.0%} {number}{kind}")
-    first = story.after[0][0].thought if story.after and story.after[0] else ""
+    first = story.after[0][0].expansion if story.after and story.after[0] else ""
     thinking = (
         [
             "Before each picture the language model wrote out what the prompt leaves open, and that was drawn: "
             f"'{story.prompts[0]}' became '{first}'. This is not part of IOMM; 'diptych generate' and "
-            "'diptych eval' leave it out with --think 0."
+            "'diptych eval' leave it out with --prompt-expansion 0."
         ]
         if first
         else []
@@ -154,7 +154,7 @@ def pictures(story: Story) -> str:
 
 
 def _strip(label: str, prompt: str, row: Sequence[Shown]) -> Strip:
-    said = [f"{prompt}: {shown.thought}" if shown.thought else prompt for shown in row]
+    said = [f"{prompt}: {shown.expansion}" if shown.expansion else prompt for shown in row]
     alts = [f"{label}: {text} ({'right' if shown.correct else 'wrong'})" for text, shown in zip(said, row, strict=True)]
     return Strip(label=label, images=[shown.image for shown in row], alts=alts)
 

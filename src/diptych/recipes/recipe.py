@@ -17,7 +17,7 @@ import yaml
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Task
 from diptych.data.filters import Filters
-from diptych.inference.engine import Sampling
+from diptych.inference.sampling import Sampling
 from diptych.recipes.renamed import refuse_old
 from diptych.recipes.schema import Variants, read
 from diptych.systems.bagel.config import BagelConfig

@@ -11,7 +11,7 @@ from diptych.checkpoints import omnigen2 as omnigen2_files
 from diptych.checkpoints.streaming import entries
 from diptych.checkpoints.tensors import SHARD_BYTES, atomic_folder, weight_files
 from diptych.core.errors import UserError
-from diptych.inference.engine import Sampling
+from diptych.inference.sampling import Sampling
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import OmniGen2Spec, Part
 from diptych.systems.base import System
@@ -28,7 +28,7 @@ def omnigen2_release(folder: Path, model: str) -> tuple[OmniGen2Spec, Sampling]:
     }
     shift = "root" if omnigen2_files.dynamic_shift(folder) else 1.0
     sampling = Sampling(
-        size=(1024, 1024), steps=50, cfg=4.0, image_cfg=2.0, guidance="omnigen2", shift=shift, batch_size=1
+        size=(1024, 1024), steps=50, cfg=4.0, image_cfg=2.0, guidance="omnigen2", timestep_shift=shift, batch_size=1
     )
     return OmniGen2Spec(kind="omnigen2", **parts), sampling
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.inference import sampling
 
 SYSTEM = {
     "prediction": "flow.prediction",
@@ -19,7 +20,14 @@ SYSTEM = {
     "weigh": "flow.weighting",
 }
 
-RENAMED: dict[str, dict[str, str]] = {"system": SYSTEM, "stages.*.settings": SYSTEM}
+SAMPLING = {**sampling.RENAMED, **{old: f"guidance.{new}" for old, new in sampling.BAGEL_ONLY.items()}}
+
+RENAMED: dict[str, dict[str, str]] = {
+    "system": SYSTEM,
+    "stages.*.settings": SYSTEM,
+    "sampling": SAMPLING,
+    "sampling.edit": SAMPLING,
+}
 """Old names to new ones by section; `*` stands for any name. A dotted new name is a key of a mapping in the section."""
 
 
@@ -35,6 +43,8 @@ def refuse_old(plain: dict[str, Any]) -> None:
 def with_new_names(plain: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe's plain values with its old names replaced."""
     plain = copy.deepcopy(plain)
+    if "sampling" in plain:
+        plain["sampling"] = sampling.from_legacy(plain["sampling"])
     for pattern, names in RENAMED.items():
         for _, section in _sections(plain, pattern):
             for old, new in names.items():

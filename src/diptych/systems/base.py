@@ -181,6 +181,10 @@ class AssembledSystem(System):
             raise UserError(f"size {height}x{width}: the decoder's position grid ends at {most} pixels a side")
         return self.autoencoder.channels, rows, columns
 
+    @property
+    def token_side(self) -> int:
+        return self.decoder.patch
+
     def to_latents(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return self.autoencoder.encode(images)

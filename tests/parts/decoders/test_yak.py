@@ -15,7 +15,7 @@ from diptych.checkpoints.ovis_u1 import to_ours, to_published
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
-from diptych.inference.sampler import sample, times
+from diptych.inference.solvers import solve, times
 from diptych.objectives.flow_matching import resolution_shift
 from diptych.parts.conditioners.token_refiner import TokenRefiner, TokenRefinerConfig
 from diptych.parts.decoders.yak import Yak, YakConfig
@@ -131,7 +131,7 @@ def test_guided_sampling_in_one_batch_is_the_references_separate_passes() -> Non
 
         tokens = noise.shape[2] * noise.shape[3] // 4
         shift = resolution_shift(tokens) if told["shift"] else 1.0
-        found = sample(velocity, noise, times(told["num_steps"], shift))
+        found = solve(velocity, noise, times(told["num_steps"], shift))
         torch.testing.assert_close(found, tensors[f"outputs.{case}.latents"], rtol=1e-4, atol=1e-4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import grid_ids
-from diptych.inference.renormalise import Nested, nested
-from diptych.inference.sampler import times
+from diptych.core.sample import Batch, Sample
+from diptych.inference.bagel_guidance import BagelGuidance
+from diptych.inference.guidance import Branch, guided
+from diptych.inference.solvers import times
 from diptych.systems.bagel.answer import write
 from diptych.systems.bagel.context import (
     CacheCondition,
@@ -30,7 +32,6 @@ from diptych.systems.bagel.context import (
     vision_piece,
 )
 from diptych.systems.bagel.network import BagelNetwork
-from diptych.systems.base import System
 
 IMAGES = Golden("generate_image")
 TEXTS = Golden("generate_text")
@@ -91,8 +92,6 @@ def test_caches_of_the_three_branches(name: str) -> None:
 class Velocities(nn.Module):
     """A system as guidance sees it; counts the rows it runs."""
 
-    token_side = 2
-
     def __init__(self, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid, self.rows = grid, 0
@@ -112,17 +111,19 @@ class Velocities(nn.Module):
 def test_guided_sampling(name: str) -> None:
     run: dict[str, Any] = IMAGES.data["runs"][name]
     grid = tuple(IMAGES.data["contexts"][run["context"]]["target_grid"])
-    rule = Nested(
+    guidance = BagelGuidance(
         text=run["cfg_text_scale"],
         images=run["cfg_img_scale"],
         interval=tuple(run["cfg_interval"]),
         renorm=run["cfg_renorm_type"],
-        least=run["cfg_renorm_min"],
+        renorm_min=run["cfg_renorm_min"],
+        patch=2,
     )
     held = {key: condition([context]) for key, context in branches(run["context"]).items()}
-    others = [held["text_free"], held["image_free"]][: rule.guides + (rule.guides and rule.images > 1)]
+    names: dict[Branch, str] = {"full": "main", "image": "text_free", "text": "image_free"}
+    compared = guidance.branches(Batch((Sample(id="a", task="text_to_image", text="a"),)))
     system = Velocities((grid[0], grid[1]))
-    velocity = nested(cast(System, system), held["main"], others, rule)
+    velocity = guided(system.velocity, {branch: held[names[branch]] for branch in compared}, guidance)
     schedule = times(run["num_timesteps"] - 1, run["timestep_shift"])
     close(schedule, IMAGES[f"steps.{name}.schedule"])
     x = unpatchify(IMAGES[f"inputs.{run['context']}.noise"][None], 2, "pqc", *grid)
@@ -131,7 +132,7 @@ def test_guided_sampling(name: str) -> None:
         before = system.rows
         v = velocity(x, now[None])
         counted = IMAGES.data["branches_per_step"][name][step]
-        assert system.rows - before == (counted if rule.guides else 1)
+        assert system.rows - before == (counted if guidance.text > 1 else 1)
         close(patchify(v, 2, "pqc")[0], IMAGES[f"steps.{name}.velocity"][step], 1e-4)
         x = x + (after - now) * v
     close(patchify(x, 2, "pqc")[0], IMAGES[f"outputs.{name}.latent_tokens"], 1e-4)

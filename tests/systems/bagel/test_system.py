@@ -13,13 +13,16 @@ from torch import Tensor
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
-from diptych.inference.engine import Engine, Sampling
+from diptych.inference.engine import Engine
+from diptych.inference.sampling import Sampling
 from diptych.objectives.flow_matching import FlowMatching
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.context import CacheCondition
 from diptych.systems.bagel.system import BagelSystem
 
-SAMPLING = Sampling(size=(16, 16), steps=2, cfg=3.0, guidance="bagel", renorm="global", edit={"image_cfg": 1.5})
+SAMPLING = Sampling(
+    size=(16, 16), steps=2, cfg=3.0, guidance={"kind": "bagel", "renorm": "global"}, edit={"image_cfg": 1.5}
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,7 @@ def test_thinking_puts_a_thought_behind_the_request(system: BagelSystem) -> None
     assert [message.role for message in free.messages] == ["system"]
     assert system.without(thought, "text_and_images").samples[0].messages == ()
     engine = Engine(system, SAMPLING)
-    assert len(engine.generate("a red circle", think=2)) == 1
+    assert len(engine.generate("a red circle", prompt_expansion=2)) == 1
     assert isinstance(engine.ask(None, "how many?", max_new_tokens=2, think=True), str)
 
 
@@ -216,8 +219,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
         BagelConfig(row_tokens=8, sample_tokens=9)
     with pytest.raises(UserError, match="drop_text must be between 0 and 1"):
         BagelConfig(drop_text=1.5)
-    with pytest.raises(UserError, match="belong to guidance 'bagel'"):
-        Sampling(renorm="global")
+    with pytest.raises(UserError, match="guidance 'chain': unknown option 'renorm'"):
+        Sampling(guidance={"kind": "chain", "renorm": "global"})
     with pytest.raises(UserError, match=r"edit: unknown option 'image_cgf'. Did you mean 'image_cfg'"):
         Sampling(edit={"image_cgf": 2.0})
     assert spec().kind == "bagel"

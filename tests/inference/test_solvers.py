@@ -1,4 +1,4 @@
-"""Samplers on velocity fields whose paths are known."""
+"""Solvers on velocity fields whose paths are known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import UserError
-from diptych.inference.sampler import Method, sample, times
+from diptych.inference.solvers import Solver, solve, times
 
 
 def test_times() -> None:
@@ -19,9 +19,9 @@ def test_times() -> None:
         times(0)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_straight_path_is_followed_exactly(method: Method, steps: int) -> None:
+def test_a_straight_path_is_followed_exactly(solver: Solver, steps: int) -> None:
     """noise - data is constant along the path, so any number of steps lands on the data."""
     generator = torch.Generator().manual_seed(0)
     data, noise = (torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -33,15 +33,15 @@ def test_a_straight_path_is_followed_exactly(method: Method, steps: int) -> None
         torch.testing.assert_close(x, (1 - t[0]) * data + t[0] * noise)
         return noise - data
 
-    torch.testing.assert_close(sample(velocity, noise, times(steps, 2.0), method), data, atol=1e-6, rtol=1e-6)
-    assert len(asked) == (steps if method == "euler" else 2 * steps - 1)
+    torch.testing.assert_close(solve(velocity, noise, times(steps, 2.0), solver), data, atol=1e-6, rtol=1e-6)
+    assert len(asked) == (steps if solver == "euler" else 2 * steps - 1)
     assert asked[0] == 1
     assert 0 not in asked
 
 
-def error(method: Method, steps: int) -> float:
+def error(solver: Solver, steps: int) -> float:
     """How far dx/dt = (1 + 2t) x, solved from t=1 to 0 by e^(-2), is missed."""
-    x = sample(lambda x, t: (1 + 2 * t[:, None, None, None]) * x, torch.ones(1, 1, 1, 1).double(), times(steps), method)
+    x = solve(lambda x, t: (1 + 2 * t[:, None, None, None]) * x, torch.ones(1, 1, 1, 1).double(), times(steps), solver)
     return abs(x.item() - math.exp(-2))
 
 
@@ -52,6 +52,6 @@ def test_orders() -> None:
     assert error("heun", 64) < error("euler", 64) / 10
 
 
-def test_an_unknown_method() -> None:
+def test_an_unknown_solver() -> None:
     with pytest.raises(UserError, match="Did you mean 'heun'"):
-        sample(lambda x, t: x, torch.ones(1, 1, 1, 1), times(1), "huen")  # type: ignore[arg-type]
+        solve(lambda x, t: x, torch.ones(1, 1, 1, 1), times(1), "huen")  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""Samplers: integrate a velocity function from t=1 (noise) to t=0 (data). They never see a model class."""
+"""Solvers: integrate a velocity function from t=1 (noise) to t=0 (data). They never see a model class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from diptych.objectives.flow_matching import shift_times
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), t (B,)) to velocity noise - data (B, C, h, w)."""
 
-Method = Literal["euler", "heun"]
+Solver = Literal["euler", "heun"]
+SOLVERS: tuple[str, ...] = get_args(Solver)
 
 
 def times(steps: int, shift: float = 1.0) -> Tensor:
@@ -35,21 +36,21 @@ def span(t: Tensor, share: tuple[float, float]) -> tuple[float, float]:
     return (min(inside), max(inside)) if inside else (1.0, 0.0)
 
 
-def sample(velocity: Velocity, noise: Tensor, t: Tensor, method: Method = "euler") -> Tensor:
+def solve(velocity: Velocity, noise: Tensor, t: Tensor, solver: str = "euler") -> Tensor:
     """Data at t=0 from noise at t=1.
 
     Args:
         noise: (B, C, h, w). t: decreasing times, (steps + 1,).
-        method: `euler` (one call a step) or `heun` (two; the last step is Euler's).
+        solver: `euler` (one call a step) or `heun` (two; the last step is Euler's).
     """
-    if method not in ("euler", "heun"):
-        raise unknown("sampler", method, ["euler", "heun"])
+    if solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
     x = noise
     rows = noise.new_ones(noise.shape[0], dtype=torch.float32)
     for now, after in zip(t[:-1].tolist(), t[1:].tolist(), strict=True):
         v = velocity(x, rows * now)
         ahead = x + (after - now) * v
-        if method == "heun" and after > 0:
+        if solver == "heun" and after > 0:
             v = (v + velocity(ahead, rows * after)) / 2
             ahead = x + (after - now) * v
         x = ahead
