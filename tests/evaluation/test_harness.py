@@ -25,7 +25,8 @@ from diptych.evaluation.compare import compare, paired
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.geneval_models import Detector, known_pictures
-from diptych.evaluation.judge import Endpoint, EndpointJudge, JudgeDown, Remembering
+from diptych.evaluation.judge import CachedJudge, JudgeDown
+from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 
@@ -185,15 +186,15 @@ def test_checksums_and_missing_data(geneval_data: Path, tiny_eyes: tuple[str, st
 
 
 def test_a_file_without_a_published_checksum_warns_on_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "dpg" / "dpg_bench.csv"
+    path = tmp_path / "mjhq_fid" / "meta_data.json"
     path.parent.mkdir()
     path.write_text("one")
     data = Data(folder=tmp_path, online=False)
-    data.file("dpg", "dpg_bench.csv")
-    data.file("dpg", "dpg_bench.csv")
+    data.file("mjhq_fid", "meta_data.json")
+    data.file("mjhq_fid", "meta_data.json")
     assert not caplog.records
     path.write_text("another")
-    data.file("dpg", "dpg_bench.csv")
+    data.file("mjhq_fid", "meta_data.json")
     assert "changed: its SHA-256 was" in caplog.text
 
 
@@ -247,7 +248,7 @@ def replay(text: str, times: int) -> dict[str, Any]:
 
 def asking(data: Path, url: str, out: Path, **options: Any) -> Tools:
     endpoint = Endpoint(url=url, model="m", timeout=0.4, retries=1, wait=0.001, **options)
-    judge = Remembering(EndpointJudge(endpoint), out / "judge.jsonl")
+    judge = CachedJudge(EndpointJudge(endpoint), out / "judge.jsonl")
     return Tools(data=Data(folder=data, online=False), judge=judge)
 
 

@@ -100,5 +100,5 @@ def test_choices_are_weighed_by_their_first_tokens(llava: str) -> None:
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--judge hf:.*no model that reads pictures"):
+    with pytest.raises(UserError, match=r"--judge hf:.*could not be loaded"):
         TransformersJudge(str(tmp_path))

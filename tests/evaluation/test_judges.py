@@ -10,7 +10,8 @@ import pytest
 
 from diptych.core.errors import UserError
 from diptych.evaluation.journal import Journal
-from diptych.evaluation.judge import Endpoint, EndpointJudge, Judge, JudgeDown, Question, Remembering, Reply
+from diptych.evaluation.judge import CachedJudge, Judge, JudgeDown, Question, Reply
+from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 
 Server = Any
 
@@ -88,14 +89,14 @@ def test_the_memory_asks_once(judge_server: Server, tmp_path: Path) -> None:
     judge_server.script = lambda text, times: {"text": f"{text} {times}"}
     question = Question(text="q", images=(b"p",))
     for _ in range(2):
-        first = Remembering(judge(judge_server), tmp_path / "judge.jsonl")
+        first = CachedJudge(judge(judge_server), tmp_path / "judge.jsonl")
         assert first.ask(question).text == "q 1"
-    again = Remembering(judge(judge_server), tmp_path / "judge.jsonl")
-    assert again.ask(question).remembered
+    again = CachedJudge(judge(judge_server), tmp_path / "judge.jsonl")
+    assert again.ask(question).cached
     assert again.ask(Question(text="q", images=(b"p",), attempt=1)).text == "q 2"
     assert again.ask(Question(text="q", images=(b"other",))).text == "q 1"
-    other = Remembering(judge(judge_server, model="another"), tmp_path / "judge.jsonl")
-    assert not other.ask(question).remembered
+    other = CachedJudge(judge(judge_server, model="another"), tmp_path / "judge.jsonl")
+    assert not other.ask(question).cached
     assert "date" in json.loads((tmp_path / "judge.jsonl").read_text().splitlines()[1])
 
 
@@ -108,9 +109,9 @@ def test_what_the_network_did_is_forgotten(tmp_path: Path) -> None:
 
         def ask(self, question: Question) -> Reply:
             self.times += 1
-            return Reply(failure="no answer in 1 s") if self.times == 1 else Reply(text="ok")
+            return Reply(failure="no answer in 1 s", transient=True) if self.times == 1 else Reply(text="ok")
 
-    remembering = Remembering(Flaky(), tmp_path / "judge.jsonl")
+    remembering = CachedJudge(Flaky(), tmp_path / "judge.jsonl")
     assert [remembering.ask(Question(text="q")).failure for _ in range(3)] == ["no answer in 1 s", None, None]
     assert remembering.asked == 2
 

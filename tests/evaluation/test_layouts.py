@@ -18,7 +18,7 @@ from diptych.core.errors import UserError
 from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
-from diptych.evaluation.judge import Endpoint, EndpointJudge
+from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 

@@ -69,8 +69,11 @@ def test_dpg(convention: str) -> None:
 def test_wise_replies() -> None:
     for case in lines("wise_replies.jsonl"):
         protocol, expected = case["protocol"], case["expected"]
-        scores = wise.parse(case["reply"], protocol)
+        scores = wise.parse_officially(case["reply"], protocol)
         assert scores == expected["parsed"], case["id"]
+        read = wise.parse(case["reply"], protocol)
+        if wise.accepted(read, protocol) and wise.in_range(read, protocol):
+            assert read == scores, case["id"]
         assert wise.accepted(scores, protocol) == expected["accepted"], case["id"]
         assert wise.wiscore(scores, protocol) == near(expected["wiscore"]), case["id"]
         if "sentinel_variant" in expected:
@@ -83,7 +86,10 @@ def test_wise_tables() -> None:
     for table in document("wise_tables.json")["tables"]:
         protocol: Literal["legacy", "verified"] = table["protocol"]
         expected = table["expected"]
-        each = {row["prompt_id"]: wise.wiscore(wise.parse(row["reply"], protocol), protocol) for row in table["rows"]}
+        each = {
+            row["prompt_id"]: wise.wiscore(wise.parse_officially(row["reply"], protocol), protocol)
+            for row in table["rows"]
+        }
         rejected = [number for number, value in each.items() if value is None]
         assert rejected == expected["rejected_prompt_ids"], table["name"]
         found = wise.summary({number: value for number, value in each.items() if value is not None}, protocol)
@@ -210,6 +216,30 @@ def test_judges_out_of_range_are_named() -> None:
     assert gedit.problem(gedit.parse('{"score": [8, 2]}')) is None
     assert not wise.in_range(wise.parse("Consistency: 9\nRealism: 1\nAesthetic Quality: 1", "legacy"), "legacy")
     assert imgedit.clamped([2, 5, 1]) == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "grade", ["20", "10", "12", "1.5", "1,5", "2.0.1", "3", "-1", "2/10", "8/10", "2/3", "2%", "2x", "1e0"]
+)
+def test_a_grade_of_another_scale_is_not_read_as_one_of_ours(grade: str) -> None:
+    for text in (f"Consistency: {grade}\nRealism: 1\nAesthetic Quality: 1", f"{grade}\n1\n1\n2"):
+        scores = wise.parse(text, "legacy")
+        assert not (wise.accepted(scores, "legacy") and wise.in_range(scores, "legacy")), text
+    for text in (f"Score: {grade}", f"{grade}\n1", f"Score: {grade}\n1"):
+        scores = wise.parse(text, "verified")
+        assert not (wise.accepted(scores, "verified") and wise.in_range(scores, "verified")), text
+
+
+def test_grades_as_they_may_be_written() -> None:
+    for text in (
+        "Consistency: 2/2\nRealism: 0 / 2\nAesthetic Quality: 1.",
+        "2\n0\n1",
+        "Consistency: 2.0, Realism: 0, Aesthetic Quality: 1",
+    ):
+        scores = wise.parse(text, "legacy")
+        assert scores == {"consistency": 2, "realism": 0, "aesthetic_quality": 1}
+        assert wise.in_range(scores, "legacy")
+    assert wise.parse("Score: 1/1.", "verified") == {"score": 1}
 
 
 def test_wrong_tables_are_named() -> None:

@@ -10,7 +10,8 @@ from diptych.evaluation import download
 from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data, File
 from diptych.evaluation.evaluate import evaluate
-from diptych.evaluation.judge import Endpoint, EndpointJudge, Remembering
+from diptych.evaluation.judge import CachedJudge
+from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.judged_tasks import WiseLegacy
 
 data, images, output, url = sys.argv[1:]
@@ -19,6 +20,6 @@ download.FILES["wise_legacy"] = tuple(
     for name in WiseLegacy.files
     for path in [Path(data) / "wise_legacy" / name]
 )
-judge = Remembering(EndpointJudge(Endpoint(url=url, model="m", workers=1)), Path(output) / "judge.jsonl")
+judge = CachedJudge(EndpointJudge(Endpoint(url=url, model="m", workers=1)), Path(output) / "judge.jsonl")
 tools = Tools(data=Data(folder=Path(data), online=False), judge=judge)
 evaluate(None, ["wise_legacy"], output=output, images=images, tools=tools)

@@ -41,6 +41,7 @@ def _report(args: argparse.Namespace) -> int:
 
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError
+    from diptych.core.filenames import file_name
     from diptych.recipes.check import check_data, check_system
     from diptych.recipes.recipe import load
     from diptych.recipes.train import run_folder
@@ -64,8 +65,9 @@ def _report(args: argparse.Namespace) -> int:
         print("\n".join(f"  {line}" for line in data.lines))
         print(f"  time: {'not measured' if data.seconds is None else 'about ' + duration(data.seconds) + ' here'}")
         output.mkdir(parents=True, exist_ok=True)
-        data.sheet.save(output / f"{name}.png")
-        print(f"  what the model will see: {output / f'{name}.png'}", flush=True)
+        sheet = output / f"{file_name(name)}.png"
+        data.sheet.save(sheet)
+        print(f"  what the model will see: {sheet}", flush=True)
     return 0
 
 

@@ -35,6 +35,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", help="several seeds by comma: 0,1,2; the score is their mean")
     group.add_argument("--num-seeds", type=int, help="so many seeds, from --seed on")
     group.add_argument("--data-dir", metavar="DIR", help="benchmark data that are there, DIR/TASK/FILE; no download")
+    group.add_argument(
+        "--allow-unpinned",
+        action="store_true",
+        help="also download data without a known checksum, and models that score without a commit",
+    )
     group.add_argument("--score-batch", type=int, default=16, help="pictures at a time in detectors and encoders (16)")
     group.add_argument("--dpg-scoring", default="fixed", help="official or fixed (fixed)")
     group.add_argument("--detector", help="GenEval's Mask2Former: hub id or folder")
@@ -42,7 +47,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--inception", metavar="FILE", help="FID's weights, the published .pth or a .safetensors of it")
     group.add_argument("--no-self-test", action="store_true", help="do not look whether GenEval's detector works")
     group = parser.add_argument_group("judge")
-    group.add_argument("--judge", metavar="URL", help="OpenAI-compatible address; or hf:NAME, or diptych:MODEL")
+    group.add_argument(
+        "--judge",
+        metavar="URL",
+        help="OpenAI-compatible address; or hf:NAME (code that comes with it is never run), or diptych:MODEL",
+    )
     group.add_argument("--judge-model", metavar="NAME", help="model that the endpoint is asked for")
     group.add_argument("--judge-workers", type=int, default=8, help="requests at a time (8)")
     group.add_argument("--judge-timeout", type=float, default=120.0, help="seconds for an answer (120)")
@@ -137,15 +146,15 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
     from diptych.core.errors import UserError, unknown
     from diptych.evaluation.benchmark import Tools
     from diptych.evaluation.download import Data, default_folder
-    from diptych.evaluation.judge import Remembering
+    from diptych.evaluation.judge import CachedJudge
     from diptych.evaluation.judge_prompts import PROMPTS
 
-    data = Data(folder=default_folder())
+    data = Data(folder=default_folder(), allow_unpinned=args.allow_unpinned)
     if args.data_dir is not None:
         folder = Path(args.data_dir).expanduser()
         if not folder.is_dir():
             raise UserError(f"--data-dir {folder}: no such folder")
-        data = Data(folder=folder, online=False)
+        data = Data(folder=folder, online=False, allow_unpinned=args.allow_unpinned)
     prompts: dict[str, str] = {}
     if args.judge_prompts is not None:
         try:
@@ -158,7 +167,7 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
     judge = judge_of(args, device)
     if judge is not None and output is not None:
         rank = os.environ.get("RANK", "0")
-        judge = Remembering(judge, output / ("judge.jsonl" if rank == "0" else f"judge.{rank}.jsonl"))
+        judge = CachedJudge(judge, output / ("judge.jsonl" if rank == "0" else f"judge.{rank}.jsonl"))
     given: dict[str, Any] = {"detector": args.detector, "clip": args.clip}
     given["inception"] = None if args.inception is None else Path(args.inception).expanduser()
     return Tools(
@@ -176,13 +185,14 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
 def judge_of(args: argparse.Namespace, device: str) -> Judge | None:
     """The judge that --judge names."""
     from diptych.core.errors import UserError
-    from diptych.evaluation.judge import Endpoint, EndpointJudge
+    from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
     from diptych.evaluation.judge_models import EngineJudge, TransformersJudge
 
     if args.judge is None:
         return None
     if args.judge.startswith("hf:"):
-        return TransformersJudge(args.judge.removeprefix("hf:"), device, args.judge_max_tokens)
+        name = args.judge.removeprefix("hf:")
+        return TransformersJudge(name, device, args.judge_max_tokens, allow_unpinned=args.allow_unpinned)
     if args.judge.startswith("diptych:"):
         from diptych.recipes.load import load
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.core.filenames import relative_name
 from diptych.evaluation.download import Data
 from diptych.evaluation.judge import Judge, JudgeDown, Reply, lasting
 
@@ -29,8 +30,9 @@ Weights = Mapping[str, float] | str
 class Item:
     """A prompt, or an edit.
 
-    files: the pictures wanted, relative to the folder, in the official layout. source: opens the picture to edit.
-    asked: what the model reads where it is not the prompt itself. facts: what else the benchmark knows.
+    files: the pictures wanted, relative to the folder, in the official layout; unsafe names become `file_name`s.
+    source: opens the picture to edit. asked: what the model reads where it is not the prompt itself. facts: what else
+    the benchmark knows.
     """
 
     id: str
@@ -40,6 +42,9 @@ class Item:
     asked: str | None = None
     source: Callable[[], Image.Image] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", tuple(relative_name(file) for file in self.files))
 
 
 @dataclass(frozen=True, kw_only=True)

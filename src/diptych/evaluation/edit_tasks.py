@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +11,11 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.core.filenames import member_path
 from diptych.evaluation import gedit, imgedit
+from diptych.evaluation.archives import below, unpack
 from diptych.evaluation.benchmark import Benchmark, Item, Row, Tools, Unit, failed, judged
+from diptych.evaluation.download import fetch_dataset
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
 from diptych.evaluation.judged_tasks import fill, judge_about, picture_bytes, prompt_label, wording
 
@@ -57,13 +59,14 @@ class ImgEdit(Benchmark):
         return found
 
     def _opener(self, name: str) -> Callable[[], Image.Image]:
-        return lambda: open_source(self.sources() / name)
+        path = member_path(name, "basic_edit.json")
+        return lambda: open_source(self.sources() / path)
 
     def sources(self) -> Path:
         """The folder of the pictures to edit, unpacked from the published archive once."""
         folder = self.tools.data.folder / self.name / "singleturn"
         if not folder.is_dir():
-            unpack(self.tools.data.file(self.name, "Benchmark.tar"), folder)
+            unpack(self.tools.data.file(self.name, "Benchmark.tar"), folder, below("singleturn"))
         return folder
 
     def about(self) -> dict[str, Any]:
@@ -129,7 +132,7 @@ class GEdit(Benchmark):
         if not list(folder.rglob("*.parquet")):
             if not self.tools.data.online:
                 raise UserError(f"--data-dir: no *.parquet in {folder}; they are published as stepfun-ai/GEdit-Bench")
-            fetch_dataset("stepfun-ai/GEdit-Bench", folder)
+            fetch_dataset("stepfun-ai/GEdit-Bench", folder, allow_unpinned=self.tools.data.allow_unpinned)
         columns = ["task_type", "key", "instruction", "instruction_language", "Intersection_exist"]
         for path in sorted(folder.rglob("*.parquet")):
             table = parquet.read_table(path, columns=columns)
@@ -229,33 +232,3 @@ def open_source(path: Path) -> Image.Image:
         return Image.open(path).convert("RGB")
     except OSError as error:
         raise UserError(f"{path}: the picture to edit cannot be read; the benchmark's archive is incomplete") from error
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """The `singleturn` part of ImgEdit's archive into a folder, whole or not at all."""
-    from diptych.checkpoints.tensors import atomic_folder
-
-    def write(temporary: Path) -> None:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                parts = Path(member.name).parts
-                if member.isfile() and "singleturn" in parts:
-                    target = temporary.joinpath(*parts[parts.index("singleturn") + 1 :])
-                    member.name = target.name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    tar.extract(member, target.parent, filter="data")
-
-    try:
-        atomic_folder(folder, write)
-    except tarfile.TarError as error:
-        raise UserError(f"{archive}: not a readable archive ({error})") from error
-
-
-def fetch_dataset(name: str, folder: Path) -> None:
-    """The parquet files of a hub dataset."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(name, repo_type="dataset", local_dir=folder, allow_patterns=["*.parquet"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: could not be downloaded ({type(error).__name__}); give --data-dir") from error

@@ -179,7 +179,7 @@ class ClipScore(Benchmark):
         return {"convention": "CLIPScore: max(mean of 100 cos, 0)", "clip": self.tools.clip}
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
-        clip = Clip(self.tools.clip, self.tools.device)
+        clip = Clip(self.tools.clip, self.tools.device, allow_unpinned=self.tools.data.allow_unpinned)
         for group in batches(ahead(units, read), self.tools.batch_size):
             yield from ((unit, failed(picture)) for unit, picture in group if isinstance(picture, str))
             whole = [(unit, picture) for unit, picture in group if not isinstance(picture, str)]

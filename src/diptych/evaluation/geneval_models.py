@@ -19,7 +19,9 @@ from torch import Tensor
 
 from diptych.core.errors import UserError
 from diptych.evaluation.clip import Clip
+from diptych.evaluation.download import pinned_model
 from diptych.evaluation.geneval import COLORS, overlap
+from diptych.evaluation.scorers import load_scorer
 
 # fmt: off
 CLASSES = (
@@ -54,21 +56,32 @@ class Detection:
 class Detector:
     """Mask2Former for instances, from transformers.
 
-    `seconds` counts the time inside the model, the rest being preparation and reading out.
+    `seconds` counts the time inside the model, the rest being preparation and reading out. dtype: of the weights;
+    float32 whatever the checkpoint holds.
     """
 
-    def __init__(self, name: str, device: str = "cpu", short: int = SHORT, long: int = LONG) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: str = "cpu",
+        short: int = SHORT,
+        long: int = LONG,
+        dtype: torch.dtype = torch.float32,
+        *,
+        allow_unpinned: bool = False,
+    ) -> None:
         from transformers import Mask2FormerForUniversalSegmentation
 
-        try:
-            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: the detector could not be loaded ({str(error).splitlines()[0]})") from error
+        place, commit = pinned_model(name, "--detector", allow_unpinned=allow_unpinned)
+        model: Any = load_scorer(
+            Mask2FormerForUniversalSegmentation, place, f"--detector {name}", revision=commit, dtype=dtype
+        )
         if model.config.num_labels != len(CLASSES):
             raise UserError(f"{name}: knows {model.config.num_labels} classes; GenEval needs COCO's {len(CLASSES)}")
         self.model: Any = model.to(device).eval()
         self.name, self.device, self.short, self.long = name, device, short, long
         self.seconds = 0.0
+        self.dtype = dtype
 
     @torch.no_grad()
     def detect(self, pictures: Sequence[np.ndarray], threshold: float = 0.3) -> list[list[Detection]]:
@@ -83,7 +96,7 @@ class Detector:
         x = F.pad(x, (0, outer[1] - inner[1], 0, outer[0] - inner[0]))
         self._wait()
         begin = time.perf_counter()
-        out = self.model(pixel_values=x)
+        out = self.model(pixel_values=x.to(self.dtype))
         self._wait()
         self.seconds += time.perf_counter() - begin
         found: list[list[Detection]] = []

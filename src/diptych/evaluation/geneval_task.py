@@ -54,10 +54,11 @@ class GenEval(Benchmark):
         (folder / item.id / "metadata.jsonl").write_text(item.facts["line"], encoding="utf-8")
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
-        detector = Detector(self.tools.detector, self.tools.device)
+        allow = self.tools.data.allow_unpinned
+        detector = Detector(self.tools.detector, self.tools.device, allow_unpinned=allow)
         if self.tools.self_test:
             self_test(detector)
-        colors = ColorNamer(Clip(self.tools.clip, self.tools.device))
+        colors = ColorNamer(Clip(self.tools.clip, self.tools.device, allow_unpinned=allow))
         yield from self.look(units, detector, colors)
 
     def look(self, units: Sequence[Unit], detector: Detector, colors: ColorNamer) -> Iterator[tuple[Unit, Row]]:

@@ -246,6 +246,8 @@ def outcome_scores(outcome: Outcome) -> dict[str, Any]:
         notes.append(f"{len(bad)} pictures could not be scored and are left out of the means")
     if outcome.limit is not None:
         notes.append(f"--limit {outcome.limit}: not comparable with full runs")
+    judge = outcome.benchmark.tools.judge
+    notes += judge.notes() if judge is not None else []
     weights = outcome.benchmark.weights
     return {
         **found,

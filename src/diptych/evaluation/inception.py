@@ -3,15 +3,13 @@
 B batch, C channels. It differs from the later v3: average pools leave the border out of the count, and the last block
 pools by maximum. Features are the 2048 channels before the classifier.
 
-Weights: `weights-inception-2015-12-05-6726825d.pth`, as torch-fidelity and pytorch-fid publish them; only tensors are
-read, and the file's SHA-256 must begin with 6726825d.
+Weights: `weights-inception-2015-12-05-6726825d.pth`, as torch-fidelity and pytorch-fid publish them. That file is a
+pickle, the only one that is ever opened: after its whole SHA-256 was compared, for tensors alone, and once, since a
+.safetensors copy is written beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import torch
@@ -20,10 +18,11 @@ from torch import Tensor, nn
 
 from diptych.checkpoints.tensors import load_into, read_tensors, write_tensors
 from diptych.core.errors import UserError
+from diptych.evaluation.download import File, fetch, file_digest
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-SHA256 = "6726825d"
-"""Of the published file, its first eight digits, which its name holds."""
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of the published file."""
 SIDE = 299
 Size = int | tuple[int, int]
 
@@ -231,17 +230,8 @@ def load_inception(path: Path | None, folder: Path, *, online: bool = True) -> I
 
 
 def download(path: Path) -> None:
-    """The published weights."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(URL, timeout=60) as response:
-            partial.write_bytes(response.read())
-        partial.rename(path)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise UserError(f"{URL}: could not be downloaded; put the file at {path}, or give --inception") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    """The published weights; UserError also where another file comes."""
+    fetch(File(url=URL, sha256=SHA256, licence="Apache-2.0"), path)
 
 
 def from_published(path: Path) -> Inception:
@@ -249,12 +239,15 @@ def from_published(path: Path) -> Inception:
 
     A .safetensors copy is written beside it, so that it is read in this form once.
     """
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not sha256.startswith(SHA256):
-        raise UserError(f"{path}: not the published weights: SHA-256 {sha256[:8]}..., published is {SHA256}...")
+    try:
+        sha256 = file_digest(path)
+    except OSError as error:
+        raise UserError(f"{path}: not a readable file ({error.strerror})") from error
+    if sha256 != SHA256:
+        raise UserError(f"{path}: not the published weights: SHA-256 {sha256[:8]}..., published is {SHA256[:8]}...")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     network = Inception()
-    wanted = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
-    load_into(network, wanted.items(), str(path), optional=lambda name: name.endswith("num_batches_tracked"))
+    kept = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
+    load_into(network, kept.items(), str(path), optional=lambda name: name.endswith("num_batches_tracked"))
     write_tensors(path.parent, network.state_dict().items(), stem="inception-2015-12-05")
     return network

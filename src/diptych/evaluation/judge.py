@@ -1,4 +1,4 @@
-"""Judges: models that look at pictures and answer. Here what all have in common, the memory of replies, and endpoints.
+"""Judges: models that look at pictures and answer. Here what all have in common, and the replies kept on disk.
 
 A judge never invents an answer: what it could not say comes back as a `Reply` with its `failure`.
 """
@@ -6,26 +6,17 @@ A judge never invents an answer: what it could not say comes back as a `Reply` w
 from __future__ import annotations
 
 import abc
-import base64
 import datetime
 import hashlib
 import json
-import os
-import random
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from diptych.core.errors import UserError
 from diptych.evaluation.journal import Journal
-
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""HTTP answers after which the same question is asked again."""
 
 
 class JudgeDown(UserError):
@@ -54,13 +45,18 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """text, or why there is none. `tokens` as the endpoint counted them; `remembered` when nobody had to be asked."""
+    """text, or why there is none.
+
+    transient: the failure is not the judge's word and may not come again (a timeout, a server's error).
+    tokens: as the endpoint counted them. cached: the reply was on disk, nobody was asked.
+    """
 
     text: str = ""
     failure: str | None = None
+    transient: bool = False
     tokens: int = 0
     requests: int = 1
-    remembered: bool = False
+    cached: bool = False
 
 
 class Judge(abc.ABC):
@@ -76,136 +72,9 @@ class Judge(abc.ABC):
     def ask(self, question: Question) -> Reply:
         """An answer or a failure; `JudgeDown` when no question can be answered."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """An OpenAI-compatible endpoint.
-
-    url: base address, with or without /v1. retries: further tries after 429, 5xx and broken connections, with waits
-    that double from `wait` seconds (a Retry-After is obeyed, up to `longest_wait`). budget: most requests in this run.
-    """
-
-    url: str
-    model: str
-    temperature: float = 0.0
-    max_tokens: int = 1024
-    timeout: float = 120.0
-    retries: int = 5
-    wait: float = 1.0
-    longest_wait: float = 60.0
-    workers: int = 8
-    budget: int | None = None
-    key: str = field(default_factory=lambda: os.environ.get("OPENAI_API_KEY", ""), repr=False)
-
-
-class EndpointJudge(Judge):
-    """Chat completions over HTTP."""
-
-    def __init__(self, endpoint: Endpoint, sleep: Callable[[float], None] = time.sleep) -> None:
-        url = endpoint.url.rstrip("/")
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"--judge {endpoint.url}: an address begins with http:// or https://")
-        self.address = url.removesuffix("/chat/completions").rstrip("/")
-        self.address += "/chat/completions" if self.address.endswith("/v1") else "/v1/chat/completions"
-        self.settings = endpoint
-        self.workers = endpoint.workers
-        self.requests = 0
-        self._sleep = sleep
-        self._lock = Lock()
-
-    def about(self) -> dict[str, Any]:
-        settings = self.settings
-        return {"model": settings.model, "temperature": settings.temperature, "max_tokens": settings.max_tokens}
-
-    def ask(self, question: Question) -> Reply:
-        problem = ""
-        requests = 0
-        for attempt in range(self.settings.retries + 1):
-            self._spend()
-            requests += 1
-            wait = self.settings.wait * 2**attempt * random.uniform(0.75, 1.25)
-            try:
-                return self._read(self._send(question), requests)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
-                if error.code not in RETRIED:
-                    self._refused(error)
-                    return Reply(failure=problem, requests=requests)
-                wait = max(wait, _retry_after(error))
-            except TimeoutError:
-                problem = f"no answer in {self.settings.timeout:g} s"
-            except (urllib.error.URLError, ConnectionError, OSError) as error:
-                slow = isinstance(getattr(error, "reason", None), TimeoutError)
-                problem = f"no answer in {self.settings.timeout:g} s" if slow else f"not reachable ({error})"
-            except ValueError as error:
-                return Reply(failure=f"not a chat completion ({error})", requests=requests)
-            if attempt < self.settings.retries:
-                self._sleep(min(wait, self.settings.longest_wait))
-        if problem.startswith("no answer"):
-            return Reply(failure=problem, requests=requests)
-        raise JudgeDown(f"the judge at {self.settings.url} is down: {problem}, {requests} times")
-
-    def _spend(self) -> None:
-        with self._lock:
-            if self.settings.budget is not None and self.requests >= self.settings.budget:
-                raise JudgeDown(f"the budget of {self.settings.budget} judge requests is spent")
-            self.requests += 1
-
-    def _send(self, question: Question) -> dict[str, Any]:
-        content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": f"data:{kind(image)};base64,{base64.b64encode(image).decode()}"}}
-            for image in question.images
-        ]
-        body = {
-            **self.about(),
-            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question.text}]}],
-        }
-        headers = {"Content-Type": "application/json"}
-        if self.settings.key:
-            headers["Authorization"] = f"Bearer {self.settings.key}"
-        request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
-            return json.loads(response.read())
-
-    def _read(self, data: Any, requests: int) -> Reply:
-        try:
-            choice = data["choices"][0]
-            message = choice["message"]
-            text, refusal = message.get("content"), message.get("refusal")
-            tokens = int((data.get("usage") or {}).get("total_tokens", 0))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError("no choices") from error
-        if isinstance(text, list):
-            text = "".join(part.get("text", "") for part in text)
-        if refusal:
-            return Reply(text=str(text or ""), failure=f"refused: {refusal}", tokens=tokens, requests=requests)
-        if choice.get("finish_reason") == "content_filter":
-            return Reply(text=str(text or ""), failure="refused by a content filter", tokens=tokens, requests=requests)
-        if choice.get("finish_reason") == "length":
-            return Reply(
-                text=str(text or ""),
-                failure=f"cut off after {self.settings.max_tokens} tokens",
-                tokens=tokens,
-                requests=requests,
-            )
-        return Reply(text=str(text or ""), failure=None if text else "an empty reply", tokens=tokens, requests=requests)
-
-    def _refused(self, error: urllib.error.HTTPError) -> None:
-        if error.code in (401, 402, 403, 404):
-            reason = {
-                401: "the key is not accepted (OPENAI_API_KEY)",
-                402: "payment is required",
-                403: "access is denied",
-            }
-            said = reason.get(error.code, f"no such address or model {self.settings.model!r}")
-            raise JudgeDown(f"the judge at {self.settings.url} answers HTTP {error.code}: {said}")
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    try:
-        return float(error.headers.get("Retry-After", 0))
-    except ValueError:
-        return 0.0
+    def notes(self) -> list[str]:
+        """What differs from `about` in how the model was asked, as sentences for the results."""
+        return []
 
 
 def kind(image: bytes) -> str:
@@ -213,16 +82,16 @@ def kind(image: bytes) -> str:
     return "image/jpeg" if image[:2] == b"\xff\xd8" else "image/webp" if image[8:12] == b"WEBP" else "image/png"
 
 
-class Remembering(Judge):
-    """A judge with a memory on disk: a reply that once came is never asked for again.
+class CachedJudge(Judge):
+    """A judge whose replies are kept on disk: a question that was answered once is never asked again.
 
-    What may come out otherwise at another time (a timeout) is not remembered.
+    A reply with a transient failure is not kept.
     """
 
     def __init__(self, judge: Judge, path: Path) -> None:
         self.judge = judge
         self.workers = judge.workers
-        self.memory = Journal(path, {"format": 1})
+        self.cache = Journal(path, {"format": 1})
         self.asked = self.tokens = 0
         self._about = judge.about()
         self._lock = Lock()
@@ -230,13 +99,14 @@ class Remembering(Judge):
     def about(self) -> dict[str, Any]:
         return self._about
 
+    def notes(self) -> list[str]:
+        return self.judge.notes()
+
     def ask(self, question: Question) -> Reply:
         key = question.key(self._about)
-        known = self.memory.rows.get(key)
+        known = cached_reply(self.cache.rows.get(key))
         if known is not None:
-            return Reply(
-                text=known["text"], failure=known["failure"], tokens=known["tokens"], requests=0, remembered=True
-            )
+            return known
         reply = self.judge.ask(question)
         with self._lock:
             self.asked += reply.requests
@@ -244,10 +114,19 @@ class Remembering(Judge):
         if lasting(reply):
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             row = {"text": reply.text, "failure": reply.failure, "tokens": reply.tokens, "date": date}
-            self.memory.add(key, {**row, "model": self._about.get("model")})
+            self.cache.add(key, {**row, "model": self._about.get("model")})
         return reply
 
 
+def cached_reply(row: Mapping[str, Any] | None) -> Reply | None:
+    """The reply in a row of the cache; None where there is no row, or one that does not hold a reply."""
+    if row is None or not isinstance(row.get("text"), str) or not isinstance(row.get("failure"), str | None):
+        return None
+    tokens = row.get("tokens")
+    count = tokens if isinstance(tokens, int) else 0
+    return Reply(text=row["text"], failure=row["failure"], tokens=count, requests=0, cached=True)
+
+
 def lasting(reply: Reply) -> bool:
-    """Whether a reply is the judge's word, and not the weather of the network."""
-    return reply.failure is None or not reply.failure.startswith(("no answer", "HTTP", "not a chat"))
+    """Whether a reply is the judge's word, so that the same question need not be asked again."""
+    return not reply.transient

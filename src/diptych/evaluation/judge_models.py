@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
 
-from diptych.core.errors import UserError
+from diptych.evaluation.download import pinned_model
 from diptych.evaluation.judge import Judge, Question, Reply
+from diptych.evaluation.scorers import load_scorer
 from diptych.inference.engine import Engine
 
 
 def pictures(question: Question) -> list[Image.Image]:
-    """The question's files as RGB."""
-    return [Image.open(io.BytesIO(data)).convert("RGB") for data in question.images]
+    """The question's files as RGB; UnreadablePicture where one is none."""
+    try:
+        return [Image.open(io.BytesIO(data)).convert("RGB") for data in question.images]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadablePicture(type(error).__name__) from error
+
+
+class UnreadablePicture(Exception):
+    """A picture of a question cannot be decoded."""
+
+
+def answered(ask: Callable[[list[Image.Image]], Reply], question: Question) -> Reply:
+    """What `ask` makes of the pictures; a failure where one is broken or the model cannot take them."""
+    try:
+        return ask(pictures(question))
+    except UnreadablePicture as error:
+        return Reply(failure=f"not a readable picture ({error})")
+    except (ValueError, RuntimeError, IndexError) as error:  # too many tokens, a size that the model does not take
+        return Reply(failure=f"the judge's model stopped ({first_line(error)})", transient=True)
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class EngineJudge(Judge):
@@ -28,8 +52,11 @@ class EngineJudge(Judge):
         return {"model": f"diptych:{self.engine.name}", "temperature": 0.0, "max_tokens": self.max_tokens}
 
     def ask(self, question: Question) -> Reply:
+        return answered(lambda images: self._ask(question, images), question)
+
+    def _ask(self, question: Question, images: list[Image.Image]) -> Reply:
         tokens = 16 if question.choices else self.max_tokens
-        answer = self.engine.ask(pictures(question), question.text, max_new_tokens=tokens)
+        answer = self.engine.ask(images, question.text, max_new_tokens=tokens)
         assert isinstance(answer, str), "one question, one answer"
         return Reply(text=answer, failure=None if answer.strip() else "an empty reply")
 
@@ -41,16 +68,21 @@ class TransformersJudge(Judge):
     there is always one.
     """
 
-    def __init__(self, name: str, device: str = "cpu", max_tokens: int = 512, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: str = "cpu",
+        max_tokens: int = 512,
+        dtype: torch.dtype | None = None,
+        *,
+        allow_unpinned: bool = False,
+    ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        try:
-            self.processor: Any = AutoProcessor.from_pretrained(name)
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--judge hf:{name}: no model that reads pictures here ({str(error).splitlines()[0]})"
-            ) from error
+        what = f"--judge hf:{name}"
+        place, commit = pinned_model(name, "--judge hf:", allow_unpinned=allow_unpinned)
+        self.processor: Any = load_scorer(AutoProcessor, place, what, revision=commit)
+        model: Any = load_scorer(AutoModelForImageTextToText, place, what, revision=commit, dtype=dtype or "auto")
         self.model: Any = model.to(device).eval()
         self.name, self.max_tokens = name, max_tokens
 
@@ -59,7 +91,9 @@ class TransformersJudge(Judge):
 
     @torch.no_grad()
     def ask(self, question: Question) -> Reply:
-        images = pictures(question)
+        return answered(lambda images: self._ask(question, images), question)
+
+    def _ask(self, question: Question, images: list[Image.Image]) -> Reply:
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question.text}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = self.processor(text=[text], images=images or None, return_tensors="pt").to(self.model.device)

@@ -5,6 +5,7 @@ Two protocols. `legacy`, the papers': consistency, realism and aesthetic quality
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,32 +54,63 @@ _NAME = r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}"
 _ASCII_COLON = re.compile(_NAME + r"\s*:?\s*(\d)", re.IGNORECASE)
 _ANY_COLON = re.compile(_NAME + r"\s*[:：]?\s*(\d)", re.IGNORECASE)
 _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?\d\S*(?:\s*/\s*\d+)?")
+"""A line that is meant as a number."""
+_WHOLE = re.compile(r"((?>[-+]?\d+(?:[.,]\d+)?))(?:\s*/\s*((?>\d+(?:\.\d+)?)))?(?![\w%/]|[.,]\d)")
+"""A number, maybe as a part of another (1/2), and nothing that goes on behind it."""
 _BINARY = re.compile(r"Score\*{0,2}\s*:?\s*([01])(?!\w)", re.IGNORECASE)
 
 
 def parse(reply: str, protocol: Protocol) -> dict[str, float]:
-    """The scores that the official program reads from a reply; of `legacy`, maybe fewer than three.
+    """The scores that stand in a reply, where the official program looks for them; of `legacy`, maybe fewer than three.
 
-    Its faults are kept: only the first digit is read, and 3 to 9 pass (`in_range` tells).
+    The program reads one digit of each (`parse_officially`); here the whole number is read, so that 20, 1.5 or 8/10
+    are out of range (`in_range`) and not 2, 1 and 8. What is no grade on the scale that was asked for is NaN.
     """
     if protocol == "verified":
-        return _parse_verified(reply)
+        text = _answer(reply)
+        named = re.search(r"Score\*{0,2}\s*:?\s*(?=[-+]?\d)", text, re.IGNORECASE)
+        bare = [line.strip() for line in text.splitlines() if _NUMBER.fullmatch(line.strip())]
+        if not parse_officially(reply, protocol):
+            return {}
+        return {"score": _grade(text, named.end(), 1) if named else _grade(bare[0], 0, 1)}
+    official = parse_officially(reply, protocol)
+    named = {match[1].lower().replace(" ", "_"): match.start(2) for match in _ASCII_COLON.finditer(reply)}
+    if named or not official:
+        return {name: _grade(reply, start, 2) for name, start in named.items()}
+    bare = [line.strip() for line in reply.splitlines() if _NUMBER.fullmatch(line.strip())]
+    return {name: _grade(number, 0, 2) for name, number in zip(NAMES, bare, strict=False)}
+
+
+def _grade(text: str, start: int, top: int) -> float:
+    """The number that begins at `start`; NaN for one of another scale (8/10, 20%) or with letters behind it."""
+    match = _WHOLE.match(text, start)
+    if match is None or (match[2] is not None and float(match[2]) != top):
+        return math.nan
+    return float(match[1].replace(",", "."))
+
+
+def parse_officially(reply: str, protocol: Protocol) -> dict[str, float]:
+    """The scores that the official program reads from a reply; only the first digit is read, and 3 to 9 pass."""
+    if protocol == "verified":
+        text = _answer(reply)
+        binary = _BINARY.search(text)
+        if binary:
+            return {"score": float(binary[1])}
+        bare = [line.strip() for line in text.splitlines() if line.strip() in ("0", "1")]
+        return {"score": float(bare[0])} if len(bare) == 1 else {}
     if protocol != "legacy":
         raise unknown("WISE protocol", protocol, CATEGORIES)
-    found = {name.lower().replace(" ", "_"): float(digit) for name, digit in _ASCII_COLON.findall(reply)}
-    if found:
-        return found
+    named = {name.lower().replace(" ", "_"): float(digit) for name, digit in _ASCII_COLON.findall(reply)}
+    if named:
+        return named
     bare = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1", "2")]
     return {name: float(digit) for name, digit in zip(NAMES, bare, strict=False)} if len(bare) >= 3 else {}
 
 
-def _parse_verified(reply: str) -> dict[str, float]:
-    text = _THINKING.sub("", reply).replace("</think>", "").strip()
-    named = _BINARY.search(text)
-    if named:
-        return {"score": float(named[1])}
-    bare = [line.strip() for line in text.splitlines() if line.strip() in ("0", "1")]
-    return {"score": float(bare[0])} if len(bare) == 1 else {}
+def _answer(reply: str) -> str:
+    """A reply without what was thought before it."""
+    return _THINKING.sub("", reply).replace("</think>", "").strip()
 
 
 def parse_with_sentinel(reply: str) -> dict[str, float]:
@@ -88,13 +120,13 @@ def parse_with_sentinel(reply: str) -> dict[str, float]:
 
 
 def accepted(scores: Mapping[str, float], protocol: Protocol) -> bool:
-    """Whether the official program takes these scores, or asks again."""
+    """Whether all scores are there; else the judge is asked again, as officially."""
     return set(scores) == ({"score"} if protocol == "verified" else set(NAMES))
 
 
 def in_range(scores: Mapping[str, float], protocol: Protocol) -> bool:
-    """Whether every score is one that the judge was allowed to give."""
-    return all(0 <= value <= (1 if protocol == "verified" else 2) for value in scores.values())
+    """Whether every score is one that the judge was allowed to give: 0, 1, or in `legacy` 2."""
+    return all(value in ((0, 1) if protocol == "verified" else (0, 1, 2)) for value in scores.values())
 
 
 def wiscore(scores: Mapping[str, float], protocol: Protocol) -> float | None:

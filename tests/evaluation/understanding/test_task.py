@@ -30,7 +30,8 @@ from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.compare import compare
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
-from diptych.evaluation.judge import Endpoint, EndpointJudge, JudgeDown, Remembering
+from diptych.evaluation.judge import CachedJudge, JudgeDown
+from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS
 from diptych.inference.engine import Engine
 
@@ -227,7 +228,7 @@ def test_two_processes_share_the_questions(published: Published, tmp_path: Path)
 
 def asking(tools: Tools, url: str, out: Path, **options: Any) -> Tools:
     endpoint = Endpoint(url=url, model="m", timeout=5, retries=1, wait=0.001, **options)
-    return replace(tools, judge=Remembering(EndpointJudge(endpoint), out / "judge.jsonl"))
+    return replace(tools, judge=CachedJudge(EndpointJudge(endpoint), out / "judge.jsonl"))
 
 
 def test_judged(

@@ -35,12 +35,14 @@ Estimator = Callable[[Image.Image], Plane]
 
 def estimator(model: str | Path, device: str = "cpu") -> Estimator:
     """A depth model of transformers, by folder or hub id; UserError when it cannot be read, or when a library that it
-    needs is missing (DepthPro's processor needs torchvision)."""
+    needs is missing (DepthPro's processor needs torchvision). Its weights are float32 whatever the checkpoint holds."""
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     try:
         processor = AutoImageProcessor.from_pretrained(str(model), trust_remote_code=False)
-        network = AutoModelForDepthEstimation.from_pretrained(str(model), trust_remote_code=False)
+        network = AutoModelForDepthEstimation.from_pretrained(
+            str(model), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no depth model of transformers ({error})") from error
     network = network.to(device).eval()
