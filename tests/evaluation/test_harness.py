@@ -237,7 +237,7 @@ def replay(text: str, times: int) -> dict[str, Any]:
     return {
         1: {"text": good},
         2: {"text": "**Consistency**: 1\n**Realism**: 2\n**Aesthetic Quality**: 0"},
-        3: {"text": "Consistency: 1/2\nRealism: 2.5\nAesthetic Quality: 1"},
+        3: {"text": "Consistency: 1/2\nRealism: 2.0\nAesthetic Quality: 1"},
         401: {"text": "I'm sorry, I can't look at this."},
         568: {"text": "Consistency: 2\nReal", "finish": "length"},
         701: {"text": good, "wait": 0.8},
