@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -63,9 +66,54 @@ def test_images_without_caption_are_dropped_and_counted(photos: Path) -> None:
 
 def test_caption_without_image(photos: Path) -> None:
     (photos / "b.png").unlink()
-    with pytest.raises(UserError, match=r"b\.txt: caption file without an image"):
+    (photos / "read me.txt").write_text("about these photos")
+    source = FolderSource(photos, task="text_to_image")
+    assert source.dropped == {"photos/b.txt": "no image of this name", "photos/read me.txt": "no image of this name"}
+    assert len(source) == len(FolderSource(photos, task="image")) == 2
+
+
+def test_metadata_of_an_imagefolder(photos: Path) -> None:
+    (photos / "b.txt").unlink()
+    rows = [{"file_name": "b.png", "text": "from a row", "short": ["s", "t"]}, {"file_name": "gone.png", "text": "?"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (photos / "trip" / "metadata.csv").write_text("file_name,text\na.JPG,twice\n")
+    source = FolderSource(photos, task="text_to_image")
+    assert [source.load(index, DRAWS, (8, 8)).text for index in range(len(source))] == ["from a row", "a tent"]
+    assert source.dropped == {
+        "photos/gone.png": "no image of this name",
+        "photos/trip/a.JPG": "two captions (a .txt and metadata)",
+    }
+    (photos / "trip" / "a.txt").unlink()
+    assert FolderSource(photos, task="text_to_image").load(1, DRAWS, (8, 8)).text == "twice"
+    weighted = FolderSource(photos, task="text_to_image", text={"text": 1, "short": 3})
+    texts = Counter(weighted.load(0, ItemDraws(key), (8, 8)).text for key in range(400))
+    assert texts["from a row"] == pytest.approx(100, abs=30)
+    assert texts["s"] == pytest.approx(150, abs=35)
+    with pytest.raises(BadItem, match=r"photos/trip/a.JPG: .*metadata.csv:2: 'short' is missing"):
+        FolderSource(photos, task="text_to_image", text="short").load(1, DRAWS, (8, 8))
+    assert len(FolderSource(photos)) == 3
+    assert not FolderSource(photos).dropped
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{oops", "malformed JSON"),
+        ('{"text": "x"}', "metadata.jsonl:1: 'file_name' must name an image"),
+        ('{"file_name": "b.png"}\n\n{"file_name": "./b.png"}', "metadata.jsonl:3: ./b.png has a row already"),
+        ("[]", "metadata.jsonl:1: a row must be an object"),
+    ],
+)
+def test_malformed_metadata(text: str, message: str, photos: Path) -> None:
+    (photos / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
         FolderSource(photos, task="text_to_image")
-    assert len(FolderSource(photos, task="image")) == 2
+
+
+@pytest.mark.parametrize("weights", [{"text": 0}, {"text": float("nan")}, {"text": True}, {}, []])
+def test_weights_of_texts(weights: Any, photos: Path) -> None:
+    with pytest.raises(UserError, match=r"photos: text: "):
+        FolderSource(photos, task="text_to_image", text=weights)
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

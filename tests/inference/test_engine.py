@@ -14,7 +14,7 @@ from PIL import Image
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
-from diptych.inference.engine import Engine, from_pil, to_pil
+from diptych.inference.engine import Engine, from_pil, image_list, to_pil
 from diptych.inference.sampling import Sampling
 from diptych.recipes.load import load
 
@@ -227,6 +227,27 @@ def test_pictures_and_tensors() -> None:
     assert tensor[0, 0, 0] == -1
     assert np.array_equal(np.asarray(to_pil(tensor)), levels)
     assert from_pil(Image.new("L", (2, 2), 255)).tolist() == [[[1.0, 1.0]] * 2] * 3
+
+
+def test_edits_and_questions_read_images_as_training_does(tmp_path: Path) -> None:
+    """A turned photograph with a path, its bytes, an array or a tensor of it: one and the same request."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    levels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    file = tmp_path / "turned.png"
+    Image.fromarray(levels).save(file, exif=exif)
+    upright = np.rot90(levels, -1)
+    expected = torch.from_numpy(upright.copy()).permute(2, 0, 1) / 127.5 - 1
+    tensor = torch.from_numpy(upright.copy()).permute(2, 0, 1)
+    forms = [file, str(file), file.read_bytes(), Image.open(file), upright, tensor]
+    for form in forms:
+        torch.testing.assert_close(from_pil(form), expected)
+        assert len(image_list(form)) == 1
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert from_pil(clear).min() == 1
+    assert len(image_list([file, [str(file), upright]])) == 3
+    with pytest.raises(UserError, match=r"no/such.png: image file missing"):
+        from_pil("no/such.png")
 
 
 def test_defaults_come_with_the_model(engine: Engine) -> None:

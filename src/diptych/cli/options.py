@@ -93,13 +93,9 @@ def device(name: str) -> str:
 
 def read_picture(path: str) -> Image.Image:
     """An image file, upright and in RGB; UserError names a file that is none."""
-    from diptych.data.imaging import read_image
-    from diptych.data.source import BadItem
+    from diptych.data.imaging import as_image
 
-    try:
-        return read_image(Path(path).expanduser(), path)
-    except BadItem as error:
-        raise UserError(str(error)) from error
+    return as_image(path)
 
 
 def destinations(out: str | None, stem: str, count: int) -> list[Path]:

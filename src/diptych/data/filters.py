@@ -46,6 +46,10 @@ class Filters:
     def __post_init__(self) -> None:
         if self.max_aspect is not None and not (self.max_aspect >= 1 and math.isfinite(self.max_aspect)):
             raise UserError(f"filters: max_aspect {self.max_aspect} must be a number of at least 1")
+        for name in self.scored:
+            limit, _ = SCORES[name]
+            if not math.isfinite(getattr(self, limit)):
+                raise UserError(f"filters: {limit} {getattr(self, limit)} must be a finite number")
         if self.scores is not None and not self.scored:
             raise UserError("filters: scores is read by max_watermark, min_clip and min_aesthetic; set one of them")
         for name in self.columns:
@@ -170,8 +174,10 @@ def _scored(score: Callable[[str], object], id: str, filters: Filters) -> str:
         field_name, sign = SCORES[name]
         limit = getattr(filters, field_name)
         value = score(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{id}: no {name} score in {filters.scores or 'its row'}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            what = "is NaN" if isinstance(value, float) else f"is {value!r}, not a number"
+            fault = f"no {name} score" if value is None else f"the {name} score {what},"
+            raise UserError(f"{id}: {fault} in {filters.scores or 'its row'}")
         if sign * (value - limit) > 0:
             return f"{name} score {value:g} {'above' if sign > 0 else 'below'} {limit:g}"
     return ""

@@ -1,13 +1,16 @@
-"""A nested folder of images, each with a caption of the same name in a .txt beside it, or none."""
+"""A nested folder of images, each with a caption in a .txt of its name or in a metadata.jsonl, or none."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
+from diptych.data.captions import TextSetting, text_keys
+from diptych.data.image_metadata import NAMES, read_metadata
 from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
 from diptych.data.rows import Row, make_sample, usable_text
 from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
@@ -18,25 +21,37 @@ _CAPTION = ".txt"
 class FolderSource(Source):
     """Images under `folder`, in order of their paths.
 
-    Hidden files are ignored, and so are captions when the task is `image`; any other file that is no image is listed
-    as dropped, and so is an image without caption when the task is `text_to_image`.
+    A caption is a .txt of the image's name, or stands in a metadata.jsonl or metadata.csv (`image_metadata`). Hidden
+    files are ignored, and so are captions when the task is `image`; any other file that is no image is listed as
+    dropped. When the task is `text_to_image`, so are images without caption or with two, and captions without image.
 
     Args:
         folder: searched with its subfolders.
         task: `image` or `text_to_image`.
         fit: `crop` or `letterbox`.
+        text: keys of the metadata that hold captions (`captions.TextKeys`); `text` or `caption` by default.
         name: defaults to the folder's own.
 
     Raises:
-        UserError: no such folder, no image in it, or (`text_to_image`) a caption without image.
+        UserError: no such folder, no usable image in it, or malformed metadata.
     """
 
-    def __init__(self, folder: str | Path, *, task: str = "image", fit: str = "crop", name: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        task: str = "image",
+        fit: str = "crop",
+        text: TextSetting | None = None,
+        name: str | None = None,
+    ) -> None:
         self.folder = Path(folder).expanduser()
         self.name = name or self.folder.resolve().name
         self.task = check_task(task, ("image", "text_to_image"), self.name)
         self.fit: FitMode = check_fit(fit, self.name)
+        self.text = text_keys(text, self.name)
         self.paths: list[str] = []
+        self._metadata: dict[str, dict[str, Any]] = {}
         self.dropped = self._list()
         if not self.paths:
             raise UserError(f"{self.folder}: no image found ({_counted(self.dropped)}).")
@@ -47,9 +62,9 @@ class FolderSource(Source):
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
         path = self.folder / self.paths[index]
         id = self._id(self.paths[index])
-        texts = (self._caption(path, id),) if self.task == "text_to_image" else ()
+        texts, weights = self._captions(self.paths[index], id) if self.task == "text_to_image" else ((), ())
         return make_sample(
-            Row(target=path, texts=texts),
+            Row(target=path, texts=texts, weights=weights),
             id=id,
             task=self.task,
             read=lambda reference, least: read_image(reference, id, least),
@@ -76,6 +91,15 @@ class FolderSource(Source):
         except BadItem:
             return None
 
+    def _captions(self, path: str, id: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        if path not in self._metadata:
+            return (self._caption(self.folder / path, id),), ()
+        row = self._metadata[path]
+        try:
+            return self.text.texts(row, row[""])
+        except UserError as error:
+            raise BadItem(id, str(error)) from error
+
     def _caption(self, image: Path, id: str) -> str:
         try:
             text = image.with_suffix(_CAPTION).read_text(encoding="utf-8-sig")
@@ -91,31 +115,31 @@ class FolderSource(Source):
             kind = "is a file, not a folder" if self.folder.exists() else "no such folder"
             raise UserError(f"{self.folder}: {kind}")
         captioned = self.task == "text_to_image"
+        files = _files(self.folder)
+        rows, metadata = read_metadata(self.folder, files) if captioned else ({}, [])
         images: list[str] = []
-        captions: list[str] = []
+        captions: set[str] = set()
         dropped: dict[str, str] = {}
-        for path in _files(self.folder):
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix in SUFFIXES:
+        for path in files:
+            stem, suffix = os.path.splitext(path)
+            if suffix.lower() in SUFFIXES:
                 images.append(path)
-            elif suffix == _CAPTION:
-                captions.append(path)
-            else:
+            elif suffix.lower() == _CAPTION:
+                captions.add(stem)
+            elif path not in metadata and (captioned or path.rpartition("/")[2] not in NAMES):
                 dropped[self._id(path)] = "not an image file"
-
-        stems = {os.path.splitext(path)[0] for path in captions}
-        orphans = stems - {os.path.splitext(path)[0] for path in images}
-        if captioned and orphans and images:
-            first = self.folder / (min(orphans) + _CAPTION)
-            more = f" and {len(orphans) - 1:,} more" if len(orphans) > 1 else ""
-            raise UserError(
-                f"{first}{more}: caption file without an image of the same name; add the image or remove it"
-            )
         for path in images:
-            if captioned and os.path.splitext(path)[0] not in stems:
-                dropped[self._id(path)] = "no caption"
-            else:
+            beside = os.path.splitext(path)[0] in captions
+            if not captioned or beside != (path in rows):
                 self.paths.append(path)
+            else:
+                dropped[self._id(path)] = "two captions (a .txt and metadata)" if beside else "no caption"
+        if captioned:
+            stems = {os.path.splitext(path)[0] for path in images}
+            present = set(images)
+            dropped |= {self._id(stem + _CAPTION): "no image of this name" for stem in sorted(captions - stems)}
+            dropped |= {self._id(path): "no image of this name" for path in rows if path not in present}
+        self._metadata = {path: rows[path] for path in self.paths if path in rows}
         return dropped
 
 

@@ -1,4 +1,4 @@
-"""Any image file to RGB, and RGB to the tensor a model sees.
+"""Any image to RGB, and RGB to the tensor a model sees: the one reader for data, commands and Python.
 
 H, W height and width in pixels.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,17 +20,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diptych.core.errors import unknown
+from diptych.core.errors import UserError, unknown
+from diptych.data.colour import WHITE, UnknownRange, to_srgb
 from diptych.data.source import BadItem, Size
 
 FitMode = Literal["crop", "letterbox", "inside"]
 """`crop`: short side resized, centre kept. `letterbox`: whole image, white around it. `inside`: whole image, resized to
 lie within the size, nothing around it (for images that are read, not made)."""
 
-FIT_MODES: tuple[str, ...] = get_args(FitMode)
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-WHITE = (255, 255, 255)
+AnyImage = Image.Image | str | Path | bytes | np.ndarray | Tensor
+"""What `as_image` takes."""
 
+FIT_MODES: tuple[str, ...] = get_args(FitMode)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"})
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,55 +44,109 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _HEADER_BYTES = 1 << 16
+_LIMIT_VARIABLE = "DIPTYCH_MAX_PIXELS"
+_LIMIT = threading.Lock()
+_HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
-def read_image(data: bytes | Path, id: str, at_least: Size | None = None) -> Image.Image:
-    """An image file as RGB, upright.
+def pixel_limit() -> int:
+    """Largest image that is read where nothing else is said: what the environment variable DIPTYCH_MAX_PIXELS says, or
+    Pillow's limit against decompression bombs (89,478,485)."""
+    text = os.environ.get(_LIMIT_VARIABLE)
+    if text is None:
+        return Image.MAX_IMAGE_PIXELS or sys.maxsize
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{_LIMIT_VARIABLE}={text}: must be a whole number of pixels")
+    return int(text)
 
-    EXIF rotation is applied, transparency composited on white, 16-bit grey scaled to 8 bits, CMYK and palettes
-    converted; of an animation the first frame is taken.
+
+def read_image(data: bytes | Path, id: str, at_least: Size | None = None, max_pixels: int | None = None) -> Image.Image:
+    """An image file as RGB in sRGB, upright.
+
+    EXIF rotation is applied, an embedded colour profile converted to sRGB, transparency composited on white, grey of
+    16 bits scaled to 8, CMYK and palettes converted; of an animation the first frame is taken. HEIC needs the extra
+    `heif`.
 
     Args:
         data: the file's bytes or its path.
         id: what a BadItem calls the item.
         at_least: (H, W); a JPEG may be decoded at 1/2, 1/4 or 1/8 scale, faster, while it stays at least this large.
+        max_pixels: larger images are refused; by default `pixel_limit()`.
 
     Raises:
-        BadItem: the file is missing, empty, no image, truncated, corrupt, or larger than Pillow's limit of pixels.
+        BadItem: the file is missing, empty, no image, truncated, corrupt, or too large.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with _open(data, id) as image:
-                orientation = _orientation(image)
-                if at_least is not None:
-                    height, width = at_least if orientation < 5 else (at_least[1], at_least[0])
-                    image.draft(None, (width, height))
-                image.load()
-                upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-                return _to_rgb(upright, id)
-        except BadItem:
-            raise
-        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken data
-            raise _bad(error, id) from error
+    with _opened(data, id, max_pixels) as image:
+        orientation = _orientation(image)
+        if at_least is not None:
+            height, width = at_least if orientation < 5 else (at_least[1], at_least[0])
+            image.draft(None, (width, height))
+        image.load()
+        return to_srgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
 
 
-def image_size(data: bytes | Path, id: str) -> Size:
+def image_size(data: bytes | Path, id: str, max_pixels: int | None = None) -> Size:
     """(H, W) of the upright image from its header alone; BadItem when the header is unreadable or too large."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            if isinstance(data, bytes) and len(data) > _HEADER_BYTES:
-                with contextlib.suppress(Exception), _open(data[:_HEADER_BYTES], id) as image:
-                    return _upright_size(image)
-            with _open(data, id) as image:  # a path, or a header longer than usual
-                return _upright_size(image)
-        except BadItem:
-            raise
-        except Exception as error:
-            raise _bad(error, id) from error
+    if isinstance(data, bytes) and len(data) > _HEADER_BYTES:
+        with contextlib.suppress(BadItem), _opened(data[:_HEADER_BYTES], id, max_pixels) as image:
+            return _upright_size(image)
+    with _opened(data, id, max_pixels) as image:  # a path, or a header longer than usual
+        return _upright_size(image)
+
+
+def as_image(image: AnyImage, id: str = "image", max_pixels: int | None = None) -> Image.Image:
+    """Whatever stands for an image as RGB in sRGB, as `read_image` would give it.
+
+    Args:
+        image: a Pillow image; a path; a file's bytes; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8,
+            uint16 or floats in 0..1; a tensor (1, H, W), (3, H, W) or (4, H, W), or (H, W), of the same.
+        id: what messages call it; a path is called by its name.
+
+    Raises:
+        UserError: no such file, no image, or another type, shape or range.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            turned = _TURNS.get(_orientation(image))
+            image.load()
+            return to_srgb(image if turned is None else image.transpose(turned))
+        if isinstance(image, str | Path):
+            return read_image(Path(image).expanduser(), str(image), max_pixels=max_pixels)
+        if isinstance(image, bytes):
+            return read_image(image, id, max_pixels=max_pixels)
+    except BadItem as bad:
+        raise UserError(str(bad)) from bad
+    except (OSError, UnknownRange) as error:
+        raise UserError(f"{id}: truncated or corrupt image ({error})") from error
+    if isinstance(image, Tensor):
+        values = image.detach().cpu()
+        if values.ndim == 3:
+            values = values.permute(1, 2, 0)
+        image = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        layout = "a tensor is (3, H, W), (4, H, W), (1, H, W) or (H, W)"
+    else:
+        layout = "an array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+    if not isinstance(image, np.ndarray):
+        kinds = "a Pillow image, a path, bytes, an array or a tensor"
+        raise UserError(f"{id}: an image is {kinds}, not {type(image).__name__}")
+    if image.ndim not in (2, 3) or 0 in image.shape or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        raise UserError(f"{id}: {layout}, not {tuple(image.shape)}")
+    levels = _levels(image, id)
+    return to_srgb(Image.fromarray(levels[:, :, 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels))
+
+
+def _levels(values: np.ndarray, id: str) -> np.ndarray:
+    """Values of an array as uint8."""
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype == np.uint16:
+        return (values / 257.0 + 0.5).astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise UserError(f"{id}: values of an image are uint8, uint16 or floats in 0..1, not {values.dtype}")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"{id}: floats of an image lie in 0..1; these lie in {low:g}..{high:g}")
+    return (values.astype(np.float32) * 255 + 0.5).astype(np.uint8)
 
 
 def fit(image: Image.Image, size: Size, mode: FitMode = "crop") -> Tensor:
@@ -136,26 +196,97 @@ def check_fit(mode: str, where: str) -> FitMode:
     raise unknown("fit", mode, ("crop", "letterbox"), where)
 
 
+@contextlib.contextmanager
+def _opened(data: bytes | Path, id: str, max_pixels: int | None) -> Iterator[Image.Image]:
+    """An image whose header has been read; what Pillow raises on it becomes a BadItem."""
+    max_pixels = pixel_limit() if max_pixels is None else max_pixels
+    with warnings.catch_warnings(), _limit(max_pixels):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with _open(data, id) as image:
+                if image.width * image.height > max_pixels:
+                    raise BadItem(id, _too_large(max_pixels))
+                yield image
+        except BadItem:
+            raise
+        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken data
+            raise _bad(error, id, data, max_pixels) from error
+
+
+@contextlib.contextmanager
+def _limit(max_pixels: int) -> Iterator[None]:
+    """Pillow's own limit, which is one for the whole process, out of the way of a greater one."""
+    if max_pixels <= (Image.MAX_IMAGE_PIXELS or max_pixels):
+        yield
+        return
+    with _LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
 def _open(data: bytes | Path, id: str) -> Image.Image:
     if isinstance(data, bytes):
         if not data:
             raise BadItem(id, "empty image file")
-        return Image.open(io.BytesIO(data))
-    if not data.is_file():
-        raise BadItem(id, f"image file missing ({data})")
-    if data.stat().st_size == 0:
-        raise BadItem(id, "empty image file")
-    return Image.open(data)
+        start = data[:12]
+    else:
+        if not data.is_file():
+            raise BadItem(id, f"image file missing ({data})")
+        with data.open("rb") as file:
+            start = file.read(12)
+        if not start:
+            raise BadItem(id, "empty image file")
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
+        _register_heic(id)
+    return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
 
 
-def _bad(error: Exception, id: str) -> BadItem:
+def _register_heic(id: str) -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise BadItem(id, "a HEIC image (to read these: pip install 'diptych[heif]')") from None
+    pillow_heif.register_heif_opener()
+
+
+def _too_large(max_pixels: int) -> str:
+    return f"decompression bomb (more than {max_pixels:,} pixels; {_LIMIT_VARIABLE} raises the limit)"
+
+
+def _bad(error: Exception, id: str, data: bytes | Path, max_pixels: int) -> BadItem:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return BadItem(id, f"decompression bomb (more than {Image.MAX_IMAGE_PIXELS:,} pixels)")
+        return BadItem(id, _too_large(min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)))
     if isinstance(error, Image.UnidentifiedImageError):
-        return BadItem(id, "not an image Pillow can read")
+        return BadItem(id, _unidentified(data))
     if isinstance(error, PermissionError):
         return BadItem(id, "image file not readable (permission denied)")
+    if isinstance(error, UnknownRange):
+        return BadItem(id, str(error))
     return BadItem(id, f"truncated or corrupt image ({error or type(error).__name__})")
+
+
+def _unidentified(data: bytes | Path) -> str:
+    """What a file is that Pillow does not know, by its first bytes."""
+    if isinstance(data, bytes):
+        start = data[:64]
+    else:
+        with data.open("rb") as file:
+            start = file.read(64)
+    text = start.lstrip().lower()
+    if start[4:8] == b"ftyp":
+        kind = {b"avif": "an AVIF image", b"avis": "an AVIF image"}.get(start[8:12], "a video or HEIF file")
+        return f"{kind}, which this Pillow cannot read"
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "a JPEG XL image, which Pillow cannot read"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, not an image"
+    if text.startswith((b"<svg", b"<?xml")):
+        return "an SVG drawing or other XML, not an image of pixels"
+    return "not an image Pillow can read"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -179,25 +310,3 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright_size(image: Image.Image) -> Size:
     return (image.height, image.width) if _orientation(image) < 5 else (image.width, image.height)
-
-
-def _to_rgb(image: Image.Image, id: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey(image, id)
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        canvas = Image.new("RGBA", clear.size, (*WHITE, 255))
-        return Image.alpha_composite(canvas, clear).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_grey(image: Image.Image, id: str) -> Image.Image:
-    """Grey of 16 or 32 bits to RGB: integers span 0..65535, floats 0..1 or 0..255."""
-    values = np.asarray(image).astype(np.float64)  # (H, W)
-    if image.mode != "F":
-        scaled = values / 257.0
-    elif np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255:
-        scaled = values * 255.0 if values.max() <= 1 else values
-    else:
-        raise BadItem(id, "float image outside 0..1 and 0..255 (convert it to 8 or 16 bits)")
-    return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8)).convert("RGB")

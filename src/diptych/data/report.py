@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
 from diptych.data.imaging import to_picture
+from diptych.data.rows import PROFILES
 from diptych.data.source import BadItem, ItemDraws, Size, Source
 
 
@@ -20,7 +21,8 @@ class SourceReport:
     """One source.
 
     items: how many it lists. read: how many were tried. usable: how many of those load.
-    dropped: left out when listing, id to reason. bad: unreadable, id to reason.
+    dropped: left out when listing, id to reason. bad: unreadable, id to reason. profiles: how many items have images in
+    another colour space than sRGB, by the profile that they are converted from.
     """
 
     name: str
@@ -30,6 +32,7 @@ class SourceReport:
     usable: int = 0
     dropped: dict[str, str] = field(default_factory=dict[str, str])
     bad: dict[str, str] = field(default_factory=dict[str, str])
+    profiles: Counter[str] = field(default_factory=Counter[str])
 
     def reasons(self) -> Counter[str]:
         """How many items each kind of fault costs; details in brackets are left off."""
@@ -61,6 +64,7 @@ class DataReport:
             extent = "" if source.read == source.items else f" of the {source.read:,} read"
             lines.append(f"{source.name} ({source.task}): {source.items:,} items, {source.usable:,}{extent} usable")
             lines += [f"  {count:,} dropped: {reason}" for reason, count in source.reasons().most_common()]
+            lines += [f"  {count:,} converted to sRGB from {name}" for name, count in source.profiles.most_common()]
             faults = {**source.dropped, **source.bad}
             lines += [f"    {id}: {reason}" for id, reason in list(faults.items())[:named]]
             if len(faults) > named:
@@ -88,7 +92,8 @@ def inspect(
         count = len(source) if limit is None else min(limit, len(source))
         for place in range(count):
             try:
-                source.load(place * len(source) // count, ItemDraws(0), size)
+                sample = source.load(place * len(source) // count, ItemDraws(0), size)
+                report.profiles.update(set(sample.extra.get(PROFILES, ())))
                 report.usable += 1
             except BadItem as bad:
                 report.bad[bad.id] = bad.reason

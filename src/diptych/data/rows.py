@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
+from torch import Tensor
 
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample, Task
+from diptych.data.captions import kind, text_list
+from diptych.data.colour import PROFILE
 from diptych.data.imaging import FitMode, fit
 from diptych.data.source import BadItem, ItemDraws, Size
 
@@ -29,6 +32,9 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
 }
 
+PROFILES = "colour profiles"
+"""Key of a sample's `extra`: names of the colour profiles that its images were converted from, if any."""
+
 ReadImage = Callable[[Any, Size], Image.Image]
 """(reference as it stands in the row, size wanted) to an RGB image; BadItem when unreadable."""
 
@@ -38,13 +44,26 @@ class Row:
     """A checked row.
 
     target: reference of the image to make. context: references of the images to read.
-    texts: captions or instructions, of which a visit draws one.
+    texts: captions or instructions, of which a visit draws one. weights: of each; all are as likely where there are
+    none.
     """
 
     target: Any = None
     context: tuple[Any, ...] = ()
     texts: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     messages: tuple[Message, ...] = ()
+
+    def text(self, draws: ItemDraws) -> str:
+        """The text of a visit; "" where there is none."""
+        if len(set(self.weights)) < 2:
+            return self.texts[draws.integer("text", len(self.texts))] if self.texts else ""
+        point = draws.integer("text", 1 << 53) / (1 << 53) * sum(self.weights)
+        for text, weight in zip(self.texts, self.weights, strict=True):
+            point -= weight
+            if point < 0:
+                return text
+        return self.texts[-1]
 
 
 def parse_row(row: Mapping[str, Any], task: Task, where: str, references: tuple[type, ...] = (str,)) -> Row:
@@ -99,15 +118,34 @@ def make_sample(
     """Reads a row's images. Target and the sources of an edit are fitted alike, so that they stay aligned; the images
     of a conversation are kept whole (`inside`)."""
     context_mode: FitMode = "inside" if task == "understand" else fit_mode
-    text = row.texts[draws.integer("text", len(row.texts))] if row.texts else ""
+    text = row.text(draws)
+    for words in (text, *(message.text for message in row.messages)):
+        check_characters(words, id)
+    profiles: list[str] = []
+
+    def fitted(reference: Any, mode: FitMode) -> Tensor:
+        image = read(reference, size)
+        if PROFILE in image.info:
+            profiles.append(image.info[PROFILE])
+        return fit(image, size, mode)
+
     return Sample(
         id=id,
         task=task,
-        image=None if row.target is None else fit(read(row.target, size), size, fit_mode),
+        image=None if row.target is None else fitted(row.target, fit_mode),
         text=text,
-        context_images=tuple(fit(read(image, size), size, context_mode) for image in row.context),
+        context_images=tuple(fitted(image, context_mode) for image in row.context),
         messages=row.messages,
+        extra={PROFILES: tuple(profiles)} if profiles else {},
     )
+
+
+def check_characters(text: str, id: str) -> None:
+    """BadItem for half of a surrogate pair, which JSON can hold and no encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadItem(id, f"text holds half of a character (lone surrogate at {error.start})") from error
 
 
 def usable_text(text: str, id: str) -> str:
@@ -123,14 +161,14 @@ def _content(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise UserError(f"{where}: text must be a string, not {_kind(content)}")
+        raise UserError(f"{where}: text must be a string, not {kind(content)}")
     pieces: list[str] = []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        sort = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if isinstance(part, Mapping) else None
-        if kind == "image":
+        if sort == "image":
             pieces.append(IMAGE_PLACEHOLDER)
-        elif kind == "text" and isinstance(text, str):
+        elif sort == "text" and isinstance(text, str):
             pieces.append(text)
         else:
             raise UserError(f"{where}: a part must be a text with 'text' or an image, not {part!r}")
@@ -141,12 +179,7 @@ def _texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = row.get(name)
     if value is None:
         raise UserError(f"{where}: {name!r} is missing")
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: {name!r} must be a string or a list of strings, not {_kind(value)}")
-    if not texts or not all(text.strip() for text in texts):
-        raise UserError(f"{where}: {name!r} is empty")
-    return tuple(text.strip() for text in texts)
+    return tuple(text_list(value, name, where))
 
 
 def _images(
@@ -164,16 +197,10 @@ def _images(
     values = (
         tuple(value) if one != many and isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
     )
-    wanted = " or ".join(kind.__name__ for kind in references)
+    wanted = " or ".join(type.__name__ for type in references)
     for item in values:
         if not isinstance(item, references) or not item:
-            raise UserError(f"{where}: {name!r} must be an image ({wanted}), not {_kind(item)}")
+            raise UserError(f"{where}: {name!r} must be an image ({wanted}), not {kind(item)}")
     if needed and not values:
         raise UserError(f"{where}: {name!r} is empty")
     return values
-
-
-def _kind(value: object) -> str:
-    return {"str": "an empty string", "dict": "an object", "list": "a list", "NoneType": "null"}.get(
-        type(value).__name__, type(value).__name__
-    )

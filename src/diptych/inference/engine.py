@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +15,7 @@ from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
+from diptych.data.imaging import AnyImage, as_image, to_tensor
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, scale_names, views
@@ -64,7 +64,7 @@ class Engine:
 
     def edit(
         self,
-        image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
+        image: AnyImage | Sequence[AnyImage | Sequence[AnyImage]],
         instruction: str | Sequence[str],
         *,
         n: int = 1,
@@ -72,15 +72,15 @@ class Engine:
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """Edited images. One instruction goes with one image, or with several that it refers to; a list of
+        """Edited images. An image is what `diptych.data.imaging.as_image` takes: a Pillow image, a path, a file's
+        bytes, an array or a tensor. One instruction goes with one image, or with several that it refers to; a list of
         instructions goes with a list of as many images (or lists of images)."""
         if isinstance(instruction, str):
             texts = [instruction]
-            groups = [[image] if isinstance(image, Image.Image) else list(flat(image))]
+            groups = [image_list(image)]
         else:
             texts = list(instruction)
-            entries = [image] if isinstance(image, Image.Image) else list(image)
-            groups = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in entries]
+            groups = [image_list(entry) for entry in ([image] if isinstance(image, AnyImage) else image)]
         if len(groups) != len(texts):
             raise UserError(f"{len(groups)} images but {len(texts)} instructions; give one instruction per image")
         samples = [
@@ -91,7 +91,7 @@ class Engine:
 
     def ask(
         self,
-        image: Image.Image | Sequence[Image.Image] | None,
+        image: AnyImage | Sequence[AnyImage] | None,
         question: str | Sequence[str],
         *,
         max_new_tokens: int = 64,
@@ -101,10 +101,9 @@ class Engine:
         list of as many images, one each, and gives a list. With `think`, models that can write down their thoughts
         first."""
         if isinstance(question, str):
-            group = [] if image is None else [image] if isinstance(image, Image.Image) else list(image)
-            questions, groups = [question], [group]
+            questions, groups = [question], [[] if image is None else image_list(image)]
         else:
-            if image is None or isinstance(image, Image.Image) or len(image) != len(question):
+            if image is None or isinstance(image, AnyImage) or len(image) != len(question):
                 raise UserError(f"{len(question)} questions need as many images")
             questions, groups = list(question), [[picture] for picture in image]
         conversations = [
@@ -276,9 +275,11 @@ def cut(items: Sequence[Item], length: int) -> Iterator[Sequence[Item]]:
     return (items[start : start + length] for start in range(0, len(items), length))
 
 
-def flat(images: Sequence[Image.Image | Sequence[Image.Image]]) -> list[Image.Image]:
-    """Images of a sequence whose entries are images, or sequences of them."""
-    return [one for entry in images for one in ([entry] if isinstance(entry, Image.Image) else entry)]
+def image_list(images: AnyImage | Sequence[AnyImage | Sequence[AnyImage]]) -> list[AnyImage]:
+    """One image as a list; of a sequence, its images and those of the sequences in it, in order."""
+    if isinstance(images, AnyImage):
+        return [images]
+    return [image for entry in images for image in image_list(entry)]
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -287,7 +288,6 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A picture to (3, H, W) float32 in [-1, 1]."""
-    levels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).copy())
-    return levels.permute(2, 0, 1) / 127.5 - 1
+def from_pil(image: AnyImage) -> Tensor:
+    """An image, however it is given (`diptych.data.imaging.as_image`), to (3, H, W) float32 in [-1, 1]."""
+    return to_tensor(as_image(image))
