@@ -1,0 +1,38 @@
+"""The times at which a model is asked, counted by hand.
+
+Each docstring names the fault that the test is there to find (tests/mutation/mutants.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from diptych.recipes.load import load
+
+
+@pytest.mark.parametrize("name", ["toy/iomm", "toy/bagel", "toy/hieraquery"])
+@pytest.mark.parametrize(("shift", "factor"), [(1.0, 1.0), (3.0, 3.0), ("flux", None), ("root", None)])
+def test_sampling_times_are_shifted(name: str, shift: Any, factor: float | None) -> None:
+    """Mutants: Sampling.shift ignored; "flux" and "root" exchanged; the last time asked for too."""
+    engine = load(name)
+    asked: list[float] = []
+    velocity = engine.system.velocity
+
+    def record(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        asked.append(float(t.max()))
+        return velocity(x, t, condition)
+
+    engine.system.velocity = record
+    engine.generate("a red circle", steps=4, shift=shift, think=0)
+    tokens = 256  # 32 x 32 latents, counted in pairs of pairs
+    if shift == "flux":
+        factor = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    if shift == "root":
+        factor = math.sqrt(tokens) / 20
+    assert factor is not None
+    expected = [factor * t / (1 + (factor - 1) * t) for t in (1.0, 0.75, 0.5, 0.25)]
+    assert sorted(dict.fromkeys(asked), reverse=True) == pytest.approx(expected, rel=1e-5)
