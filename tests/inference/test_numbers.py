@@ -17,7 +17,7 @@ from diptych.recipes.load import load
 @pytest.mark.parametrize("name", ["toy/iomm", "toy/bagel", "toy/hieraquery"])
 @pytest.mark.parametrize(("shift", "factor"), [(1.0, 1.0), (3.0, 3.0), ("flux", None), ("root", None)])
 def test_sampling_times_are_shifted(name: str, shift: Any, factor: float | None) -> None:
-    """Mutants: Sampling.shift ignored; "flux" and "root" exchanged; the last time asked for too."""
+    """Mutants: Sampling.timestep_shift ignored; "flux" and "root" exchanged; the last time asked for too."""
     engine = load(name)
     asked: list[float] = []
     velocity = engine.system.velocity
@@ -27,7 +27,7 @@ def test_sampling_times_are_shifted(name: str, shift: Any, factor: float | None)
         return velocity(x, t, condition)
 
     engine.system.velocity = record
-    engine.generate("a red circle", steps=4, shift=shift, think=0)
+    engine.generate("a red circle", steps=4, timestep_shift=shift, prompt_expansion=0)
     tokens = 256  # 32 x 32 latents, counted in pairs of pairs
     if shift == "flux":
         factor = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))

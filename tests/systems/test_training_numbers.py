@@ -24,7 +24,8 @@ from diptych.toyworld.samples import ToyWorld
 def system_of(name: str, **options: Any) -> Any:
     """A shipped toy system with some of its options changed."""
     system, _ = load_system(name)
-    system.settings = dataclasses.replace(system.settings, **options)  # pyright: ignore
+    flow = dataclasses.replace(system.settings.flow, **options.pop("flow", {}))
+    system.settings = dataclasses.replace(system.settings, flow=flow, **options)  # pyright: ignore
     return system.requires_grad_(False).eval()
 
 
@@ -109,7 +110,7 @@ def test_ovis_drops_what_its_options_say(options: dict[str, float], dropped: Any
 def test_bagel_s_training_times_are_shifted(shift: float) -> None:
     """Mutant: BAGEL's training time shift ignored."""
     off = {"drop_text": 0.0, "drop_vision": 0.0, "drop_latent": 0.0}
-    system = system_of("toy/bagel", time_shift=shift, time_mean=0.3, time_std=0.8, **off)
+    system = system_of("toy/bagel", flow={"timestep_shift": shift, "logit_mean": 0.3, "logit_std": 0.8}, **off)
     batch, draws = samples("text_to_image", 1), Draws([7])
     data = batch.images()
     noise = draws.normal("noise", 16, 192)  # (B, tokens, numbers in a token)
@@ -140,11 +141,11 @@ def test_bagel_drops_the_reading_that_its_options_say(options: tuple[str, ...], 
 @torch.no_grad()
 def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
     """Mutant: HieraQuery's shared time shifted by the coarsest scale."""
-    system = system_of("toy/hieraquery", time_shift="flux", drop=0.0)
+    system = system_of("toy/hieraquery", flow={"timestep_shift": "flux"}, drop=0.0)
     batch, draws = samples("text_to_image"), Draws([5, 6])
     shift = flow_matching.resolution_shift(16)  # 4 x 4 patches of the 32 px image
     assert shift != pytest.approx(flow_matching.resolution_shift(1), rel=1e-3)
-    t = time_of(draws, system.settings.time_mean, system.settings.time_std, shift)
+    t = time_of(draws, system.settings.flow.logit_mean, system.settings.flow.logit_std, shift)
     condition, data = system.encode(batch), system.scale_latents(batch)
     found = system.losses(batch, draws)
     wide = t[:, None, None, None]
@@ -163,7 +164,7 @@ def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
 @torch.no_grad()
 def test_training_times_are_shifted(name: str, options: dict[str, Any], shift: float) -> None:
     """Mutants: the training time shift, mean or spread of other systems ignored."""
-    system = system_of(name, time_shift=shift, time_mean=0.3, time_std=0.8, **options)
+    system = system_of(name, flow={"timestep_shift": shift, "logit_mean": 0.3, "logit_std": 0.8}, **options)
     batch, draws = samples("text_to_image"), Draws([7, 8])
     data = batch.images()
     noise = draws.normal("noise", *data.shape[1:])

@@ -80,7 +80,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "iomm": recipe(
         "toy/iomm_finetune_mix",
         "toy/iomm",
-        {"drop": 0.3, "time_shift": 2.0},
+        {"drop": 0.3, "flow": {"timestep_shift": 2.0}},
         stage(
             ["adapter", "decoder"],
             {"images": source("image", 0.5), "pairs": pairs(0.5)},
@@ -91,7 +91,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ovis_u1": recipe(
         "toy/ovis_u1",
         "toy/ovis-u1",
-        {"drop_text": 0.2, "drop_all": 0.2, "time_shift": 2.0},
+        {"drop_text": 0.2, "drop_all": 0.2, "flow": {"timestep_shift": 2.0}},
         stage(
             ["vision", "head", "adapter", "llm", "refiner", "decoder"],
             {"answers": source("understand", 0.4), "pairs": pairs(0.3), "edits": source("edit", 0.3)},
@@ -101,7 +101,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bagel": recipe(
         "toy/bagel",
         "toy/bagel",
-        {"drop_text": 0.2, "drop_vision": 0.4, "drop_latent": 0.1, "time_shift": 2.0},
+        {"drop_text": 0.2, "drop_vision": 0.4, "drop_latent": 0.1, "flow": {"timestep_shift": 2.0}},
         stage(
             ["llm", "vision", "connector", "decoder"],
             {"answers": source("understand", 0.4), "pairs": pairs(0.3), "edits": source("edit", 0.3)},
@@ -111,13 +111,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "omnigen2": recipe(
         "toy/omnigen2",
         "toy/omnigen2",
-        {"drop": 0.3, "drop_references": 0.5, "time_shift": 2.0},
+        {"drop": 0.3, "drop_references": 0.5, "flow": {"timestep_shift": 2.0}},
         stage(["decoder"], {"pairs": pairs(0.5), "edits": source("edit", 0.5)}, weights={"flow.edit": 0.4}, clip=0.05),
     ),
     "hieraquery": recipe(
         "toy/hieraquery",
         "toy/hieraquery",
-        {"drop": 0.3, "time_shift": "flux"},
+        {"drop": 0.3, "flow": {"timestep_shift": "flux"}},
         stage(
             ["queries", "connector", "decoder", "alignment"],
             {"pairs": pairs(0.5), "edits": source("edit", 0.5)},
@@ -143,7 +143,9 @@ def train(name: str, folder: Path) -> dict[str, Any]:
 
 
 def norm(module: nn.Module) -> float:
-    return float(torch.stack([parameter.detach().double().square().sum() for parameter in module.parameters()]).sum().sqrt())
+    return float(
+        torch.stack([parameter.detach().double().square().sum() for parameter in module.parameters()]).sum().sqrt()
+    )
 
 
 def rounded(values: Any) -> Any:
