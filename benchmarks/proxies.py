@@ -31,12 +31,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from diptych.core.draws import Draws
+from diptych.data.imaging import to_tensor
 from diptych.data.mixture import Mixture
-from diptych.data.proxies.annotated import Annotated, Segment, view
+from diptych.data.proxies.annotated import Annotated, Segment, View, view
 from diptych.data.proxies.coco import Sa1bPictures
 from diptych.data.proxies.pictures import ToyPictures
-from diptych.data.proxies.source import ProxySource, made
-from diptych.data.proxies.tasks import PROXIES
+from diptych.data.proxies.source import ProxySource
+from diptych.data.proxies.tasks import PROXIES, Proxy
 from diptych.data.source import ItemDraws
 from diptych.recipes import recipe as recipes
 from diptych.recipes.load import start
@@ -121,6 +122,12 @@ def training(repeats: int) -> dict[str, Any]:
         "step_ms": 1e3 * steps,
         "starved": max(0.0, 1 - steps / data),
     }
+
+
+def made(proxy: Proxy, seen: View, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A proxy's pair of a view, as the tensors of a sample."""
+    source, target = proxy.make(seen, np.random.Generator(np.random.PCG64(seed)))
+    return to_tensor(Image.fromarray(source)), to_tensor(Image.fromarray(target))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import save_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of several rooms read
 
 BACKBONE: dict[str, Any] = {
     "vision_config": {

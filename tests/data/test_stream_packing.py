@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from diptych.core.errors import UserError
 from diptych.data.stream_packing import Budget, Group, StreamPacker
+from sgt_golden import facts
 
 FILE = Path(__file__).parents[1] / "golden" / "bagel" / "bagel_packing.safetensors"
 WEIGHTS = (Group(1.0, True), Group(2.0))
@@ -67,3 +69,43 @@ def test_mistakes_are_named() -> None:
         StreamPacker([Group(1.0)], Budget(expected=20, most=20, sample=10), lambda group, index: 11).row()
     with pytest.raises(UserError, match="the state is of 1 groups, this stream has 2"):
         StreamPacker(WEIGHTS, Budget(), lambda group, index: 1).load_state({"next": [0]})
+
+
+@pytest.mark.parametrize("case", facts("mixture")["rows"], ids=lambda case: case["name"])
+def test_rows_are_those_of_the_released_sgt(case: dict[str, Any]) -> None:
+    lengths, items = case["lengths"], case["items"]
+    budget = Budget(
+        expected=case["expected_tokens"], most=case["most_tokens"], sample=case.get("per_sample", 16_384),
+        prefer_buffer=case.get("prefer", 16_384), buffer=case.get("buffer", 50),
+    )  # fmt: skip
+    drawn = random.Random(case["seed"])
+    numbers = [drawn.random() for _ in range(1000)]
+
+    def cost(group: int, index: int) -> int:
+        """Tokens of a sample with two markers for each of its items; the lists are repeated."""
+        tokens, count = lengths[group], items[group]
+        return tokens[index % len(tokens)] + 2 * count[index % len(count)]
+
+    groups = [Group(w, m) for w, m in zip(case["weights"], case["mandatory"], strict=True)]
+    packer = StreamPacker(groups, budget, cost, uniform=lambda number: numbers[number])
+    for places, costs in zip(case["drawn"], case["lengths_drawn"], strict=True):
+        row = packer.row()
+        assert [list(place) for place in row] == places
+        assert [cost(*place) for place in row] == costs
+
+
+@pytest.mark.parametrize("case", facts("mixture")["shares"], ids=lambda case: str(case["weights_proxy_conversation"]))
+def test_shares_of_the_released_sgt(case: dict[str, Any]) -> None:
+    """What the release's weights give in proxies a conversation: about 1:3, not the 2:1 of the paper."""
+    lengths = random.Random(1)
+    mean = case["mean_conversation_tokens"]
+    conversations = [max(60, int(lengths.expovariate(1 / mean))) for _ in range(5000)]
+
+    def cost(group: int, index: int) -> int:
+        return 176 + 2752 + 8 + 6 if group == 0 else conversations[index % len(conversations)]
+
+    groups = [Group(w, m) for w, m in zip(case["weights_proxy_conversation"], case["mandatory"], strict=True)]
+    packer = StreamPacker(groups, Budget(expected=16_384, most=36_864), cost, seed=2)
+    rows = [place for _ in range(400) for place in packer.row()]
+    proxies = sum(group == 0 for group, _ in rows)
+    assert proxies / (len(rows) - proxies) == pytest.approx(case["proxies_per_conversation"], rel=0.12)

@@ -24,9 +24,10 @@ from diptych.core.errors import UserError, unknown
 from diptych.data.colour import WHITE, UnknownRange, to_srgb
 from diptych.data.source import BadItem, Size
 
-FitMode = Literal["crop", "letterbox", "inside"]
-"""`crop`: short side resized, centre kept. `letterbox`: whole image, white around it. `inside`: whole image, resized to
-lie within the size, nothing around it (for images that are read, not made)."""
+FitMode = Literal["crop", "letterbox", "inside", "stretch"]
+"""`crop`: short side resized, centre kept. `letterbox`: whole image, white around it. `stretch`: whole image, both
+sides brought to the size, for sizes that have nearly the image's shape (`core.image_sizes`). `inside`: whole image,
+resized to lie within the size, nothing around it (for images that are read, not made)."""
 
 AnyImage = Image.Image | str | Path | bytes | np.ndarray | Tensor
 """What `as_image` takes."""
@@ -165,6 +166,8 @@ def fit(image: Image.Image, size: Size, mode: FitMode = "crop") -> Tensor:
 
     if mode not in FIT_MODES:
         raise unknown("fit", mode, FIT_MODES)
+    if mode == "stretch":
+        return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
     scale = min(height / image.height, width / image.width)
     inner = (min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale))))
     resized = image.resize(inner, Image.Resampling.BICUBIC)
@@ -188,12 +191,14 @@ def to_picture(tensor: Tensor) -> Image.Image:
 
 
 def check_fit(mode: str, where: str) -> FitMode:
-    """`mode` as a FitMode for target images (`crop` or `letterbox`); UserError otherwise."""
+    """`mode` as a FitMode for target images (`crop`, `letterbox` or `stretch`); UserError otherwise."""
     if mode == "crop":
         return "crop"
     if mode == "letterbox":
         return "letterbox"
-    raise unknown("fit", mode, ("crop", "letterbox"), where)
+    if mode == "stretch":
+        return "stretch"
+    raise unknown("fit", mode, ("crop", "letterbox", "stretch"), where)
 
 
 @contextlib.contextmanager

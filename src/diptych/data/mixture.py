@@ -11,6 +11,7 @@ from functools import cached_property
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import SizeRule
 from diptych.core.sample import Batch, Sample
 from diptych.data.bucket_plan import BucketPlan
 from diptych.data.buckets import Assignment, assign
@@ -76,6 +77,8 @@ class Mixture:
         bad_share: largest tolerated share of unreadable items among the distinct items tried.
         max_loss: largest share of an image that the crop to its bucket may lose before it is left out.
         balanced: the weights hold in every batch, not only on average.
+        own_size, stride: each target has a size of its own, which this rule gives it from its picture's, in multiples
+            of `stride`; `size` is then that of items whose source has no sizes (drawn images, conversations).
 
     Raises:
         UserError: no part, a bad weight or size; later, too many unreadable items or no item for any bucket.
@@ -92,6 +95,8 @@ class Mixture:
         bad_share: float = 0.01,
         max_loss: float = 0.5,
         balanced: bool = False,
+        own_size: SizeRule | None = None,
+        stride: int = 1,
     ) -> None:
         if not parts:
             raise UserError("a mixture needs at least one source")
@@ -104,6 +109,9 @@ class Mixture:
             raise UserError(f"batch {batch} must be at least 1")
         if (size is None) == (not buckets):
             raise UserError("a mixture takes either a size or buckets")
+        if own_size is not None and buckets:
+            raise UserError("a mixture takes either sizes of the pictures' own or buckets")
+        self.own_size, self.stride = own_size, stride
         if not 0 <= bad_share <= 1:
             raise UserError(f"bad_share {bad_share} must be between 0 and 1")
         total = sum(weight for _, weight in parts)
@@ -129,6 +137,12 @@ class Mixture:
         for source, assignment in zip(self.sources, self._plan.assignments, strict=True):
             if assignment is not None:
                 lines += assignment.report(self.buckets, source.name)
+        if self.own_size is not None:
+            lines += [
+                f"{source.name}: targets at sizes of their own" if sizes is not None
+                else f"{source.name}: no sizes of its own"
+                for source, sizes in zip(self.sources, self._own_sizes, strict=True)
+            ]  # fmt: skip
         return lines
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -229,12 +243,24 @@ class Mixture:
             if error is None:
                 tried.append(item)
                 try:
-                    return source.load(item[1], draws, self.buckets[bucket])
+                    return source.load(item[1], draws, self._target_size(item, bucket))
                 except BadItem as found:
                     error = self._bad[item] = found
             bad.append((item, error))
             met[error.id] = error.reason
         raise UserError(f"{source.name}: {len(met)} items in a row are unreadable. {_named(met)}")
+
+    def _target_size(self, item: Item, bucket: int) -> Size:
+        """(H, W) of an item's target: that of the step, or the item's own."""
+        if self.own_size is not None and (sizes := self._own_sizes[item[0]]) is not None:
+            size = sizes[item[1]]
+            if size is not None:  # an unreadable one is a BadItem when it is loaded
+                return self.own_size.fit(*size, self.stride)
+        return self.buckets[bucket]
+
+    @cached_property
+    def _own_sizes(self) -> list[Sequence[Size | None] | None]:
+        return [source.sizes() for source in self.sources]
 
     def _order(self, place: int, bucket: int, epoch: int, count: int) -> Permutation:
         where = (place, bucket, epoch)

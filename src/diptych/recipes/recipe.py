@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.image_sizes import AreaCap, SideRange, SizeRule
 from diptych.core.sample import Task
 from diptych.data.filters import Filters
 from diptych.inference.sampling import Sampling
@@ -143,11 +144,31 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnSize:
+    """Targets keep their pictures' shapes. Either `longest` and `shortest` (BAGEL: `core.image_sizes.SideRange`), or
+    `max_pixels` and `max_side` (OmniGen2: `AreaCap`)."""
+
+    longest: int | None = None
+    shortest: int | None = None
+    max_pixels: int | None = None
+    max_side: int | None = None
+
+    def rule(self) -> SizeRule:
+        """The rule; UserError where it is none of both, or half of one."""
+        if self.longest is not None and self.shortest is not None and self.max_pixels is self.max_side is None:
+            return SideRange(longest=self.longest, shortest=self.shortest)
+        if self.max_pixels is not None and self.max_side is not None and self.longest is self.shortest is None:
+            return AreaCap(max_pixels=self.max_pixels, max_side=self.max_side)
+        raise UserError("data.own_size: needs longest and shortest, or max_pixels and max_side")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """sources: by name. size: side of the images in pixels, or [height, width].
 
     balanced: the shares hold in every batch, not only on average (`data.mixture.Mixture`).
-    buckets: greatest aspect ratio of the buckets around `size`, None for one square bucket. fit: `crop` or `letterbox`.
+    buckets: greatest aspect ratio of the buckets around `size`, None for one square bucket. fit: `crop`, `letterbox` or
+    `stretch`. own_size: each target keeps its picture's shape, and `size` is that of drawn images and conversations.
     held_out: samples of each source kept for the held-out loss. bad_share: of unreadable items, above which a run
     stops.
     cache: folder for latents, None for none.
@@ -157,7 +178,8 @@ class DataSpec:
     balanced: bool = False
     size: int | tuple[int, int] = 512
     buckets: float | None = None
-    fit: Literal["crop", "letterbox"] = "crop"
+    own_size: OwnSize | None = None
+    fit: Literal["crop", "letterbox", "stretch"] = "crop"
     held_out: int = 0
     bad_share: float = 0.01
     cache: str | None = None

@@ -115,5 +115,7 @@ def build_data(
         buckets=sizes,
         bad_share=spec.bad_share,
         balanced=spec.balanced,
+        own_size=None if spec.own_size is None else spec.own_size.rule(),
+        stride=step,
     )
     return mixture, parts

@@ -16,9 +16,9 @@ from PIL import Image
 
 from diptych.data.source import BadItem, Size
 
-Known = Literal["segments", "categories", "panoptic", "depth"]
+Known = Literal["segments", "categories", "panoptic", "depth", "target"]
 """What a source of pictures may know of them. `segments`: masks. `categories`: what each segment shows. `panoptic`:
-segments that cover things and stuff. `depth`: a map."""
+segments that cover things and stuff. `depth`: a map. `target`: a ready picture of what is wanted."""
 Pixels = NDArray[np.uint8]
 """(H, W, 3)."""
 
@@ -37,11 +37,13 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Annotated:
-    """A picture as its source knows it. depth: (H, W) float32, nearer is greater, in any unit."""
+    """A picture as its source knows it. depth: (H, W) float32, nearer is greater, in any unit. target: what is wanted,
+    where it is a file of its own; of any size."""
 
     image: Image.Image
     segments: tuple[Segment, ...] = ()
     depth: NDArray[np.float32] | None = None
+    target: Image.Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,9 @@ class Pictures(abc.ABC):
         """Stable name of a picture."""
 
     @abc.abstractmethod
-    def load(self, index: int, size: Size) -> Annotated:
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
         """Picture `index`, at its own size or at `size` where it is drawn; BadItem when it or its annotation is
-        unreadable."""
+        unreadable. whole: every pixel is wanted, so that a JPEG must not be decoded at a reduced scale."""
 
     @abc.abstractmethod
     def sizes(self) -> Sequence[Size | None] | None:
@@ -89,12 +91,48 @@ class Pictures(abc.ABC):
         """Changes whenever the picture or its annotation does."""
 
 
-def view(found: Annotated, size: Size, id: str) -> View:
+def view(found: Annotated, size: Size, id: str, stretch: bool = False) -> View:
     """A picture resized and cut to `size` (its short side fitted, the centre kept), its annotation with it.
+
+    Args:
+        stretch: nothing is cut; both sides are brought to `size`, which should have nearly the picture's shape.
 
     Raises:
         BadItem: a mask or a map is not of the picture's size, or a mask is empty.
     """
+    check(found, id)
+    width, height = found.image.size
+    box = (0.0, 0.0, float(width), float(height)) if stretch else crop_box(found.image.size, size)
+    shape = (size[1], size[0])
+    image = np.asarray(found.image.resize(shape, Image.Resampling.BICUBIC, box=box))
+    depth = None
+    if found.depth is not None:
+        depth = np.asarray(Image.fromarray(found.depth).resize(shape, Image.Resampling.BILINEAR, box=box))
+    scales = size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])
+    return View(
+        image=image,
+        segments=found.segments,
+        labels=resized_labels(stacked(found.segments, (height, width)), size, box),
+        boxes=tuple(_moved(extent(segment.mask), box, scales) for segment in found.segments),
+        depth=depth,
+    )
+
+
+def own_view(found: Annotated, id: str) -> View:
+    """A picture as it is, at its own size. BadItem as of `view`."""
+    check(found, id)
+    image = np.asarray(found.image)
+    return View(
+        image=image,
+        segments=found.segments,
+        labels=stacked(found.segments, image.shape[:2]),
+        boxes=tuple(_moved(extent(segment.mask), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0)) for segment in found.segments),
+        depth=found.depth,
+    )
+
+
+def check(found: Annotated, id: str) -> None:
+    """BadItem when a mask or a map is not of the picture's size, or a mask is empty."""
     width, height = found.image.size
     for number, segment in enumerate(found.segments):
         if segment.mask.shape != (height, width):
@@ -105,21 +143,6 @@ def view(found: Annotated, size: Size, id: str) -> View:
     if found.depth is not None and found.depth.shape != (height, width):
         tall, wide = found.depth.shape
         raise BadItem(id, f"depth map of another size ({wide}x{tall} for a picture of {width}x{height})")
-
-    box = crop_box(found.image.size, size)
-    shape = (size[1], size[0])
-    image = np.asarray(found.image.resize(shape, Image.Resampling.BICUBIC, box=box))
-    depth = None
-    if found.depth is not None:
-        depth = np.asarray(Image.fromarray(found.depth).resize(shape, Image.Resampling.BILINEAR, box=box))
-    scale = size[1] / (box[2] - box[0])
-    return View(
-        image=image,
-        segments=found.segments,
-        labels=resized_labels(stacked(found.segments, (height, width)), size, box),
-        boxes=tuple(_moved(extent(segment.mask), box, scale) for segment in found.segments),
-        depth=depth,
-    )
 
 
 def crop_box(picture: tuple[int, int], size: Size) -> tuple[float, float, float, float]:
@@ -156,7 +179,7 @@ def extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _moved(
-    found: tuple[int, int, int, int], box: tuple[float, float, float, float], scale: float
+    found: tuple[int, int, int, int], box: tuple[float, float, float, float], scales: tuple[float, float]
 ) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = found
-    return (x0 - box[0]) * scale, (y0 - box[1]) * scale, (x1 - box[0]) * scale, (y1 - box[1]) * scale
+    return (x0 - box[0]) * scales[0], (y0 - box[1]) * scales[1], (x1 - box[0]) * scales[0], (y1 - box[1]) * scales[1]

@@ -100,7 +100,7 @@ class CocoPictures(Pictures):
     def id(self, index: int) -> str:
         return str(self.rows[index][0]["file_name"])
 
-    def load(self, index: int, size: Size) -> Annotated:
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
         row, annotations = self.rows[index]
         id = f"{self.name}/{row['file_name']}"
         image = read_image(self.images / row["file_name"], id)
@@ -201,7 +201,7 @@ class Sa1bPictures(Pictures):
     def id(self, index: int) -> str:
         return f"{self._named(self.paths[index])}.jpg"
 
-    def load(self, index: int, size: Size) -> Annotated:
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
         path, id = self.paths[index], f"{self.name}/{self.id(index)}"
         image = read_image(path.with_suffix(".jpg"), id)
         try:

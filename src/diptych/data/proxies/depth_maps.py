@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.data.folder import FolderSource
 from diptych.data.imaging import read_image
@@ -22,7 +23,7 @@ from diptych.data.source import BadItem
 
 RELATIVE = "depth-anything/Depth-Anything-V2-Large-hf"
 METRIC = "apple/DepthPro-hf"
-MOST = 0.4
+MAX_DISCREPANCY = 0.4
 """Discrepancy above which a picture is left out. The paper gives the number and not the measure; ours is
 `discrepancy`."""
 FARTHEST = 1e-4
@@ -81,15 +82,18 @@ def make(
     *,
     relative: Estimator,
     metric: Estimator,
-    most: float = MOST,
+    max_discrepancy: float = MAX_DISCREPANCY,
     count: int | None = None,
+    seed: int = 0,
 ) -> dict[str, str]:
     """Write a 16-bit PNG for every picture of a folder on which both estimators agree; go on where it was stopped.
 
     Args:
         output: a folder apart from the pictures. Maps have the pictures' names.
-        most: the greatest `discrepancy` of maps that are kept.
+        max_discrepancy: the greatest `discrepancy` of maps that are kept.
         count: stop when there are as many maps: pictures that were left out are replaced by the next ones.
+        seed: pictures are tried in the order in which a source of proxies with this seed draws them (`SomePictures`),
+            so that `count` maps are those of the `count` pictures that the other proxies use, but for those left out.
 
     Returns:
         What was left out: path to reason.
@@ -102,7 +106,7 @@ def make(
         raise UserError(f"{output}: lies among the pictures, where maps would be taken for some; choose another folder")
     left_out = dict(listed.dropped)
     made = 0
-    for path in listed.paths:
+    for path in sorted(listed.paths, key=lambda path: key(seed, path)):
         if made == count:
             return left_out
         target = Path(output).expanduser() / Path(path).with_suffix(".png")
@@ -116,8 +120,8 @@ def make(
             continue
         plane = relative(image)
         apart = discrepancy(plane, metric(image))
-        if not apart <= most:
-            left_out[path] = f"the estimators disagree ({apart:.2f}, at most {most})"
+        if not apart <= max_discrepancy:
+            left_out[path] = f"the estimators disagree ({apart:.2f}, at most {max_discrepancy})"
             continue
         low, high = float(plane.min()), float(plane.max())
         scaled = (plane - low) / (high - low) if high > low else np.zeros_like(plane)

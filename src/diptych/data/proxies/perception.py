@@ -1,7 +1,8 @@
 """Targets that say what a picture shows: segmentations, boxes, depth, edges.
 
-Segmentations are colours on black. A category has one colour everywhere; what is told apart within a picture gets
-colours drawn for that picture.
+Segmentations are colours on black. Of three of them there are two colourings: with `drawn` and `category` colours a
+category has one colour everywhere, and what is told apart within a picture gets colours drawn for that picture; `mean`,
+`stuff` and `ranked` are the colours of the files that the released SGT was trained on.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from diptych.data.proxies.annotated import Pixels, View
+from diptych.data.proxies.palettes import Colour, ranked_colour, stuff_colour
 
 CANNY = (100, 200)
 """Thresholds (App. 7.1)."""
-Colour = tuple[int, int, int]
 
 _GOLDEN = 0.618033988749895
 _LEVELS = ((0.95, 0.95), (0.55, 1.0), (0.95, 0.6))
@@ -83,6 +84,35 @@ def panoptic(view: View, rng: np.random.Generator) -> Pixels:
 def class_agnostic(view: View, rng: np.random.Generator) -> Pixels:
     """Every segment in a colour of its own, whatever it is."""
     return painted(view, drawn_colours(len(view.segments), rng))
+
+
+def panoptic_mean(view: View, rng: np.random.Generator) -> Pixels:
+    """Every segment in the mean colour of its pixels, cut down to whole levels: what COCO's own panoptic PNGs show,
+    whose segment numbers are these colours."""
+    labels = view.labels.ravel()
+    counts = np.bincount(labels, minlength=len(view.segments) + 1).clip(min=1)
+    sums = [
+        np.bincount(labels, weights=view.image[..., channel].ravel(), minlength=len(counts)) for channel in range(3)
+    ]
+    means = np.stack(sums, axis=1) / counts[:, None]
+    return painted(view, [tuple(row) for row in means[1:].astype(int).tolist()])
+
+
+def semantic_stuff(view: View, rng: np.random.Generator) -> Pixels:
+    """Stuff in COCO-Stuff's colours, all things in one."""
+    return painted(view, [stuff_colour(segment.category, segment.thing) for segment in view.segments])
+
+
+def class_agnostic_ranked(view: View, rng: np.random.Generator) -> Pixels:
+    """Masks ranked by area, the largest first and the smaller on top, in tab20's order; where there is no mask, in the
+    first colour. Read off the authors' figure of a mask; the release has ready files and no code for them."""
+    areas = [int(np.count_nonzero(segment.mask)) for segment in view.segments]
+    order = sorted(range(len(areas)), key=lambda number: -areas[number])
+    table = np.empty((len(areas) + 1, 3), dtype=np.uint8)
+    table[0] = ranked_colour(0, 1)
+    for rank, number in enumerate(order, 1):
+        table[number + 1] = ranked_colour(rank, len(areas))
+    return table[view.labels]
 
 
 def detection(view: View, rng: np.random.Generator) -> Pixels:

@@ -1,4 +1,4 @@
-"""Pictures for proxies that need few annotations: a folder of images, and the toy world with its exact truth."""
+"""Pictures for proxies that need few annotations: a folder of images, ready pairs, and the toy world with its truth."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from diptych.toyworld.scene import BACKGROUNDS, COLOURS, Scene
 from diptych.toyworld.shapes import SHAPES
 
 MAPS = (".png", ".npy", ".tif", ".tiff")
+TARGETS = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of ready targets, in order of preference."""
 
 
 class DepthMaps:
@@ -83,9 +85,9 @@ class FolderPictures(Pictures):
     def id(self, index: int) -> str:
         return self.paths[index]
 
-    def load(self, index: int, size: Size) -> Annotated:
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
         path, id = self.paths[index], f"{self.name}/{self.paths[index]}"
-        least = size if self.depth is None else None  # a picture of reduced scale would not fit its map
+        least = size if self.depth is None and not whole else None  # a picture of reduced scale would not fit its map
         plane = None if self.depth is None else self.depth.read(path, id)
         return Annotated(image=read_image(self.folder / path, id, least), depth=plane)
 
@@ -105,6 +107,73 @@ def _size(path: Path) -> Size | None:
         return None
 
 
+class PairPictures(Pictures):
+    """Pictures with ready targets: every picture of a folder that has a target of its name in another, such as
+    SAM-SGT's `sam_selection/1/a.jpg` and `sam_mask/1/a.png`. Pictures without a target are listed as dropped.
+
+    Args:
+        targets: their folder. listed: a text file with a picture's path (below `folder`) on each line, where only these
+            are wanted; a path may begin with folders that `folder` ends with.
+    """
+
+    known: frozenset[Known] = frozenset({"target"})
+
+    def __init__(
+        self, folder: str | Path, *, targets: str | Path, listed: str | Path | None = None, name: str = "proxies"
+    ) -> None:
+        self.folder, self.targets, self.name = Path(folder).expanduser(), Path(targets).expanduser(), name
+        if not self.targets.is_dir():
+            raise UserError(f"{self.targets}: no such folder of targets")
+        source = FolderSource(self.folder, task="image", name=name)
+        self.dropped = dict(source.dropped)
+        paths = source.paths if listed is None else self._wanted(Path(listed).expanduser(), source.paths)
+        self.pairs: list[tuple[str, Path]] = []
+        for path in paths:
+            target = self._target(path)
+            if target is None:
+                self.dropped[f"{name}/{path}"] = "picture without a target"
+            else:
+                self.pairs.append((path, target))
+        if not self.pairs:
+            raise UserError(f"{self.folder}: no picture with a target of its name in {self.targets}")
+
+    def _wanted(self, file: Path, paths: Sequence[str]) -> list[str]:
+        """The paths that a list names, in its order."""
+        if not file.is_file():
+            raise UserError(f"{file}: no such list of pictures")
+        there, wanted = set(paths), []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            parts = Path(line.strip()).parts
+            inside = next((p for k in range(len(parts)) if (p := Path(*parts[k:]).as_posix()) in there), None)
+            if inside is not None:
+                wanted.append(inside)
+            elif parts:
+                self.dropped[f"{self.name}/{line.strip()}"] = "listed, but there is no such picture"
+        return list(dict.fromkeys(wanted))
+
+    def _target(self, path: str) -> Path | None:
+        stem = self.targets / Path(path).with_suffix("")
+        return next((found for suffix in TARGETS if (found := stem.parent / (stem.name + suffix)).is_file()), None)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def id(self, index: int) -> str:
+        return self.pairs[index][0]
+
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
+        path, target = self.pairs[index]
+        id = f"{self.name}/{path}"
+        return Annotated(image=read_image(self.folder / path, id), target=read_image(target, id))
+
+    def sizes(self) -> Sequence[Size | None]:
+        return [_size(self.folder / path) for path, _ in self.pairs]
+
+    def stamp(self, index: int) -> str:
+        path, target = self.pairs[index]
+        return file_stamp(self.folder / path) + file_stamp(target)
+
+
 class SomePictures(Pictures):
     """`count` of other pictures, drawn by seed and name: a smaller draw is part of a larger one, and two annotations of
     the same pictures give nearly the same draw.
@@ -116,7 +185,7 @@ class SomePictures(Pictures):
     def __init__(self, pictures: Pictures, count: int, *, seed: int = 0, name: str = "proxies") -> None:
         if not 1 <= count <= len(pictures):
             raise UserError(f"{name}: count must be from 1 to the {len(pictures):,} pictures there are, not {count:,}")
-        self.whole = pictures
+        self.pictures = pictures
         self.known: frozenset[Known] = pictures.known
         self.dropped = pictures.dropped
         drawn = sorted(range(len(pictures)), key=lambda index: key(seed, pictures.id(index)))
@@ -126,17 +195,17 @@ class SomePictures(Pictures):
         return len(self.rows)
 
     def id(self, index: int) -> str:
-        return self.whole.id(self.rows[index])
+        return self.pictures.id(self.rows[index])
 
-    def load(self, index: int, size: Size) -> Annotated:
-        return self.whole.load(self.rows[index], size)
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
+        return self.pictures.load(self.rows[index], size, whole)
 
     def sizes(self) -> Sequence[Size | None] | None:
-        found = self.whole.sizes()
+        found = self.pictures.sizes()
         return None if found is None else [found[row] for row in self.rows]
 
     def stamp(self, index: int) -> str:
-        return self.whole.stamp(self.rows[index])
+        return self.pictures.stamp(self.rows[index])
 
 
 class ToyPictures(Pictures):
@@ -157,7 +226,7 @@ class ToyPictures(Pictures):
     def id(self, index: int) -> str:
         return f"toyworld:{self.seed}:{index}"
 
-    def load(self, index: int, size: Size) -> Annotated:
+    def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
         if size[0] != size[1]:
             raise UserError(f"toyworld draws squares, not {size[0]}x{size[1]}")
         return annotated(Scene.from_dict(self.world.sample("image", index).extra["scene"]), size[0])

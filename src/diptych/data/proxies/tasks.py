@@ -1,29 +1,42 @@
-"""The proxy tasks by name: what is shown, what is wanted, and how it is said."""
+"""The proxy tasks by name: what is shown, what is wanted, and how it is said.
+
+Two styles. `paper`: as App. 7.1 of the paper says, damage being done at the size of the step. `released`: as the
+released code does it, with its constants, damage being done at the picture's own size (`released.py`), and the colours
+of its files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
 from diptych.core.errors import UserError, unknown
-from diptych.data.proxies import degradations, perception
+from diptych.data.proxies import degradations, perception, released
 from diptych.data.proxies.annotated import Known, Pixels, View
+from diptych.data.proxies.instructions import INSTRUCTIONS
 
 Make = Callable[[View, np.random.Generator], tuple[Pixels, Pixels]]
-"""A view to (what the model reads, what it is to make), both of the view's size."""
+"""A view to (what the model reads, what it is to make)."""
+Style = Literal["paper", "released"]
+STYLES: tuple[Style, ...] = ("paper", "released")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proxy:
-    """One task. needs: what must be known of the pictures. instructions: ways to ask for it."""
+    """One task. make: in the paper's style. needs: what must be known of the pictures. instructions: ways to ask for
+    it."""
 
     name: str
     make: Make
     needs: frozenset[Known] = frozenset()
-    instructions: tuple[str, ...]
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        return INSTRUCTIONS[self.name]
 
 
 def _shown(target: Callable[[View, np.random.Generator], Pixels]) -> Make:
@@ -34,6 +47,10 @@ def _restored(degrade: Callable[[Pixels, np.random.Generator], Pixels]) -> Make:
     return lambda view, rng: (degrade(view.image, rng), view.image)
 
 
+def _released(degrade: Callable[[Pixels, released.Dice], Pixels]) -> Make:
+    return lambda view, rng: (degrade(view.image, released.GeneratorDice(rng)), view.image)
+
+
 def _dehazed(view: View, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     return degradations.hazed(view.image, rng, view.depth), view.image
 
@@ -42,61 +59,27 @@ def _same(view: View, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
     return view.image, view.image
 
 
-def _proxy(name: str, make: Make, needs: set[Known], *instructions: str) -> Proxy:
-    return Proxy(name=name, make=make, needs=frozenset(needs), instructions=instructions)
+def _proxy(name: str, make: Make, *needs: Known) -> Proxy:
+    return Proxy(name=name, make=make, needs=frozenset(needs))
 
 
 _EVERY = (
-    _proxy("semantic", _shown(perception.semantic), {"segments", "categories"},
-           "Segment the image by category.", "Produce the semantic segmentation map.",
-           "Color every region by what it is.", "Draw a semantic mask of this picture.",
-           "Show which category each pixel belongs to.", "Semantic segmentation, please."),
-    _proxy("instance", _shown(perception.instance), {"segments", "categories"},
-           "Segment every object instance.", "Give each object its own color.",
-           "Produce the instance segmentation map.", "Separate the individual objects with colors.",
-           "Draw one mask per object.", "Instance segmentation, please."),
-    _proxy("panoptic", _shown(perception.panoptic), {"segments", "categories", "panoptic"},
-           "Produce the panoptic segmentation map.", "Segment all objects and the background regions.",
-           "Color every object separately and every background region by its kind.",
-           "Draw a panoptic mask of this picture.", "Panoptic segmentation, please."),
-    _proxy("class_agnostic", _shown(perception.class_agnostic), {"segments"},
-           "Segment everything in the image.", "Give each region its own color.",
-           "Split the picture into its parts.", "Draw a mask for every segment.",
-           "Produce a segmentation map of all regions.", "Segment anything you see."),
-    _proxy("detection", _shown(perception.detection), {"segments", "categories"},
-           "Detect the objects and draw their boxes.", "Mark every object with a labeled box.",
-           "Draw bounding boxes with names.", "Find all objects and label them.", "Object detection, please."),
-    _proxy("depth", _shown(perception.depth), {"depth"},
-           "Estimate the depth map.", "Show how near each point is.", "Produce a depth image, bright is near.",
-           "Draw the depth of this scene.", "Depth estimation, please."),
-    _proxy("edges", _shown(perception.edges), set(),
-           "Detect the edges.", "Draw the edge map of this image.", "Extract the outlines.",
-           "Turn the picture into its edges.", "Produce a Canny edge map."),
-    _proxy("inpainting", _restored(degradations.holed), set(),
-           "Fill in the missing parts.", "Restore the covered regions.", "Inpaint the image.",
-           "Complete the damaged picture.", "Remove the painted marks and repair what was there."),
-    _proxy("super_resolution", _restored(degradations.lowered), set(),
-           "Increase the resolution.", "Make this image sharp and detailed.", "Upscale the picture.",
-           "Restore the high-resolution image.", "Recover the fine details."),
-    _proxy("deblurring", _restored(degradations.motion_blurred), set(),
-           "Remove the motion blur.", "Deblur the image.", "Make the shaken picture sharp.",
-           "Restore the sharp image.", "Undo the camera motion."),
-    _proxy("low_light", _restored(degradations.darkened), set(),
-           "Brighten this dark image.", "Enhance the low-light photo.", "Restore the normal exposure.",
-           "Make the dark picture clear.", "Fix the underexposed image."),
-    _proxy("denoising", _restored(degradations.noised), set(),
-           "Remove the noise.", "Denoise the image.", "Clean up this picture.",
-           "Restore the clean image.", "Get rid of the grain and artifacts."),
-    _proxy("deraining", _restored(degradations.rained), set(),
-           "Remove the rain.", "Derain the image.", "Clear away the rain streaks.",
-           "Show the scene without rain.", "Make the weather dry."),
-    _proxy("dehazing", _dehazed, set(),
-           "Remove the haze.", "Dehaze the image.", "Clear the fog.", "Show the scene in clear air.",
-           "Restore the contrast lost in the mist."),
-    _proxy("reconstruction", _same, set(),
-           "Reconstruct the image.", "Reproduce this picture.", "Draw the same image again.",
-           "Copy the image as it is.", "Keep the image unchanged."),
-)  # fmt: skip
+    _proxy("semantic", _shown(perception.semantic), "segments", "categories"),
+    _proxy("instance", _shown(perception.instance), "segments", "categories"),
+    _proxy("panoptic", _shown(perception.panoptic), "segments", "categories", "panoptic"),
+    _proxy("class_agnostic", _shown(perception.class_agnostic), "segments"),
+    _proxy("detection", _shown(perception.detection), "segments", "categories"),
+    _proxy("depth", _shown(perception.depth), "depth"),
+    _proxy("edges", _shown(perception.edges)),
+    _proxy("inpainting", _restored(degradations.holed)),
+    _proxy("super_resolution", _restored(degradations.lowered)),
+    _proxy("deblurring", _restored(degradations.motion_blurred)),
+    _proxy("low_light", _restored(degradations.darkened)),
+    _proxy("denoising", _restored(degradations.noised)),
+    _proxy("deraining", _restored(degradations.rained)),
+    _proxy("dehazing", _dehazed),
+    _proxy("reconstruction", _same),
+)
 PROXIES: Mapping[str, Proxy] = MappingProxyType({proxy.name: proxy for proxy in _EVERY})
 MIXTURES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
@@ -106,6 +89,46 @@ MIXTURES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 """The paper's: one of two with equal chance, one of three, and the mixed row of tables 6 and 7."""
+
+COLOURINGS: Mapping[str, Mapping[str, Make]] = MappingProxyType(
+    {
+        "panoptic": {"drawn": _shown(perception.panoptic), "mean": _shown(perception.panoptic_mean)},
+        "semantic": {"category": _shown(perception.semantic), "stuff": _shown(perception.semantic_stuff)},
+        "class_agnostic": {
+            "drawn": _shown(perception.class_agnostic), "ranked": _shown(perception.class_agnostic_ranked),
+        },
+    }
+)  # fmt: skip
+"""Colourings of the segmentations that have several; the first is the default of style `paper`, the second that of
+`released`."""
+
+
+def check_style(style: str, where: str) -> Style:
+    """`style` as a Style; UserError otherwise."""
+    for known in STYLES:
+        if known == style:
+            return known
+    raise unknown("style", style, STYLES, where)
+
+
+def check_colours(colours: Mapping[str, str], where: str) -> dict[str, str]:
+    """Colourings by proxy; UserError for a proxy that has one alone, or a colouring that it has not."""
+    for name, colouring in colours.items():
+        if name not in COLOURINGS:
+            raise unknown("proxy with several colourings", name, COLOURINGS, where)
+        if colouring not in COLOURINGS[name]:
+            raise unknown("colouring", colouring, COLOURINGS[name], f"{where}.{name}")
+    return dict(colours)
+
+
+def maker(proxy: Proxy, style: Style, colours: Mapping[str, str]) -> Make:
+    """How a proxy's pair is made in a style; `colours` wins over the style's own."""
+    if proxy.name in COLOURINGS:
+        choices = COLOURINGS[proxy.name]
+        return choices[colours.get(proxy.name, list(choices)[STYLES.index(style)])]
+    if style == "released" and proxy.name in released.DAMAGE:
+        return _released(released.DAMAGE[proxy.name])
+    return proxy.make
 
 
 def shares(wanted: str | Mapping[str, float], where: str) -> dict[str, float]:
