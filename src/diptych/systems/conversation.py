@@ -72,7 +72,7 @@ def learn(backbone: Backbone, batch: Batch, device: torch.device) -> Tensor:
     vision = backbone.vision_tokens([image for row in images for image in row])
     embeddings = backbone.place(backbone.embed(sequences.ids), sequences.images, vision)
     hidden = backbone.run(embeddings, sequences.mask, positions=sequences.positions).hidden
-    return next_token_loss(backbone.logits(hidden), sequences.ids, sequences.learned)
+    return next_token_loss(backbone.logits(hidden), sequences.ids, sequences.loss_mask)
 
 
 @torch.no_grad()

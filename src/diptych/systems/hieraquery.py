@@ -24,7 +24,7 @@ from diptych.core.sample import Batch, Sample
 from diptych.objectives.alignment import alignment_loss, resample
 from diptych.objectives.flow_matching import interpolate
 from diptych.parts.autoencoders.base import Autoencoder
-from diptych.parts.backbones.base import Backbone, Gridded
+from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.decoders.base import Decoder
@@ -114,8 +114,8 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
         )
         self.projector: AlignmentProjector | None = None
         if config.alignment is not None:
-            if not isinstance(backbone, Gridded):
-                raise UserError(f"alignment: the vision tokens of {type(backbone).__name__} are on no grid")
+            if not backbone.processor.sees_images:
+                raise UserError(f"alignment: {type(backbone).__name__} sees no images")
             check_layer(decoder, config.alignment.layer)
             self.projector = AlignmentProjector(decoder.hidden, backbone.width, config.alignment.hidden)
 
@@ -240,9 +240,8 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
     def image_features(self, batch: Batch) -> list[Tensor]:
         """Vision tokens of each target image as the MLLM reads them, (D, rows, columns) each."""
         backbone = self.backbone
-        assert isinstance(backbone, Gridded)
         images = [target(sample) for sample in batch]
-        grids = [backbone.vision_grid(image) for image in images]
+        grids = [backbone.processor.vision_grid(image) for image in images]
         tokens = self.backbone.vision_tokens(images)
         return [x.T.unflatten(1, grid) for x, grid in zip(tokens, grids, strict=True)]
 

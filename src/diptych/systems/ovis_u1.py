@@ -25,9 +25,10 @@ from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
 from diptych.objectives.cross_entropy import chosen_token_loss
 from diptych.objectives.flow_matching import FlowMatching, interpolate
 from diptych.parts.autoencoders.base import Autoencoder
-from diptych.parts.backbones.base import LayeredBackbone, Sequences
+from diptych.parts.backbones.base import LayeredBackbone
 from diptych.parts.backbones.native_resolution import covering, resized, whole_size
 from diptych.parts.backbones.ovis import cut
+from diptych.parts.backbones.processor import Sequences
 from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.yak import Yak
@@ -223,7 +224,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
             return image
         height, width = image.shape[-2:]
         least, most = self.settings.read_pixels
-        return resized(image, whole_size(height, width, self.backbone.image_step(), least, most))
+        return resized(image, whole_size(height, width, self.backbone.processor.image_step, least, most))
 
     def _on_canvas(self, image: Tensor, sample: Sample) -> Tensor:
         """A context image fitted to a canvas; one of the very size of the image to make stays as it is, since its
@@ -336,7 +337,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
 
     def _answers(self, read: Read, first: int) -> Tensor:
         """Cross-entropy of the learned tokens of the rows from `first` on, one value a row."""
-        learned = read.sequences.learned[first:, 1:]  # (B, L - 1)
+        learned = read.sequences.loss_mask[first:, 1:]  # (B, L - 1)
         rows, places = learned.nonzero(as_tuple=True)
         hidden = read.states[0][first:][rows, places]  # (n, D), the state before each learned token
         targets = read.sequences.ids[first:][rows, places + 1]

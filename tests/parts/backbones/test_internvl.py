@@ -15,8 +15,8 @@ from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.parts.backbones.base import Sequences
 from diptych.parts.backbones.internvl import InternVL, load_assets
+from diptych.parts.backbones.processor import Sequences
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 
 TEXTS = ["how many red circles are there?", "a red circle left of a blue square", "two", "describe the image."] * 3
@@ -105,8 +105,8 @@ def test_template_slots_and_learned_tokens(backbone: InternVL) -> None:
     )
     decode = backbone.tokenizer.decode
     assert decode(out.ids[0]) == expected
-    assert decode(out.ids[0][out.learned[0]]) == "two<|im_end|>a red circle<|im_end|>"
-    assert decode(out.ids[1][out.learned[1]]) == "a red circle<|im_end|>"
+    assert decode(out.ids[0][out.loss_mask[0]]) == "two<|im_end|>a red circle<|im_end|>"
+    assert decode(out.ids[1][out.loss_mask[1]]) == "a red circle<|im_end|>"
     assert out.images.sum(1).tolist() == [8, 0]
     length = int(out.mask[1].sum())
     assert length < out.ids.shape[1]
@@ -125,7 +125,7 @@ def test_requests_that_are_alike_are_tokenized_as_if_alone(backbone: InternVL) -
         alone = backbone.tokenize([conversation], images=[image])
         count = alone.ids.shape[1]
         assert together.ids[row, :count].equal(alone.ids[0])
-        assert together.learned[row, :count].equal(alone.learned[0])
+        assert together.loss_mask[row, :count].equal(alone.loss_mask[0])
         assert not together.mask[row, count:].any()
 
 
@@ -133,8 +133,8 @@ def test_generation_prompt_is_a_prefix_of_the_learned_turn(backbone: InternVL) -
     prompt = backbone.tokenize([asked("describe the image.")], generate=True).ids[0]
     whole = backbone.tokenize([asked("describe the image.", "\n a red circle")])
     assert whole.ids[0, : len(prompt)].tolist() == prompt.tolist()
-    assert not whole.learned[0, : len(prompt)].any()
-    assert whole.learned[0, len(prompt)]
+    assert not whole.loss_mask[0, : len(prompt)].any()
+    assert whole.loss_mask[0, len(prompt)]
 
 
 def test_template_of_the_tokenizer_files_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -188,7 +188,7 @@ def test_pixels_and_vision_tokens_equal_transformers(backbone: InternVL, size: t
     expected = backbone.image_processor(
         images=[array], input_data_format="channels_last", crop_to_patches=False, return_tensors="pt"
     )["pixel_values"]
-    torch.testing.assert_close(backbone.pixels([image]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(backbone.processor.pixels([image]).values, expected, atol=1e-5, rtol=0)
     tokens = backbone.vision_tokens([image, image])
     features = backbone.model.get_image_features(expected).pooler_output
     assert len(tokens) == 2
@@ -279,7 +279,7 @@ def test_training_reaches_every_parameter(backbone: InternVL) -> None:
     out = backbone.tokenize([asked("<image>\ndescribe the image.", "a red circle")], images=[[picture()]])
     embeddings = backbone.place(backbone.embed(out.ids), out.images, backbone.vision_tokens([picture()]))
     logits = backbone.logits(backbone.run(embeddings, out.mask).hidden)
-    targets = out.learned[:, 1:]
+    targets = out.loss_mask[:, 1:]
     torch.nn.functional.cross_entropy(logits[:, :-1][targets], out.ids[:, 1:][targets]).backward()
     silent = [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
     assert not silent
@@ -294,7 +294,7 @@ def test_generation_equals_transformers(backbone: InternVL) -> None:
     expected = backbone.model.generate(
         input_ids=prompt.ids,
         attention_mask=prompt.mask.long(),
-        pixel_values=backbone.pixels([image]),
+        pixel_values=backbone.processor.pixels([image]).values,
         do_sample=False,
         max_new_tokens=20,
     )[0, prompt.ids.shape[1] :]
@@ -325,7 +325,7 @@ def test_generation_stops_at_the_end_of_turn(backbone: InternVL) -> None:
 
 def test_generation_without_room(backbone: InternVL) -> None:
     full = torch.ones((1, 128), dtype=torch.bool)
-    prompt = Sequences(ids=torch.full((1, 128), 7), mask=full, images=~full, learned=~full)
+    prompt = Sequences(ids=torch.full((1, 128), 7), mask=full, images=~full, loss_mask=~full)
     with pytest.raises(UserError, match="no room"):
         backbone.generate(prompt, [], max_new_tokens=5)
 
@@ -370,8 +370,10 @@ def test_round_trip(backbone: InternVL, tmp_path: Path, dtype: torch.dtype | Non
     conversation = [asked("<image> a blue square", "two")]
     ours, theirs = (b.tokenize(conversation, images=[[picture()]]) for b in (backbone, again))
     assert torch.equal(ours.ids, theirs.ids)
-    assert torch.equal(ours.learned, theirs.learned)
-    assert torch.equal(backbone.pixels([picture(40, 50)]), again.pixels([picture(40, 50)]))
+    assert torch.equal(ours.loss_mask, theirs.loss_mask)
+    assert torch.equal(
+        backbone.processor.pixels([picture(40, 50)]).values, again.processor.pixels([picture(40, 50)]).values
+    )
     config = json.dumps(backbone.config())
     assert str(tmp_path) not in json.dumps(again.config())
     assert json.dumps(InternVL.from_config(json.loads(config), None).config()) == config

@@ -15,10 +15,10 @@ from diptych.checkpoints.tensors import load_into
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
 from diptych.objectives.cross_entropy import chosen_token_loss
-from diptych.parts.backbones.base import Sequences
 from diptych.parts.backbones.native_resolution import Pixels, from_levels, pack_images
 from diptych.parts.backbones.ovis import Ovis, cut, first_fit
 from diptych.parts.backbones.ovis_chat import OvisChat, padded
+from diptych.parts.backbones.processor import Sequences
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.backbones.visual_tokenizer import IMAGE, expand
 
@@ -161,10 +161,10 @@ def test_learned_tokens_are_the_answers_and_their_end() -> None:
         Message(role="assistant", text="yes"),
     ]
     encoded = chat.encode([talk, talk[:2]], [[2, 1], [1, 1]], generate=False, max_length=64)
-    learned = encoded.ids[0][encoded.learned[0]].tolist()
+    learned = encoded.ids[0][encoded.loss_mask[0]].tolist()
     assert tokenizer.decode(learned) == "two<|im_end|>yes<|im_end|>"
     assert encoded.images.sum(1).tolist() == [3, 2]
-    assert not (encoded.learned & encoded.images).any()
+    assert not (encoded.loss_mask & encoded.images).any()
     with pytest.raises(UserError, match="2 <image> placeholders but 1 images"):
         chat.encode([talk[:1]], [[1]], generate=True, max_length=64)
     with pytest.raises(UserError, match="reserved token"):

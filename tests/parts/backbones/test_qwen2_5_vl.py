@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.parts.backbones.base import Sequences
+from diptych.parts.backbones.processor import Sequences
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.learnable_queries import LearnableQueries

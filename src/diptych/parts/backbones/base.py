@@ -14,35 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """A right-padded batch of token sequences with image slots.
-
-    ids: (B, L) int64, image slots hold the backbone's image token id.
-    mask: (B, L) bool, True where a token is real.
-    images: (B, L) bool, True at image slots.
-    learned: (B, L) bool, True at tokens of assistant turns (targets of cross-entropy), end-of-turn included.
-    positions: (B, L, 3) int64 rotary positions by time, row and column, for language models whose image tokens have a
-        place in a grid (Qwen2.5-VL); None where positions count real tokens.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    images: Tensor
-    learned: Tensor
-    positions: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Sequences:
-        """The same sequences on `device`."""
-        return Sequences(
-            ids=self.ids.to(device),
-            mask=self.mask.to(device),
-            images=self.images.to(device),
-            learned=self.learned.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
-        )
+from diptych.parts.backbones.processor import Processor, Sequences, VisionInputs
 
 
 @dataclass
@@ -60,11 +32,13 @@ class Prefix:
 
 
 class Backbone(nn.Module, abc.ABC):
-    """An MLLM: vision tower, projector and causal language model, with its tokenizer and image processor.
+    """An MLLM: vision tower, projector and causal language model, with its processor.
 
     B batch, L tokens, D width of the language model, N vision tokens of one image.
     """
 
+    processor: Processor
+    """What reads texts and images for it."""
     width: int
     """D."""
     max_length: int
@@ -72,30 +46,9 @@ class Backbone(nn.Module, abc.ABC):
     position_axes: int = 1
     """3 where rotary positions are by time, row and column."""
 
-    @property
     @abc.abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the language model; UserError where it was built without one."""
-
-    @abc.abstractmethod
-    def tokenize(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        images: Sequence[Sequence[Tensor]] = (),
-        generate: bool = False,
-        opening: str = "",
-    ) -> Sequences:
-        """Conversations through the chat template.
-
-        Each `<image>` becomes as many slots as that image has vision tokens. With `generate`, an assistant turn is
-        opened, and begins with the text `opening`. UserError when placeholders and images differ in number, or when a
-        conversation is longer than `max_length` (the message says what would be cut; nothing is cut silently).
-        """
-
-    @abc.abstractmethod
-    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Images (3, H, W) in [-1, 1], any size, to projected vision tokens, each (N, D)."""
+    def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
+        """Inputs of the vision tower to projected vision tokens, (N, D) for each image."""
 
     @abc.abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
@@ -153,6 +106,32 @@ class Backbone(nn.Module, abc.ABC):
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the backbone in its own published layout: configuration, safetensors and the assets."""
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the language model; UserError where it was built without one."""
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+        whole: bool = True,
+    ) -> Sequences:
+        """`Processor.tokenize`, on the backbone's device."""
+        made = self.processor.tokenize(conversations, images=images, generate=generate, opening=opening, whole=whole)
+        return made.to(self.device)
+
+    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images (3, H, W) in [-1, 1], any size, to projected vision tokens, each (N, D)."""
+        return self.vision_features(self.processor.pixels(images).to(self.device)) if images else []
+
     def place(self, embeddings: Tensor, slots: Tensor, vision: Sequence[Tensor]) -> Tensor:
         """Embeddings (B, L, D) with vision tokens written into the image slots (B, L), in reading order."""
         if not vision:
@@ -167,28 +146,12 @@ class LayeredBackbone(Backbone, abc.ABC):
     """A backbone whose states of several layers can be had, as Ovis-U1's refiner takes them."""
 
     @abc.abstractmethod
-    def tokenize(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        images: Sequence[Sequence[Tensor]] = (),
-        generate: bool = False,
-        opening: str = "",
-        whole: bool = True,
-    ) -> Sequences:
-        """As `Backbone.tokenize`; without `whole`, a conversation may be longer than `max_length`, to be cut later."""
-
-    @abc.abstractmethod
     def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
         """States of the last `layers` layers, the last one first (and normed), each (B, L, D).
 
         With `pack`, rows are put one behind the other, without their padding, into rows of at most that many tokens
         (NaViT's packing); each still sees itself alone, and the states are the same. Padding then has zeros.
         """
-
-    @abc.abstractmethod
-    def image_step(self) -> int:
-        """Sides of images are resized to multiples of this, in pixels."""
 
     @abc.abstractmethod
     def generate(
@@ -201,11 +164,3 @@ class LayeredBackbone(Backbone, abc.ABC):
         most: int | None = None,
     ) -> list[str]:
         """As `Backbone.generate`; `most`: of a longer prompt, so many last tokens are read."""
-
-
-class Gridded(abc.ABC):
-    """What a backbone also is whose vision tokens of one image lie on a grid, row by row."""
-
-    @abc.abstractmethod
-    def vision_grid(self, image: Tensor) -> tuple[int, int]:
-        """Rows and columns of the vision tokens of an image (3, H, W); rows * columns = N."""

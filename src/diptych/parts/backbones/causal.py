@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from diptych.core.errors import UserError
 from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import Backbone, Prefix, Sequences
+from diptych.parts.backbones.base import Backbone, Prefix
+from diptych.parts.backbones.processor import Sequences
 
 
 @dataclass(frozen=True)

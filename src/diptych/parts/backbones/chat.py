@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
-from diptych.parts.backbones.base import Sequences
+from diptych.parts.backbones.processor import Sequences
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -56,6 +57,7 @@ class Chat:
             raise UserError(f"tokenizer {tokenizer.name_or_path!r}: lacks the special tokens {', '.join(missing)}")
         self.tokenizer = tokenizer
         self.image, self.start, self.end, self.end_of_turn = image, start, end, end_of_turn
+        self._image = re.compile(f"({re.escape(start)}(?:{re.escape(image)})*{re.escape(end)})")
         self.image_id: int = vocabulary[image]
         closing = vocabulary[end_of_turn]
         self.end_ids = frozenset(
@@ -161,10 +163,16 @@ class Chat:
                 )
             closing = whole.find(self.end_of_turn, len(before))
             stop = len(whole) if closing < 0 else closing + len(self.end_of_turn)
-            segments += [Segment(whole[at : len(before)], False), Segment(whole[len(before) : stop], True)]
+            segments.append(Segment(whole[at : len(before)], False))
+            segments += self._turn(whole[len(before) : stop])
             at = stop
         segments.append(Segment(whole[at:], False))
         return [segment for segment in segments if segment.text]
+
+    def _turn(self, text: str) -> list[Segment]:
+        """An assistant's turn: its words are learned, its images and the markers around them are not."""
+        pieces = self._image.split(text)  # words, image, words, ...
+        return [Segment(piece, number % 2 == 0) for number, piece in enumerate(pieces)]
 
     def _check_length(self, row: int, ids: list[int], max_length: int) -> None:
         if len(ids) <= max_length:
@@ -185,4 +193,4 @@ class Chat:
             ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
             mask[index, : len(row)] = True
             targets[index, : len(row)] = torch.tensor(target, dtype=torch.bool)
-        return Sequences(ids=ids, mask=mask, images=(ids == self.image_id) & mask, learned=targets)
+        return Sequences(ids=ids, mask=mask, images=(ids == self.image_id) & mask, loss_mask=targets)

@@ -3,45 +3,94 @@
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError
+from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import Backbone, Gridded, Sequences
+from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.causal import continued
 from diptych.parts.backbones.chat import Chat
-from diptych.parts.backbones.published import without_origin, write_model
+from diptych.parts.backbones.processor import Processor, Sequences
+from diptych.parts.backbones.published import check_rows, without_origin, write_model
 
 
-class ImageTextBackbone(Backbone, Gridded, abc.ABC):
-    """A transformers `...ForConditionalGeneration` with its chat, tokenizer and image processor."""
+class ImageTextProcessor(Processor):
+    """A chat template with an image processor of transformers.
 
-    published: ClassVar[str]
+    Args:
+        chat: None where no text is read, as in builds on the meta device.
+        vocabulary: rows of the embedding table.
+    """
+
+    name: ClassVar[str]
     """The model's name in messages."""
 
-    def __init__(self, model: Any, image_processor: Any, chat: Chat | None) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.image_processor: Any = image_processor
-        self.width = model.config.text_config.hidden_size
-        self.max_length = model.config.text_config.max_position_embeddings
+    def __init__(
+        self, chat: Chat | None, image_processor: Any, *, vocabulary: int, max_length: int, image_step: int
+    ) -> None:
         self._chat = chat
+        self.image_processor: Any = image_processor
+        self.vocabulary, self.max_length, self.image_step = vocabulary, max_length, image_step
 
     @property
     def chat(self) -> Chat:
         if self._chat is None:
-            raise UserError(f"this {self.published} was built without a tokenizer")
+            raise UserError(f"this {self.name} was built without a tokenizer")
         return self._chat
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.chat.tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        return self.chat.pad_id
+
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        slots: Sequence[Sequence[int]],
+        *,
+        generate: bool,
+        opening: str,
+        whole: bool,
+    ) -> Sequences:
+        """`tokenize` for images of so many `slots`; none where it is empty."""
+        given = slots or [[] for _ in conversations]
+        longest = self.max_length if whole else sys.maxsize
+        encoded = self.chat.encode(conversations, given, generate=generate, max_length=longest, opening=opening)
+        check_rows(encoded.ids, self.tokenizer, self.vocabulary)
+        return encoded
+
+
+class ImageTextBackbone(Backbone, abc.ABC):
+    """A transformers `...ForConditionalGeneration` with its processor."""
+
+    processor: ImageTextProcessor  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
+
+    def __init__(self, model: Any, processor: ImageTextProcessor) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.processor = processor
+        self.width = model.config.text_config.hidden_size
+        self.max_length = processor.max_length
+
+    @property
+    def chat(self) -> Chat:
+        return self.processor.chat
+
+    @property
+    def image_processor(self) -> Any:
+        return self.processor.image_processor
 
     def config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
@@ -75,3 +124,9 @@ class ImageTextBackbone(Backbone, Gridded, abc.ABC):
         """config.json, safetensors and assets, in transformers' own layout; weights as `dtype` where one is given."""
         write_model(self.model, folder, dtype)
         self.save_assets(folder)
+
+
+def to_levels(image: Tensor) -> np.ndarray:
+    """An image (3, H, W) in [-1, 1] as 8-bit values (H, W, 3), on the CPU."""
+    levels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(1, 2, 0).cpu().numpy()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,20 @@ from transformers import (
 )
 
 from diptych.core.errors import UserError
-from diptych.core.sample import Message
-from diptych.parts.backbones.base import Prefix, Sequences
+from diptych.parts.backbones.base import Prefix
 from diptych.parts.backbones.causal import run_causal
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.image_text import ImageTextBackbone
+from diptych.parts.backbones.internvl_processor import InternVLProcessor
+from diptych.parts.backbones.processor import VisionInputs
 from diptych.parts.backbones.published import (
     check_keys,
-    check_rows,
     matching_chat,
     read_config,
     read_model,
     unreadable,
 )
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 POSITION_STD = 0.5
 """Of the vision tower's position table in random weights. transformers starts it at zero, from where a small model
 does not read places for thousands of steps."""
@@ -51,8 +48,6 @@ class InternVL(ImageTextBackbone):
     Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
     """
 
-    published = "InternVL"
-
     def __init__(
         self,
         model: InternVLForConditionalGeneration,
@@ -63,17 +58,17 @@ class InternVL(ImageTextBackbone):
     ) -> None:
         config: Any = model.config
         side, tile_tokens = _geometry(config)
-        processor = image_processor or GotOcr2ImageProcessorPil(
-            size={"height": side, "width": side}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+        processor = InternVLProcessor(
+            None if tokenizer is None else matching_chat(Chat(tokenizer), tokenizer, config),
+            image_processor,
+            side=side,
+            tile_tokens=tile_tokens,
+            max_tiles=max_tiles,
+            vocabulary=config.text_config.vocab_size,
+            max_length=config.text_config.max_position_embeddings,
         )
-        size = processor.size
-        if (size["height"], size["width"]) != (side, side):
-            raise UserError(
-                f"image processor gives {size['height']}x{size['width']} px, but the vision tower takes {side}x{side}"
-            )
-        chat = None if tokenizer is None else matching_chat(Chat(tokenizer), tokenizer, config)
-        super().__init__(model, processor, chat)
-        self.max_tiles, self.image_size, self.tile_tokens = max_tiles, side, tile_tokens
+        super().__init__(model, processor)
+        self.tile_tokens = tile_tokens
 
     @classmethod
     def from_config(
@@ -119,56 +114,9 @@ class InternVL(ImageTextBackbone):
             raise unreadable(source, error) from error
         return cls(model, tokenizer, processor, max_tiles=max_tiles)
 
-    def tokenize(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        images: Sequence[Sequence[Tensor]] = (),
-        generate: bool = False,
-        opening: str = "",
-    ) -> Sequences:
-        counts = [[self._tiles(image) * self.tile_tokens for image in row] for row in images]
-        slots = counts if images else [[] for _ in conversations]
-        encoded = self.chat.encode(conversations, slots, generate=generate, max_length=self.max_length, opening=opening)
-        check_rows(encoded.ids, self.tokenizer, self.model.config.text_config.vocab_size)
-        return encoded.to(self.model.device)
-
-    def pixels(self, images: Sequence[Tensor]) -> Tensor:
-        """Images (3, H, W) in [-1, 1] to the tower's input, (tiles, 3, image_size, image_size), image by image.
-
-        Equal to the image processor on the 8-bit image. An image that has the tower's size already is only normalised:
-        no resizing, no rounding to 8 bits.
-        """
-        device = self.model.device
-        side = self.image_size
-        if self.max_tiles == 1 and all(tuple(image.shape) == (3, side, side) for image in images):
-            return self._normalised(torch.stack([image.to(device) for image in images]))
-
-        tiles: list[Tensor] = []
-        for image in images:
-            if self.max_tiles == 1 and tuple(image.shape) == (3, side, side):
-                tiles.append(self._normalised(image.to(device)[None]))
-                continue
-            levels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round()
-            array = levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
-            values = self.image_processor(
-                images=[array], input_data_format="channels_last", return_tensors="pt", **self._tiling()
-            )["pixel_values"]
-            tiles.append(values.to(device=device, dtype=torch.float32))
-        return torch.cat(tiles)
-
-    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        if not images:
-            return []
-
-        features = self.model.get_image_features(self.pixels(images)).pooler_output  # (tiles, N, D)
-        return [part.flatten(0, 1) for part in features.split([self._tiles(image) for image in images])]
-
-    def vision_grid(self, image: Tensor) -> tuple[int, int]:
-        if self.max_tiles > 1:
-            raise UserError(f"vision tokens of up to {self.max_tiles} tiles lie on no single grid; set max_tiles to 1")
-        side = math.isqrt(self.tile_tokens)
-        return side, side
+    def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
+        features = self.model.get_image_features(inputs.values).pooler_output  # (tiles, N, D)
+        return [part.flatten(0, 1) for part in features.split(inputs.counts)]
 
     def run(
         self,
@@ -194,21 +142,6 @@ class InternVL(ImageTextBackbone):
     def shard_units(self) -> list[nn.Module]:
         inner = self.model.model
         return [*inner.vision_tower.encoder.layer, *inner.language_model.layers]
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] to the processor's mean and deviation, which are of values in [0, 1]."""
-        processor = self.image_processor
-        mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
-        return ((images.float() + 1) / 2 - mean) / std
-
-    def _tiling(self) -> dict[str, Any]:
-        return {"crop_to_patches": self.max_tiles > 1, "max_patches": self.max_tiles}
-
-    def _tiles(self, image: Tensor) -> int:
-        if self.max_tiles == 1:
-            return 1
-        return self.image_processor.get_number_of_image_patches(*image.shape[-2:], images_kwargs=self._tiling())
 
 
 def load_assets(source: str | Path) -> tuple[PreTrainedTokenizerBase, GotOcr2ImageProcessorPil]:

@@ -7,7 +7,6 @@ count real tokens, which gives the same states; a conversation that is too long 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,14 +20,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError, unknown
-from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.aimv2 import AIMv2Config
-from diptych.parts.backbones.base import LayeredBackbone, Prefix, Sequences
+from diptych.parts.backbones.base import LayeredBackbone, Prefix
 from diptych.parts.backbones.causal import continued, run_causal
-from diptych.parts.backbones.native_resolution import Pixels, pack_images
+from diptych.parts.backbones.native_resolution import Pixels
 from diptych.parts.backbones.ovis_chat import NO_THOUGHTS, OvisChat
-from diptych.parts.backbones.published import check_rows, without_origin
+from diptych.parts.backbones.ovis_processor import OvisProcessor
+from diptych.parts.backbones.processor import Sequences, VisionInputs
+from diptych.parts.backbones.published import without_origin
 from diptych.parts.backbones.visual_tokenizer import IMAGE_START, SPECIAL, VisualEmbedding, VisualTokenizer
 
 MODEL_TYPE = "diptych_ovis"
@@ -60,6 +60,8 @@ class OvisConfig:
 class Ovis(LayeredBackbone):
     """See the module's docstring. Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA."""
 
+    processor: OvisProcessor  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
+
     def __init__(self, config: OvisConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
         tower = vision_config(config.vision)
@@ -72,12 +74,16 @@ class Ovis(LayeredBackbone):
         self.max_length = min(config.max_length, text.max_position_embeddings)
         self.visual_tokenizer = VisualTokenizer(tower, config.words)
         self.vte = VisualEmbedding(config.words, self.width)
-        self.pixels = Pixels(
-            patch=tower.patch_size,
-            merge=tower.hidden_stride,
-            **{name: getattr(config, name) for name in ("min_pixels", "max_pixels", "mean", "std")},
+        self.processor = OvisProcessor(
+            None if tokenizer is None else OvisChat(tokenizer, config.preface),
+            Pixels(
+                patch=tower.patch_size,
+                merge=tower.hidden_stride,
+                **{name: getattr(config, name) for name in ("min_pixels", "max_pixels", "mean", "std")},
+            ),
+            vocabulary=text.vocab_size,
+            max_length=self.max_length,
         )
-        self._chat = None if tokenizer is None else OvisChat(tokenizer, config.preface)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Ovis:
@@ -125,22 +131,12 @@ class Ovis(LayeredBackbone):
 
     @property
     def chat(self) -> OvisChat:
-        if self._chat is None:
-            raise UserError("this Ovis was built without a tokenizer")
-        return self._chat
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.chat.tokenizer
+        return self.processor.chat
 
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding table."""
         return self.llm.lm_head.weight is self.llm.get_input_embeddings().weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.vte.weight.device
 
     def config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values."""
@@ -148,36 +144,9 @@ class Ovis(LayeredBackbone):
         tower = asdict(self.visual_tokenizer.backbone.config)
         return {**asdict(self.settings), "llm": llm, "vision": tower}
 
-    def tokenize(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        images: Sequence[Sequence[Tensor]] = (),
-        generate: bool = False,
-        opening: str = "",
-        whole: bool = True,
-    ) -> Sequences:
-        counts = [[self.slots(image) for image in row] for row in images] if images else [[] for _ in conversations]
-        longest = self.max_length if whole else sys.maxsize
-        encoded = self.chat.encode(conversations, counts, generate=generate, max_length=longest, opening=opening)
-        check_rows(encoded.ids, self.tokenizer, self.llm.config.vocab_size)
-        return encoded.to(self.device)
-
-    def slots(self, image: Tensor) -> int:
-        """Visual tokens of an image (3, H, W); UserError for one that cannot be read at any size."""
-        height, width = self.pixels.size(*image.shape[-2:])
-        return height * width // self.pixels.factor**2
-
-    def image_step(self) -> int:
-        return self.pixels.factor
-
-    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        if not images:
-            return []
-
-        patches, grids = pack_images([image.to(self.device) for image in images], self.pixels)
-        tokens = self.vte(self.visual_tokenizer(patches, grids))  # (sum U, D)
-        return list(tokens.split([self.visual_tokenizer.count(grid) for grid in grids]))
+    def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
+        tokens = self.vte(self.visual_tokenizer(inputs.values, inputs.grids))  # (sum U, D)
+        return list(tokens.split([self.visual_tokenizer.count(grid) for grid in inputs.grids]))
 
     def embed(self, ids: Tensor) -> Tensor:
         """As `Backbone.embed`; indicators (-301 to -304) take rows of the visual table, slots are filled later."""
@@ -311,8 +280,8 @@ def cut(sequences: Sequences, embeddings: Tensor, most: int, kept: Kept) -> tupl
     mask = within < (lengths - rest)[:, None]
     starts = rest if kept == "last" else torch.zeros_like(rest)
     places = (within + starts[:, None]).clamp(max=sequences.mask.shape[1] - 1)
-    ids, images, learned = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.learned))
-    shorter = Sequences(ids=ids, mask=mask, images=images & mask, learned=learned & mask)
+    ids, images, loss_mask = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.loss_mask))
+    shorter = Sequences(ids=ids, mask=mask, images=images & mask, loss_mask=loss_mask & mask)
     return shorter, embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))
 
 

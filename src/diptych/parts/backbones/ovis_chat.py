@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
-from diptych.parts.backbones.base import Sequences
+from diptych.parts.backbones.processor import Sequences
 from diptych.parts.backbones.visual_tokenizer import IMAGE, expand, placeholders
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -20,7 +20,7 @@ NO_THOUGHTS = "<think>\n\n</think>\n\n"
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text, or None for an image; learned where it is an assistant's turn."""
+    """A stretch of text, or None for an image; `learned` where it is the words of an assistant's turn."""
 
     text: str | None
     learned: bool = False
@@ -133,7 +133,7 @@ class OvisChat:
             for number, stretch in enumerate(stretches):
                 text += stretch
                 if number + 1 < len(stretches):
-                    close()
+                    close(learned=message.role == "assistant")
                     found.append(Piece(None))
             text += END
             if message.role == "assistant":
@@ -172,4 +172,4 @@ def padded(rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], pad
         ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[index, : len(row)] = True
         targets[index, : len(row)] = torch.tensor(target, dtype=torch.bool)
-    return Sequences(ids=ids, mask=mask, images=(ids == IMAGE) & mask, learned=targets)
+    return Sequences(ids=ids, mask=mask, images=(ids == IMAGE) & mask, loss_mask=targets)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,29 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from diptych.core.errors import UserError
-from diptych.core.sample import Message
-from diptych.parts.backbones.base import Prefix, Sequences
+from diptych.parts.backbones.base import Prefix
 from diptych.parts.backbones.causal import run_causal
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.image_text import ImageTextBackbone
+from diptych.parts.backbones.processor import VisionInputs
 from diptych.parts.backbones.published import (
     check_keys,
-    check_rows,
     matching_chat,
     read_config,
     read_model,
     unreadable,
 )
+from diptych.parts.backbones.qwen2_5_vl_processor import Qwen2_5VLProcessor
 
 
 class Qwen2_5VL(ImageTextBackbone):
     """Window-attention vision tower, merger and a Qwen2 language model with rotary positions by time, row and column.
 
-    An image keeps its aspect ratio: it is resized to whole merged patches within the processor's least and greatest
-    area, and has N = (H / (patch * merge)) (W / (patch * merge)) vision tokens. `Sequences.positions` holds the
-    positions of image tokens, None where no conversation has an image.
-
     Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA.
     """
 
-    published = "Qwen2.5-VL"
     position_axes = 3
 
     def __init__(
@@ -67,8 +60,11 @@ class Qwen2_5VL(ImageTextBackbone):
         if tokenizer is not None:
             chat = Chat(tokenizer, image="<|image_pad|>", start="<|vision_start|>", end="<|vision_end|>")
             chat = matching_chat(chat, tokenizer, config)
-        super().__init__(model, processor, chat)
-        self.merge = merge
+        text = config.text_config
+        length = text.max_position_embeddings
+        super().__init__(
+            model, Qwen2_5VLProcessor(chat, processor, merge=merge, vocabulary=text.vocab_size, max_length=length)
+        )
 
     @classmethod
     def from_config(
@@ -124,48 +120,9 @@ class Qwen2_5VL(ImageTextBackbone):
             raise unreadable(source, error) from error
         return cls(model, tokenizer, processor)
 
-    def tokenize(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        images: Sequence[Sequence[Tensor]] = (),
-        generate: bool = False,
-        opening: str = "",
-    ) -> Sequences:
-        grids = [[self._grid(image) for image in row] for row in images]
-        slots = [[rows * columns // self.merge**2 for rows, columns in row] for row in grids]
-        encoded = self.chat.encode(
-            conversations,
-            slots if images else [[] for _ in conversations],
-            generate=generate,
-            max_length=self.max_length,
-            opening=opening,
-        )
-        check_rows(encoded.ids, self.tokenizer, self.model.config.text_config.vocab_size)
-        flat = [[1, rows, columns] for row in grids for rows, columns in row]
-        if flat:
-            positions, _ = self.model.model.get_rope_index(
-                encoded.ids,
-                mm_token_type_ids=encoded.images.int(),
-                image_grid_thw=torch.tensor(flat),
-                attention_mask=encoded.mask.long(),
-            )  # (3, B, L)
-            encoded = replace(encoded, positions=positions.permute(1, 2, 0))
-        return encoded.to(self.model.device)
-
-    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        if not images:
-            return []
-
-        levels = [((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for image in images]
-        arrays = [image.permute(1, 2, 0).cpu().numpy() for image in levels]  # each (H, W, 3)
-        inputs = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
-        pixels, grids = (inputs[name].to(self.model.device) for name in ("pixel_values", "image_grid_thw"))
-        return list(self.model.get_image_features(pixels, grids).pooler_output)  # each (N, D)
-
-    def vision_grid(self, image: Tensor) -> tuple[int, int]:
-        rows, columns = self._grid(image)
-        return rows // self.merge, columns // self.merge
+    def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
+        grids = torch.tensor(inputs.grids, device=inputs.values.device)
+        return list(self.model.get_image_features(inputs.values, grids).pooler_output)  # each (N, D)
 
     def run(
         self,
@@ -192,18 +149,3 @@ class Qwen2_5VL(ImageTextBackbone):
     def shard_units(self) -> list[nn.Module]:
         inner = self.model.model
         return [*inner.visual.blocks, *inner.language_model.layers]
-
-    def _grid(self, image: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches that the processor cuts an image into."""
-        height, width = image.shape[-2:]
-        if max(height, width) > 200 * min(height, width):
-            raise UserError(f"image of size {height}x{width}: Qwen2.5-VL takes aspect ratios up to 200")
-        size, patch = self.image_processor.size, self.image_processor.patch_size
-        rows, columns = smart_resize(
-            height,
-            width,
-            factor=patch * self.merge,
-            min_pixels=size["shortest_edge"],
-            max_pixels=size["longest_edge"],
-        )
-        return rows // patch, columns // patch

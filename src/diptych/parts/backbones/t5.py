@@ -20,11 +20,73 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import LayeredBackbone, Prefix, Sequences
+from diptych.parts.backbones.base import LayeredBackbone, Prefix
+from diptych.parts.backbones.processor import Processor, Sequences, VisionInputs
 from diptych.parts.backbones.published import without_bars, without_origin, write_model
 
 MAX_LENGTH = 512
 """Tokens, as in FLUX; T5's positions are relative, so that it sets no limit itself."""
+
+
+class T5Processor(Processor):
+    """Turns are read one after another as plain text, without marks of who speaks; there are no images."""
+
+    sees_images = False
+    max_length = MAX_LENGTH
+    image_step = 1
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise UserError("this T5 was built without a tokenizer")
+        return self._tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        return 0
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+        whole: bool = True,
+    ) -> Sequences:
+        if any(len(row) for row in images):
+            refuse("sees no images")
+        if generate:
+            refuse("answers nothing")
+        texts = ["\n".join(message.text for message in row) for row in conversations]
+        rows: list[list[int]] = self.tokenizer(texts)["input_ids"]  # type: ignore[assignment]
+        longest = self.max_length if whole else sys.maxsize
+        for number, row in enumerate(rows):
+            if len(row) > longest:
+                raise UserError(
+                    f"conversation {number}: {len(row)} tokens, but T5 is given {longest}; shorten the text"
+                )
+        length = max(map(len, rows), default=0)
+        ids = torch.zeros((len(rows), length), dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), True
+        nothing = torch.zeros_like(mask)
+        return Sequences(ids=ids, mask=mask, images=nothing, loss_mask=nothing)
+
+    def pixels(self, images: Sequence[Tensor]) -> VisionInputs:
+        refuse("sees no images")
+
+    def vision_grid(self, image: Tensor) -> tuple[int, int]:
+        refuse("sees no images")
+
+
+def refuse(what: str) -> NoReturn:
+    """UserError for what T5 cannot do."""
+    raise UserError(f"T5 {what}; use a multimodal language model as the backbone")
 
 
 class T5(LayeredBackbone):
@@ -36,7 +98,7 @@ class T5(LayeredBackbone):
     def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
         self.encoder: Any = encoder
-        self._tokenizer = tokenizer
+        self.processor = T5Processor(tokenizer)
         self.width: int = encoder.config.d_model
 
     @classmethod
@@ -56,59 +118,12 @@ class T5(LayeredBackbone):
         encoder = read_encoder(T5EncoderModel, folder, dtype)
         return cls(encoder, read_tokenizer(folder))
 
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.shared.weight.device
-
     def config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values."""
         return without_origin(self.encoder.config.to_dict())
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            raise UserError("this T5 was built without a tokenizer")
-        return self._tokenizer
-
-    def tokenize(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        images: Sequence[Sequence[Tensor]] = (),
-        generate: bool = False,
-        opening: str = "",
-        whole: bool = True,
-    ) -> Sequences:
-        if any(len(row) for row in images):
-            self._refuse("sees no images")
-        if generate:
-            self._refuse("answers nothing")
-        texts = ["\n".join(message.text for message in row) for row in conversations]
-        rows: list[list[int]] = self.tokenizer(texts)["input_ids"]  # type: ignore[assignment]
-        longest = self.max_length if whole else sys.maxsize
-        for number, row in enumerate(rows):
-            if len(row) > longest:
-                raise UserError(
-                    f"conversation {number}: {len(row)} tokens, but T5 is given {longest}; shorten the text"
-                )
-        length = max(map(len, rows), default=0)
-        ids = torch.zeros((len(rows), length), dtype=torch.long)
-        mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), True
-        nothing = torch.zeros_like(mask)
-        return Sequences(ids=ids, mask=mask, images=nothing, learned=nothing).to(self.device)
-
-    def slots(self, image: Tensor) -> int:
-        self._refuse("sees no images")
-
-    def image_step(self) -> int:
-        return 1
-
-    def vision_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        if images:
-            self._refuse("sees no images")
-        return []
+    def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
+        refuse("sees no images")
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.encoder.shared(ids)
@@ -124,7 +139,7 @@ class T5(LayeredBackbone):
     ) -> Prefix:
         """As `Backbone.run`, but every token sees all of them, so that nothing can follow."""
         if prefix is not None or cache or positions is not None:
-            self._refuse("reads a text as a whole; nothing can follow it")
+            refuse("reads a text as a whole; nothing can follow it")
         return Prefix(hidden=self.states(embeddings, mask, 1)[0], mask=mask, cache=None)
 
     def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
@@ -134,7 +149,7 @@ class T5(LayeredBackbone):
         return [out.last_hidden_state] if layers == 1 else list(out.hidden_states[: -layers - 1 : -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        self._refuse("answers nothing")
+        refuse("answers nothing")
 
     def generate(
         self,
@@ -145,7 +160,7 @@ class T5(LayeredBackbone):
         choose: NextToken = likeliest,
         most: int | None = None,
     ) -> list[str]:
-        self._refuse("answers nothing")
+        refuse("answers nothing")
 
     def named_parts(self) -> dict[str, nn.Module]:
         return {"t5": self.encoder}
@@ -159,9 +174,6 @@ class T5(LayeredBackbone):
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         write_model(self.encoder, folder, dtype)
         self.save_assets(folder)
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"T5 {what}; use a multimodal language model as the backbone")
 
 
 def t5_config(values: Mapping[str, Any]) -> T5Config:

@@ -1,0 +1,151 @@
+"""What of an MLLM runs without its weights: texts to token ids, images to the inputs of its vision tower.
+
+A processor can be pickled, so that the worker processes of a data loader have it.
+
+B conversations, L tokens, N vision tokens of one image.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from diptych.core.condition import pad_length
+from diptych.core.sample import Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """A right-padded batch of token sequences with image slots.
+
+    ids: (B, L) int64, image slots hold the backbone's image token id.
+    mask: (B, L) bool, True where a token is real.
+    images: (B, L) bool, True at image slots.
+    loss_mask: (B, L) bool, True at the words of assistant turns (targets of cross-entropy), end-of-turn included;
+        images in these turns, and the markers around them, are read and not learned.
+    positions: (B, L, 3) int64 rotary positions by time, row and column, for language models whose image tokens have a
+        place in a grid (Qwen2.5-VL); None where positions count real tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    images: Tensor
+    loss_mask: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def learned(self) -> Tensor:
+        """An earlier name of `loss_mask`."""
+        return self.loss_mask
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """The same sequences on `device`."""
+        return Sequences(
+            ids=self.ids.to(device),
+            mask=self.mask.to(device),
+            images=self.images.to(device),
+            loss_mask=self.loss_mask.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionInputs:
+    """Images as a vision tower takes them, one behind the other.
+
+    values: (sum of T, ...) patches or tiles. grids: of each image (frames, rows, columns), whose product is its T.
+    """
+
+    values: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """T of each image."""
+        return [math.prod(grid) for grid in self.grids]
+
+    def to(self, device: torch.device | str) -> VisionInputs:
+        """The same inputs on `device`."""
+        return VisionInputs(values=self.values.to(device), grids=self.grids)
+
+
+class Processor(abc.ABC):
+    """Tokenizer, chat template and image processor of an MLLM."""
+
+    sees_images: bool = True
+    """Whether it reads images at all."""
+    max_length: int
+    """Longest sequence the language model takes, in tokens."""
+    image_step: int
+    """Sides of images are resized to multiples of this, in pixels."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the language model; UserError where the model was built without one."""
+
+    @property
+    @abc.abstractmethod
+    def pad_id(self) -> int:
+        """The token id that stands where a sequence is padded."""
+
+    @abc.abstractmethod
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        images: Sequence[Sequence[Tensor]] = (),
+        generate: bool = False,
+        opening: str = "",
+        whole: bool = True,
+    ) -> Sequences:
+        """Conversations through the chat template, on the CPU.
+
+        Each `<image>` becomes as many slots as that image has vision tokens. With `generate`, an assistant turn is
+        opened, and begins with the text `opening`. UserError when placeholders and images differ in number, or when a
+        conversation is longer than `max_length` (the message says what would be cut; nothing is cut silently); without
+        `whole` it may be longer, to be cut later.
+        """
+
+    @abc.abstractmethod
+    def pixels(self, images: Sequence[Tensor]) -> VisionInputs:
+        """Images (3, H, W) in [-1, 1], any size, at least one, to the inputs of the vision tower."""
+
+    @abc.abstractmethod
+    def vision_grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of the vision tokens of an image (3, H, W); UserError where they lie on no single grid."""
+
+    def pad(self, rows: Sequence[Sequences]) -> Sequences:
+        """Sequences of any lengths as one right-padded batch."""
+        length = max(row.ids.shape[1] for row in rows)
+        ids = [torch.nn.functional.pad(row.ids, (0, length - row.ids.shape[1]), value=self.pad_id) for row in rows]
+        positions = None
+        if any(row.positions is not None for row in rows):
+            positions = torch.cat([pad_length(counted(row), length) for row in rows])
+        return Sequences(
+            ids=torch.cat(ids),
+            mask=torch.cat([pad_length(row.mask, length) for row in rows]),
+            images=torch.cat([pad_length(row.images, length) for row in rows]),
+            loss_mask=torch.cat([pad_length(row.loss_mask, length) for row in rows]),
+            positions=positions,
+        )
+
+
+def counted(row: Sequences) -> Tensor:
+    """Positions (B, L, 3); those that count real tokens where a row has none, 0 at padding."""
+    if row.positions is not None:
+        return row.positions
+    return ((row.mask.long().cumsum(1) - 1) * row.mask)[..., None].expand(-1, -1, 3)
+
+
+def join_inputs(parts: Sequence[VisionInputs]) -> VisionInputs:
+    """The images of several inputs, one behind the other."""
+    return VisionInputs(
+        values=torch.cat([part.values for part in parts]), grids=tuple(grid for part in parts for grid in part.grids)
+    )
