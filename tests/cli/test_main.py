@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +76,11 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device", "x.png"), 2),
         (UserError("two\nlines"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "folder"), 2),
+        (OSError(errno.EROFS, "Read-only file system", "folder"), 2),
+        (OSError(errno.EMFILE, "Too many open files"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2),
     ],
 )
 def test_what_ends_a_command(
@@ -86,13 +94,77 @@ def test_what_ends_a_command(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_other_errors_are_ours_and_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_ours_and_their_traceback_is_kept_without_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(argv: list[str]) -> int:
-        raise RuntimeError("ours")
+        raise RuntimeError("ours, with sk-proj-0123456789 and top-secret-value\n\x1b[2J")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("SOME_API_KEY", "top-secret-value")
+    monkeypatch.setattr(cli, "dispatch", fail)
+    assert main(["generate", "sk-proj-9876543210"]) == 70
+    said = capsys.readouterr().err
+    [file] = tmp_path.iterdir()
+    assert said.startswith(
+        "diptych: this is a fault of Diptych, not of what you gave it (RuntimeError: ours, with [key"
+    )
+    assert str(file) in said
+    report = file.read_text()
+    assert "in fail" in report
+    for text in (said, report):
+        assert "0123456789" not in text
+        assert "9876543210" not in text
+        assert "top-secret" not in text
+
+
+def test_a_fault_where_nothing_can_be_written_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: list[str]) -> int:
+        raise KeyError("ours")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(cli, "dispatch", fail)
-    with pytest.raises(RuntimeError, match="ours"):
-        main([])
+    monkeypatch.setattr("builtins.open", refuse)
+    assert main([]) == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "the traceback stands above" in said
+
+
+def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "no\x1b]0;owned\x07\rsuch\u202e\udcff"]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b]0;owned\\x07" in said
+    assert not {*said} & {*"\x1b\x07\r\u202e\udcff"}
+
+
+WAITS = """
+import signal, sys, time
+from diptych.cli import main as cli
+def wait(argv):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned", flush=True)
+cli.dispatch = wait
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "int")])
+def test_signals_end_with_their_code_after_cleaning_up(number: int, code: int, word: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, "cleaned\n")
+    assert err.startswith(f"diptych: {word}")
 
 
 def test_public_names() -> None:

@@ -12,9 +12,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from diptych.core import stopping
 from diptych.core.errors import UserError, nearest, unknown
+from diptych.core.printable import printable_streams
 
 COMMANDS = {
     "quickstart": "see it work: fine-tune a toy generator and score it before and after",
@@ -35,7 +37,8 @@ COMMANDS = {
     "confusions": "how the toy world's detector reads its own images",
     "doctor": "look at this machine and this installation",
 }
-USAGE, INTERRUPTED, FULL_DISK = 2, 130, (errno.ENOSPC, errno.EDQUOT)
+USAGE, FAULT, INTERRUPTED, FULL_DISK = 2, 70, 130, (errno.ENOSPC, errno.EDQUOT)
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,27 +59,80 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    try:
-        return dispatch(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        return complain(str(error))
-    except KeyboardInterrupt:
-        print("diptych: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
-        return 0
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
+    """Run the command; the exit code.
+
+    0: done. 1: done, with nothing to show for it. 2: a mistake in what was given, or something outside of Diptych (a
+    full disk, no permission, no memory). 70: a fault of Diptych. 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with printable_streams(), stopping.ending_on_sigterm():
+        try:
+            return dispatch(arguments)
+        except UserError as error:
+            return complain(str(error))
+        except stopping.Terminated:
+            print("diptych: terminated", file=sys.stderr)
+            return stopping.exit_code()
+        except KeyboardInterrupt:
+            print("diptych: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
+            return 0
+        except Exception as error:
+            said = surroundings(error)
+            return complain(said) if said is not None else fault(error, arguments)
+
+
+def surroundings(error: Exception) -> str | None:
+    """What stopped us that is no fault of ours: files, the disk, memory. None for anything else."""
+    if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
-        return complain(f"{place}the disk is full; free some space or choose another folder")
+        if error.errno in FULL_DISK:
+            return f"{place}the disk is full; free some space or choose another folder"
+        if error.filename is not None and not str(error.filename).startswith(PACKAGE):
+            return f"{place}cannot be read or written ({error.strerror})"
+        return f"too many files are open ({error.strerror})" if error.errno in (errno.EMFILE, errno.ENFILE) else None
+    words = f"{type(error).__name__} {error}".lower()
+    if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
+        return "not enough memory; ask for smaller or fewer images, or a smaller batch"
+    return None
+
+
+def fault(error: Exception, argv: Sequence[str]) -> int:
+    """Say that Diptych is to blame, and keep what is needed to mend it, without keys; gives the exit code."""
+    import tempfile
+    import time
+    import traceback
+
+    from diptych.core.web import redacted
+
+    told = "".join(traceback.format_exception(error))
+    report = redacted(f"diptych {' '.join(argv)}\nPython {sys.version}\n\n{told}")
+    name = f"diptych-fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (tempfile.gettempdir(), os.getcwd()):
+        path = os.path.join(folder, name)
+        try:
+            with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(report)
+        except OSError:
+            continue
+        place = f"the traceback is in {path}; please report it with that file"
+        break
+    else:
+        print(report, file=sys.stderr)
+        place = "the traceback stands above; please report it"
+    lines = redacted(str(error)).strip().splitlines() or [""]
+    what = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    print(f"diptych: this is a fault of Diptych, not of what you gave it ({what}); {place}", file=sys.stderr)
+    return FAULT
 
 
 def complain(message: str) -> int:
     """One line on stderr; gives the exit code."""
-    print(f"diptych: error: {' '.join(message.split())}", file=sys.stderr)
+    from diptych.core.web import redacted
+
+    print(f"diptych: error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     return USAGE
 
 
@@ -136,8 +192,31 @@ def formatter(prog: str) -> argparse.HelpFormatter:
 def log_to_stderr(verbose: int) -> None:
     """Warnings, with -v also information, with -vv all."""
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = StderrHandler()
+    handler.setFormatter(WithoutKeys("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("diptych").setLevel(level)
+
+
+class WithoutKeys(logging.Formatter):
+    """Lines of a log without values of secret environment variables and what looks like a key."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from diptych.core.web import redacted
+
+        return redacted(super().format(record))
+
+
+class StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what standard error is at the time."""
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from diptych.cli.progress import bars
+    from diptych.core import stopping
     from diptych.core.errors import UserError
     from diptych.recipes.quickstart import MODEL, RECIPE, quickstart
     from diptych.recipes.quickstart_report import next_commands
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if found is None:
         print(f"stopped and saved in {folder}; start again with: diptych quickstart --out {folder} --force")
-        return 0
+        return stopping.exit_code()
     before, after = (found[side]["toyeval"]["overall"] for side in ("before", "after"))
     print(f"\nToyEval {before:.2f} before, {after:.2f} after; {found['seconds']:.0f} s in all")
     print(f"report: {folder / 'report.html'}\n\ntry next:")

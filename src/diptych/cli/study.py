@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from diptych.cli.progress import bars
+    from diptych.core import stopping
     from diptych.core.errors import UserError
     from diptych.recipes import study
     from diptych.recipes.study_run import run_study
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         words += ["--jobs", str(args.jobs)] if args.jobs != 1 else []
         words += ["--set", *args.set] if args.set else []
         print(f"stopped and saved; continue with: {shlex.join(words)}")
-        return 0
+        return stopping.exit_code()
     print("\n".join(summary(found)))
     files = ["table.md", "results.json", *(["plot.png"] if found["plot"] == "plot.png" else [])]
     print(f"{out}: {', '.join(files)}")

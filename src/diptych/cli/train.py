@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers.utils import logging as transformers_logging
 
+    from diptych.core import stopping
     from diptych.recipes.train import run_folder, train
     from diptych.training.parallel import leave
 
@@ -40,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
     )
     leave()
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first speaks
-        return 0
+        return 0 if done else stopping.exit_code()
     if not done:
         words = ["diptych", "train", args.recipe, "--out", str(folder), "--resume"]
         words += ["--set", *args.set] if args.set else []
         print(f"stopped and saved; continue with: {shlex.join(words)}")
-        return 0
+        return stopping.exit_code()
     print(f"done: {folder / 'model'}")
     print(f'try: diptych generate {shlex.quote(str(folder))} "a red circle"')
     return 0

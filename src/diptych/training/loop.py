@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diptych.core import stopping
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
 from diptych.core.progress import progress_bar
@@ -216,6 +217,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        stopping.note(number)
         asked = True
 
     if threading.current_thread() is not threading.main_thread():
