@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from diptych.cli.main import main
+from diptych.core.errors import UserError
 from diptych.recipes import train as training
-from diptych.recipes.quickstart import check_room
+from diptych.recipes.quickstart_folder import MARKER, check_room, clear, marked
 
 
 def test_train_resume_and_another_recipe(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +38,7 @@ def test_a_stopped_run_says_how_to_go_on(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "train_recipe", lambda *args, **options: False)
-    assert main(["train", "tiny.yaml", "--set", "seed=4"]) == 0
+    assert main(["train", "tiny.yaml", "--set", "seed=4"]) == 130
     said = capsys.readouterr().out
     assert said == "stopped and saved; continue with: diptych train tiny.yaml --out runs/tiny --resume --set seed=4\n"
 
@@ -149,3 +150,52 @@ def test_quickstart(tiny_model: Path, tiny_recipe: Path, capfd: pytest.CaptureFi
     assert main([*command, "--out", ".", "--force"]) == 2
     assert "left alone" in capfd.readouterr().err
     check_room(folder, force=True)
+
+
+def test_force_removes_what_the_quick_start_made_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with marked(folder):
+        for name in ("results.json", "model/config.json", "checkpoints/step-00000002/state.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("ours")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "elsewhere").symlink_to(tmp_path)
+    check_room(folder, force=True)
+    clear(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["elsewhere", "notes.txt"]
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_force_leaves_a_folder_alone_that_merely_looks_like_a_run(tmp_path: Path) -> None:
+    for name in ("results.json", "recipe.yaml", "thesis.tex"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="holds other files, which are left alone"):
+        check_room(tmp_path, force=True)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("marker", ["", "[]", "{", '{"made": 3}', '{"made": ["../victim"]}', '{"made": ["/victim"]}'])
+def test_a_marker_that_lies_removes_nothing(marker: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).write_text(marker)
+    with pytest.raises(UserError):
+        check_room(tmp_path / "out", force=True)
+    assert (tmp_path / "victim").is_file()
+
+
+def test_a_killed_quick_start_can_be_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    (folder / MARKER).write_text('{"others": ["mine.txt"]}')
+    for name in ("recipe.yaml", "checkpoints/step-00000002/state.json", ".recipe.yaml.7.partial"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("ours")
+    (folder / "model").mkdir()
+    (folder / "model" / "my.docx").write_text("mine")
+    with pytest.raises(UserError, match=r"model/my\.docx was not made by the quick start"):
+        check_room(folder, force=True)
+    (folder / "model" / "my.docx").unlink()
+    clear(folder)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]

@@ -23,7 +23,7 @@ def test_study(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("s.yaml").write_text(yaml.safe_dump(plain))
     with monkeypatch.context() as patched:
         patched.setattr(study_run, "train_recipe", lambda *args, **options: False)
-        assert main(["study", "s.yaml", "--seeds", "2", "--limit", "6", "--set", "seeds=[0]"]) == 0
+        assert main(["study", "s.yaml", "--seeds", "2", "--limit", "6", "--set", "seeds=[0]"]) == 130
     command = capsys.readouterr().out.removeprefix("stopped and saved; continue with: diptych ")
     assert command == "study s.yaml --out runs/s --seeds 2 --limit 6 --set 'seeds=[0]'\n"
     assert main(shlex.split(command)) == 0

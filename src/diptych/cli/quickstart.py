@@ -10,7 +10,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/quickstart", help="the run folder (runs/quickstart)")
     parser.add_argument("--steps", type=int, help="training steps, instead of the recipe's own number")
     parser.add_argument("--limit", type=int, help="score on at most this many prompts; all when not given")
-    parser.add_argument("--force", action="store_true", help="replace the run that the folder holds")
+    parser.add_argument(
+        "--force", action="store_true", help="replace what an earlier quick start made there, and nothing else"
+    )
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
 

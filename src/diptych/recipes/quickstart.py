@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 
 from diptych.checkpoints.tensors import atomic_text
-from diptych.core.errors import UserError
 from diptych.evaluation import evaluate, toyeval
 from diptych.evaluation.pictures import grid
 from diptych.evaluation.results import TaskResult, versions
 from diptych.inference.engine import Engine, from_pil, to_pil
 from diptych.recipes import quickstart_report
 from diptych.recipes.load import load
+from diptych.recipes.quickstart_folder import check_room, clear, marked
 from diptych.recipes.quickstart_report import Shown, Story
 from diptych.recipes.recipe import Recipe, parse, set_value
 from diptych.recipes.recipe import load_plain as load_recipe
@@ -70,7 +69,7 @@ def quickstart(
     Args:
         steps: of the recipe's stages, instead of its own number.
         limit: ToyEval prompts; all when None.
-        force: replace what the folder holds, if that is a run.
+        force: replace what an earlier quick start made in the folder; other files in it are left alone.
         say: told what happens next.
 
     Returns:
@@ -85,36 +84,36 @@ def quickstart(
     parsed = parse(plain, recipe)
     check_room(folder, force)
     engine = load(model)
-    if folder.exists():
-        shutil.rmtree(folder)
-    say(f"1/4  scoring {model}: a generator that has seen images, but never a caption")
-    before = side(engine, "before", limit, progress)
-    say("2/4  fine-tuning on unlabelled images and a few hundred captions")
-    clock = time.perf_counter()
-    if not train_recipe(parsed, plain, folder, announce=say):
-        return None
-    training = time.perf_counter() - clock
-    say("3/4  scoring the fine-tuned model, on the same prompts and the same noise")
-    engine = load(str(folder))
-    after = side(engine, "after", limit, progress)
-    say("4/4  writing the report")
-    seconds = {"before": before.seconds, "training": training, "after": after.seconds}
-    seconds["total"] = time.perf_counter() - begin
-    found = {
-        "before": {toyeval.NAME: before.result.scores},
-        "after": {toyeval.NAME: after.result.scores},
-        "seconds": round(seconds["total"], 1),
-        "seconds_of": {name: round(value, 1) for name, value in seconds.items()},
-        "model": model,
-        "recipe": recipe,
-        "steps": sum(stage.steps for stage in parsed.stages.values()),
-        "seed": SEED,
-        "sampling": {**dataclasses.asdict(engine.sampling), **before.result.sampling},
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    write(folder, found, before, after, engine, parsed)
-    return found
+    clear(folder)
+    with marked(folder):
+        say(f"1/4  scoring {model}: a generator that has seen images, but never a caption")
+        before = side(engine, "before", limit, progress)
+        say("2/4  fine-tuning on unlabelled images and a few hundred captions")
+        clock = time.perf_counter()
+        if not train_recipe(parsed, plain, folder, announce=say):
+            return None
+        training = time.perf_counter() - clock
+        say("3/4  scoring the fine-tuned model, on the same prompts and the same noise")
+        engine = load(str(folder))
+        after = side(engine, "after", limit, progress)
+        say("4/4  writing the report")
+        seconds = {"before": before.seconds, "training": training, "after": after.seconds}
+        seconds["total"] = time.perf_counter() - begin
+        found = {
+            "before": {toyeval.NAME: before.result.scores},
+            "after": {toyeval.NAME: after.result.scores},
+            "seconds": round(seconds["total"], 1),
+            "seconds_of": {name: round(value, 1) for name, value in seconds.items()},
+            "model": model,
+            "recipe": recipe,
+            "steps": sum(stage.steps for stage in parsed.stages.values()),
+            "seed": SEED,
+            "sampling": {**dataclasses.asdict(engine.sampling), **before.result.sampling},
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+        write(folder, found, before, after, engine, parsed)
+        return found
 
 
 def plain_recipe(recipe: str, model: str, steps: int | None) -> dict[str, Any]:
@@ -125,24 +124,6 @@ def plain_recipe(recipe: str, model: str, steps: int | None) -> dict[str, Any]:
         for stage in plain.get("stages") or {}:
             set_value(plain, f"stages.{stage}.steps={steps}")
     return plain
-
-
-def check_room(folder: Path, force: bool) -> None:
-    """Nothing is replaced unless asked for, and only a run ever is; UserError otherwise."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: a file, not a folder; choose another --out")
-    if not any(folder.iterdir()):
-        return
-    run = (folder / "recipe.yaml").is_file() or (folder / "results.json").is_file()
-    if not run:
-        raise UserError(f"{folder}: holds other files, which are left alone; choose another --out")
-    if not force:
-        seen = f" See {folder / 'report.html'}." if (folder / "report.html").is_file() else ""
-        raise UserError(
-            f"{folder}: holds a quick start already.{seen} Replace it with --force, or choose another --out"
-        )
 
 
 def side(engine: Engine, name: str, limit: int | None, progress: Told | None) -> Side:
