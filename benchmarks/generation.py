@@ -78,7 +78,9 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, float]:
         for watch in watches.values():
             watch.seconds, watch.calls = 0.0, 0
         begin = time.perf_counter()
-        engine.generate(prompts, steps=options.steps, cfg=options.cfg, batch_size=options.images, think=options.think)
+        engine.generate(
+            prompts, steps=options.steps, cfg=options.cfg, batch_size=options.images, prompt_expansion=options.think
+        )
         synchronize(options.device)
         return time.perf_counter() - begin
 

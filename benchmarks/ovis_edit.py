@@ -50,7 +50,7 @@ def specification(size: str) -> tuple[dict[str, Any], int]:
         "num_attention_heads": 4,
     }
     config["vision"] |= {"image_size": 448, "patch_size": 14, "hidden_stride": 2}
-    config |= {"words": 8192, "min_pixels": 448 * 448, "max_pixels": 448 * 448}
+    config |= {"visual_vocab_size": 8192, "min_pixels": 448 * 448, "max_pixels": 448 * 448}
     plain |= {"canvas": 8, "canvas_pixels": [64, 65536]}
     # pixels of 1/8 side stand for the latents: the same tokens as 256 px through the VAE
     plain["decoder"]["config"] = {

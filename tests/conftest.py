@@ -88,7 +88,7 @@ def _tiny_plain(tiny_mllm: Path) -> dict[str, Any]:
             "mix": {
                 "train": ["queries", "decoder"],
                 "steps": 3,
-                "batch": 4,
+                "batch_size": 4,
                 "data": {
                     "size": 32,
                     "sources": {

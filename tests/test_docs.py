@@ -134,7 +134,7 @@ def test_toy_page_has_the_recipes_budgets() -> None:
     text = (ROOT / "docs" / "toy.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(toy/\w+)` \| (\w+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|", text, re.MULTILINE)
     told = [
-        (name, stage_name, f"{stage.steps:,}", str(stage.batch), f"{stage.steps * stage.batch:,}")
+        (name, stage_name, f"{stage.steps:,}", str(stage.batch_size), f"{stage.steps * stage.batch_size:,}")
         for name in (
             "toy/mllm",
             "toy/iomm_pretrain_image",

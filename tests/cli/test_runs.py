@@ -77,7 +77,7 @@ def test_check_names_what_is_broken(tiny_plain: dict[str, Any], capsys: pytest.C
     Path("photos/3.png").write_bytes(b"no picture")
     sources = tiny_plain["stages"]["mix"]["data"]["sources"]
     sources["pairs"] = {"kind": "folder", "task": "text_to_image", "path": "photos"}
-    tiny_plain["stages"]["mix"]["data"]["bad_share"] = 0.05
+    tiny_plain["stages"]["mix"]["data"]["max_bad_fraction"] = 0.05
     Path("r.yaml").write_text(yaml.safe_dump(tiny_plain))
     assert main(["check", "r.yaml", "--output", "sheets"]) == 0
     said = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_check_names_what_is_broken(tiny_plain: dict[str, Any], capsys: pytest.C
         Path(f"photos/{number}.png").write_bytes(b"no picture")
     assert main(["check", "r.yaml", "--output", "none"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert "unreadable, more than bad_share 5.00%" in err
+    assert "unreadable, more than max_bad_fraction 5.00%" in err
     assert "pairs/0.png" in err
     assert not Path("none").exists()
 

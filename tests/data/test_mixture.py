@@ -70,9 +70,9 @@ def test_one_source_shows_each_item_once_per_epoch() -> None:
 
 def test_a_batch_does_not_depend_on_history() -> None:
     parts: list[tuple[Source, float]] = [(Numbers(50, "a"), 1.0), (Numbers(70, "b", bad=[5, 6]), 2.0)]
-    forward = Mixture(parts, seed=1, batch=8, size=2, bad_share=0.5)
+    forward = Mixture(parts, seed=1, batch=8, size=2, max_bad_fraction=0.5)
     all_steps = [forward.batch(step) for step in range(30)]
-    fresh = Mixture(parts, seed=1, batch=8, size=2, bad_share=0.5)
+    fresh = Mixture(parts, seed=1, batch=8, size=2, max_bad_fraction=0.5)
     for step in (29, 3, 17):
         again = fresh.batch(step)
         assert again.ids == all_steps[step].ids
@@ -159,12 +159,14 @@ def test_bad_items_are_replaced_counted_and_logged_once(caplog: pytest.LogCaptur
 
 
 def test_too_many_bad_items_stop_the_run() -> None:
-    mixture = Mixture([(Numbers(200, bad=range(0, 200, 4)), 1.0)], seed=1, batch=5, size=1, bad_share=0.02)
-    with pytest.raises(UserError, match=r"items tried are unreadable, more than the bad_share of 2.00%\. numbers:"):
+    mixture = Mixture([(Numbers(200, bad=range(0, 200, 4)), 1.0)], seed=1, batch=5, size=1, max_bad_fraction=0.02)
+    with pytest.raises(
+        UserError, match=r"items tried are unreadable, more than the max_bad_fraction of 2.00%\. numbers:"
+    ):
         ids(mixture, range(40))
-    allowed = Mixture([(Numbers(200, bad=range(0, 200, 4)), 1.0)], seed=1, batch=5, size=1, bad_share=0.3)
+    allowed = Mixture([(Numbers(200, bad=range(0, 200, 4)), 1.0)], seed=1, batch=5, size=1, max_bad_fraction=0.3)
     assert len(ids(allowed, range(40))) == 200
-    strict = Mixture([(Numbers(30, bad=[3]), 1.0)], seed=1, batch=10, size=1, bad_share=0.0)
+    strict = Mixture([(Numbers(30, bad=[3]), 1.0)], seed=1, batch=10, size=1, max_bad_fraction=0.0)
     with pytest.raises(UserError, match="1 of "):
         ids(strict, range(4))
 
@@ -190,7 +192,7 @@ def test_wrong_settings() -> None:
         ([(source, 0.0)], {"size": 1}, "weight above 0"),
         ([(source, 1.0)], {}, "either a size or buckets"),
         ([(source, 1.0)], {"size": 1, "buckets": SHAPES}, "either a size or buckets"),
-        ([(source, 1.0)], {"size": 1, "bad_share": 2}, "bad_share"),
+        ([(source, 1.0)], {"size": 1, "max_bad_fraction": 2}, "max_bad_fraction"),
         ([(source, 1.0)], {"size": 1, "batch": 0}, "batch 0"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -208,7 +210,7 @@ def test_pickles_for_workers() -> None:
 def test_loader_gives_the_same_for_any_number_of_workers() -> None:
     def run(workers: int, start: int = 2) -> tuple[list[object], dict[str, str]]:
         parts = [(Numbers(60, "a", bad=[3, 4]), 1.0), (Numbers(30, "b"), 1.0)]
-        mixture = Mixture(parts, seed=1, batch=4, size=2, bad_share=0.2)
+        mixture = Mixture(parts, seed=1, batch=4, size=2, max_bad_fraction=0.2)
         rows: list[object] = []
         for step, batch, keys in loader.steps(mixture, start, 20, workers=workers):
             rows.append((step, batch.ids, batch.images().sum().item(), keys, [sample.text for sample in batch]))

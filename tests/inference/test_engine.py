@@ -88,7 +88,7 @@ def test_rules_negatives_and_several_images(engine: Engine, encoded: list[list[s
 
 @pytest.fixture
 def thinking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    prompts = replace(engine.system.settings.prompts, think="what is in {text}?")
+    prompts = replace(engine.system.settings.prompts, expansion="what is in {text}?")
     monkeypatch.setattr(engine.system, "settings", replace(engine.system.settings, prompts=prompts))
     return engine
 

@@ -13,15 +13,15 @@ from diptych.recipes.recipe import Part
 @pytest.mark.parametrize("kind", ["metaquery", "residual_query_adapter"])
 def test_queries_start_as_words(kind: str) -> None:
     backbone = build.build_backbone(Part(kind="internvl", weights="toy/mllm"), False, None)[0]
-    config = {"queries": 3, "words": "top left color", **({"heads": 4} if kind != "metaquery" else {})}
+    config = {"queries": 3, "init_text": "top left color", **({"heads": 4} if kind != "metaquery" else {})}
     conditioner = build.build_conditioner(Part(kind=kind, config=config), backbone, False)
     ids = torch.tensor([backbone.tokenizer("top left color")["input_ids"]])
     prompt = torch.randn(1, 5, backbone.width)
     found = conditioner(prompt, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(found, backbone.embed(ids))  # an untrained adapter gives its queries
-    assert config["words"], "the recipe stays as it is"
-    with pytest.raises(UserError, match="the words are 2 tokens, for 3 queries"):
-        build.build_conditioner(Part(kind=kind, config={**config, "words": "top left"}), backbone, False)
+    assert config["init_text"], "the recipe stays as it is"
+    with pytest.raises(UserError, match="init_text is 2 tokens, for 3 queries"):
+        build.build_conditioner(Part(kind=kind, config={**config, "init_text": "top left"}), backbone, False)
 
 
 def test_decoder_of_a_saved_model() -> None:
@@ -39,7 +39,10 @@ def test_decoder_of_a_saved_model() -> None:
 @pytest.mark.parametrize(
     ("part", "line"),
     [
-        (Part(kind="yak", weights="toy/iomm"), "toy/iomm is not a saved model that holds a decoder of kind yak"),
+        (
+            Part(kind="ovis_u1", weights="toy/iomm"),
+            "toy/iomm is not a saved model that holds a decoder of kind ovis_u1",
+        ),
         (Part(kind="mmdit", weights="toy/mllm"), "toy/mllm is not a saved model that holds a decoder of kind mmdit"),
         (Part(kind="mmdit", weights="toy/iomm", config={"hidden": 96}), "decoder.config.hidden: 96, but .* has 160"),
     ],

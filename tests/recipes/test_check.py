@@ -15,7 +15,7 @@ from diptych.recipes.train import run_folder
 
 
 def test_parts_origins_and_memory(tiny_plain: dict[str, Any], tiny_mllm: Path) -> None:
-    tiny_plain["stages"]["mix"] |= {"ema": 0.99, "micro_batch": 2}
+    tiny_plain["stages"]["mix"] |= {"ema_decay": 0.99, "micro_batch_size": 2}
     recipe = parse(tiny_plain)
     found = check_system(recipe)
     system = build_system(recipe.system)
@@ -35,7 +35,7 @@ def test_parts_origins_and_memory(tiny_plain: dict[str, Any], tiny_mllm: Path) -
     assert (memory.gradients, memory.optimizer, memory.ema) == (4 * learned, 8 * learned, 4 * learned)
     assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.ema + memory.activations
 
-    tiny_plain["stages"]["mix"]["micro_batch"] = 4
+    tiny_plain["stages"]["mix"]["micro_batch_size"] = 4
     twice = check_system(parse(tiny_plain)).stages[0].memory
     assert twice.activations == 2 * memory.activations
     tiny_plain["start"] = "toy/iomm"

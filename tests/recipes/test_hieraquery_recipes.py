@@ -68,7 +68,7 @@ def test_three_stages_of_two_epochs_train_all_but_the_mllm() -> None:
     tasks = [[source.task for source in stage.data.sources.values()] for stage in recipe.stages.values()]
     assert tasks == [["text_to_image"], ["image"], ["edit"]]
     epochs = [
-        stage.steps * stage.batch / count
+        stage.steps * stage.batch_size / count
         for stage, count in zip(recipe.stages.values(), (14e6, 14e6, 2e6), strict=True)
     ]
     assert epochs == pytest.approx([2, 2, 2], rel=1e-3)

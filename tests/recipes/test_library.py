@@ -101,16 +101,21 @@ def test_iomm_recipes_have_the_tables_values(name: str) -> None:
     assert isinstance(recipe.system, recipes.ComposedSpec)
     for kind, stage in recipe.stages.items():
         optimizer = stage.optimizer
-        assert (optimizer.lr, optimizer.weight_decay, optimizer.betas, stage.clip) == (1e-4, 0.0, (0.9, 0.95), 1.0)
+        assert (optimizer.lr, optimizer.weight_decay, optimizer.betas, stage.max_grad_norm) == (
+            1e-4,
+            0.0,
+            (0.9, 0.95),
+            1.0,
+        )
         assert optimizer.kind == ("muon" if recipe.system.decoder.kind == "zimage" else "adamw")
-        epochs = stage.steps * stage.batch / (11_000_000 if kind == "pretrain" else 210_000)
+        epochs = stage.steps * stage.batch_size / (11_000_000 if kind == "pretrain" else 210_000)
         expected = 5 if kind == "pretrain" or "qwen" in name else 12 if "openuni" in name else 10
         if "/l_" in name and kind == "pretrain":
             expected = 2.5
         assert epochs == pytest.approx(expected, rel=1e-3)
         shares = {source.task: 0.0 for source in stage.data.sources.values()}
         for source in stage.data.sources.values():
-            shares[source.task] += source.share
+            shares[source.task] += source.weight
         if "finetune_mix" in name:
             assert shares == {"image": 0.5, "text_to_image": 0.5}
     if "ablation" not in name:

@@ -79,10 +79,10 @@ def test_stages_have_table_2s_values() -> None:
     assert recipe.stages.keys() == TABLE_2.keys()
     for name, (steps, batch, rate, parts, tasks) in TABLE_2.items():
         stage = recipe.stages[name]
-        assert (stage.steps, stage.batch, stage.optimizer.lr) == (steps, batch, rate)
+        assert (stage.steps, stage.batch_size, stage.optimizer.lr) == (steps, batch, rate)
         assert set(stage.train) == parts
         assert {source.task for source in stage.data.sources.values()} == tasks
-        assert sum(source.share for source in stage.data.sources.values()) == pytest.approx(1)
+        assert sum(source.weight for source in stage.data.sources.values()) == pytest.approx(1)
 
 
 def test_the_configuration_goes_out_and_comes_back() -> None:
@@ -91,15 +91,17 @@ def test_the_configuration_goes_out_and_comes_back() -> None:
     assert isinstance(spec, recipes.OvisU1Spec)
     parts = {
         "backbone": {
-            k: v for k, v in system.backbone.config().items() if k in ("llm", "vision", "words", "max_length")
+            k: v
+            for k, v in system.backbone.config().items()
+            if k in ("llm", "vision", "visual_vocab_size", "max_length")
         },
         "refiner": {"context_width": 4096, "hidden": 1536, "heads": 24},
         "decoder": {**spec.decoder.config, "mlp_ratio": 4, "theta": 10_000, "qkv_bias": True, "pooled_width": 1536},
         "autoencoder": {k: v for k, v in system.origins["autoencoder"]["config"].items() if not k.startswith("_")},
-        "sampling": {"shift": "flux"},
+        "sampling": {"timestep_shift": "flux"},
     }
     back = read_config(write_config(parts), "config")
     for name in ("refiner", "decoder", "autoencoder"):
         assert back[name] == parts[name], name
-    assert back["backbone"]["words"] == 65536
-    assert back["sampling"]["shift"] == "flux"
+    assert back["backbone"]["visual_vocab_size"] == 65536
+    assert back["sampling"]["timestep_shift"] == "flux"

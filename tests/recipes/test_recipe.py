@@ -27,14 +27,14 @@ def test_merging() -> None:
 
 
 def test_bases_are_merged_in_order(tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text("seed: 1\nrun: {keep: 1, log_every: 5}\nstages: {a: {steps: 1}}\n")
+    (tmp_path / "one.yaml").write_text("seed: 1\nrun: {keep_checkpoints: 1, log_every: 5}\nstages: {a: {steps: 1}}\n")
     (tmp_path / "two.yaml").write_text(
-        f"base: {tmp_path / 'one.yaml'}\nrun: {{keep: 2}}\nstages: {{b: {{steps: 2}}}}\n"
+        f"base: {tmp_path / 'one.yaml'}\nrun: {{keep_checkpoints: 2}}\nstages: {{b: {{steps: 2}}}}\n"
     )
     (tmp_path / "three.yaml").write_text(f"# Head.\n#   more\nbase: {tmp_path / 'two.yaml'}\nseed: 3\n# not head\n")
-    assert load_plain(str(tmp_path / "three.yaml"), ["run.workers=4"]) == {
+    assert load_plain(str(tmp_path / "three.yaml"), ["run.num_workers=4"]) == {
         "seed": 3,
-        "run": {"keep": 2, "log_every": 5, "workers": 4},
+        "run": {"keep_checkpoints": 2, "log_every": 5, "num_workers": 4},
         "stages": {"a": {"steps": 1}, "b": {"steps": 2}},
     }
     assert header(str(tmp_path / "three.yaml")) == ["Head.", "more"]
@@ -77,8 +77,8 @@ def test_a_recipe_says_which_and_where(tiny_recipe: Path) -> None:
     assert plain["stages"]["mix"]["optimizer"] == {"lr": "3e-4"}
     with pytest.raises(UserError, match=rf"{tiny_recipe}: stages.mix: unknown key 'stpes'\. Did you mean 'steps'"):
         load(str(tiny_recipe), ["stages.mix.stpes=3"])
-    with pytest.raises(UserError, match=r"run: keep must be at least 1, not 0"):
-        load(str(tiny_recipe), ["run.keep=0"])
+    with pytest.raises(UserError, match=r"run: keep_checkpoints must be at least 1, not 0"):
+        load(str(tiny_recipe), ["run.keep_checkpoints=0"])
     with pytest.raises(UserError, match="no stages"):
         parse({**yaml.safe_load(tiny_recipe.read_text()), "stages": {}})
 
@@ -93,7 +93,7 @@ def test_settings_of_a_stage(tiny_plain: dict[str, Any]) -> None:
     tiny_plain["system"]["prompts"] = {"null": "Draw.", "edit": "<image> {text}"}
     stage = tiny_plain["stages"]["mix"]
     tiny_plain["stages"] = {
-        "one": {**stage, "settings": {"drop": 0.5, "prompts": {"null": "Nothing."}}},
+        "one": {**stage, "settings": {"cfg_dropout": 0.5, "prompts": {"null": "Nothing."}}},
         "two": stage,
     }
     recipe = parse(tiny_plain)
@@ -103,14 +103,14 @@ def test_settings_of_a_stage(tiny_plain: dict[str, Any]) -> None:
     apply = stage_settings(system, list(recipe.stages.values()))
     assert system.settings == own
     apply(0)
-    assert (system.settings.drop, system.settings.prompts.null) == (0.5, "Nothing.")
+    assert (system.settings.cfg_dropout, system.settings.prompts.null) == (0.5, "Nothing.")
     assert system.settings.prompts.edit == "<image> {text}"  # what the stage does not say stays
     apply(1)
     assert system.settings == own
     for settings, message in (
-        ({"drp": 0.5}, "settings of stage 1: unknown key 'drp'. Did you mean 'drop'"),
-        ({"mask_way": "mask_token"}, "mask_way 'mask_token' is learned"),
-        ({"drop": "often"}, "settings of stage 1.drop: needs a number"),
+        ({"cfg_dropot": 0.5}, "settings of stage 1: unknown key 'cfg_dropot'. Did you mean 'cfg_dropout'"),
+        ({"mask_mode": "mask_token"}, "mask_mode 'mask_token' is learned"),
+        ({"cfg_dropout": "often"}, "settings of stage 1.cfg_dropout: needs a number"),
     ):
         tiny_plain["stages"]["one"]["settings"] = settings
         with pytest.raises(UserError, match=message):

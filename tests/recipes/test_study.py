@@ -29,7 +29,7 @@ PLAIN: dict[str, Any] = {
         "first": {"recipe": "tiny.yaml", "report": False},
         "second": {
             "recipe": "tiny.yaml",
-            "set": ["stages.mix.batch=2"],
+            "set": ["stages.mix.batch_size=2"],
             "start": "first",
             "labels": {"ratio": 0.5, "tuning": "mix"},
         },

@@ -74,7 +74,7 @@ def alike(a: TokenCondition, b: TokenCondition, row: int, other: int | None = No
 
 @pytest.mark.parametrize("way", ["zero", "mask_token", "drop"])
 def test_masking_is_for_unlabelled_images_alone(way: str, make: Callable[..., ComposedSystem]) -> None:
-    system = make(mask_ratio=1.0, mask_way=way, drop=0.0)
+    system = make(mask_ratio=1.0, mask_mode=way, cfg_dropout=0.0)
     if system.mask_token is not None:
         torch.nn.init.ones_(system.mask_token)
     plain, masked = system.encode(MIXED), system.encode(MIXED, DRAWS)
@@ -89,7 +89,7 @@ def test_masking_is_for_unlabelled_images_alone(way: str, make: Callable[..., Co
 @pytest.mark.parametrize("way", ["zero", "drop"])
 def test_what_is_hidden_is_the_samples_own(way: str, make: Callable[..., ComposedSystem]) -> None:
     """The same tokens in a batch of another length, and others under another key."""
-    system = make(mask_ratio=0.5, mask_way=way, drop=0.0)
+    system = make(mask_ratio=0.5, mask_mode=way, cfg_dropout=0.0)
     alone = system.encode(Batch((IMAGE,)), DRAWS.take([1]))
     assert alike(system.encode(MIXED, DRAWS), alone, 1, 0)
     others = [system.encode(Batch((IMAGE,)), Draws([key])) for key in range(8)]
@@ -99,9 +99,9 @@ def test_what_is_hidden_is_the_samples_own(way: str, make: Callable[..., Compose
 def test_dropped_conditions_are_the_null_prompt(make: Callable[..., ComposedSystem]) -> None:
     null = make().encode(make().without(MIXED, "text_and_images"))
     assert all(alike(null, null, 0, row) for row in range(3))
-    dropped = make(drop=1.0, mask_ratio=0.5).encode(MIXED, DRAWS)
+    dropped = make(cfg_dropout=1.0, mask_ratio=0.5).encode(MIXED, DRAWS)
     assert all(alike(dropped, null, row) for row in range(3))
-    plain, some = make().encode(MIXED), make(drop=0.5)
+    plain, some = make().encode(MIXED), make(cfg_dropout=0.5)
     kept = set[bool]()
     for seed in range(8):
         draws = Draws([seed, seed + 100, seed + 200])
@@ -125,7 +125,7 @@ def test_without(make: Callable[..., ComposedSystem]) -> None:
 
 
 def test_each_task_has_its_own_terms(make: Callable[..., ComposedSystem]) -> None:
-    system = make(drop=0.0)
+    system = make(cfg_dropout=0.0)
     batch = Batch((IMAGE, PAIR, TOLD, EDIT, replace(IMAGE, image=picture(7))))
     draws = Draws([1, 2, 3, 4, 5])
     terms = system.losses(batch, draws)
@@ -146,7 +146,7 @@ def test_each_task_has_its_own_terms(make: Callable[..., ComposedSystem]) -> Non
 
 
 def test_flow_loss_by_hand(make: Callable[..., ComposedSystem]) -> None:
-    system = make(drop=0.0, flow={"logit_mean": 0.3, "logit_std": 0.7, "timestep_shift": 2.0})
+    system = make(cfg_dropout=0.0, flow={"logit_mean": 0.3, "logit_std": 0.7, "timestep_shift": 2.0})
     draws = Draws([5])
     noise, n = draws.normal("noise", 3, 32, 32), draws.normal("time")
     t = torch.sigmoid(0.3 + 0.7 * n)
@@ -159,7 +159,7 @@ def test_flow_loss_by_hand(make: Callable[..., ComposedSystem]) -> None:
 
 
 def test_a_cached_latent_stands_for_the_image(make: Callable[..., ComposedSystem]) -> None:
-    system, draws = make(drop=0.0), Draws([5])
+    system, draws = make(cfg_dropout=0.0), Draws([5])
     cached = replace(PAIR, image=None, latent=PAIR.image)
     assert system.losses(Batch((cached,)), draws) == system.losses(Batch((PAIR,)), draws)
 
@@ -194,7 +194,7 @@ def gradients(system: ComposedSystem, parts: list[str]) -> dict[str, Tensor | No
 @pytest.mark.parametrize("shown", ["all", "queries"])
 def test_reuse_is_the_plain_run_and_leaves_the_mllm_alone(shown: str, make: Callable[..., ComposedSystem]) -> None:
     """With the language model frozen its prompt runs once; letting it learn takes the plain path. Same numbers."""
-    options: dict[str, Any] = {"mask_ratio": 0.5, "drop": 0.0, "condition": shown}
+    options: dict[str, Any] = {"mask_ratio": 0.5, "cfg_dropout": 0.0, "condition": shown}
     reused = gradients(make(**options), ["queries", "decoder"])
     assert all(grad is None for name, grad in reused.items() if name.startswith("backbone."))
     plain = gradients(make(**options), ["queries", "decoder", "llm"])
@@ -209,14 +209,14 @@ def test_reuse_is_the_plain_run_and_leaves_the_mllm_alone(shown: str, make: Call
 
 
 def test_the_mask_token_learns(make: Callable[..., ComposedSystem]) -> None:
-    found = gradients(make(mask_ratio=0.5, mask_way="mask_token", drop=0.0), ["mask_token"])
+    found = gradients(make(mask_ratio=0.5, mask_mode="mask_token", cfg_dropout=0.0), ["mask_token"])
     assert found["mask_token"] is not None
     assert found["mask_token"].abs().max() > 0
     assert [name for name, grad in found.items() if grad is not None] == ["mask_token"]
 
 
 def test_parts_are_disjoint_and_whole(make: Callable[..., ComposedSystem]) -> None:
-    system = make(mask_way="mask_token")
+    system = make(mask_mode="mask_token")
     ids = [id(p) for part in system.named_parts().values() for p in set(part.parameters())]
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(p) for p in system.parameters()}
@@ -228,7 +228,7 @@ def test_the_decoder_may_see_the_queries_alone(make: Callable[..., ComposedSyste
     assert queries.tokens.shape[1] == QUERIES
     assert queries.mask is None
     torch.testing.assert_close(queries.tokens, whole.tokens[:, -QUERIES:])
-    skipped = make(skip=3).encode(MIXED)
+    skipped = make(prompt_skip=3).encode(MIXED)
     torch.testing.assert_close(skipped.tokens, whole.tokens[:, 3:])
 
 
@@ -264,4 +264,4 @@ def test_parts_that_do_not_fit(options: dict[str, Any], message: str, make: Call
 )
 def test_samples_that_cannot_be_learned(sample: Sample, message: str, make: Callable[..., ComposedSystem]) -> None:
     with pytest.raises(UserError, match=message):
-        make(drop=0.0).losses(Batch((sample,)), Draws([1]))
+        make(cfg_dropout=0.0).losses(Batch((sample,)), Draws([1]))

@@ -53,7 +53,7 @@ def plain(_tiny_plain: dict[str, Any]) -> dict[str, Any]:
     made["system"]["decoder"]["config"] |= {"condition_width": 24, "pooled_width": 12}
     made["stages"]["mix"] |= {
         "train": ["queries", "connector", "pooled", "decoder", "alignment"],
-        "weights": {"align": 0.5},
+        "loss_weights": {"align": 0.5},
     }
     return made
 
@@ -104,9 +104,9 @@ def test_every_marker_is_read_by_what_follows(make: Callable[..., HieraQuery]) -
         assert same == [later <= k for later in range(len(SCALES))]
 
 
-@pytest.mark.parametrize("times", ["shared", "own"])
-def test_losses_by_scale_and_gradients_to_every_scale(times: str, make: Callable[..., HieraQuery]) -> None:
-    system = make(times=times, drop=0.0)
+@pytest.mark.parametrize("shared", [True, False])
+def test_losses_by_scale_and_gradients_to_every_scale(shared: bool, make: Callable[..., HieraQuery]) -> None:
+    system = make(shared_timestep=shared, cfg_dropout=0.0)
     parts = system.named_parts()
     for name in ("queries", "connector", "pooled", "decoder", "alignment"):
         parts[name].requires_grad_(True)
@@ -126,7 +126,7 @@ def test_losses_by_scale_and_gradients_to_every_scale(times: str, make: Callable
 
 
 def test_the_packed_step_is_that_of_each_scale_alone(make: Callable[..., HieraQuery]) -> None:
-    system = make(drop=0.0, alignment=None)
+    system = make(cfg_dropout=0.0, alignment=None)
     packed = system.losses(MIXED, DRAWS)
     condition, data = system.encode(MIXED, DRAWS), system.scale_latents(MIXED)
     t = system._times(data, DRAWS)[0]
@@ -148,7 +148,7 @@ def test_smaller_scales_are_the_image_resized(make: Callable[..., HieraQuery]) -
 
 
 def test_cumulative_conditions_begin_with_the_smaller_scales(make: Callable[..., HieraQuery]) -> None:
-    own, seen = tokens(make()), tokens(make(sees="cumulative"))
+    own, seen = tokens(make()), tokens(make(scale_condition="cumulative"))
     for k in range(len(SCALES)):
         torch.testing.assert_close(seen[k], torch.cat(own[: k + 1], dim=1))
 
@@ -222,7 +222,7 @@ def test_features_lie_on_the_image(make: Callable[..., HieraQuery]) -> None:
 
 
 def test_smart_sizes_are_whole_patches(make: Callable[..., HieraQuery]) -> None:
-    exact, smart = make(), make(sizes="smart")
+    exact, smart = make(), make(scale_rounding="smart")
     assert (exact.image_step, smart.image_step) == (32, 8)
     assert exact.scale_sizes(32, 64) == ((8, 16), (16, 32), (32, 64))
     assert smart.scale_sizes(40, 56) == ((8, 16), (16, 32), (40, 56))
@@ -233,7 +233,7 @@ def test_smart_sizes_are_whole_patches(make: Callable[..., HieraQuery]) -> None:
 
 
 def test_a_bucket_larger_than_the_position_grid(make: Callable[..., HieraQuery], plain: dict[str, Any]) -> None:
-    system = make(sizes="smart")
+    system = make(scale_rounding="smart")
     data = parse(plain | {"stages": {"mix": plain["stages"]["mix"] | {"data": {**SOURCES, "buckets": 2.5}}}})
     check_sizes(system, data.stages["mix"].data)
     system.decoder.longest = 40

@@ -197,7 +197,7 @@ def test_the_prompt_is_worded_for_its_mllm(system: OmniGen2System) -> None:
 
 def test_an_opening_begins_the_assistants_turn(system: OmniGen2System) -> None:
     plain = row(system.encode(Batch((PAIR,))), 0)
-    opened = row(with_settings(system, opening="how many circles").encode(Batch((PAIR,))), 0)
+    opened = row(with_settings(system, assistant_prefix="how many circles").encode(Batch((PAIR,))), 0)
     backbone = system.backbone
     assert isinstance(backbone, Qwen2_5VL)
     turn = backbone.tokenizer("<|im_start|>assistant\nhow many circles", add_special_tokens=False)["input_ids"]
@@ -214,7 +214,7 @@ def test_a_thought_is_drawn_in_the_captions_place(system: OmniGen2System) -> Non
     batch = Batch((PAIR,))
     with pytest.raises(UserError, match="cannot expand prompts"):
         Engine(system, Sampling(size=(16, 16), steps=1)).generate("two", prompt_expansion=3)
-    thought, (said,) = with_settings(system, think="how many? {text}").think(batch, 3)
+    thought, (said,) = with_settings(system, expansion="how many? {text}").think(batch, 3)
     asked = [Message(role="user", text=f"how many? {PAIR.text}")]
     assert said == system.generate_text([asked], [[]], max_new_tokens=3)[0]
     assert thought.samples == (replace(PAIR, text=said),)
@@ -230,14 +230,14 @@ def test_reference_latents_are_the_autoencoders_at_whole_patches(system: OmniGen
     assert found is not None
     assert tuple(found[0][0].shape) == (4, 6, 10)  # 19 x 30 shrunk to 13.8 x 21.8, cut to multiples of 4
     assert system.encode(Batch((PAIR,))).context_latents == ((),)
-    assert with_settings(system, references=False).encode(Batch((EDIT,))).context_latents == ((),)
+    assert with_settings(system, reference_latents=False).encode(Batch((EDIT,))).context_latents == ((),)
 
 
 def test_what_the_mllm_sees(system: OmniGen2System) -> None:
     """Image states may be left out after they were read: as many tokens as text alone, but other ones."""
     text = row(system.encode(Batch((EDIT,))), 0)
-    kept = row(with_settings(system, seen="kept").encode(Batch((EDIT,))), 0)
-    left = row(with_settings(system, seen="dropped").encode(Batch((EDIT,))), 0)
+    kept = row(with_settings(system, mllm_images="kept").encode(Batch((EDIT,))), 0)
+    left = row(with_settings(system, mllm_images="dropped").encode(Batch((EDIT,))), 0)
     slots = sum(len(tokens) for tokens in system.backbone.vision_tokens(EDIT.context_images))
     marks = 4  # vision start and end of two images
     assert len(kept) == len(text) + slots + marks
@@ -250,10 +250,10 @@ def test_what_the_mllm_sees(system: OmniGen2System) -> None:
 def test_drops(system: OmniGen2System) -> None:
     batch, draws = Batch((PAIR, EDIT)), Draws([1, 2])
     plain = system.encode(batch)
-    never = with_settings(system, drop=0.0).encode(batch, draws)
+    never = with_settings(system, cfg_dropout=0.0).encode(batch, draws)
     torch.testing.assert_close(never.tokens, plain.tokens)
-    texts = with_settings(system, drop=1.0, drop_references=0.0).encode(batch, draws)
-    both = with_settings(system, drop=1.0, drop_references=1.0).encode(batch, draws)
+    texts = with_settings(system, cfg_dropout=1.0, cfg_dropout_images=0.0).encode(batch, draws)
+    both = with_settings(system, cfg_dropout=1.0, cfg_dropout_images=1.0).encode(batch, draws)
     assert [len(images) for images in texts.context_latents or ()] == [0, 2]
     assert both.context_latents == ((), ())
     torch.testing.assert_close(row(texts, 0), row(texts, 1))  # nothing of the prompt is left
@@ -340,7 +340,7 @@ def test_velocity_takes_the_projects_time(loaded: OmniGen2System) -> None:
 
 def test_losses_of_a_mixture(system: OmniGen2System) -> None:
     """Sizes and numbers of references differ; each sample's term is its own, but for its weight."""
-    with_settings(system, drop=0.0, flow=FlowMatching(timestep_shift="flux"))
+    with_settings(system, cfg_dropout=0.0, flow=FlowMatching(timestep_shift="flux"))
     batch, draws = Batch((TOLD, EDIT, PAIR, replace(EDIT, context_images=EDIT.context_images[:1]))), Draws([1, 2, 3, 4])
     terms = system.losses(batch, draws)
     assert {name: len(values) for name, values in terms.items()} == {
@@ -361,7 +361,7 @@ def test_losses_of_a_mixture(system: OmniGen2System) -> None:
 
 
 def test_flow_loss_by_hand(system: OmniGen2System) -> None:
-    with_settings(system, drop=0.0, flow=FlowMatching(timestep_shift="root", logit_mean=0.3))
+    with_settings(system, cfg_dropout=0.0, flow=FlowMatching(timestep_shift="root", logit_mean=0.3))
     draws = Draws([5])
     (loss,) = system.losses(Batch((PAIR,)), draws)["flow.text_to_image"]
     assert PAIR.image is not None
@@ -377,7 +377,7 @@ def test_flow_loss_by_hand(system: OmniGen2System) -> None:
 
 @pytest.mark.parametrize("parts", [["decoder"], ["llm"], ["vision", "projector"]])
 def test_any_part_learns_alone(parts: list[str], system: OmniGen2System) -> None:
-    with_settings(system, drop=0.0, seen="kept")
+    with_settings(system, cfg_dropout=0.0, mllm_images="kept")
     freeze(system, parts)
     torch.cat(list(system.losses(Batch((PAIR, EDIT)), Draws([1, 2])).values())).sum().backward()
     owned = {id(p) for name in parts for p in system.named_parts()[name].parameters()}
@@ -532,7 +532,7 @@ SIX = tuple(picture(8, 8, seed) for seed in range(6))
     ],
 )
 def test_samples_that_cannot_be_learned(sample: Sample, message: str, system: OmniGen2System) -> None:
-    with_settings(system, drop=0.0)
+    with_settings(system, cfg_dropout=0.0)
     system.transformer.config = replace(SIZES, axes_lens=(60, 100, 36))
     with pytest.raises(UserError, match=message):
         system.losses(Batch((sample,)), Draws([1]))

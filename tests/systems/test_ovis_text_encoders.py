@@ -60,7 +60,7 @@ def plain(encoders: Path) -> dict[str, Any]:
             "backbone": {"kind": "t5", "weights": str(encoders), "subfolder": "text_encoder_2"},
             "pooler": {"kind": "clip_text", "weights": str(encoders), "subfolder": "text_encoder"},
             "refiner": {"kind": "token_refiner", "config": {"pool": "none"}},
-            "decoder": {"kind": "yak", "config": {**config, "pooled_width": 20}},
+            "decoder": {"kind": "ovis_u1", "config": {**config, "pooled_width": 20}},
             "autoencoder": {"kind": "pixel"},
         },
         "sampling": {"size": [32, 32], "steps": 2},
@@ -69,7 +69,7 @@ def plain(encoders: Path) -> dict[str, Any]:
             "pairs": {
                 "train": ["refiner", "decoder"],
                 "steps": 2,
-                "batch": 4,
+                "batch_size": 4,
                 "data": {"size": 32, "sources": {"pairs": pairs}},
             }
         },

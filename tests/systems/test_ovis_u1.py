@@ -75,7 +75,7 @@ PAIRS: dict[str, Any] = {"kind": "toyworld", "count": 32}
 
 @pytest.fixture(scope="module")
 def plain_ovis(tiny_mllm: Path) -> dict[str, Any]:
-    stage = {"steps": 2, "batch": 4}
+    stage = {"steps": 2, "batch_size": 4}
     source = {"kind": "toyworld", "count": 32}
     tasks = ("understand", "text_to_image", "edit")
     mixed = {task: {**source, "task": task} for task in tasks}
@@ -92,7 +92,7 @@ def plain_ovis(tiny_mllm: Path) -> dict[str, Any]:
                 "config": {
                     "llm": LLM,
                     "vision": VISION,
-                    "words": 20,
+                    "visual_vocab_size": 20,
                     "max_length": 512,
                     "preface": "",
                     "min_pixels": 1024,
@@ -101,7 +101,7 @@ def plain_ovis(tiny_mllm: Path) -> dict[str, Any]:
             },
             "refiner": {"kind": "token_refiner"},
             "decoder": {
-                "kind": "yak",
+                "kind": "ovis_u1",
                 "config": {
                     "channels": 3, "patch": 8, "hidden": 32, "heads": 2, "double": 1, "single": 1, "axes": [4, 6, 6]
                 },
@@ -114,9 +114,9 @@ def plain_ovis(tiny_mllm: Path) -> dict[str, Any]:
             "adapter": {**stage, "train": ["head", "adapter"], "data": {"size": 32, "sources": mixed}},
             "understanding": {
                 "steps": 4,
-                "batch": 4,
+                "batch_size": 4,
                 "train": ["vision", "head", "adapter", "llm"],
-                "ema": 0.5,
+                "ema_decay": 0.5,
                 "data": {"size": 32, "sources": {"toy": {**source, "task": "understand"}}},
             },
             "editing": {**stage, "train": ["refiner", "decoder"], "data": {"size": 32, "sources": mixed}},
@@ -157,7 +157,7 @@ def test_an_opening_follows_the_request_and_is_never_learned(plain_ovis: dict[st
     batch = Batch((*edits(1), *(ToyWorld(seed=0).sample("understand", index) for index in range(2))))
     torch.manual_seed(0)
     without = build_system(parse(plain).system)
-    plain["system"]["prompts"] = {**plain["system"].get("prompts", {}), "opening": "how many circles"}
+    plain["system"]["prompts"] = {**plain["system"].get("prompts", {}), "assistant_prefix": "how many circles"}
     made = build_system(parse(plain).system)
     assert isinstance(without, OvisU1System)
     assert isinstance(made, OvisU1System)
@@ -375,7 +375,7 @@ def release(plain_ovis: dict[str, Any], tmp_path: Path) -> Path:
     made = build_system(parse(plain).system).to(torch.bfloat16).float()
     assert isinstance(made, OvisU1System)
     kinds = ("llm", "visual_tokenizer", "vte", "visual_generator.backbone")
-    made.origins["published"] = {"dtypes": dict.fromkeys(kinds, "bfloat16"), "head": True}
+    made.origins["release"] = {"dtypes": dict.fromkeys(kinds, "bfloat16"), "head": True}
     export_ovis(made, tmp_path / "release")
     return tmp_path / "release"
 

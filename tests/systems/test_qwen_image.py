@@ -73,7 +73,7 @@ def system(tokenizer: PreTrainedTokenizerFast) -> ComposedSystem:
     skip = len(tokenizer(TEMPLATE, add_special_tokens=False)["input_ids"])
     origins = {"conditioner": {"kind": "raw"}, "connector": {"kind": "identity"}, "autoencoder": {"kind": "pixel"}}
     return ComposedSystem(
-        ComposedConfig(prompts=spec.prompts, skip=skip, mask_ratio=0.85),
+        ComposedConfig(prompts=spec.prompts, prompt_skip=skip, mask_ratio=0.85),
         backbone=backbone,
         conditioner=Raw(),
         connector=torch.nn.Identity(),
@@ -94,7 +94,7 @@ def test_condition_is_the_pipelines(system: ComposedSystem) -> None:
         transformer=None,  # type: ignore[arg-type]
     )
     assert pipeline.prompt_template_encode.startswith(TEMPLATE)
-    pipeline.prompt_template_encode_start_idx = system.settings.skip  # 34 with the published tokenizer
+    pipeline.prompt_template_encode_start_idx = system.settings.prompt_skip  # 34 with the published tokenizer
     with torch.no_grad():
         captions = [caption or system.settings.prompts.null for caption in CAPTIONS]
         embeds, mask = pipeline._get_qwen_prompt_embeds(captions, device=torch.device("cpu"))
@@ -107,7 +107,7 @@ def test_condition_is_the_pipelines(system: ComposedSystem) -> None:
 def test_the_preset_drops_the_published_template() -> None:
     spec = recipes.load("iomm/qwen_image_finetune_mix_512")[0].system
     assert isinstance(spec, recipes.ComposedSpec)
-    assert spec.skip == 34
+    assert spec.prompt_skip == 34
     assert spec.prompts == Prompts(
         system=TEMPLATE.split("\n")[1].removesuffix("<|im_end|>"), text_to_image="{text}", null=" "
     )

@@ -59,7 +59,7 @@ def test_a_referenced_backbone_is_not_written_again(
 
 def test_a_trained_backbone_is_written(tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    tiny_plain["system"] |= {"mask_way": "mask_token", "mask_ratio": 0.25}
+    tiny_plain["system"] |= {"mask_mode": "mask_token", "mask_ratio": 0.25}
     system = saved(parse(tiny_plain), folder, ["llm", "decoder"])
     assert any(name.startswith("backbone.") for name in names(folder))
     assert "mask_token" in names(folder)

@@ -91,11 +91,14 @@ def test_an_answer_that_comes_later_changes_no_earlier_loss() -> None:
 
 @pytest.mark.parametrize(
     ("options", "dropped"),
-    [({"drop_text": 1.0, "drop_all": 0.0}, "text"), ({"drop_text": 0.0, "drop_all": 1.0}, "text_and_images")],
+    [
+        ({"cfg_dropout_text": 1.0, "cfg_dropout_all": 0.0}, "text"),
+        ({"cfg_dropout_text": 0.0, "cfg_dropout_all": 1.0}, "text_and_images"),
+    ],
 )
 @torch.no_grad()
 def test_ovis_drops_what_its_options_say(options: dict[str, float], dropped: Any) -> None:
-    """Mutant: drop_all and drop_text exchanged."""
+    """Mutant: cfg_dropout_all and cfg_dropout_text exchanged."""
     system = system_of("toy/ovis-u1", **options)
     batch = samples("edit")
     found = system.encode(batch, Draws([1, 2]))
@@ -109,7 +112,7 @@ def test_ovis_drops_what_its_options_say(options: dict[str, float], dropped: Any
 @torch.no_grad()
 def test_bagel_s_training_times_are_shifted(shift: float) -> None:
     """Mutant: BAGEL's training time shift ignored."""
-    off = {"drop_text": 0.0, "drop_vision": 0.0, "drop_latent": 0.0}
+    off = {"cfg_dropout_text": 0.0, "cfg_dropout_vit": 0.0, "cfg_dropout_vae": 0.0}
     system = system_of("toy/bagel", flow={"timestep_shift": shift, "logit_mean": 0.3, "logit_std": 0.8}, **off)
     batch, draws = samples("text_to_image", 1), Draws([7])
     data = batch.images()
@@ -122,11 +125,11 @@ def test_bagel_s_training_times_are_shifted(shift: float) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "looks"), [(("drop_vision",), False), (("drop_latent",), True)])
+@pytest.mark.parametrize(("options", "looks"), [(("cfg_dropout_vit",), False), (("cfg_dropout_vae",), True)])
 @torch.no_grad()
 def test_bagel_drops_the_reading_that_its_options_say(options: tuple[str, ...], looks: bool) -> None:
-    """Mutant: BAGEL's drop_vision and drop_latent exchanged."""
-    chances = {"drop_text": 0.0, "drop_vision": 0.0, "drop_latent": 0.0, **dict.fromkeys(options, 1.0)}
+    """Mutant: BAGEL's cfg_dropout_vit and cfg_dropout_vae exchanged."""
+    chances = {"cfg_dropout_text": 0.0, "cfg_dropout_vit": 0.0, "cfg_dropout_vae": 0.0, **dict.fromkeys(options, 1.0)}
     system = system_of("toy/bagel", **chances)
     batch = samples("edit", 1)
     looked: list[int] = []
@@ -141,7 +144,7 @@ def test_bagel_drops_the_reading_that_its_options_say(options: tuple[str, ...], 
 @torch.no_grad()
 def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
     """Mutant: HieraQuery's shared time shifted by the coarsest scale."""
-    system = system_of("toy/hieraquery", flow={"timestep_shift": "flux"}, drop=0.0)
+    system = system_of("toy/hieraquery", flow={"timestep_shift": "flux"}, cfg_dropout=0.0)
     batch, draws = samples("text_to_image"), Draws([5, 6])
     shift = flow_matching.resolution_shift(16)  # 4 x 4 patches of the 32 px image
     assert shift != pytest.approx(flow_matching.resolution_shift(1), rel=1e-3)
@@ -158,7 +161,10 @@ def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("toy/iomm", {"mask_ratio": 0.0, "drop": 0.0}), ("toy/ovis-u1", {"drop_text": 0.0, "drop_all": 0.0})],
+    [
+        ("toy/iomm", {"mask_ratio": 0.0, "cfg_dropout": 0.0}),
+        ("toy/ovis-u1", {"cfg_dropout_text": 0.0, "cfg_dropout_all": 0.0}),
+    ],
 )
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @torch.no_grad()

@@ -31,7 +31,7 @@ def pairs(share: float, **options: Any) -> dict[str, Any]:
     return {
         "kind": "toyworld",
         "task": "text_to_image",
-        "share": share,
+        "weight": share,
         "count": 64,
         "options": {"full": 0.5},
         **options,
@@ -39,17 +39,17 @@ def pairs(share: float, **options: Any) -> dict[str, Any]:
 
 
 def source(task: str, share: float) -> dict[str, Any]:
-    return {"kind": "toyworld", "task": task, "share": share, "count": 64, "seed": 5}
+    return {"kind": "toyworld", "task": task, "weight": share, "count": 64, "seed": 5}
 
 
 def stage(train: list[str], sources: dict[str, Any], **options: Any) -> dict[str, Any]:
     return {
         "train": train,
         "steps": STEPS,
-        "batch": 4,
-        "micro_batch": 3,
-        "clip": 0.5,
-        "ema": 0.9,
+        "batch_size": 4,
+        "micro_batch_size": 3,
+        "max_grad_norm": 0.5,
+        "ema_decay": 0.9,
         "optimizer": {"lr": 5.0e-4, "betas": [0.8, 0.9], "eps": 1.0e-5, "weight_decay": 0.1},
         "schedule": {"kind": "cosine", "warmup": 5, "start": 0.1, "end": 0.2},
         "data": {"size": 32, "held_out": 2, "sources": sources},
@@ -80,48 +80,53 @@ RUNS: dict[str, dict[str, Any]] = {
     "iomm": recipe(
         "toy/iomm_finetune_mix",
         "toy/iomm",
-        {"drop": 0.3, "flow": {"timestep_shift": 2.0}},
+        {"cfg_dropout": 0.3, "flow": {"timestep_shift": 2.0}},
         stage(
             ["adapter", "decoder"],
             {"images": source("image", 0.5), "pairs": pairs(0.5)},
-            weights={"flow.image": 0.3},
-            clip=0.05,
+            loss_weights={"flow.image": 0.3},
+            max_grad_norm=0.05,
         ),
     ),
     "ovis_u1": recipe(
         "toy/ovis_u1",
         "toy/ovis-u1",
-        {"drop_text": 0.2, "drop_all": 0.2, "flow": {"timestep_shift": 2.0}},
+        {"cfg_dropout_text": 0.2, "cfg_dropout_all": 0.2, "flow": {"timestep_shift": 2.0}},
         stage(
             ["vision", "head", "adapter", "llm", "refiner", "decoder"],
             {"answers": source("understand", 0.4), "pairs": pairs(0.3), "edits": source("edit", 0.3)},
-            weights={"cross_entropy": 0.5, "flow.edit": 2.0},
+            loss_weights={"cross_entropy": 0.5, "flow.edit": 2.0},
         ),
     ),
     "bagel": recipe(
         "toy/bagel",
         "toy/bagel",
-        {"drop_text": 0.2, "drop_vision": 0.4, "drop_latent": 0.1, "flow": {"timestep_shift": 2.0}},
+        {"cfg_dropout_text": 0.2, "cfg_dropout_vit": 0.4, "cfg_dropout_vae": 0.1, "flow": {"timestep_shift": 2.0}},
         stage(
             ["llm", "vision", "connector", "decoder"],
             {"answers": source("understand", 0.4), "pairs": pairs(0.3), "edits": source("edit", 0.3)},
-            weights={"cross_entropy": 0.5},
+            loss_weights={"cross_entropy": 0.5},
         ),
     ),
     "omnigen2": recipe(
         "toy/omnigen2",
         "toy/omnigen2",
-        {"drop": 0.3, "drop_references": 0.5, "flow": {"timestep_shift": 2.0}},
-        stage(["decoder"], {"pairs": pairs(0.5), "edits": source("edit", 0.5)}, weights={"flow.edit": 0.4}, clip=0.05),
+        {"cfg_dropout": 0.3, "cfg_dropout_images": 0.5, "flow": {"timestep_shift": 2.0}},
+        stage(
+            ["decoder"],
+            {"pairs": pairs(0.5), "edits": source("edit", 0.5)},
+            loss_weights={"flow.edit": 0.4},
+            max_grad_norm=0.05,
+        ),
     ),
     "hieraquery": recipe(
         "toy/hieraquery",
         "toy/hieraquery",
-        {"drop": 0.3, "flow": {"timestep_shift": "flux"}},
+        {"cfg_dropout": 0.3, "flow": {"timestep_shift": "flux"}},
         stage(
             ["queries", "connector", "decoder", "alignment"],
             {"pairs": pairs(0.5), "edits": source("edit", 0.5)},
-            weights={"align": 0.5, "flow_8x8": 2.0},
+            loss_weights={"align": 0.5, "flow_8x8": 2.0},
         ),
     ),
 }

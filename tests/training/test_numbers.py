@@ -33,7 +33,7 @@ def run(tiny_plain: dict[str, Any], tiny_model: Path, tmp_path: Path) -> Run:
     def train(name: str, *, start: Path = tiny_model, **options: Any) -> list[dict[str, Any]]:
         plain = tiny_plain
         plain["start"] = str(start)
-        plain["run"] |= {"save_every": 1, "keep": 9, "validate_every": 0, **options.pop("run", {})}
+        plain["run"] |= {"save_every": 1, "keep_checkpoints": 9, "validate_every": 0, **options.pop("run", {})}
         stage = {**plain["stages"]["mix"], "steps": 1, **options}
         values = {**plain, "stages": {"mix": stage}}
         assert train_recipe(parse(values), values, tmp_path / name)
@@ -58,7 +58,7 @@ def moved(folder: Path, tiny_model: Path) -> Tensor:
 def test_loss_weights_scale_their_terms(run: Run) -> None:
     """Mutants: loss weights ignored; a task's own weight ignored."""
     norms = {
-        name: run(name, weights=weights)[0]["grad_norm"]
+        name: run(name, loss_weights=weights)[0]["grad_norm"]
         for name, weights in {
             "plain": {},
             "tripled": {"flow": 3.0},
@@ -76,16 +76,16 @@ def test_loss_weights_scale_their_terms(run: Run) -> None:
 def test_clipping_bounds_the_gradient(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     """Mutants: clipping off; the norm logged after clipping."""
     adamw = {"lr": HUGE, "eps": HUGE, "weight_decay": 0.0}
-    norm = run("free", clip=1e9, optimizer=adamw)[0]["grad_norm"]
+    norm = run("free", max_grad_norm=1e9, optimizer=adamw)[0]["grad_norm"]
     assert moved(tmp_path / "free", tiny_model).norm().item() == pytest.approx(norm, rel=2e-3)
     limit = norm / 8
-    assert run("clipped", clip=limit, optimizer=adamw)[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert run("clipped", max_grad_norm=limit, optimizer=adamw)[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert moved(tmp_path / "clipped", tiny_model).norm().item() == pytest.approx(limit, rel=2e-3)
 
 
 def test_averages_follow_one_step_at_a_time(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     """Mutants: averages updated twice a step; the decay ignored; averages of the weights before the step."""
-    run("run", steps=2, ema=0.2, optimizer={"lr": 1e-2})
+    run("run", steps=2, ema_decay=0.2, optimizer={"lr": 1e-2})
     before = load_file(tiny_model / "model.safetensors")
     one, two = (checkpoint(tmp_path / "run", step, "trained") for step in (1, 2))
     averages = [checkpoint(tmp_path / "run", step, "ema") for step in (1, 2)]
@@ -101,7 +101,7 @@ def test_held_out_losses_are_those_of_the_averages(run: Run, tiny_plain: dict[st
     """Mutants: validation without averages; averages not put in place at a stage's end."""
     tiny_plain["stages"]["mix"]["data"]["held_out"] = 4
     validated = {"validate_every": 1}
-    rows = run("trained", steps=3, ema=0.9, optimizer={"lr": 1e-2}, run=validated)
+    rows = run("trained", steps=3, ema_decay=0.9, optimizer={"lr": 1e-2}, run=validated)
     last = [row for row in rows if "held_out/flow.image" in row][-1]
     still = run("still", start=tmp_path / "trained" / "model", optimizer={"lr": 1e-30}, run=validated)[-1]
     wanted = {name: value for name, value in last.items() if name.startswith("held_out/")}
@@ -151,7 +151,7 @@ def test_dropout_is_seeded_anew_in_each_step(tiny_plain: dict[str, Any], tmp_pat
 
 def test_micro_batches_and_tasks_weigh_alike(run: Run) -> None:
     """Mutants: gradients of passes not added up; a pass weighed by itself, not by its share of the batch."""
-    whole, cut = run("whole")[0], run("cut", micro_batch=3)[0]
+    whole, cut = run("whole")[0], run("cut", micro_batch_size=3)[0]
     assert cut.pop("stage") == whole.pop("stage")
     assert cut == pytest.approx(whole, rel=1e-4)
 
@@ -167,7 +167,7 @@ def test_the_rate_is_the_schedule_s(run: Run) -> None:
 def test_a_rate_is_in_force_in_its_own_step(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     """Mutants: the rate not handed to the optimiser; handed over after the step."""
     adamw = {"lr": HUGE, "eps": HUGE, "weight_decay": 0.0}
-    norm = run("run", clip=1e9, optimizer=adamw, schedule={"warmup": 4})[0]["grad_norm"]
+    norm = run("run", max_grad_norm=1e9, optimizer=adamw, schedule={"warmup": 4})[0]["grad_norm"]
     assert moved(tmp_path / "run", tiny_model).norm().item() == pytest.approx(norm / 4, rel=2e-3)
 
 

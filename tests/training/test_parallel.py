@@ -27,10 +27,10 @@ LAST = "checkpoints/step-00000007"
 def two_stages(plain: dict[str, Any], strategy: str) -> dict[str, Any]:
     plain = copy.deepcopy(plain)
     optimizer = {"kind": KINDS[strategy], "lr": 1e-3}
-    stage = plain["stages"].pop("mix") | {"ema": 0.5, "micro_batch": 1, "optimizer": optimizer}
+    stage = plain["stages"].pop("mix") | {"ema_decay": 0.5, "micro_batch_size": 1, "optimizer": optimizer}
     stage["data"]["held_out"] = 2
     plain["stages"] = {"first": {**stage, "steps": 4}, "second": {**stage, "train": ["decoder"], "steps": 3}}
-    plain["run"] |= {"validate_every": 3, "save_every": 2, "keep": 9, "strategy": strategy}
+    plain["run"] |= {"validate_every": 3, "save_every": 2, "keep_checkpoints": 9, "strategy": strategy}
     return plain
 
 
@@ -41,18 +41,18 @@ def all_tasks(tokenizer: Path) -> dict[str, Any]:
     llm = {"model_type": "qwen3", "vocab_size": 320, "hidden_size": 24, "intermediate_size": 32, "head_dim": 12}
     llm |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = {"words": 20, "max_length": 512, "preface": "", "min_pixels": 1024, "max_pixels": 1024}
+    config = {"visual_vocab_size": 20, "max_length": 512, "preface": "", "min_pixels": 1024, "max_pixels": 1024}
     config |= {"llm": {**llm, "tie_word_embeddings": False}, "vision": {**vision, "image_size": 32, "patch_size": 8}}
     decoder = {"channels": 3, "patch": 8, "hidden": 32, "heads": 2, "double": 1, "single": 1, "axes": [4, 6, 6]}
     stage = {
         "train": ["vision", "head", "adapter", "llm", "refiner", "decoder"],
         "steps": 3,
-        "batch": 8,
-        "micro_batch": 1,
+        "batch_size": 8,
+        "micro_batch_size": 1,
         "optimizer": {"lr": 1e-3},
         "data": {
             "size": 32,
-            "sources": {task: {**source, "task": task, "share": share} for task, share in tasks.items()},
+            "sources": {task: {**source, "task": task, "weight": share} for task, share in tasks.items()},
         },
     }
     return {
@@ -65,7 +65,7 @@ def all_tasks(tokenizer: Path) -> dict[str, Any]:
             "read_pixels": None,
             "backbone": {"kind": "ovis", "tokenizer": str(tokenizer), "config": config},
             "refiner": {"kind": "token_refiner"},
-            "decoder": {"kind": "yak", "config": decoder},
+            "decoder": {"kind": "ovis_u1", "config": decoder},
             "autoencoder": {"kind": "pixel"},
         },
         "sampling": {"size": [32, 32], "steps": 2},

@@ -31,18 +31,24 @@ def two_stages(plain: dict[str, Any]) -> dict[str, Any]:
     plain["system"] |= {
         "conditioner": {"kind": "residual_query_adapter", "config": {"queries": 4, "heads": 4}},
         "mask_ratio": 0.5,
-        "drop": 0.3,
+        "cfg_dropout": 0.3,
     }
     stage = plain["stages"].pop("mix")
     stage["data"]["sources"]["edits"] = {"kind": "toyworld", "task": "edit", "count": 16, "seed": 3}
     stage["data"]["held_out"] = 2
-    stage |= {"batch": 4, "micro_batch": 3, "ema": 0.9, "optimizer": {"kind": "adamw", "lr": 1e-3}}
+    stage |= {"batch_size": 4, "micro_batch_size": 3, "ema_decay": 0.9, "optimizer": {"kind": "adamw", "lr": 1e-3}}
     schedule = {"kind": "cosine", "warmup": 4}
     plain["stages"] = {
         "first": {**stage, "train": ["adapter", "decoder"], "steps": FIRST},
-        "second": {**stage, "train": ["decoder"], "steps": SECOND, "schedule": schedule, "settings": {"drop": 0.5}},
+        "second": {
+            **stage,
+            "train": ["decoder"],
+            "steps": SECOND,
+            "schedule": schedule,
+            "settings": {"cfg_dropout": 0.5},
+        },
     }
-    plain["run"] |= {"save_every": 3, "validate_every": 7, "log_every": 2, "keep": 2}
+    plain["run"] |= {"save_every": 3, "validate_every": 7, "log_every": 2, "keep_checkpoints": 2}
     return plain
 
 
@@ -116,14 +122,14 @@ def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path
 def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to the whole group, loading worker included, saves the step it meets; the rest follows without one."""
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
-    plain["run"] |= {"workers": 1, "save_every": 0}
+    plain["run"] |= {"num_workers": 1, "save_every": 0}
     process = start(plain, folder)
     said = signalled(process, folder, 4, signal.SIGTERM)
     assert process.returncode == 0, said
     assert "stopped and saved; continue with:" in said
     (checkpoint,) = state.checkpoints(folder / "checkpoints")
     assert 4 <= state.read_progress(checkpoint).total < FIRST
-    plain["run"] |= {"workers": 0, "save_every": 3}
+    plain["run"] |= {"num_workers": 0, "save_every": 3}
     assert run(plain, folder, resume=True)
     same_runs(unbroken, folder)
 
@@ -152,7 +158,7 @@ def test_killed_at_the_end_of_a_stage(unbroken: Path, tiny_plain: dict[str, Any]
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_change_nothing(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     plain = two_stages(tiny_plain)
-    plain["run"] |= {"workers": 1}
+    plain["run"] |= {"num_workers": 1}
     assert run(plain, tmp_path / "run")
     same_runs(unbroken, tmp_path / "run")
 
@@ -197,7 +203,7 @@ def test_an_unfinished_run_is_its_averages(tiny_plain: dict[str, Any], tmp_path:
         ("seed", 9, "seed: 1 there, 9 here"),
         ("run.precision", "bf16", "run.precision: 'fp32' there, 'bf16' here"),
         ("stages.second.steps", 5, f"stages.second.steps: {SECOND} there, 5 here"),
-        ("run.keep", 7, None),
+        ("run.keep_checkpoints", 7, None),
     ],
 )
 def test_another_recipe(

@@ -245,13 +245,16 @@ def test_a_checkpoint_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RunConfig(keep=0), "keep must be at least 1"),
+        (lambda: RunConfig(keep_checkpoints=0), "keep_checkpoints must be at least 1"),
         (lambda: RunConfig(log_every=0), "log_every must be at least 1"),
         (lambda: RunConfig(save_every=-1), "save_every must be at least 0"),
-        (lambda: StageConfig(name="a", train=(), steps=1, batch=1), "trains nothing"),
-        (lambda: StageConfig(name="a", train=("decoder",), steps=0, batch=1), "steps must be at least 1"),
-        (lambda: StageConfig(name="a", train=("decoder",), steps=1, batch=1, ema=1.0), "ema must be between"),
-        (lambda: StageConfig(name="a", train=("decoder",), steps=1, batch=1, micro_batch=0), "micro_batch"),
+        (lambda: StageConfig(name="a", train=(), steps=1, batch_size=1), "trains nothing"),
+        (lambda: StageConfig(name="a", train=("decoder",), steps=0, batch_size=1), "steps must be at least 1"),
+        (
+            lambda: StageConfig(name="a", train=("decoder",), steps=1, batch_size=1, ema_decay=1.0),
+            "ema_decay must be between",
+        ),
+        (lambda: StageConfig(name="a", train=("decoder",), steps=1, batch_size=1, micro_batch_size=0), "micro_batch"),
     ],
 )
 def test_bad_numbers(make: Any, message: str) -> None:

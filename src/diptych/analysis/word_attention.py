@@ -225,10 +225,10 @@ def read(system: AssembledSystem, batch: Batch) -> Request:
     if isinstance(system, HieraQuery):
         reading = query_reading(calls, system.conditioner.count, length)
         scales = [own[0] for own in system.hierarchy.split(reading[None])]  # (N_k, L) each, markers left out
-        spread = torch.cat(scales) if system.settings.sees == "cumulative" else scales[-1]
+        spread = torch.cat(scales) if system.settings.scale_condition == "cumulative" else scales[-1]
         return Request(condition, ids, spread)
     if isinstance(system, AskingSystem):
-        skip, queries = system.settings.skip, system.conditioner.count
+        skip, queries = system.settings.prompt_skip, system.conditioner.count
         kept = min(queries, count)
         spread = torch.zeros(count, length)
         if system.settings.condition == "all" and count > kept:

@@ -80,13 +80,13 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, dict[str, An
     sampling: dict[str, Any] = {"size": [1024, 1024], "steps": 50, "cfg": 5.0}
     sampling["edit"] = {"cfg": 6.0, "image_cfg": 1.5}
     if generator.get("timestep_shift"):
-        sampling["shift"] = "flux"
+        sampling["timestep_shift"] = "flux"
     return {
         "backbone": {
             "llm": {key: value for key, value in llm.items() if key not in STRIP and not key.startswith("_")},
             "vision": {"hidden_stride": tokenizer.get("hidden_stride", 2)}
             | {key: value for key, value in tower.items() if key in TOWER},
-            "words": need(tokenizer, "vocab_size", f"{where}: visual_tokenizer_config"),
+            "visual_vocab_size": need(tokenizer, "vocab_size", f"{where}: visual_tokenizer_config"),
             "max_length": config.get("multimodal_max_length", llm.get("max_position_embeddings", 32768)),
         },
         "refiner": {"context_width": need(generator, "context_in_dim", place), "hidden": width, "heads": 2 * heads},
@@ -119,7 +119,7 @@ def write_config(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "llm_config": dict(backbone["llm"]),
         "visual_tokenizer_config": {
             "model_type": "aimv2_visual_tokenizer",
-            "vocab_size": backbone["words"],
+            "vocab_size": backbone["visual_vocab_size"],
             "tokenize_function": "softmax",
             "hidden_stride": backbone["vision"]["hidden_stride"],
             "backbone_config": {"model_type": "aimv2", **backbone["vision"]},
@@ -140,7 +140,7 @@ def write_config(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "qkv_bias": decoder["qkv_bias"],
             "guidance_embed": False,
             "txt_type": "refiner",
-            "timestep_shift": parts["sampling"].get("shift") == "flux",
+            "timestep_shift": parts["sampling"].get("timestep_shift") == "flux",
             "base_shift": 0.5,
             "max_shift": 1.15,
             "vae_config": dict(parts["autoencoder"]),

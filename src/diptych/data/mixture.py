@@ -74,7 +74,7 @@ class Mixture:
         batch: samples per step, over all ranks.
         size: (height, width), or the side of a square; or
         buckets: sizes to assign items to, as from `diptych.data.buckets.buckets`.
-        bad_share: largest tolerated share of unreadable items among the distinct items tried.
+        max_bad_fraction: largest tolerated share of unreadable items among the distinct items tried.
         max_loss: largest share of an image that the crop to its bucket may lose before it is left out.
         balanced: the weights hold in every batch, not only on average.
         own_size, stride: each target has a size of its own, which this rule gives it from its picture's, in multiples
@@ -92,7 +92,7 @@ class Mixture:
         batch: int,
         size: int | Size | None = None,
         buckets: Sequence[Size] | None = None,
-        bad_share: float = 0.01,
+        max_bad_fraction: float = 0.01,
         max_loss: float = 0.5,
         balanced: bool = False,
         own_size: SizeRule | None = None,
@@ -112,12 +112,12 @@ class Mixture:
         if own_size is not None and buckets:
             raise UserError("a mixture takes either sizes of the pictures' own or buckets")
         self.own_size, self.stride = own_size, stride
-        if not 0 <= bad_share <= 1:
-            raise UserError(f"bad_share {bad_share} must be between 0 and 1")
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1")
         total = sum(weight for _, weight in parts)
         self.sources = [source for source, _ in parts]
         self.weights = [weight / total for _, weight in parts]
-        self.seed, self.batch_size, self.bad_share, self.max_loss = seed, batch, bad_share, max_loss
+        self.seed, self.batch_size, self.max_bad_fraction, self.max_loss = seed, batch, max_bad_fraction, max_loss
         self.balanced = balanced
         self._stride = _spreading_stride(batch)
         self.bucketed = bool(buckets)
@@ -184,14 +184,15 @@ class Mixture:
         items = sum(len(source) for source, weight in zip(self.sources, self.weights, strict=True) if weight > 0)
         if tried >= min(_FEWEST_TRIED, items) and bad > self.tolerated(tried):
             raise UserError(
-                f"{bad:,} of {tried:,} items tried are unreadable, more than the bad_share of {self.bad_share:.2%}. "
+                f"{bad:,} of {tried:,} items tried are unreadable, more than the max_bad_fraction of "
+                f"{self.max_bad_fraction:.2%}. "
                 f"{_named(self.skipped)}"
             )
 
     def tolerated(self, tried: int) -> float:
         """Bad items that `tried` may hold. Chance (three standard deviations and one item) is allowed for, so that one
         bad file among the first few does not stop a run whose data as a whole are well within the share."""
-        expected = self.bad_share * tried
+        expected = self.max_bad_fraction * tried
         return expected + 3 * math.sqrt(expected) + 1 if expected else 0.0
 
     def _slots(self, rank: int, world: int) -> range:

@@ -39,12 +39,13 @@ from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.omnigen2 import OmniGen2, OmniGen2Config
+from diptych.parts.decoders.ovis_u1 import OvisU1Decoder, OvisU1DecoderConfig
 from diptych.parts.decoders.qwen_image import QwenImage
 from diptych.parts.decoders.sana import Sana
 from diptych.parts.decoders.sd3 import SD3
-from diptych.parts.decoders.yak import Yak, YakConfig
 from diptych.parts.decoders.zimage import ZImage
 from diptych.recipes.bagel import build_bagel
+from diptych.recipes.legacy import with_new_names
 from diptych.recipes.names import locate
 from diptych.recipes.ovis import named_sizes, read_named
 from diptych.recipes.published import published_config
@@ -86,7 +87,7 @@ DECODERS: dict[str, Any] = {
     "mmdit": MMDiT,
     "zimage": ZImage,
     "omnigen2": OmniGen2,
-    "yak": Yak,
+    "ovis_u1": OvisU1Decoder,
     "sana": Sana,
     "sd3": SD3,
     "qwen_image": QwenImage,
@@ -179,9 +180,9 @@ def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1Sy
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
     assert isinstance(backbone, LayeredBackbone)
     choose("refiner", spec.refiner.kind, {"token_refiner": TokenRefiner})
-    choose("decoder", spec.decoder.kind, {"yak": Yak})
+    choose("decoder", spec.decoder.kind, {"ovis_u1": OvisU1Decoder})
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
-    assert isinstance(decoder, Yak)
+    assert isinstance(decoder, OvisU1Decoder)
     sizes = {"context_width": spec.layers * backbone.width, "hidden": decoder.config.hidden}
     config = {**sizes, "heads": 2 * decoder.config.heads, **spec.refiner.config}
     with torch.device("meta" if meta else "cpu"):
@@ -203,7 +204,7 @@ def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1Sy
             "decoder": decoder_origin,
             "autoencoder": autoencoder_origin,
             "sampling": spec.sampling,
-            "published": spec.published,
+            "release": spec.release,
         },
     )
     if meta:
@@ -253,18 +254,18 @@ def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
 
 
 def build_conditioner(part: Part, backbone: Backbone, meta: bool) -> Conditioner:
-    """A conditioner for an MLLM. Learned queries start as the embeddings of `words`, where these are set."""
+    """A conditioner for an MLLM. Learned queries start as the embeddings of `init_text`, where these are set."""
     cls = choose("conditioner", part.kind, CONDITIONERS)
     where = f"conditioner {part.kind}"
     config = part.config if part.kind == "raw" else {"width": backbone.width, **part.config}
-    words = config.pop("words", None) if part.kind in ("metaquery", "residual_query_adapter") else None
+    text = config.pop("init_text", None) if part.kind in ("metaquery", "residual_query_adapter") else None
     with torch.device("meta" if meta else "cpu"):
         conditioner = call(cls, where, config)
-    if words is not None and not meta:
+    if text is not None and not meta:
         assert isinstance(conditioner, LearnableQueries | ResidualQueryAdapter)
-        ids = backbone.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        ids = backbone.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         if len(ids) != conditioner.count:
-            raise UserError(f"{where}: the words are {len(ids)} tokens, for {conditioner.count} queries")
+            raise UserError(f"{where}: init_text is {len(ids)} tokens, for {conditioner.count} queries")
         with torch.no_grad():
             conditioner.queries.copy_(backbone.embed(ids[None])[0])
     return conditioner
@@ -306,22 +307,22 @@ def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[nn.Mo
 def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str, Any]]:
     """A decoder; `condition_width` of an MMDiT is the MLLM's where the recipe does not say.
 
-    `weights` of `mmdit` and `yak` name a saved Diptych model that has such a decoder.
+    `weights` of `mmdit` and `ovis_u1` name a saved Diptych model that has such a decoder.
     """
     cls = choose("decoder", part.kind, DECODERS)
     if part.kind == "mmdit":
         config = {"condition_width": width, **_decoder_sizes(part)}
         with torch.device("meta" if meta else "cpu"):
             decoder: Decoder = MMDiT(read(MMDiTConfig, config, "decoder.config"))
-    elif part.kind == "yak":
+    elif part.kind == "ovis_u1":
         config = _decoder_sizes(part)
         with torch.device("meta" if meta else "cpu"):
-            decoder = Yak(read(YakConfig, config, "decoder.config"))
+            decoder = OvisU1Decoder(read(OvisU1DecoderConfig, config, "decoder.config"))
     elif part.kind == "omnigen2":
         decoder, config = _omnigen2_decoder(part, width, meta)
     else:
         decoder, config = _diffusers_part(cls, part, meta)
-    if part.kind in ("mmdit", "yak") and part.weights and not meta:
+    if part.kind in ("mmdit", "ovis_u1") and part.weights and not meta:
         tensors = read_tensors(weight_files(locate(part.weights)))
         found = ((name.removeprefix("decoder."), value) for name, value in tensors if name.startswith("decoder."))
         load_into(decoder, found, f"decoder of {part.weights}")
@@ -343,7 +344,7 @@ def _decoder_sizes(part: Part) -> dict[str, Any]:
     """The configuration of a decoder of our own kinds: as given, or that of the saved model that `weights` names."""
     if part.weights is None:
         return part.config
-    saved = published_config(part.weights).get("decoder")
+    saved = with_new_names({"system": published_config(part.weights)})["system"].get("decoder")
     if not isinstance(saved, dict) or saved.get("kind") != part.kind or saved.get("weights"):
         raise UserError(f"decoder: {part.weights} is not a saved model that holds a decoder of kind {part.kind}")
     for name, value in part.config.items():

@@ -123,7 +123,7 @@ def check_system(recipe: Recipe) -> SystemReport:
                 trained[part][name] = learns
         learned = sum(parameter.numel() for parameter in trainable(system).values())
         memory = estimate_memory(system, spec, recipe)
-        stages.append(StageReport(name=name, steps=spec.steps, batch=spec.batch, trained=learned, memory=memory))
+        stages.append(StageReport(name=name, steps=spec.steps, batch=spec.batch_size, trained=learned, memory=memory))
     parts = [
         PartReport(
             name=name,
@@ -169,14 +169,14 @@ def estimate_memory(system: System, spec: StageSpec, recipe: Recipe) -> Memory:
         weights=4 * sum(parameter.numel() for parameter in parameters),
         gradients=4 * count,
         optimizer=8 * (count - muon) + 4 * muon,
-        ema=4 * count if spec.ema else 0,
+        ema=4 * count if spec.ema_decay else 0,
         activations=_activations(system, spec, recipe),
     )
 
 
 def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
     width = 2 if recipe.run.precision == "bf16" else 4
-    samples = spec.micro_batch or spec.batch
+    samples = spec.micro_batch_size or spec.batch_size
     if isinstance(system, MLLMSystem):
         inputs = (PROMPT_TOKENS + _vision_tokens(system.backbone)) * _linear_inputs(system)
         return 2 * width * samples * inputs
@@ -233,7 +233,7 @@ def check_data(
     spec = recipe.stages[name]
     system = start(recipe) if found.parameters <= SMALL else build.build_system(recipe.system, meta=True)
     images = any(source.task != "understand" for source in spec.data.sources.values())
-    few = min(spec.batch, SHEET_SAMPLES)
+    few = min(spec.batch_size, SHEET_SAMPLES)
     looked = replace(spec.data, cache=None)  # looking makes no latents
     mixture, _ = build_data(looked, key(recipe.seed, name), few, image_step(system, images))
     reports: list[report.SourceReport] = []
@@ -258,7 +258,8 @@ def check_data(
     if bad > mixture.tolerated(read):
         first = "; ".join(f"{item}: {reason}" for item, reason in list(data.bad.items())[:5])
         raise UserError(
-            f"stage {name}: {bad:,} of {read:,} items are unreadable, more than bad_share {spec.data.bad_share:.2%}: "
+            f"stage {name}: {bad:,} of {read:,} items are unreadable, more than max_bad_fraction "
+            f"{spec.data.max_bad_fraction:.2%}: "
             f"{first}{'; ...' if bad > 5 else ''}"
         )
     sheet = report.sheet(mixture.batch(0).samples)
@@ -269,10 +270,10 @@ def check_data(
 def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
     """Seconds that stage `name` would take here, from a few timed forward and backward passes (one more warms up)."""
     spec = recipe.stages[name]
-    size = min(spec.micro_batch or spec.batch, 64)
+    size = min(spec.micro_batch_size or spec.batch_size, 64)
     device = "cuda" if torch.cuda.is_available() and recipe.run.device == "auto" else "cpu"
     system.to(device)
-    stage = build_stage(name, replace(spec, batch=size, data=replace(spec.data, held_out=0)), recipe, system)
+    stage = build_stage(name, replace(spec, batch_size=size, data=replace(spec.data, held_out=0)), recipe, system)
     stage_settings(system, list(recipe.stages.values()))(list(recipe.stages).index(name))
     freeze(system, spec.train)
     clock = time.perf_counter()
@@ -288,4 +289,4 @@ def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
         system.zero_grad(set_to_none=True)
         if device == "cuda":
             torch.cuda.synchronize()
-    return (time.perf_counter() - clock) / steps * spec.steps * spec.batch / size
+    return (time.perf_counter() - clock) / steps * spec.steps * spec.batch_size / size

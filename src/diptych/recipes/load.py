@@ -24,11 +24,11 @@ from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes import bagel
 from diptych.recipes.build import build_system
+from diptych.recipes.legacy import read_config, with_new_names
 from diptych.recipes.names import locate
 from diptych.recipes.ovis import read_release, release_spec
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.release import omnigen2_release
-from diptych.recipes.renamed import system_with_new_names, with_new_names
 from diptych.recipes.schema import read
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
@@ -93,11 +93,11 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
         if kind is None:
             raise UserError(f"{folder / 'config.json'}: not a Diptych model (no 'kind')")
         raise unknown("model_type", str(kind), PUBLISHED, str(folder / "config.json"))
-    spec: Any = read(SystemSpec, system_with_new_names(config), f"{folder / 'config.json'}", VARIANTS)
+    where = str(folder / "config.json")
+    spec: Any = read(SystemSpec, read_config(config, where), where, VARIANTS)
     system = build_system(spec, assets=folder)
     load_folder_weights(system, folder)
-    sampling = read(Sampling, from_legacy(spec.sampling), f"{folder / 'config.json'}: sampling")
-    return system, sampling
+    return system, read(Sampling, spec.sampling, f"{where}: sampling")
 
 
 def load_folder_weights(system: System, folder: Path) -> None:
@@ -139,8 +139,8 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
                 raise UserError(f"{where}: this system has no options that a stage could set")
             return None
         settings = read(kind, merge(base, changes), where)
-        if isinstance(settings, ComposedConfig) and settings.mask_way == "mask_token" != base["mask_way"]:
-            raise UserError(f"{where}: mask_way 'mask_token' is learned; set it for the system, not for a stage alone")
+        if isinstance(settings, ComposedConfig) and settings.mask_mode == "mask_token" != base["mask_mode"]:
+            raise UserError(f"{where}: mask_mode 'mask_token' is learned; set it for the system, not for a stage alone")
         if isinstance(settings, HieraConfig) and dataclasses.asdict(settings)["alignment"] != base["alignment"]:
             raise UserError(f"{where}: alignment has a projector of its own; set it for the system, weigh it by stage")
         return settings

@@ -81,7 +81,7 @@ def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = No
         kind="ovis_u1",
         backbone=Part(kind="ovis", config=backbone),
         refiner=Part(kind="token_refiner", config=parts["refiner"]),
-        decoder=Part(kind="yak", config=parts["decoder"]),
+        decoder=Part(kind="ovis_u1", config=parts["decoder"]),
         autoencoder=Part(kind="kl", config=parts["autoencoder"]),
         sampling=parts["sampling"],
     )
@@ -114,7 +114,7 @@ def read_release(system: OvisU1System, folder: Path, config: Mapping[str, Any]) 
                 "one; it is incomplete"
             ) from error
         raise
-    system.origins["published"] = {"config": dict(config), "dtypes": dtypes, "head": tied}
+    system.origins["release"] = {"config": dict(config), "dtypes": dtypes, "head": tied}
 
 
 HEAD = "llm.lm_head.weight"
@@ -146,7 +146,7 @@ def export_ovis(system: System, folder: Path, *, dtype: torch.dtype | None = Non
         raise UserError(f"{folder}: Ovis-U1's layout holds a refiner of two layers' states with a CLS token only")
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder")
-    published = system.origins.get("published") or {}
+    published = system.origins.get("release") or {}
     config = published.get("config") or write_config(
         {
             "backbone": system.backbone.config(),

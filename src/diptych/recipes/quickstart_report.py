@@ -108,11 +108,11 @@ def explained(story: Story) -> list[str]:
     """What was done, from the recipe that was run."""
     found, (stage, *_) = story.found, story.recipe.stages.values()
     sources: list[str] = []
-    total = sum(source.share for source in stage.data.sources.values())
+    total = sum(source.weight for source in stage.data.sources.values())
     for source in stage.data.sources.values():
         kind = {"image": "unlabelled images", "text_to_image": "text-image pairs"}.get(source.task, source.task)
         number = f"{source.count:,} " if source.count else ""
-        sources.append(f"{source.share / total:.0%} {number}{kind}")
+        sources.append(f"{source.weight / total:.0%} {number}{kind}")
     first = story.after[0][0].expansion if story.after and story.after[0] else ""
     thinking = (
         [
@@ -127,7 +127,8 @@ def explained(story: Story) -> list[str]:
         f"The starting point, {found['model']}, joins a frozen multimodal language model to a small diffusion "
         "transformer. Until now the transformer was trained on unlabelled pictures only: it drew what the language "
         "model saw in a partly hidden picture. It has never met a caption.",
-        f"This run continued for {found['steps']:,} steps of {stage.batch} samples: {', '.join(sources)}. The language "
+        f"This run continued for {found['steps']:,} steps of {stage.batch_size} samples: {', '.join(sources)}. The "
+        f"language "
         f"model stayed frozen; what learned was: {', '.join(stage.train)}.",
         "Both models then drew the same prompts from the same noise. No prompt below was in the training captions.",
         *thinking,

@@ -19,7 +19,7 @@ from diptych.core.image_sizes import AreaCap, SideRange, SizeRule
 from diptych.core.sample import Task
 from diptych.data.filters import Filters
 from diptych.inference.sampling import Sampling
-from diptych.recipes.renamed import refuse_old
+from diptych.recipes.legacy import refuse_old
 from diptych.recipes.schema import Variants, read
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.composed import ComposedConfig
@@ -35,8 +35,8 @@ LIBRARY = Path(__file__).parent / "library"
 class Part:
     """A part of a system: its `kind`, where its weights come from, and its configuration.
 
-    weights: shipped name, folder, or hub id; None for random weights. A decoder of our own kinds (`mmdit`, `yak`) comes
-    from a saved Diptych model that holds one. subfolder: inside it ("vae").
+    weights: shipped name, folder, or hub id; None for random weights. A decoder of our own kinds (`mmdit`, `ovis_u1`)
+    comes from a saved Diptych model that holds one. subfolder: inside it ("vae").
     config: sizes, read from the weights' own config where weights are given. tokenizer: of a backbone that starts from
     random weights ("toyworld" trains one on the toy world's texts; else a folder with tokenizer files).
     lora: rank, alpha, dropout, for decoders that are tuned that way.
@@ -93,7 +93,7 @@ class OvisU1Spec(OvisU1Config):
     autoencoder: Part
     pooler: Part | None = None
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
-    published: dict[str, Any] = field(default_factory=dict[str, Any])
+    release: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class SourceSpec:
     control: captioned images are served as edits of maps of them (`data.control`: canny, depth, inpainting,
     outpainting). maps: folder of depth maps for control `depth`, named as a folder's images.
 
-    task: what its samples are for. share: its part of the mixture (the paper's mix ratio is the share of images).
+    task: what its samples are for. weight: its part of the mixture (the paper's mix ratio is the share of images).
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
     columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: of toy
     samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw. options: its
@@ -130,7 +130,7 @@ class SourceSpec:
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
     task: Task
-    share: float = 1.0
+    weight: float = 1.0
     path: str | None = None
     ignore: tuple[str, ...] = ()
     split: str | None = None
@@ -169,8 +169,8 @@ class DataSpec:
     balanced: the shares hold in every batch, not only on average (`data.mixture.Mixture`).
     buckets: greatest aspect ratio of the buckets around `size`, None for one square bucket. fit: `crop`, `letterbox` or
     `stretch`. own_size: each target keeps its picture's shape, and `size` is that of drawn images and conversations.
-    held_out: samples of each source kept for the held-out loss. bad_share: of unreadable items, above which a run
-    stops.
+    held_out: samples of each source kept for the held-out loss. max_bad_fraction: of unreadable items, above which a
+    run stops.
     cache: folder for latents, None for none.
     """
 
@@ -181,7 +181,7 @@ class DataSpec:
     own_size: OwnSize | None = None
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
     held_out: int = 0
-    bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
     cache: str | None = None
 
 
@@ -191,14 +191,14 @@ class StageSpec:
 
     train: tuple[str, ...]
     steps: int
-    batch: int
+    batch_size: int
     data: DataSpec
-    micro_batch: int | None = None
-    weights: dict[str, float] = field(default_factory=dict[str, float])
+    micro_batch_size: int | None = None
+    loss_weights: dict[str, float] = field(default_factory=dict[str, float])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    clip: float = 1.0
-    ema: float | None = None
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -23,9 +23,9 @@ from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
+from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
-from diptych.recipes.renamed import with_new_names
 from diptych.recipes.sources import build_data
 from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
 from diptych.training import loop, state
@@ -173,12 +173,14 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
     images = any(source.task != "understand" for source in spec.data.sources.values())
     if images:
         check_sizes(system, spec.data)
-    if spec.data.cache and recipe.run.workers:
-        raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.workers to 0")
+    if spec.data.cache and recipe.run.num_workers:
+        raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.num_workers to 0")
     autoencoder = system.autoencoder if isinstance(system, AssembledSystem) else None
     step = image_step(system, images)
-    mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch, step, autoencoder)
-    batches = [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch or spec.batch)
+    mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch_size, step, autoencoder)
+    batches = (
+        [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch_size or spec.batch_size)
+    )
     return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches)
 
 

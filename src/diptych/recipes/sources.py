@@ -30,7 +30,7 @@ SOURCE_KEYS = {
     "parquet": {"path", "columns", "split", "filters", "control"},
     "proxies": {"path", "count", "seed", "options"},
 }
-"""Keys of a source beside `kind`, `task` and `share`, by its kind; others would be ignored and are refused."""
+"""Keys of a source beside `kind`, `task` and `weight`, by its kind; others would be ignored and are refused."""
 
 
 def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
@@ -38,7 +38,7 @@ def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
     for field in dataclasses.fields(spec):
         default = field.default if field.default is not dataclasses.MISSING else None
         given_value = getattr(spec, field.name) not in (default, {}, ())
-        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "share"}:
+        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "weight"}:
             reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
             raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
     if spec.kind == "toyworld":
@@ -99,7 +99,7 @@ def build_data(
         return CachedLatents(built, spec.cache, autoencoder)
 
     parts = [hold_out(whole(name, source), spec.held_out) for name, source in spec.sources.items()]
-    shares = [source.share for source in spec.sources.values()]
+    shares = [source.weight for source in spec.sources.values()]
     size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
     sizes = None
     if spec.buckets is not None:
@@ -113,7 +113,7 @@ def build_data(
         batch=batch,
         size=None if sizes else size,
         buckets=sizes,
-        bad_share=spec.bad_share,
+        max_bad_fraction=spec.max_bad_fraction,
         balanced=spec.balanced,
         own_size=None if spec.own_size is None else spec.own_size.rule(),
         stride=step,

@@ -236,7 +236,7 @@ def _plan_run(
     recipe = parse(plain, f"runs.{name}: {spec.recipe}")
     if spec.model is not None:
         locate(spec.model)
-    own = () if spec.model else tuple((stage.steps, stage.batch) for stage in recipe.stages.values())
+    own = () if spec.model else tuple((stage.steps, stage.batch_size) for stage in recipe.stages.values())
     return Planned(
         name=name,
         seed=seed,

@@ -23,6 +23,7 @@ from diptych.core.errors import UserError
 from diptych.evaluation import evaluate, results
 from diptych.recipes import study_report
 from diptych.recipes.clock import clock, seconds
+from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import load
 from diptych.recipes.quickstart import hardware
 from diptych.recipes.run import difference, strip, train_recipe
@@ -103,7 +104,7 @@ def check_same(run: Planned) -> None:
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
-    before, now = strip(yaml.safe_load(path.read_text(encoding="utf-8"))), strip(run.plain)
+    before, now = strip(with_new_names(yaml.safe_load(path.read_text(encoding="utf-8")))), strip(run.plain)
     if run.start is not None and trained(run):  # the study may have been moved
         before, now = {**before, "start": None}, {**now, "start": None}
     if changed := difference(before, now):

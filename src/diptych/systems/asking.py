@@ -34,8 +34,9 @@ from diptych.systems.base import AssembledSystem, Dropped, trains
 class Prompts:
     """User turns by task; `{text}` is the caption or instruction. The wording is the MLLM's, not the user's.
 
-    opening: what the assistant's turn begins with, before the conditioner's tokens (OpenUni: "<img>").
-    think: asks the MLLM to write out what a caption leaves open, to be drawn in the caption's place (`Sampling.think`).
+    assistant_prefix: what the assistant's turn begins with, before the conditioner's tokens (OpenUni: "<img>").
+    expansion: asks the MLLM to write out what a caption leaves open, to be drawn in the caption's place
+    (`Sampling.prompt_expansion`).
     """
 
     text_to_image: str = "Generate an image: {text}"
@@ -43,8 +44,8 @@ class Prompts:
     edit: str = "{text} <image>"
     null: str = "Generate an image."
     system: str = ""
-    opening: str = ""
-    think: str = ""
+    assistant_prefix: str = ""
+    expansion: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +53,21 @@ class ComposedConfig:
     """What a composed system does with its parts.
 
     prompts: user turns by task.
-    skip: first states of each prompt that the decoder does not see (Qwen-Image drops its 34 template tokens).
+    prompt_skip: first states of each prompt that the decoder does not see (Qwen-Image drops its 34 template tokens).
     condition: which last hidden states the decoder sees: those of the whole sequence (the paper) or of the queries.
     flow: what the decoder's output means, and the times of training.
     mask_ratio: r, share of the image tokens hidden in training (IOMM, Sec. 3.4; tables 4-6).
-    mask_way: how they are hidden.
-    drop: share of training samples whose whole condition is replaced by the null prompt, for guidance.
+    mask_mode: how they are hidden.
+    cfg_dropout: share of training samples whose whole condition is replaced by the null prompt, for guidance.
     """
 
     prompts: Prompts = field(default_factory=Prompts)
-    skip: int = 0
+    prompt_skip: int = 0
     condition: Literal["all", "queries"] = "all"
     flow: FlowMatching = field(default_factory=FlowMatching)
     mask_ratio: float = 0.0
-    mask_way: masked_image.Way = "zero"
-    drop: float = 0.1
+    mask_mode: masked_image.Way = "zero"
+    cfg_dropout: float = 0.1
 
 
 class AskingSystem(conversation.Answering, conversation.Imagining, AssembledSystem):
@@ -105,24 +106,24 @@ class AskingSystem(conversation.Answering, conversation.Imagining, AssembledSyst
         self.decoder = decoder
         self.autoencoder = autoencoder
         self.origins = origins
-        learned = config.mask_way == "mask_token"
+        learned = config.mask_mode == "mask_token"
         self.mask_token = nn.Parameter(torch.zeros(backbone.width)) if learned else None
 
     @property
     def thought_prompt(self) -> str:
-        return self.settings.prompts.think
+        return self.settings.prompts.expansion
 
     # Requests
 
     def _states(self, batch: Batch, draws: Draws | None, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """States (B, L + Q, D) of prompts and appended tokens, and their mask; `places` as of `condition_states`."""
         if draws is not None:
-            dropped = (draws.uniform("drop") < self.settings.drop).tolist()
+            dropped = (draws.uniform("drop") < self.settings.cfg_dropout).tolist()
             null = self.without(batch, "text_and_images")
             batch = Batch(tuple(null.samples[i] if off else batch.samples[i] for i, off in enumerate(dropped)))
         images = [self._read_images(sample) for sample in batch]
         conversations = [self._conversation(sample) for sample in batch]
-        opening = self.settings.prompts.opening
+        opening = self.settings.prompts.assistant_prefix
         sequences = self.backbone.tokenize(conversations, images=images, generate=True, opening=opening)
         sequences = sequences.to(self.device)
         self._check_room(batch, sequences.mask)
@@ -137,7 +138,7 @@ class AskingSystem(conversation.Answering, conversation.Imagining, AssembledSyst
                 uniform = draws.take([row]).uniform("image_mask", int(slots[row].sum()))[0]
                 keep[row, slots[row]] = masked_image.keep_tokens(uniform, self.settings.mask_ratio)
         embeddings = self.backbone.place(embeddings, slots, vision)
-        if self.settings.mask_way == "drop":
+        if self.settings.mask_mode == "drop":
             if positions is not None:
                 positions, _ = masked_image.drop(positions, mask, keep)
             embeddings, mask = masked_image.drop(embeddings, mask, keep)

@@ -25,6 +25,9 @@ from diptych.parts.decoders.base import Decoder
 Dropped = Literal["text", "images", "text_and_images"]
 """What guidance removes from a request: its text, its context images (where a system guides by that), or both."""
 
+FORMAT_VERSION = 2
+"""Of a saved system's config.json; what version 1 called otherwise stands in `recipes.legacy`."""
+
 LORA = ".lora_"
 """In the names of adapters' parameters."""
 
@@ -199,7 +202,7 @@ class AssembledSystem(System):
         return torch.stack(cached) if len(cached) == len(batch) else self.to_latents(batch.images())
 
     def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self.settings), **self.origins}
+        return {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.settings), **self.origins}
 
     def own(self, parts: Iterable[str]) -> None:
         modules = self.named_parts()

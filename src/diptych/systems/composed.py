@@ -31,7 +31,7 @@ class ComposedSystem(AskingSystem):
 
     def encode(self, batch: Batch, draws: Draws | None = None) -> TokenCondition:
         states, mask = self._states(batch, draws)
-        states, mask = states[:, self.settings.skip :], mask[:, self.settings.skip :]
+        states, mask = states[:, self.settings.prompt_skip :], mask[:, self.settings.prompt_skip :]
         if self.settings.condition == "queries":
             states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
         everything = bool(mask.all())

@@ -47,18 +47,18 @@ class Alignment:
 class HieraConfig(ComposedConfig):
     """What HieraQuery does with its parts, beside what every composed system does.
 
-    sees: the condition of a scale: its own queries' (as the paper's figure and Ming-Lite-Uni's release) or those of all
-    scales up to it.
-    sizes: the images of the smaller scales: `exact` shares s_k / s_K of the last one's sides, or `smart`, rounded to
-    whole patches (Qwen2.5-VL's smart resize; for aspect-ratio buckets with fine steps).
-    times: one time for all scales of a sample, which packs them into one pass, or one for each.
+    scale_condition: the condition of a scale: its own queries' (as the paper's figure and Ming-Lite-Uni's release) or
+    those of all scales up to it.
+    scale_rounding: the images of the smaller scales: `exact` shares s_k / s_K of the last one's sides, or `smart`,
+    rounded to whole patches (Qwen2.5-VL's smart resize; for aspect-ratio buckets with fine steps).
+    shared_timestep: one time for all scales of a sample, which packs them into one pass; otherwise each has its own.
     alignment: None for none.
     """
 
     condition: Literal["all", "queries"] = "queries"
-    sees: Literal["own", "cumulative"] = "own"
-    sizes: Literal["exact", "smart"] = "exact"
-    times: Literal["shared", "own"] = "shared"
+    scale_condition: Literal["own", "cumulative"] = "own"
+    scale_rounding: Literal["exact", "smart"] = "exact"
+    shared_timestep: bool = True
     alignment: Alignment | None = None
 
 
@@ -89,8 +89,8 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
         if not isinstance(decoder, PackingDecoder):
             name = type(decoder).__name__
             raise UserError(f"hieraquery: the decoder {name} takes one image at a time; use mmdit, sd3 or sana")
-        if config.condition != "queries" or config.skip:
-            raise UserError("hieraquery: its decoder sees queries alone; leave out 'condition' and 'skip'")
+        if config.condition != "queries" or config.prompt_skip:
+            raise UserError("hieraquery: its decoder sees queries alone; leave out 'condition' and 'prompt_skip'")
         if conditioner.count > backbone.max_length:
             raise UserError(
                 f"hieraquery: {conditioner.count} query tokens and markers, but the MLLM's context is "
@@ -134,7 +134,7 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
     def image_step(self) -> int:
         step = self.autoencoder.factor * self.decoder.patch
         sides = self.hierarchy.scales
-        if self.settings.sizes == "smart":
+        if self.settings.scale_rounding == "smart":
             return step
         return step * math.lcm(*(sides[-1] // math.gcd(side, sides[-1]) for side in sides))
 
@@ -156,7 +156,7 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
         for side, name in zip(sides, self.scales, strict=True):
             exact = [pixels * side / sides[-1] for pixels in (height, width)]
             smart = [step * round(pixels / step) for pixels in exact]
-            if min(smart) < step or (self.settings.sizes == "exact" and smart != exact):
+            if min(smart) < step or (self.settings.scale_rounding == "exact" and smart != exact):
                 shown = "x".join(f"{pixels:g}" for pixels in exact)
                 raise UserError(
                     f"scale {name} of an image of {height}x{width} is {shown} pixels, which does not divide into "
@@ -173,7 +173,7 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
         asked = self.hierarchy.split(states[:, -self.conditioner.count :])  # (B, N_k, D) each
         own = [self.connector(scale) for scale in asked]  # (B, N_k, C) each
         pooled = None if self.pooled is None else self.pooled(torch.cat(own, dim=1).mean(1))  # (B, P)
-        if self.settings.sees == "cumulative":
+        if self.settings.scale_condition == "cumulative":
             own = [torch.cat(own[: k + 1], dim=1) for k in range(len(own))]
         return ScaleConditions(scales=tuple(TokenCondition(tokens=tokens, pooled=pooled) for tokens in own))
 
@@ -213,14 +213,14 @@ class HieraQuery(AskingSystem, MultiScaleSystem):
     def _times(self, data: list[Tensor], draws: Draws) -> list[Tensor]:
         """Times (B,) of each scale, the same for all where they are shared."""
         flow, tokens = self.settings.flow, self.decoder.tokens
-        if self.settings.times == "shared":
+        if self.settings.shared_timestep:
             return [flow.times(draws, tokens(data[-1]))] * len(data)
         return [flow.times(draws, tokens(x), f"time.{name}") for name, x in zip(self.scales, data, strict=True)]
 
     def _decode(self, xs: list[Tensor], t: list[Tensor], conditions: tuple[TokenCondition, ...]) -> Packed:
         assert isinstance(self.decoder, PackingDecoder)
         layer = None if self.settings.alignment is None else self.settings.alignment.layer
-        if self.settings.times == "shared":
+        if self.settings.shared_timestep:
             return self.decoder.pack(xs, t[-1], conditions, layer)
         each = [self.decoder.pack([x], now, [seen], layer) for x, now, seen in zip(xs, t, conditions, strict=True)]
         return Packed([one.outputs[0] for one in each], [state for one in each for state in one.states])

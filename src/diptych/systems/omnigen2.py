@@ -41,31 +41,31 @@ class OmniGen2Settings:
     """What the system does with its parts; the defaults are those of the released pipelines and fine-tuning.
 
     prompt: the user turn; `{text}` is the caption or instruction. edit_prompt: that of edits, where it is another.
-    opening: what an assistant's turn begins with that follows it; "", as released, for no such turn. think: as of
-    `Prompts`.
+    assistant_prefix: what an assistant's turn begins with that follows it; "", as released, for no such turn.
+    expansion: as of `Prompts`.
     system: the system prompt, "" for none. system_dropped: the one of prompts that training drops.
-    seen: what the MLLM is shown of reference images: `none` (the released editing pipeline), `dropped`: it reads them,
-    and their states are left out (the released chat pipeline), `kept`: they stay in (SGT's training).
-    references: whether the decoder reads the latents of reference images.
+    mllm_images: what the MLLM is shown of reference images: `none` (the released editing pipeline), `dropped`: it reads
+    them, and their states are left out (the released chat pipeline), `kept`: they stay in (SGT's training).
+    reference_latents: whether the decoder reads the latents of reference images.
     max_pixels: greatest area of a reference image; a larger one is made smaller, and sides are cut to whole patches.
     flow: what the decoder's output means, the times of training (the release's first version shifts them by `flux`, its
     second, as in sampling, by `root`), and that images count by the elements of their latents.
-    drop: share of training samples whose prompt is dropped; drop_references: share of those whose reference images go
-    too.
+    cfg_dropout: share of training samples whose prompt is dropped; cfg_dropout_images: share of those whose reference
+    images go too.
     """
 
     prompt: str = "{text}"
     edit_prompt: str = ""
-    opening: str = ""
-    think: str = ""
+    assistant_prefix: str = ""
+    expansion: str = ""
     system: str = "You are a helpful assistant that generates high-quality images based on user instructions."
     system_dropped: str = "You are a helpful assistant that generates images."
-    seen: Literal["none", "dropped", "kept"] = "none"
-    references: bool = True
+    mllm_images: Literal["none", "dropped", "kept"] = "none"
+    reference_latents: bool = True
     max_pixels: int = 1024 * 1024
     flow: FlowMatching = field(default_factory=lambda: FlowMatching(timestep_shift="flux", weighting="element"))
-    drop: float = 1e-4
-    drop_references: float = 0.5
+    cfg_dropout: float = 1e-4
+    cfg_dropout_images: float = 0.5
 
 
 class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSystem):
@@ -110,7 +110,7 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
 
     @property
     def thought_prompt(self) -> str:
-        return self.settings.think
+        return self.settings.expansion
 
     # Conditions
 
@@ -120,8 +120,8 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
             self._check(sample)
         dropped = [False] * len(batch)
         if draws is not None:
-            dropped = (draws.uniform("drop") < self.settings.drop).tolist()
-            bare = (draws.uniform("drop_references") < self.settings.drop_references).tolist()
+            dropped = (draws.uniform("drop") < self.settings.cfg_dropout).tolist()
+            bare = (draws.uniform("drop_references") < self.settings.cfg_dropout_images).tolist()
             batch = Batch(
                 tuple(
                     replace(sample, text="", context_images=() if alone else sample.context_images) if off else sample
@@ -151,7 +151,7 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
     def _states(self, batch: Batch, dropped: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """Last hidden states (B, L, D) of the prompts and their mask (B, L)."""
         systems = [self.settings.system_dropped if off else self.settings.system for off in dropped]
-        shown = [() if self.settings.seen == "none" else sample.context_images for sample in batch]
+        shown = [() if self.settings.mllm_images == "none" else sample.context_images for sample in batch]
         conversations = [
             [
                 *([Message(role="system", text=system)] if system else []),
@@ -159,14 +159,14 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
             ]
             for sample, images, system in zip(batch, shown, systems, strict=True)
         ]
-        opening = self.settings.opening
+        opening = self.settings.assistant_prefix
         sequences = self.backbone.tokenize(conversations, images=shown, generate=bool(opening), opening=opening)
         sequences = sequences.to(self.device)
         with nullcontext() if trains(self.backbone) else torch.no_grad():
             vision = self.backbone.vision_tokens([image for row in shown for image in row])
             embeddings = self.backbone.place(self.backbone.embed(sequences.ids), sequences.images, vision)
             states = self.backbone.run(embeddings, sequences.mask, positions=sequences.positions).hidden
-        if self.settings.seen == "dropped":
+        if self.settings.mllm_images == "dropped":
             return masked_image.drop(states, sequences.mask, ~sequences.images)
         return states, sequences.mask
 
@@ -178,7 +178,7 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
 
     def _references(self, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
         """Clean latents of each sample's reference images, each (C, h, w)."""
-        if not self.settings.references:
+        if not self.settings.reference_latents:
             return ((),) * len(batch)
         flat = [self._fitted(image) for sample in batch for image in sample.context_images]
         latents = iter(self._latents(flat))

@@ -31,7 +31,7 @@ from diptych.parts.backbones.ovis import cut
 from diptych.parts.backbones.processor import Sequences
 from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.token_refiner import TokenRefiner
-from diptych.parts.decoders.yak import Yak
+from diptych.parts.decoders.ovis_u1 import OvisU1Decoder
 from diptych.systems import conversation
 from diptych.systems.base import AssembledSystem, Dropped, ImageSized, trains
 
@@ -45,15 +45,16 @@ DESCRIBE = (
 class OvisPrompts:
     """User turns by task; `{text}` is the caption or instruction, `<image>` the context image (repeated for several).
 
-    An instruction that says itself where its images stand is taken as it is. think: as of `asking.Prompts`. opening:
-    an assistant's turn that follows the request, its states part of the condition; "", as released, for no such turn.
+    An instruction that says itself where its images stand is taken as it is. expansion: as of `asking.Prompts`.
+    assistant_prefix: an assistant's turn that follows the request, its states part of the condition; "", as released,
+    for no such turn.
     """
 
     text_to_image: str = f"{IMAGE_PLACEHOLDER}\n{DESCRIBE}{{text}}"
     edit: str = f"{IMAGE_PLACEHOLDER}\n{{text}}"
     null: str = f"{IMAGE_PLACEHOLDER}\nGenerate an image."
-    think: str = ""
-    opening: str = ""
+    expansion: str = ""
+    assistant_prefix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class OvisU1Config:
     blank: whether a prompt without images shows a white one; without, it is text alone.
     canvas: context images are fitted to sides that are multiples of this, of an area within `canvas_pixels`.
     read_pixels: area that they are brought to before the MLLM's own resizing; None for that alone.
-    drop_text, drop_all: share of training samples that lose their text, and text and images, for guidance.
+    cfg_dropout_text, cfg_dropout_all: share of training samples that lose their text, and text and images, for
+    guidance.
     flow: what the decoder's output means, and the times of training.
     pack: tokens of a row into which texts are packed in training, 0 for padded rows.
     too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut` as the reference
@@ -77,8 +79,8 @@ class OvisU1Config:
     canvas: int = 32
     canvas_pixels: tuple[int, int] = (3136, 1003520)
     read_pixels: tuple[int, int] | None = (3136, 448 * 448)
-    drop_text: float = 0.1
-    drop_all: float = 0.1
+    cfg_dropout_text: float = 0.1
+    cfg_dropout_all: float = 0.1
     flow: FlowMatching = field(default_factory=FlowMatching)
     pack: int = 0
     too_long: Literal["error", "cut"] = "error"
@@ -89,8 +91,11 @@ class OvisU1Config:
             object.__setattr__(self, "read_pixels", tuple(self.read_pixels))
         if self.layers < 1:
             raise UserError(f"layers must be at least 1, not {self.layers}")
-        if self.drop_text < 0 or self.drop_all < 0 or self.drop_text + self.drop_all > 1:
-            raise UserError(f"drop_text {self.drop_text} and drop_all {self.drop_all} are shares, at most 1 together")
+        if self.cfg_dropout_text < 0 or self.cfg_dropout_all < 0 or self.cfg_dropout_text + self.cfg_dropout_all > 1:
+            raise UserError(
+                f"cfg_dropout_text {self.cfg_dropout_text} and cfg_dropout_all {self.cfg_dropout_all} are shares, at "
+                f"most 1 together"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
     components: ClassVar[tuple[str, ...]] = ("backbone", "refiner", "decoder", "autoencoder")
 
     backbone: LayeredBackbone
-    decoder: Yak
+    decoder: OvisU1Decoder
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
         *,
         backbone: LayeredBackbone,
         refiner: TokenRefiner,
-        decoder: Yak,
+        decoder: OvisU1Decoder,
         autoencoder: Autoencoder,
         pooler: ClipText | None = None,
         origins: dict[str, Any],
@@ -144,7 +149,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
         self.settings = config
         self.backbone: LayeredBackbone = backbone  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
         self.refiner = refiner
-        self.decoder: Yak = decoder  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.decoder: OvisU1Decoder = decoder  # pyright: ignore[reportIncompatibleVariableOverride]
         self.autoencoder = autoencoder
         self.pooler = pooler
         self.origins = origins
@@ -153,7 +158,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
 
     @property
     def thought_prompt(self) -> str:
-        return self.settings.prompts.think
+        return self.settings.prompts.expansion
 
     # Conditions
 
@@ -175,7 +180,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
         """The batch as training sees it: some samples without text, some without text and images."""
         uniform = draws.uniform("drop").tolist()
         silent, empty = (self.without(batch, what).samples for what in ("text", "text_and_images"))
-        all_share, share = self.settings.drop_all, self.settings.drop_all + self.settings.drop_text
+        all_share, share = self.settings.cfg_dropout_all, self.settings.cfg_dropout_all + self.settings.cfg_dropout_text
         return Batch(
             tuple(
                 empty[row] if u < all_share else silent[row] if u < share else sample
@@ -198,7 +203,7 @@ class OvisU1System(AssembledSystem, conversation.Imagining, ImageSized):
                     blanks[size] = self._readable(torch.ones(3, *size, device=self.device), sample)
                 seen = (blanks[size],)
             request = [Message(role="user", text=self._prompt(sample, len(seen)))]
-            opening = self.settings.prompts.opening
+            opening = self.settings.prompts.assistant_prefix
             conversations.append([*request, Message(role="assistant", text=opening)] if opening else request)
             images.append(seen)
         return conversations, images

@@ -41,33 +41,35 @@ class ScheduleConfig:
 class StageConfig:
     """One stage: which parts train, for how long, and how.
 
-    train: parts by name. steps: optimiser steps. batch: samples a step over all processes. micro_batch: samples a
-    forward pass of one process (None: all of its share). weights: factor of each loss term ("flow.image", or "flow"
-    for all tasks; "flow_4x4" for one scale of several); terms not named count 1. clip: largest gradient norm. ema:
-    decay, None for none.
+    train: parts by name. steps: optimiser steps. batch_size: samples a step over all processes. micro_batch_size:
+    samples a forward pass of one process (None: all of its share). loss_weights: factor of each loss term
+    ("flow.image", or "flow" for all tasks; "flow_4x4" for one scale of several); terms not named count 1.
+    max_grad_norm: largest norm of the gradient. ema_decay: of the averaged weights, None for none.
     """
 
     name: str
     train: tuple[str, ...]
     steps: int
-    batch: int
-    micro_batch: int | None = None
-    weights: dict[str, float] = field(default_factory=dict[str, float])
+    batch_size: int
+    micro_batch_size: int | None = None
+    loss_weights: dict[str, float] = field(default_factory=dict[str, float])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    clip: float = 1.0
-    ema: float | None = None
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
+        for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"stage {self.name!r}: {name} must be at least 1, not {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise UserError(f"stage {self.name!r}: micro_batch must be at least 1, not {self.micro_batch}")
-        if self.clip <= 0:
-            raise UserError(f"stage {self.name!r}: clip must be above 0, not {self.clip}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"stage {self.name!r}: ema must be between 0 and 1, not {self.ema}; leave it out for none")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"stage {self.name!r}: micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        if self.max_grad_norm <= 0:
+            raise UserError(f"stage {self.name!r}: max_grad_norm must be above 0, not {self.max_grad_norm}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(
+                f"stage {self.name!r}: ema_decay must be between 0 and 1, not {self.ema_decay}; leave it out for none"
+            )
         if not self.train:
             raise UserError(f"stage {self.name!r}: trains nothing; name parts under `train`")
 
@@ -77,17 +79,17 @@ class RunConfig:
     """What does not change the result: when to log, save, validate and draw; how to run.
 
     save_every, validate_every, sample_every: steps, and at a stage's end; 0 for never, but a stage's end always saves.
-    keep: checkpoints kept. workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: recompute
-    activations. strategy: `auto` (one process, or DDP when started by a launcher) or `fsdp`, which draws no pictures
-    on the way.
+    keep_checkpoints: number of the last checkpoints that stay. num_workers: data processes. precision: `fp32` or
+    `bf16` (autocast). checkpointing: recompute activations. strategy: `auto` (one process, or DDP when started by a
+    launcher) or `fsdp`, which draws no pictures on the way.
     """
 
     log_every: int = 10
     save_every: int = 500
     validate_every: int = 500
     sample_every: int = 0
-    keep: int = 2
-    workers: int = 0
+    keep_checkpoints: int = 2
+    num_workers: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
     strategy: Literal["auto", "fsdp"] = "auto"
@@ -95,7 +97,7 @@ class RunConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("log_every", 1), ("keep", 1), ("workers", 0)):
+        for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("save_every", "validate_every", "sample_every"):

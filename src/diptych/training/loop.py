@@ -110,7 +110,7 @@ def train_stage(
     model = prepare(system, accelerator)
     parameters = trainable(system)
     optimizers = build_optimizers(config.optimizer, parameters, system.shard_units())
-    ema = EMA(parameters, config.ema) if config.ema else None
+    ema = EMA(parameters, config.ema_decay) if config.ema_decay else None
     weights = {name: parameter for name, parameter in system.named_parameters() if name in learned}
     held = state.Held(weights=weights, parameters=parameters, optimizers=optimizers, ema=ema)
     if last:
@@ -120,17 +120,17 @@ def train_stage(
     def save() -> None:
         nonlocal saved
         checkpoints = run.folder / "checkpoints"
-        state.save(checkpoints, progress, held, run.recipe, keep=often.keep, main=main, check=saved is None)
+        state.save(checkpoints, progress, held, run.recipe, keep=often.keep_checkpoints, main=main, check=saved is None)
         saved = progress.total
 
-    steps = loader.steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=often.workers)
+    steps = loader.steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=often.num_workers)
     with progress_bar(config.name, "step", total=config.steps, initial=progress.step, disable=not main) as bar:
         for step, batch, keys in steps:
             torch.manual_seed(key(run.seed, config.name, step, rank))
             rate = config.optimizer.lr * factor(config.schedule, step, config.steps)
             set_rate(optimizers, rate)
             terms = backward(model, batch.to(accelerator.device), keys, config, accelerator)
-            norm = clip(list(parameters.values()), config.clip)
+            norm = clip(list(parameters.values()), config.max_grad_norm)
             reports = exchange(terms, batch, stopped())
             if bad := not_finite(reports, norm):
                 if saved != progress.total:

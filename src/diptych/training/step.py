@@ -68,7 +68,7 @@ def backward(
     Sharded, all processes run the same tasks in each pass: `lent`.
     """
     shards = isinstance(model, LossStep) and isinstance(model.system, FSDPModule)
-    size = config.micro_batch or len(batch)
+    size = config.micro_batch_size or len(batch)
     starts = range(0, len(batch), size)
     found: dict[str, list[Tensor]] = {}
     for start in starts:
@@ -80,7 +80,7 @@ def backward(
             with precision(accelerator):
                 terms = model(Batch((*own.samples, *(one.to(accelerator.device) for one in more))), draws)
             strange = {one.task for one in more}
-            counts = {name: 0.0 if task_of(name) in strange else weight(config.weights, name) for name in terms}
+            counts = {name: 0.0 if task_of(name) in strange else weight(config.loss_weights, name) for name in terms}
             weighted = [counts[name] * values.float().sum() for name, values in terms.items()]
             with attention(accelerator):
                 accelerator.backward(torch.stack(weighted).sum() / len(batch))

@@ -41,7 +41,13 @@ def ovis(golden: tuple[dict[str, Any], dict[str, Tensor]]) -> Ovis:
     tokenizer = config["visual_tokenizer_config"]
     vision = {key: value for key, value in tokenizer["backbone_config"].items() if key != "model_type"}
     made = Ovis.from_config(
-        {"llm": config["llm_config"], "vision": vision, "words": tokenizer["vocab_size"], "max_length": 256}, None
+        {
+            "llm": config["llm_config"],
+            "vision": vision,
+            "visual_vocab_size": tokenizer["vocab_size"],
+            "max_length": 256,
+        },
+        None,
     )
     given = ((key.removeprefix("weights."), x) for key, x in tensors.items() if key.startswith("weights."))
     load_into(made, given, "reference")
@@ -180,7 +186,7 @@ def test_saved_by_itself_it_comes_back(ovis: Ovis, tmp_path: Path) -> None:
     one, two = made.state_dict(), back.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "words": 30}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "visual_vocab_size": 30}))
     with pytest.raises(UserError, match="do not fit"):
         Ovis.from_pretrained(tmp_path)
 
@@ -195,8 +201,8 @@ def test_bins_hold_their_tokens() -> None:
 def test_config_errors_name_the_key(ovis: Ovis) -> None:
     config = ovis.config()
     for change, words in (
-        ({"wrods": 3}, "'words'"),
-        ({"words": 3}, "at least 5"),
+        ({"visual_vocab_sise": 3}, "'visual_vocab_size'"),
+        ({"visual_vocab_size": 3}, "at least 5"),
         ({"vision": {**config["vision"], "patch": 4}}, "patch_size"),
         ({"llm": {**config["llm"], "hiden_size": 4}}, "hidden_size"),
     ):

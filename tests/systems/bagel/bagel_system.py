@@ -44,9 +44,9 @@ TINY = BagelConfig(
     wording=Wording(start_image="<img>", end_image="</img>", think_answer="think", think_image="plan"),
     vision_size=Sizes(longest=16, shortest=16),
     latent_size=Sizes(longest=16, shortest=16),
-    drop_text=0.0,
-    drop_vision=0.0,
-    drop_latent=0.0,
+    cfg_dropout_text=0.0,
+    cfg_dropout_vit=0.0,
+    cfg_dropout_vae=0.0,
     row_tokens=256,
     sample_tokens=128,
 )

@@ -78,10 +78,10 @@ def test_token_means_weigh_samples_by_their_tokens(system: BagelSystem) -> None:
 
 def test_drops_leave_things_out_and_learn_the_rest(system: BagelSystem) -> None:
     nothing = dataclasses.replace(system.settings)
-    assert nothing.drop_text == 0.0
+    assert nothing.cfg_dropout_text == 0.0
     reader, sample = system.reader, batch().samples[2]
     kept = reader.example(sample, system.settings, Draws([1]))
-    dropped = dataclasses.replace(system.settings, drop_text=1.0, drop_vision=1.0, drop_latent=1.0)
+    dropped = dataclasses.replace(system.settings, cfg_dropout_text=1.0, cfg_dropout_vit=1.0, cfg_dropout_vae=1.0)
     bare = reader.example(sample, dropped, Draws([1]))
     assert bare.cost == 6 < kept.cost
     assert len(bare.items) == len(kept.items) == 4
@@ -218,7 +218,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="sample_tokens 9 must be above 0 and at most row_tokens 8"):
         BagelConfig(row_tokens=8, sample_tokens=9)
     with pytest.raises(UserError, match="drop_text must be between 0 and 1"):
-        BagelConfig(drop_text=1.5)
+        BagelConfig(cfg_dropout_text=1.5)
     with pytest.raises(UserError, match="guidance 'chain': unknown option 'renorm'"):
         Sampling(guidance={"kind": "chain", "renorm": "global"})
     with pytest.raises(UserError, match=r"edit: unknown option 'image_cgf'. Did you mean 'image_cfg'"):

@@ -42,13 +42,14 @@ HEAD = "llm.lm_head.weight"
 class OvisConfig:
     """llm: configuration of the language model, with its `model_type`, as transformers has it.
 
-    vision: of the tower, under the published names. words: visual vocabulary, the four special entries included.
+    vision: of the tower, under the published names. visual_vocab_size: visual vocabulary, the four special entries
+    included.
     max_length: longest sequence. preface: see `OvisChat`. min_pixels, max_pixels, mean, std: see `Pixels`.
     """
 
     llm: dict[str, Any]
     vision: dict[str, Any]
-    words: int
+    visual_vocab_size: int
     max_length: int
     preface: str = NO_THOUGHTS
     min_pixels: int = 448 * 448
@@ -65,15 +66,15 @@ class Ovis(LayeredBackbone):
     def __init__(self, config: OvisConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
         tower = vision_config(config.vision)
-        if config.words <= SPECIAL:
-            raise UserError(f"ovis: words {config.words}; at least {SPECIAL + 1} are needed")
+        if config.visual_vocab_size <= SPECIAL:
+            raise UserError(f"ovis: visual_vocab_size {config.visual_vocab_size}; at least {SPECIAL + 1} are needed")
         self.settings = config
         self.llm: Any = language_model(config.llm)
         text: Any = self.llm.config
         self.width = text.hidden_size
         self.max_length = min(config.max_length, text.max_position_embeddings)
-        self.visual_tokenizer = VisualTokenizer(tower, config.words)
-        self.vte = VisualEmbedding(config.words, self.width)
+        self.visual_tokenizer = VisualTokenizer(tower, config.visual_vocab_size)
+        self.vte = VisualEmbedding(config.visual_vocab_size, self.width)
         self.processor = OvisProcessor(
             None if tokenizer is None else OvisChat(tokenizer, config.preface),
             Pixels(
@@ -99,7 +100,7 @@ class Ovis(LayeredBackbone):
         for key in config:
             if key not in known:
                 raise unknown("key", key, known, "ovis")
-        for key in ("llm", "vision", "words", "max_length"):
+        for key in ("llm", "vision", "visual_vocab_size", "max_length"):
             if key not in config:
                 raise UserError(f"ovis: {key!r} is missing in its config")
         return cls(OvisConfig(**config), tokenizer)

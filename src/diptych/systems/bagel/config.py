@@ -85,8 +85,8 @@ class BagelConfig:
     wording: special tokens and instructions.
     vision_size, latent_size: of images that are read, by the vision tower and as latents.
     flow: what the latents' output means (BAGEL's is the velocity), and the times of training.
-    drop_text, drop_vision, drop_latent: chance of each text and each reading of an image to be left out in training, so
-    that guidance has something to compare with (an image keeps its rotary id).
+    cfg_dropout_text, cfg_dropout_vit, cfg_dropout_vae: chance of each text and each reading of an image to be left out
+    in training, so that guidance has something to compare with (an image keeps its rotary id).
     mean: losses are means over tokens, over samples of a task, or (cross-entropy) with weights 1 / sqrt(tokens).
     row_tokens: most tokens of a packed row. sample_tokens: most tokens of a sample.
     attention: kernel for packed rows. cache_tokens: contexts that are kept for later requests, in tokens.
@@ -96,9 +96,9 @@ class BagelConfig:
     vision_size: Sizes = field(default_factory=lambda: Sizes(longest=980, shortest=224))
     latent_size: Sizes = field(default_factory=lambda: Sizes(longest=1024, shortest=512))
     flow: FlowMatching = field(default_factory=FlowMatching)
-    drop_text: float = 0.1
-    drop_vision: float = 0.3
-    drop_latent: float = 0.3
+    cfg_dropout_text: float = 0.1
+    cfg_dropout_vit: float = 0.3
+    cfg_dropout_vae: float = 0.3
     mean: Literal["token", "sample", "root"] = "token"
     row_tokens: int = 36_864
     sample_tokens: int = 16_384
@@ -106,7 +106,7 @@ class BagelConfig:
     cache_tokens: int = 32_768
 
     def __post_init__(self) -> None:
-        for name in ("drop_text", "drop_vision", "drop_latent"):
+        for name in ("cfg_dropout_text", "cfg_dropout_vit", "cfg_dropout_vae"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         if self.flow.weighting != "sample":

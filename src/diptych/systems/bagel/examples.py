@@ -111,10 +111,12 @@ class Reader:
         for part in parts:
             first, second = next(chances), next(chances)
             if isinstance(part, str):
-                example.items.append(Text(ids=self.ids(part, sample.id), drop=first < config.drop_text))
+                example.items.append(Text(ids=self.ids(part, sample.id), drop=first < config.cfg_dropout_text))
             else:
-                self._add_latent(example, config.latent_size.resize(part, self.image_step), first < config.drop_latent)
-                self._add_vision(example, part, config, count, second < config.drop_vision)
+                self._add_latent(
+                    example, config.latent_size.resize(part, self.image_step), first < config.cfg_dropout_vae
+                )
+                self._add_vision(example, part, config, count, second < config.cfg_dropout_vit)
         if sample.latent is not None:
             tokens, rows, columns = self.tokens(sample.latent)
         elif sample.image is not None:

@@ -141,7 +141,11 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
     def _dropped(self, sample: Sample, draws: Draws) -> list[Piece]:
         """Pieces of a request with the drops of training; a dropped image's rotary id is not kept here."""
         settings, pieces = self.settings, self._pieces(sample)
-        chances = {"text": settings.drop_text, "vision": settings.drop_vision, "latent": settings.drop_latent}
+        chances = {
+            "text": settings.cfg_dropout_text,
+            "vision": settings.cfg_dropout_vit,
+            "latent": settings.cfg_dropout_vae,
+        }
         drawn = draws.uniform("drop", len(pieces))[0].tolist()
         return [x for x, u in zip(pieces, drawn, strict=True) if u >= chances[x.key.split()[0]]]
 

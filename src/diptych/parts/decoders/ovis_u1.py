@@ -42,8 +42,8 @@ Sides = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class YakConfig:
-    """Sizes of a `Yak`.
+class OvisU1DecoderConfig:
+    """Sizes of a `OvisU1Decoder`.
 
     channels: C. patch: side of a patch in latent pixels. hidden: W, also the width of the condition. heads: H.
     double, single: blocks of each kind. mlp_ratio: inner width of the MLPs in units of W.
@@ -66,10 +66,11 @@ class YakConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
         if self.hidden % self.heads:
-            raise UserError(f"yak: hidden {self.hidden} is no multiple of heads {self.heads}")
+            raise UserError(f"ovis_u1: hidden {self.hidden} is no multiple of heads {self.heads}")
         if sum(self.axes) != self.hidden // self.heads:
             raise UserError(
-                f"yak: axes {self.axes} sum to {sum(self.axes)}, but a head has {self.hidden // self.heads} channels "
+                f"ovis_u1: axes {self.axes} sum to {sum(self.axes)}, but a head has {self.hidden // self.heads} "
+                f"channels "
                 f"(hidden {self.hidden} / heads {self.heads})"
             )
 
@@ -118,13 +119,13 @@ class DoubleXBlock(nn.Module):
         return image, text
 
 
-class Yak(Decoder):
+class OvisU1Decoder(Decoder):
     """See the module's docstring; any aspect ratio, any number and size of context images.
 
     checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, config: YakConfig) -> None:
+    def __init__(self, config: OvisU1DecoderConfig) -> None:
         super().__init__()
         width, inner = config.hidden, int(config.mlp_ratio * config.hidden)
         token = config.channels * config.patch**2
@@ -205,7 +206,7 @@ class Yak(Decoder):
     def _vector(self, t: Tensor, pooled: Tensor | None) -> Tensor:
         """SiLU of the embeddings of time and of the whole condition, (B, 1, W)."""
         if pooled is None:
-            raise UserError("yak: this decoder reads a vector for the whole condition, but there is none")
+            raise UserError("ovis_u1: this decoder reads a vector for the whole condition, but there is none")
         return F.silu(self.time(t) + self.pooled(pooled))[:, None]
 
     def _context(
@@ -218,7 +219,7 @@ class Yak(Decoder):
             for latent in row:
                 if latent.shape[0] != self.channels or latent.shape[1] % self.patch or latent.shape[2] % self.patch:
                     raise UserError(
-                        f"Yak: a context latent of shape {tuple(latent.shape)}; {self.channels} channels and sides "
+                        f"ovis_u1: a context latent of shape {tuple(latent.shape)}; {self.channels} channels and sides "
                         f"that divide into patches of {self.patch} are needed"
                     )
             tokens = [patchify(latent[None].to(x), self.patch, "cpq")[0] for latent in row]

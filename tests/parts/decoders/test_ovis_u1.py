@@ -18,7 +18,7 @@ from diptych.core.patchify import patchify, unpatchify
 from diptych.inference.solvers import solve, times
 from diptych.objectives.flow_matching import resolution_shift
 from diptych.parts.conditioners.token_refiner import TokenRefiner, TokenRefinerConfig
-from diptych.parts.decoders.yak import Yak, YakConfig
+from diptych.parts.decoders.ovis_u1 import OvisU1Decoder, OvisU1DecoderConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ovis_u1"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -39,8 +39,8 @@ class Pair(nn.Module):
         self.refiner = TokenRefiner(
             TokenRefinerConfig(context_width=config["context_in_dim"], hidden=width, heads=2 * config["num_heads"])
         )
-        self.decoder = Yak(
-            YakConfig(
+        self.decoder = OvisU1Decoder(
+            OvisU1DecoderConfig(
                 channels=config["in_channels"] // 4,
                 patch=2,
                 hidden=width,
@@ -183,8 +183,8 @@ def test_pooling_ways_of_table_9() -> None:
 
 
 def test_errors_name_the_culprit() -> None:
-    config = YakConfig(channels=4, patch=2, hidden=32, heads=2, double=1, single=1, axes=(4, 6, 6))
-    decoder = Yak(config)
+    config = OvisU1DecoderConfig(channels=4, patch=2, hidden=32, heads=2, double=1, single=1, axes=(4, 6, 6))
+    decoder = OvisU1Decoder(config)
     tokens = torch.zeros(1, 2, 32)
     with pytest.raises(UserError, match="vector for the whole condition"):
         decoder(torch.zeros(1, 4, 4, 4), torch.ones(1), TokenCondition(tokens=tokens))
@@ -192,14 +192,16 @@ def test_errors_name_the_culprit() -> None:
     with pytest.raises(UserError, match="context latent"):
         decoder(torch.zeros(1, 4, 4, 4), torch.ones(1), odd)
     with pytest.raises(UserError, match="axes"):
-        YakConfig(channels=4, patch=2, hidden=32, heads=2, double=1, single=1, axes=(4, 4, 6))
+        OvisU1DecoderConfig(channels=4, patch=2, hidden=32, heads=2, double=1, single=1, axes=(4, 4, 6))
     with pytest.raises(UserError, match="heads"):
         TokenRefinerConfig(context_width=4, hidden=32, heads=3)
 
 
 def test_checkpointing_changes_no_gradient() -> None:
     torch.manual_seed(0)
-    decoder = Yak(YakConfig(channels=4, patch=2, hidden=32, heads=2, double=1, single=1, axes=(4, 6, 6)))
+    decoder = OvisU1Decoder(
+        OvisU1DecoderConfig(channels=4, patch=2, hidden=32, heads=2, double=1, single=1, axes=(4, 6, 6))
+    )
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.2)
     condition = TokenCondition(tokens=torch.randn(1, 3, 32), pooled=torch.randn(1, 32))
