@@ -180,6 +180,44 @@ def test_options(engine: Engine) -> None:
     assert small.size == (16, 16)
 
 
+SOLVERS = ["heun", "dpmpp_2m", "unipc", "flow_match_euler"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_have_their_own_steps_and_guided_times(solver: str, engine: Engine) -> None:
+    options: dict[str, Any] = {"steps": 4, "solver": solver}
+    plain = pixels(engine.generate("a red circle", cfg=1.0, **options))
+    assert np.abs(plain - pixels(engine.generate("a red circle", cfg=1.0, steps=4))).max() > 2
+    first = pixels(engine.generate("a red circle", cfg=8.0, cfg_range=(0.0, 0.0), **options))
+    assert np.abs(first - plain).max() > 2
+    none = pixels(engine.generate("a red circle", cfg=8.0, cfg_range=(0.1, 0.2), **options))
+    assert np.array_equal(none, plain), "no step begins in this span"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Engine, np.ndarray[Any, Any]]:
+    """A trained model of several scales, and the images that many small steps of Euler's give."""
+    engine = load("toy/hieraquery")
+    return engine, drawn(engine, "euler", 100)
+
+
+def drawn(engine: Engine, solver: str, steps: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """All scales of an image, one under the other as rows of pixels."""
+    options: dict[str, Any] = {"scales": "all", "prompt_expansion": 0, "seed": seed}
+    images = engine.generate("a red circle", solver=solver, steps=steps, **options)
+    return np.concatenate([np.asarray(image, dtype=np.int16).reshape(-1) for image in images])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_comes_to_the_image_of_many_small_steps(
+    solver: str, shipped: tuple[Engine, np.ndarray[Any, Any]]
+) -> None:
+    engine, fine = shipped
+    assert np.abs(drawn(engine, solver, 20) - fine).mean() < 6
+    if solver == "heun":
+        assert np.abs(drawn(engine, "euler", 20, seed=1) - fine).mean() > 12, "another seed is another image"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -188,11 +226,13 @@ def test_options(engine: Engine) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"cfg": -1.0}, "must not be negative"),
         ({"timestep_shift": 0.0}, "timestep_shift must be above 0"),
-        ({"timestep_shift": "rot"}, "timestep_shift must be above 0, or 'root' or 'flux', not 'rot'"),
+        ({"timestep_shift": "rot"}, "timestep_shift must be above 0, or 'root', 'flux' or 'qwen_image', not 'rot'"),
         ({"cfg_range": (0.6, 0.4)}, "cfg_range must be two rising shares"),
         ({"guidance": "chian"}, "Did you mean 'chain'"),
         ({"size": 30}, "size 30x30 is not divisible by 8"),
         ({"n": 0}, "n must be at least 1"),
+        ({"shift_terminal": 1.0}, "shift_terminal must be from 0 to below 1"),
+        ({"shift_terminal": 0.1, "solver": "dpmpp_2m"}, "does not go with solver 'dpmpp_2m'"),
         ({"solver": "hein"}, "Did you mean 'heun'"),
     ],
 )

@@ -94,15 +94,15 @@ def test_which_branches_are_compared(
 def test_guidance_within_a_span_of_times() -> None:
     velocity = Affine()
     t = times(4)
-    during = span(t, (0.25, 0.5))
+    during = span(t[:-1], (0.25, 0.5))
     assert during == (0.5, 0.75)
     both: dict[Branch, Condition] = {"null": branch(1.0), "full": branch(3.0)}
     at = guided(velocity, both, ChainGuidance(text=4.0, during=during))
     x = torch.zeros(1, 1, 1, 1)
     assert [at(x, now[None]).item() for now in t[:-1]] == [3.0, 9.0, 9.0, 3.0]
     assert velocity.calls == [1, 2, 2, 1]
-    assert span(t, (0.0, 1.0)) == (0.25, 1.0)
-    assert span(t, (0.3, 0.4)) == (1.0, 0.0)  # between two steps: none is guided
+    assert span(t[:-1], (0.0, 1.0)) == (0.25, 1.0)
+    assert span(t[:-1], (0.3, 0.4)) == (1.0, 0.0)  # between two steps: none is guided
 
 
 def test_bagels_interval_leaves_its_lower_end_out() -> None:

@@ -32,6 +32,7 @@ from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
 from diptych.inference.engine import Engine
+from diptych.inference.sampling import shift_at
 from diptych.inference.solvers import times
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.ovis import Ovis
@@ -139,7 +140,7 @@ def _one(engine: Engine, system: AssembledSystem, prompt: Prompt, steps: int, no
     null = _last(system.encode(system.without(batch, "text_and_images"))) if sampling.cfg != 1 else None
     shape = system.latent_shape(*sampling.size)
     latents = shape[1] * shape[2] // _side(system) ** 2
-    t = times(sampling.steps, sampling.shift_at(shape[1] * shape[2] // 4))
+    t = times(sampling.steps, shift_at(sampling.timestep_shift, shape[1] * shape[2] // 4))
     x = Draws([noise], system.device).normal("noise", *shape)
     by_step: list[Tensor] = []
     texts: list[list[float]] = []

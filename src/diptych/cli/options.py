@@ -30,7 +30,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="sampler steps")
     group.add_argument("--cfg", type=float, help="text guidance scale, 1 for none")
     group.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
-    group.add_argument("--solver", help="euler, or heun (two calls a step)")
+    group.add_argument("--solver", help="euler, heun (two calls a step), dpmpp_2m, unipc, flow_match_euler")
+    group.add_argument("--timestep-shift", metavar="SHIFT", help="of the times: a number, root, flux or qwen_image")
     group.add_argument(
         "--prompt-expansion", type=int, metavar="TOKENS", help="to write before each image about it, 0 for none"
     )
@@ -52,11 +53,20 @@ def by_scale(files: list[Path], names: Sequence[str]) -> list[Path]:
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Engine.generate` that were given."""
     found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
-    given = {"steps": args.steps, "cfg": args.cfg, "solver": args.solver, "batch_size": args.batch_size}
+    given: dict[str, Any] = {"steps": args.steps, "cfg": args.cfg, "solver": args.solver, "batch_size": args.batch_size}
+    given["timestep_shift"] = None if args.timestep_shift is None else shift(args.timestep_shift)
     given["scales"] = getattr(args, "scales", None)
     given["image_cfg"] = getattr(args, "image_cfg", None)
     given |= {"negative": args.negative, "prompt_expansion": args.prompt_expansion}
     return found | {name: value for name, value in given.items() if value is not None}
+
+
+def shift(text: str) -> float | str:
+    """ "3" as a number; names stay as they are."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def size(text: str) -> tuple[int, int]:

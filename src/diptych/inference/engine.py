@@ -19,7 +19,7 @@ from diptych.data.imaging import AnyImage, as_image, to_tensor
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, scale_names, views
-from diptych.inference.solvers import solve, span, times
+from diptych.inference.solvers import Solver, span
 from diptych.systems.base import Dropped, ImageSized, Reasoner, System, Thinker
 
 
@@ -157,7 +157,7 @@ class Engine:
         texts: list[list[str]] = [[] for _ in samples]
         # Requests of one size share batches, guidance's null condition and the schedule of each scale.
         for size, rows in by_size(samples).items():
-            passes = [(view, *self._schedule(view, settings)) for view in views(self.system, size, scales)]
+            passes = [(view, *self._plan(view, settings)) for view in views(self.system, size, scales)]
             null: Condition | None = None
             for group in cut(rows, capacity):
                 batch = Batch(tuple(samples[row] for row in group)).to(device)
@@ -187,10 +187,10 @@ class Engine:
                     draws = Draws([noise for (_, noise), _ in block], device)
                     shared = {branch: conditions[branch].take(chosen) for branch in branches}
                     drawn: list[Tensor] = []
-                    for view, schedule, guidance in passes:
+                    for view, solver, guidance in passes:
                         seen: dict[Branch, Condition] = {name: view.of(shared[name]) for name in branches}
                         velocity = guided(self.system.velocity, seen, guidance)
-                        latents = solve(velocity, draws.normal(view.noise, *view.shape), schedule, settings.solver)
+                        latents = solver.solve(velocity, draws.normal(view.noise, *view.shape))
                         drawn.append(self.system.to_images(latents).clamp(-1, 1).float().cpu())  # (B, 3, H, W)
                     for place, (_, row) in enumerate(block):
                         images[row] += [scale[place] for scale in drawn]
@@ -205,11 +205,11 @@ class Engine:
         defaults = self.sampling.over(self.sampling.edit) if edits else self.sampling
         return defaults.over(options)
 
-    def _schedule(self, view: View, settings: Sampling) -> tuple[Tensor, Guidance]:
-        """The times at which a scale is drawn, and the guidance at these times."""
-        schedule = times(settings.steps, settings.shift_at(view.shape[1] * view.shape[2] // 4))
-        during = ALWAYS if settings.cfg_range == ALWAYS else span(schedule, settings.cfg_range)
-        return schedule, settings.guide(during, self.system.token_side)
+    def _plan(self, view: View, settings: Sampling) -> tuple[Solver, Guidance]:
+        """The solver that draws a scale, and the guidance at its times."""
+        solver = settings.solver_at(view.shape[1] * view.shape[2] // 4)
+        during = ALWAYS if settings.cfg_range == ALWAYS else span(solver.times, settings.cfg_range)
+        return solver, settings.guide(during, self.system.token_side)
 
     def _version(self, branch: Branch, batch: Batch, negative: str) -> Batch:
         """The requests as a branch of guidance has them; the negative text stands where the text was removed."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diptych.core.errors import UserError, unknown
 from diptych.inference.bagel_guidance import BagelGuidance
 from diptych.inference.guidance import ALWAYS, ChainGuidance, Guidance, OmniGen2Guidance, QwenImageGuidance
-from diptych.inference.solvers import SOLVERS
+from diptych.inference.solvers import SOLVERS, Solver, make_solver
 from diptych.objectives.flow_matching import resolution_shift, root_shift
 
 GUIDANCES: dict[str, type[Guidance]] = {
@@ -22,7 +22,10 @@ GUIDANCES: dict[str, type[Guidance]] = {
 FILLED = ("text", "images", "during", "patch")
 """Fields of guidance objects that come from other settings and from the model."""
 
-Shift = float | Literal["root", "flux"]
+Shift = float | Literal["root", "flux", "qwen_image"]
+
+
+SHIFTS = ("root", "flux", "qwen_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,9 @@ class Sampling:
     alone. guidance: which requests these scales compare and how, by its kind ("chain"), or a mapping of `kind` and its
     options ({"kind": "bagel", "interval": [0.4, 1.0], "renorm": "global"}); see `GUIDANCES`. cfg_range: steps that are
     guided, first and last as shares of all steps. negative: the text that guidance leads away from.
-    timestep_shift: of the times; "root" (OmniGen2's) and "flux" go by the latent's size. solver: see
-    `inference.solvers`. batch_size: images per decoder run (each takes as many rows as guidance has branches).
+    timestep_shift: of the times; "root" (OmniGen2's), "flux" and "qwen_image" go by the latent's size. shift_terminal:
+    the time that the last step begins at, 0 for what the grid gives. solver: see `inference.solvers`. batch_size:
+    images per decoder run (each takes as many rows as guidance has branches).
     prompt_expansion: tokens that a model may write before each image about what is to be in it (BAGEL's thinking), 0
     for none; prompt_expansion_temperature: at which they are drawn, 0 for the likeliest. edit: other values of these
     fields for edits.
@@ -49,6 +53,7 @@ class Sampling:
     cfg_range: tuple[float, float] = ALWAYS
     negative: str = ""
     timestep_shift: Shift = 1.0
+    shift_terminal: float = 0.0
     solver: str = "euler"
     batch_size: int = 16
     prompt_expansion: int = 0
@@ -62,15 +67,18 @@ class Sampling:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.cfg < 0 or self.image_cfg < 0:
             raise UserError(f"guidance scales must not be negative (cfg {self.cfg}, image_cfg {self.image_cfg})")
-        if self.timestep_shift not in ("root", "flux") and (
-            isinstance(self.timestep_shift, str) or self.timestep_shift <= 0
-        ):
-            raise UserError(f"timestep_shift must be above 0, or 'root' or 'flux', not {self.timestep_shift!r}")
+        shift = self.timestep_shift
+        if shift not in SHIFTS and (isinstance(shift, str) or shift <= 0):
+            raise UserError(f"timestep_shift must be above 0, or 'root', 'flux' or 'qwen_image', not {shift!r}")
+        if not 0 <= self.shift_terminal < 1:
+            raise UserError(f"shift_terminal must be from 0 to below 1, not {self.shift_terminal}")
         object.__setattr__(self, "cfg_range", tuple(self.cfg_range))
         if len(self.cfg_range) != 2 or not 0 <= self.cfg_range[0] <= self.cfg_range[1] <= 1:
             raise UserError(f"cfg_range must be two rising shares of the steps from 0 to 1, not {self.cfg_range}")
         if self.solver not in SOLVERS:
             raise unknown("solver", self.solver, SOLVERS)
+        if self.solver == "dpmpp_2m" and self.shift_terminal:
+            raise UserError("shift_terminal does not go with solver 'dpmpp_2m', whose times end at 0")
         self.guide()
         if self.prompt_expansion < 0:
             raise UserError(f"prompt_expansion must not be negative, not {self.prompt_expansion}")
@@ -127,9 +135,10 @@ class Sampling:
         except TypeError as error:
             raise UserError(f"guidance {kind!r}: a value is of the wrong type ({options})") from error
 
-    def shift_at(self, tokens: int) -> float:
-        """The shift of the times for an image of this many tokens of 2x2 latent pixels."""
-        return shift_at(self.timestep_shift, tokens)
+    def solver_at(self, tokens: int) -> Solver:
+        """The solver for an image of this many tokens of 2x2 latent pixels."""
+        shift, dynamic = shift_at(self.timestep_shift, tokens), isinstance(self.timestep_shift, str)
+        return make_solver(self.solver, self.steps, shift, self.shift_terminal, dynamic=dynamic)
 
 
 def names() -> list[str]:
@@ -148,6 +157,8 @@ def shift_at(shift: Shift, tokens: int) -> float:
     """The shift of the times for an image of this many tokens of 2x2 latent pixels."""
     if shift == "root":
         return root_shift(tokens)
+    if shift == "qwen_image":
+        return resolution_shift(tokens, top=0.9, high=8192)
     return resolution_shift(tokens) if shift == "flux" else shift
 
 
