@@ -1,0 +1,268 @@
+"""Where the weights of a loaded model live, and in which number format: casting, quantisation and offload."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diptych.core.errors import UserError, unknown
+from diptych.systems.base import System
+
+Quantization = Literal["none", "int8", "fp8", "nf4"]
+"""Formats of the weights of linear layers inside blocks: `int8` and `fp8` (e4m3) by torchao, one scale for each output
+channel; `nf4` by bitsandbytes, one scale for each 64 weights (QLoRA, Dettmers et al. 2023, Sec. 3)."""
+
+Offload = Literal["none", "model", "layers"]
+"""What stays on the device: `none` offloads nothing; `model` keeps the blocks of the part that runs (the language
+model, the decoder, ...); `layers` keeps the block that runs and the next one. The rest is in host memory."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+EXTRA = "pip install 'diptych[quantize]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """device: "cpu", "cuda", "mps". dtype: None leaves each weight in its file's format.
+
+    Raises:
+        UserError: an unknown value of `quantize` or `offload`.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    quantize: Quantization = "none"
+    offload: Offload = "none"
+
+    def __post_init__(self) -> None:
+        if self.quantize not in get_args(Quantization):
+            raise unknown("format", self.quantize, get_args(Quantization), "quantize")
+        if self.offload not in get_args(Offload):
+            raise unknown("value", self.offload, get_args(Offload), "offload")
+
+
+def place(system: System, placement: Placement) -> None:
+    """Bring a system in host memory into its number format and onto its device, in place.
+
+    Raises:
+        UserError: a format that the device or the installation has not.
+    """
+    check_dtype(placement.device, placement.dtype)
+    system.requires_grad_(False)
+    if placement.dtype is not None:
+        cast(system, placement.dtype)
+    if placement.quantize != "none":
+        quantize(blocks(system), placement.quantize)
+    if placement.offload == "none":
+        system.to(placement.device)
+    else:
+        offload(system, torch.device(placement.device), by_part=placement.offload == "model")
+
+
+def check_dtype(device: str, dtype: torch.dtype | None) -> None:
+    """UserError where a device does not compute in a number format."""
+    if dtype == torch.bfloat16 and device.startswith("cuda") and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"dtype bfloat16: {name} does not compute in it; use float16 or float32")
+
+
+def cast(system: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in `dtype`; buffers (frequencies of rotary positions, for example) keep their format.
+
+    Raises:
+        UserError: a weight that `dtype` cannot hold.
+    """
+    largest = torch.finfo(dtype).max
+    for name, parameter in system.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype == dtype:
+            continue
+        if dtype == torch.float16 and parameter.numel() and float(parameter.detach().abs().max()) > largest:
+            raise UserError(f"dtype float16: {name} has values over {largest:,.0f}; use bfloat16")
+        parameter.data = parameter.data.to(dtype)
+
+
+def blocks(system: System) -> list[nn.Module]:
+    """The repeated blocks of a system's networks, each run as a whole by its `forward`."""
+    return list(system.shard_units())
+
+
+def quantize(modules: Iterable[nn.Module], format: Quantization) -> int:
+    """Put the weights of all linear layers inside `modules` into a quantised format; how many layers there were.
+
+    Raises:
+        UserError: the library is not installed, or a layer learns.
+    """
+    convert = _to_nf4 if format == "nf4" else _torchao(format)
+    count = 0
+    for module in modules:
+        for parent in list(module.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is not nn.Linear:  # a subclass computes something of its own
+                    continue
+                if layer.weight.requires_grad:
+                    raise UserError(f"quantize {format}: layer {name} learns; freeze it, or train LoRA on it")
+                setattr(parent, name, convert(layer))
+                count += 1
+    return count
+
+
+def _torchao(format: Quantization) -> Callable[[nn.Linear], nn.Module]:
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UserError(f"quantize {format} needs torchao: {EXTRA}") from error
+    config = Int8WeightOnlyConfig() if format == "int8" else Float8WeightOnlyConfig()
+
+    def convert(layer: nn.Linear) -> nn.Module:
+        layer.requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            quantize_(layer, config)
+        return layer
+
+    return convert
+
+
+def _to_nf4(layer: nn.Linear) -> nn.Module:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(f"quantize nf4 needs bitsandbytes: {EXTRA}") from error
+    dtype = layer.weight.dtype
+    quantized: Any = bitsandbytes.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4", compute_dtype=dtype
+    )
+    quantized.load_state_dict(layer.state_dict())
+    if layer.bias is not None:
+        quantized.bias.data = layer.bias.data
+    quantized.requires_grad_(False)
+    return quantized.to(layer.weight.device)  # the weights are quantised as they are moved
+
+
+class _Streamed:
+    """A block whose weights are in host memory and come to the device for each of its runs.
+
+    The weights of a block that is away are replaced by empty tensors, so that a use of them outside of its `forward`
+    ends in an error and not in a wrong number.
+    """
+
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.places: list[tuple[dict[str, Any], str]] = [
+            (table, name)
+            for module in block.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self.host = [_in_host_memory(table[name], device) for table, name in self.places]
+        self.ready: Any = None
+        self.resident = True
+        self.release()
+
+    def fetch(self, stream: Any = None) -> None:
+        """Start copying the weights to the device, beside what runs there where there is a `stream`."""
+        if self.resident:
+            return
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            for (table, name), stored in zip(self.places, self.host, strict=True):
+                table[name] = _like(stored, stored.to(self.device, non_blocking=stream is not None))
+            self.ready = None if stream is None else stream.record_event()
+        self.resident = True
+
+    def wait(self) -> None:
+        """Let what runs on the device from here on wait for the copy."""
+        if self.ready is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(self.ready)
+            for table, name in self.places:
+                table[name].record_stream(current)
+            self.ready = None
+
+    def release(self) -> None:
+        """Give the device's memory back; inference changes no weight, so nothing is copied."""
+        for (table, name), stored in zip(self.places, self.host, strict=True):
+            table[name] = _like(stored, torch.empty(0, device=self.device))
+        self.resident = False
+
+
+def _in_host_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in host memory, page-locked where a GPU will copy from it."""
+    stored = _like(tensor, tensor.detach().cpu())
+    return _like(tensor, stored.pin_memory()) if device.type == "cuda" else stored
+
+
+def _like(stored: Tensor, value: Tensor) -> Tensor:
+    """`value` as a parameter where `stored` is one."""
+    if isinstance(stored, nn.Parameter) and not isinstance(value, nn.Parameter):
+        return nn.Parameter(value, requires_grad=False)
+    return value
+
+
+def offload(system: System, device: torch.device, *, by_part: bool = False) -> None:
+    """Keep the blocks of a system in host memory and bring each to `device` when it runs; all else stays there.
+
+    by_part: all blocks of a part (`llm`, `decoder`) come together and stay until those of another part run. Otherwise
+    each block comes by itself, and the next one of its part is copied while it runs.
+    """
+    units = blocks(system)
+    groups = _by_part(system, units) if by_part else [[block] for block in units]
+    streamed = [[_Streamed(block, device) for block in group] for group in groups]
+    system.to(device)  # what is in no block; blocks are empty by now
+    stream = torch.cuda.Stream(device) if device.type == "cuda" and not by_part else None
+    for place, group in enumerate(groups):
+        following = streamed[(place + 1) % len(streamed)]
+        for block in group:
+            block.register_forward_pre_hook(_Arrival(streamed, place, following if not by_part else [], stream))
+            if not by_part:
+                block.register_forward_hook(_Departure(streamed[place]), always_call=True)
+
+
+class _Arrival:
+    """Before a block runs: its group is on the device, other groups are not, and the next is on its way."""
+
+    def __init__(
+        self, streamed: Sequence[Sequence[_Streamed]], place: int, following: Sequence[_Streamed], stream: Any
+    ) -> None:
+        self.streamed, self.place, self.following, self.stream = streamed, place, following, stream
+
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        kept = {id(block) for block in (*self.streamed[self.place], *self.following)}
+        for group in self.streamed:
+            for block in group:
+                if block.resident and id(block) not in kept:
+                    block.release()
+        for block in self.streamed[self.place]:
+            block.fetch(self.stream)
+        for block in self.streamed[self.place]:
+            block.wait()
+        if self.stream is not None:
+            for block in self.following:
+                block.fetch(self.stream)
+
+
+class _Departure:
+    """After a block has run, its weights leave the device."""
+
+    def __init__(self, streamed: Sequence[_Streamed]) -> None:
+        self.streamed = streamed
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        for block in self.streamed:
+            block.release()
+
+
+def _by_part(system: System, units: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """The blocks, grouped by the part that they belong to."""
+    groups: dict[str, list[nn.Module]] = {}
+    owner = {id(p): name for name, part in system.named_parts().items() for p in part.parameters()}
+    for block in units:
+        first = next(iter(block.parameters()))
+        groups.setdefault(owner[id(first)], []).append(block)
+    return list(groups.values())

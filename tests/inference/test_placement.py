@@ -1,0 +1,92 @@
+"""Number formats, quantisation and offload of loaded models."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import diptych
+from diptych.core.errors import UserError
+from diptych.inference.engine import Engine
+from diptych.inference.placement import Offload, Placement, Quantization, blocks, cast, place, quantize
+
+SYSTEMS = ["toy/iomm", "toy/ovis-u1", "toy/omnigen2", "toy/hieraquery", "toy/bagel"]
+LIBRARY = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+def picture(engine: Engine) -> np.ndarray:
+    return np.asarray(engine.generate("a red circle left of a blue square", steps=2)[0])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("kept", ["model", "layers"])
+def test_offload_gives_the_same_picture_bit_for_bit(name: str, kept: Offload) -> None:
+    engine = diptych.load(name, device="cpu")
+    expected, answer = picture(engine), engine.ask(engine.generate("a red circle", steps=1)[0], "what color?")
+    place(engine.system, Placement(offload=kept))
+    away = [p.numel() for block in blocks(engine.system) for p in block.parameters()]
+    assert not any(away), "the blocks' weights are not on the device between runs"
+    assert np.array_equal(picture(engine), expected)
+    assert engine.ask(engine.generate("a red circle", steps=1)[0], "what color?") == answer
+
+
+def test_layers_leave_the_device_again_and_a_part_stays() -> None:
+    by_layer, by_part = (diptych.load("toy/iomm", device="cpu") for _ in range(2))
+    place(by_layer.system, Placement(offload="layers"))
+    place(by_part.system, Placement(offload="model"))
+    resident = []
+    for engine in (by_layer, by_part):
+        picture(engine)
+        resident.append(sum(any(p.numel() for p in block.parameters()) for block in blocks(engine.system)))
+    decoder = sum(
+        name.startswith("decoder") for name, m in by_part.system.named_modules() if m in blocks(by_part.system)
+    )
+    assert resident[0] <= 1
+    assert resident[1] == decoder > 1
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("format", ["int8", "fp8", "nf4"])
+def test_quantised_weights_are_small_and_draw_nearly_the_same(name: str, format: Quantization) -> None:
+    pytest.importorskip(LIBRARY[format])
+    engine = diptych.load(name, device="cpu")
+    expected = picture(engine).astype(int)
+    place(engine.system, Placement(quantize=format))
+    kinds = {
+        type(layer.weight).__name__
+        for b in blocks(engine.system)
+        for layer in b.modules()
+        if isinstance(layer, nn.Linear)
+    }
+    assert "Parameter" not in kinds, "every linear layer of a block is quantised"
+    difference = np.abs(picture(engine).astype(int) - expected).mean()
+    assert 0 < difference < 4, "not bit-equal, and close"
+
+
+def test_casting_keeps_buffers_and_refuses_what_does_not_fit() -> None:
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("frequencies", torch.tensor([1.0001]), persistent=False)
+    cast(module, torch.bfloat16)
+    assert module.weight.dtype == torch.bfloat16
+    assert module.frequencies.dtype == torch.float32
+    layer = nn.Linear(1, 1)
+    layer.weight.data.fill_(70_000)
+    with pytest.raises(UserError, match=r"float16: weight has values over 65,504"):
+        cast(layer, torch.float16)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"quantize: unknown format 'int9'.*'int8'"):
+        Placement(quantize="int9")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"offload: unknown value 'layer'.*'layers'"):
+        Placement(offload="layer")  # pyright: ignore[reportArgumentType]
+    if importlib.util.find_spec("torchao"):
+        with pytest.raises(UserError, match="layer 0 learns"):
+            quantize([nn.Sequential(nn.Linear(4, 4))], "int8")
+    else:
+        with pytest.raises(UserError, match="pip install"):
+            quantize([nn.Sequential(nn.Linear(4, 4))], "int8")
