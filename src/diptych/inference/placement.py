@@ -135,7 +135,7 @@ def _to_nf4(layer: nn.Linear) -> nn.Module:
     except ImportError as error:
         raise UserError(f"quantize nf4 needs bitsandbytes: {EXTRA}") from error
     dtype = layer.weight.dtype
-    quantized: Any = bitsandbytes.nn.Linear4bit(
+    quantized: Any = bitsandbytes.nn.modules.Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4", compute_dtype=dtype
     )
     quantized.load_state_dict(layer.state_dict())
