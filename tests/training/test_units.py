@@ -85,6 +85,18 @@ def test_ema_by_hand() -> None:
     assert parameter.item() == pytest.approx(expected)
 
 
+def test_ema_without_warm_up_by_hand() -> None:
+    """BAGEL's release: the weights at the start keep d^n."""
+    parameter = nn.Parameter(torch.tensor([0.0]))
+    ema = EMA({"w": parameter}, 0.9999, warmup=False)
+    ema.average["w"].fill_(1.0)
+    for _ in range(100):
+        ema.update()
+    assert ema.average["w"].item() == pytest.approx(0.9999**100, rel=1e-5)
+    with pytest.raises(UserError, match="ema_warmup has no effect"):
+        StageConfig(name="a", train=("llm",), steps=1, batch_size=1, ema_warmup=False)
+
+
 def test_bf16_on_a_cpu_writes_attention_out() -> None:
     q = torch.randn(2, 2, 8, 16, requires_grad=True)
 

@@ -69,7 +69,7 @@ def _one(system: System, messages: Sequence[Message], images: Sequence[Tensor], 
     if isinstance(system, BagelSystem):
         reader = system.reader
         parts = reader.conversation(messages, images, where)
-        pieces = reader.pieces(parts, system.settings, draw=False, where=where)
+        [pieces] = reader.pieces([parts], system.settings, draw=False, where=[where], encode=system.to_latents)
         flags = [_vision_places(piece.item) for piece in pieces]
         seen = torch.tensor([flag for row in flags for flag in row], device=system.device)
         _check_asked(seen, where)

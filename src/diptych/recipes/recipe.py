@@ -199,6 +199,7 @@ class StageSpec:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
+    ema_warmup: bool = True
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -44,7 +44,8 @@ class StageConfig:
     train: parts by name. steps: optimiser steps. batch_size: samples a step over all processes. micro_batch_size:
     samples a forward pass of one process (None: all of its share). loss_weights: factor of each loss term
     ("flow.image", or "flow" for all tasks; "flow_4x4" for one scale of several); terms not named count 1.
-    max_grad_norm: largest norm of the gradient. ema_decay: of the averaged weights, None for none.
+    max_grad_norm: largest norm of the gradient. ema_decay: of the averaged weights, None for none. ema_warmup: as of
+    `training.ema.EMA`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StageConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
+    ema_warmup: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -70,6 +72,8 @@ class StageConfig:
             raise UserError(
                 f"stage {self.name!r}: ema_decay must be between 0 and 1, not {self.ema_decay}; leave it out for none"
             )
+        if self.ema_decay is None and not self.ema_warmup:
+            raise UserError(f"stage {self.name!r}: ema_warmup has no effect without ema_decay")
         if not self.train:
             raise UserError(f"stage {self.name!r}: trains nothing; name parts under `train`")
 

@@ -110,7 +110,7 @@ def train_stage(
     model = prepare(system, accelerator)
     parameters = trainable(system)
     optimizers = build_optimizers(config.optimizer, parameters, system.shard_units())
-    ema = EMA(parameters, config.ema_decay) if config.ema_decay else None
+    ema = EMA(parameters, config.ema_decay, config.ema_warmup) if config.ema_decay else None
     weights = {name: parameter for name, parameter in system.named_parameters() if name in learned}
     held = state.Held(weights=weights, parameters=parameters, optimizers=optimizers, ema=ema)
     if last:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diptych.core.image_sizes import SideRange
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.recipes.bagel import build_bagel
 from diptych.recipes.recipe import BagelSpec, Part
-from diptych.systems.bagel.config import BagelConfig, Sizes, Wording
+from diptych.systems.bagel.config import BagelConfig, Wording
 from diptych.systems.bagel.system import BagelSystem
 
 NETWORK: dict[str, Any] = {
@@ -42,8 +43,8 @@ NETWORK: dict[str, Any] = {
 }
 TINY = BagelConfig(
     wording=Wording(start_image="<img>", end_image="</img>", think_answer="think", think_image="plan"),
-    vision_size=Sizes(longest=16, shortest=16),
-    latent_size=Sizes(longest=16, shortest=16),
+    vision_size=SideRange(longest=16, shortest=16),
+    latent_size=SideRange(longest=16, shortest=16),
     cfg_dropout_text=0.0,
     cfg_dropout_vit=0.0,
     cfg_dropout_vae=0.0,

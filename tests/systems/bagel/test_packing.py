@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import SideRange
 from diptych.core.packing import padded, rows_within, sample_mask
 from diptych.parts.backbones.attention import visible
-from diptych.systems.bagel.config import Sizes
 from diptych.systems.bagel.items import Pack, Tables, next_position, pack
 
 GOLDEN = Golden("packing")
@@ -89,7 +89,7 @@ def test_next_position_is_where_the_row_goes_on() -> None:
 def test_image_sizes_are_the_references(number: int) -> None:
     resize = GOLDEN.data["resize"]
     transform = resize["transforms"][number]
-    sizes = Sizes(longest=transform["max_size"], shortest=transform["min_size"], area=transform["max_pixels"])
+    sizes = SideRange(longest=transform["max_size"], shortest=transform["min_size"], area=transform["max_pixels"])
     found = [
         sizes.fit(height, width, transform["stride"], images)[::-1]
         for (width, height), images in zip(resize["sizes_w_h"], resize["img_num"], strict=True)

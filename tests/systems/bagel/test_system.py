@@ -85,7 +85,7 @@ def test_drops_leave_things_out_and_learn_the_rest(system: BagelSystem) -> None:
     bare = reader.example(sample, dropped, Draws([1]))
     assert bare.cost == 6 < kept.cost
     assert len(bare.items) == len(kept.items) == 4
-    assert (len(bare.patches), len(bare.latents)) == (0, 1)
+    assert (len(bare.patches), len(bare.images)) == (0, 1)
 
 
 def test_requests_in_a_batch_are_what_they_are_alone(system: BagelSystem) -> None:
@@ -217,7 +217,7 @@ def test_mistakes_are_named(
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="sample_tokens 9 must be above 0 and at most row_tokens 8"):
         BagelConfig(row_tokens=8, sample_tokens=9)
-    with pytest.raises(UserError, match="drop_text must be between 0 and 1"):
+    with pytest.raises(UserError, match="cfg_dropout_text must be between 0 and 1"):
         BagelConfig(cfg_dropout_text=1.5)
     with pytest.raises(UserError, match="guidance 'chain': unknown option 'renorm'"):
         Sampling(guidance={"kind": "chain", "renorm": "global"})

@@ -1,4 +1,4 @@
-"""What a BAGEL system does with its parts, and the sizes at which it looks at images."""
+"""What a BAGEL system does with its parts, and the sizes at which it reads images."""
 
 from __future__ import annotations
 
@@ -8,58 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import SideRange
 from diptych.objectives.flow_matching import FlowMatching
 from diptych.parts.backbones.attention import Kernel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How an image is resized before it is read: sides in pixels, aspect ratio kept as far as the stride lets it.
-
-    longest: of the long side. shortest: of the short side, where the longest allows it. area: of all images of a sample
-    together, in pixels.
-    """
-
-    longest: int
-    shortest: int
-    area: int = 14 * 14 * 9 * 1024
-
-    def fit(self, height: int, width: int, stride: int, images: int = 1) -> tuple[int, int]:
-        """(height, width) to resize to, both multiples of `stride`.
-
-        Never enlarged to reach `longest`, only to reach `shortest`; the area rule multiplies both sides by the excess
-        itself rather than its root, as the published transform does.
-
-        Args:
-            images: in the sample.
-        """
-        scale = min(self.longest / max(height, width), 1.0)
-        scale = max(scale, self.shortest / min(height, width))
-        height, width = _scaled(height, width, scale, stride)
-        allowed = self.area / images
-        if height * width > allowed:
-            height, width = _scaled(height, width, allowed / (height * width), stride)
-        if max(height, width) > self.longest:
-            height, width = _scaled(height, width, self.longest / max(height, width), stride)
-        return height, width
-
-    def resize(self, image: Tensor, stride: int, images: int = 1) -> Tensor:
-        """An image (3, H, W) in [-1, 1] at the size of `fit`, bicubic with antialiasing."""
-        size = self.fit(image.shape[1], image.shape[2], stride, images)
-        if size == tuple(image.shape[1:]):
-            return image
-        resized = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True, align_corners=False)
-        return resized[0].clamp(-1, 1)
-
-
-def _scaled(height: int, width: int, scale: float, stride: int) -> tuple[int, int]:
-    def side(length: int) -> int:
-        return max(stride, round(round(length * scale) / stride) * stride)
-
-    return side(height), side(width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +36,10 @@ class BagelConfig:
     """Options of a BAGEL system; the defaults are the published ones.
 
     wording: special tokens and instructions.
-    vision_size, latent_size: of images that are read, by the vision tower and as latents.
+    vision_size, latent_size: of images that are read, by the vision tower and as latents. vision_size_edit: of images
+    that the vision tower reads so that one is drawn, where it is another (the released SGT trains with 224 pixels
+    there, and with 980 in conversations).
+    reference_latents: whether images to edit are read as latents too.
     flow: what the latents' output means (BAGEL's is the velocity), and the times of training.
     cfg_dropout_text, cfg_dropout_vit, cfg_dropout_vae: chance of each text and each reading of an image to be left out
     in training, so that guidance has something to compare with (an image keeps its rotary id).
@@ -93,8 +49,10 @@ class BagelConfig:
     """
 
     wording: Wording = field(default_factory=Wording)
-    vision_size: Sizes = field(default_factory=lambda: Sizes(longest=980, shortest=224))
-    latent_size: Sizes = field(default_factory=lambda: Sizes(longest=1024, shortest=512))
+    vision_size: SideRange = field(default_factory=lambda: SideRange(longest=980, shortest=224))
+    vision_size_edit: SideRange | None = None
+    latent_size: SideRange = field(default_factory=lambda: SideRange(longest=1024, shortest=512))
+    reference_latents: bool = True
     flow: FlowMatching = field(default_factory=FlowMatching)
     cfg_dropout_text: float = 0.1
     cfg_dropout_vit: float = 0.3

@@ -1,6 +1,10 @@
 """From samples and conversations to items with their content.
 
-P side of a vision patch, c numbers in a latent token, n tokens of an image.
+All but the autoencoder's work is done on the CPU, sample by sample: texts become ids, images are resized and become the
+vision tower's patches. Images that are read or learned as latents are kept as pixels, and encoded for a whole batch at
+once (`encode_by_shape`).
+
+P side of a vision patch, c numbers in a latent token, n tokens of an image, C, h, w sizes of a latent.
 """
 
 from __future__ import annotations
@@ -8,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import SideRange
 from diptych.core.patchify import patchify
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample
 from diptych.systems.bagel.config import BagelConfig, Wording
@@ -23,19 +30,55 @@ from diptych.systems.bagel.network import NetworkConfig
 Part = str | Tensor
 """A text, or an image (3, H, W) in [-1, 1]."""
 
+ENCODED_PIXELS = 4 * 1024 * 1024
+"""Pixels that the autoencoder is given at once, at most (and one image at least)."""
+
 
 @dataclass
 class Example:
-    """A training sample. patches: (n, 3 P^2) of each vision item. latents: clean (n, c) of each latent item."""
+    """A training sample. patches: (n, 3 P^2) of each vision item. images: of each latent item that is in the row, the
+    image (3, H, W) to encode, or where it is known its latent (C, h, w). `is_latent` says which.
+    """
 
     items: list[Item] = field(default_factory=list[Item])
     patches: list[Tensor] = field(default_factory=list[Tensor])
-    latents: list[Tensor] = field(default_factory=list[Tensor])
+    images: list[Tensor] = field(default_factory=list[Tensor])
+    is_latent: list[bool] = field(default_factory=list[bool])
 
     @property
     def cost(self) -> int:
         """Tokens in a row."""
         return sum(item.cost for item in self.items)
+
+
+def encode_by_shape(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Images (3, H, W) of any sizes to latents (C, h, w), those of one size together.
+
+    Args:
+        encode: images (B, 3, H, W) to latents (B, C, h, w).
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for row, image in enumerate(images):
+        rows.setdefault(tuple(image.shape), []).append(row)
+    latents: dict[int, Tensor] = {}
+    for shape, group in rows.items():
+        count = max(1, ENCODED_PIXELS // (shape[1] * shape[2]))
+        for start in range(0, len(group), count):
+            some = group[start : start + count]
+            latents |= dict(zip(some, encode(torch.stack([images[row] for row in some])), strict=True))
+    return [latents[row] for row in range(len(images))]
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (3, H, W) in [-1, 1] at `size` (H, W): levels of 8 bits and Pillow's bicubic, as the release does it;
+    the image itself where it has the size already."""
+    if size == tuple(image.shape[1:]):
+        return image
+    levels = image.detach().float().clamp(-1, 1).add(1.0).mul(127.5).round().byte()
+    picture = Image.fromarray(levels.permute(1, 2, 0).cpu().contiguous().numpy())
+    resized = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    data = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size[0], size[1], 3)
+    return data.permute(2, 0, 1).float().div(127.5).sub(1.0).to(image.device)
 
 
 def find_markers(tokenizer: PreTrainedTokenizerBase, wording: Wording) -> Markers:
@@ -53,7 +96,7 @@ class Reader:
     """Texts and images as tokens.
 
     Args:
-        encode: images (1, 3, H, W) to latents. image_step: sides of images that become latents are multiples of it.
+        image_step: sides of images that become latents are multiples of it.
     """
 
     def __init__(
@@ -61,26 +104,56 @@ class Reader:
         tokenizer: PreTrainedTokenizerBase,
         markers: Markers,
         network: NetworkConfig,
-        encode: Callable[[Tensor], Tensor],
         image_step: int,
     ) -> None:
         self.tokenizer, self.markers, self.network = tokenizer, markers, network
-        self.encode, self.image_step = encode, image_step
+        self.image_step = image_step
 
     # Requests
 
-    def pieces(self, parts: Sequence[Part], config: BagelConfig, *, draw: bool, where: str) -> list[Piece]:
-        """Parts in reading order as pieces; an image is read as latents too where an image is to be drawn."""
-        images = sum(not isinstance(part, str) for part in parts)
-        found: list[Piece] = []
-        for part in parts:
-            if isinstance(part, str):
-                found.append(text_piece(self.ids(part, where)))
-                continue
-            if draw:
-                found.append(latent_piece(*self.latent(config.latent_size.resize(part, self.image_step))))
-            found.append(vision_piece(*self.vision(part, config, images)))
-        self.check(sum(piece.item.cost for piece in found), config, where, images)
+    def pieces(
+        self,
+        requests: Sequence[Sequence[Part]],
+        config: BagelConfig,
+        *,
+        draw: bool,
+        where: Sequence[str],
+        encode: Callable[[Tensor], Tensor],
+    ) -> list[list[Piece]]:
+        """Requests, each of parts in reading order, as pieces.
+
+        Where an image is to be drawn, an image is resized to the autoencoder's size first and read as latents and by
+        the vision tower at what that size becomes, as the released inferencer does it: 300x200 becomes 768x512, and
+        2,035 vision tokens. A question's image goes to the tower from its own size, as in the released scoring.
+
+        Args:
+            where: names of the requests, for errors. encode: as of `encode_by_shape`.
+        """
+        # 1. Texts and vision patches; images that become latents are kept for the next step.
+        planned: list[list[Piece | Tensor]] = []
+        for parts, name in zip(requests, where, strict=True):
+            images = sum(not isinstance(part, str) for part in parts)
+            plan: list[Piece | Tensor] = []
+            for part in parts:
+                if isinstance(part, str):
+                    plan.append(text_piece(self.ids(part, name)))
+                    continue
+                if draw:
+                    part = self.fit(part, config.latent_size, self.image_step)
+                    if config.reference_latents:
+                        plan.append(part)
+                plan.append(vision_piece(*self.vision(part, vision_size(config, draw), images)))
+            planned.append(plan)
+        # 2. All latents, in batches by shape.
+        pixels = [piece for plan in planned for piece in plan if isinstance(piece, Tensor)]
+        latents = iter(encode_by_shape(pixels, encode))
+        found = [
+            [latent_piece(*self.tokens(next(latents))) if isinstance(piece, Tensor) else piece for piece in plan]
+            for plan in planned
+        ]
+        for pieces, parts, name in zip(found, requests, where, strict=True):
+            images = sum(not isinstance(part, str) for part in parts)
+            self.check(sum(piece.item.cost for piece in pieces), config, name, images)
         return found
 
     def request(self, sample: Sample) -> list[Part]:
@@ -112,50 +185,50 @@ class Reader:
             first, second = next(chances), next(chances)
             if isinstance(part, str):
                 example.items.append(Text(ids=self.ids(part, sample.id), drop=first < config.cfg_dropout_text))
-            else:
-                self._add_latent(
-                    example, config.latent_size.resize(part, self.image_step), first < config.cfg_dropout_vae
-                )
-                self._add_vision(example, part, config, count, second < config.cfg_dropout_vit)
-        if sample.latent is not None:
-            tokens, rows, columns = self.tokens(sample.latent)
-        elif sample.image is not None:
-            tokens, rows, columns = self.latent(sample.image)
-        else:
+                continue
+            if config.reference_latents:
+                image = self.fit(part, config.latent_size, self.image_step)
+                self._add_latent(example, image, drop=first < config.cfg_dropout_vae)
+            self._add_vision(example, part, vision_size(config, True), count, second < config.cfg_dropout_vit)
+        target = sample.image if sample.latent is None else sample.latent
+        if target is None:
             raise UserError(f"{sample.id}: task {sample.task!r} needs a target image")
-        example.items.append(Latent(rows=rows, columns=columns, noised=True))
-        example.latents.append(tokens)
+        self._add_latent(example, target, noised=True, encoded=sample.latent is not None)
         self.check(example.cost, config, sample.id, count)
         return example
 
     def _told(self, sample: Sample, config: BagelConfig) -> Example:
+        """A conversation: every assistant turn is learned, its images are read by the vision tower."""
         example = Example()
         images = iter(sample.context_images)
         self.conversation(sample.messages, sample.context_images, sample.id)  # checks placeholders
+        count = len(sample.context_images)
         for message in sample.messages:
             for part in split(message.text):
                 if part is None:
-                    self._add_vision(example, next(images), config, len(sample.context_images), False)
+                    self._add_vision(example, next(images), vision_size(config, False), count, False)
                 else:
                     learned = message.role == "assistant"
                     example.items.append(Text(ids=self.ids(part, sample.id), learned=learned))
-        self.check(example.cost, config, sample.id, len(sample.context_images))
+        self.check(example.cost, config, sample.id, count)
         return example
 
-    def _add_vision(self, example: Example, image: Tensor, config: BagelConfig, count: int, drop: bool) -> None:
-        patches, rows, columns = self.vision(image, config, count)
+    def _add_vision(self, example: Example, image: Tensor, size: SideRange, count: int, drop: bool) -> None:
+        patches, rows, columns = self.vision(image, size, count)
         example.items.append(Vision(rows=rows, columns=columns, drop=drop))
         if not drop:
             example.patches.append(patches)
 
-    def _add_latent(self, example: Example, image: Tensor, drop: bool) -> None:
-        step = self.image_step
-        if drop:
-            example.items.append(Latent(rows=image.shape[1] // step, columns=image.shape[2] // step, drop=True))
-            return
-        tokens, rows, columns = self.latent(image)
-        example.items.append(Latent(rows=rows, columns=columns))
-        example.latents.append(tokens)
+    def _add_latent(
+        self, example: Example, image: Tensor, *, noised: bool = False, drop: bool = False, encoded: bool = False
+    ) -> None:
+        """An image as latent tokens; `encoded`: it is a latent already."""
+        side = self.network.latent_patch if encoded else self.image_step
+        rows, columns = image.shape[1] // side, image.shape[2] // side
+        example.items.append(Latent(rows=rows, columns=columns, noised=noised, drop=drop))
+        if not drop:
+            example.images.append(image)
+            example.is_latent.append(encoded)
 
     # Tokens
 
@@ -169,15 +242,15 @@ class Reader:
             raise UserError(f"{where}: the text holds the reserved token {token}")
         return tuple(ids)
 
-    def vision(self, image: Tensor, config: BagelConfig, images: int) -> tuple[Tensor, int, int]:
-        """Patches (n, 3 P^2) of an image, and its rows and columns."""
-        patch = self.network.vision.patch_size
-        resized = config.vision_size.resize(image, patch, images)
-        return patchify(resized[None], patch, "pqc")[0], resized.shape[1] // patch, resized.shape[2] // patch
+    def fit(self, image: Tensor, size: SideRange, stride: int, images: int = 1) -> Tensor:
+        """An image (3, H, W) at the size that a rule gives it."""
+        return resize(image, size.fit(image.shape[1], image.shape[2], stride, images))
 
-    def latent(self, image: Tensor) -> tuple[Tensor, int, int]:
-        """Latent tokens (n, c) of an image, and its rows and columns."""
-        return self.tokens(self.encode(image[None])[0])
+    def vision(self, image: Tensor, size: SideRange, images: int) -> tuple[Tensor, int, int]:
+        """Patches (n, 3 P^2) of an image, and its rows and columns. images: in the sample."""
+        patch = self.network.vision.patch_size
+        fitted = self.fit(image, size, patch, images)
+        return patchify(fitted[None], patch, "pqc")[0], fitted.shape[1] // patch, fitted.shape[2] // patch
 
     def tokens(self, latent: Tensor) -> tuple[Tensor, int, int]:
         """A latent (C, h, w) as tokens (n, c), and its rows and columns."""
@@ -193,6 +266,11 @@ class Reader:
                 f"{where}: {cost} tokens{shown}, more than sample_tokens {config.sample_tokens}; nothing is cut: "
                 "use fewer or smaller images, a shorter text, or raise sample_tokens"
             )
+
+
+def vision_size(config: BagelConfig, draw: bool) -> SideRange:
+    """The size at which the vision tower reads an image: of one to draw from, or of a conversation."""
+    return config.vision_size_edit if draw and config.vision_size_edit is not None else config.vision_size
 
 
 def split(text: str) -> list[str | None]:

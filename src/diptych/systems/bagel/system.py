@@ -3,8 +3,8 @@
     texts, images (vision tokens, clean latents), noisy latents -> one packed row -> scores of tokens, velocities
 
 A request is read once into keys and values; noisy latents then attend to them at every step. Deviations from the
-published code: images to be read are encoded one by one (there they are padded to one size, which touches the smaller
-ones), and as the posterior's mode (there a sample).
+published code: images are encoded together with others of their size (there all of a row are padded to one size, which
+touches the smaller ones), and as the posterior's mode (there a sample).
 
 B batch, C latent channels, h and w latent sides, N latent tokens of an image, c numbers in a latent token.
 """
@@ -36,14 +36,14 @@ from diptych.parts.backbones.mot import MoT
 from diptych.systems.bagel.answer import write
 from diptych.systems.bagel.config import BagelConfig, Wording, owners, per_sample, token_sums
 from diptych.systems.bagel.context import CacheCondition, ContextStore, Piece, condition, read
-from diptych.systems.bagel.examples import Example, Reader, find_markers
+from diptych.systems.bagel.examples import Example, Reader, encode_by_shape, find_markers, split
 from diptych.systems.bagel.items import Markers, Pack, pack
 from diptych.systems.bagel.network import BagelNetwork, States
-from diptych.systems.base import LORA, AssembledSystem, Dropped, Reasoner, Thinker
+from diptych.systems.base import LORA, AssembledSystem, Dropped, ImageSized, Reasoner, Thinker
 from diptych.systems.conversation import imagine
 
 
-class BagelSystem(AssembledSystem, Reasoner, Thinker):
+class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
     """See the module's docstring. `origins` holds the configuration of `network` and `autoencoder`."""
 
     kind: ClassVar[str] = "bagel"
@@ -93,6 +93,11 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
             raise UserError(f"size {height}x{width} is more than this model's {step * side} pixels along a side")
         return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
 
+    def edit_size(self, height: int, width: int) -> tuple[int, int]:
+        """That of the image as the autoencoder reads it, as the released inferencer does: 512 to 1,024 pixels a side.
+        Of several images it takes the last; there the first decides unless a size is given."""
+        return self.settings.latent_size.fit(height, width, self.image_step)
+
     @property
     def decoder(self) -> MoT:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What may recompute its activations in the backward pass."""
@@ -105,16 +110,15 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
         wording = self.settings.wording
         if self._markers is None or self._markers[0] != wording:
             self._markers = (wording, find_markers(self.tokenizer, wording))
-        return Reader(self.tokenizer, self._markers[1], self.network.config, self.to_latents, self.image_step)
+        return Reader(self.tokenizer, self._markers[1], self.network.config, self.image_step)
 
     # Requests
 
     def encode(self, batch: Batch, draws: Draws | None = None) -> CacheCondition:
         reader = self.reader
+        requests = self._pieces(batch.samples)
         if draws is not None:
-            requests = [self._dropped(sample, draws.take([row])) for row, sample in enumerate(batch)]
-        else:
-            requests = [self._pieces(sample) for sample in batch]
+            requests = [self._dropped(pieces, draws.take([row])) for row, pieces in enumerate(requests)]
         if torch.is_grad_enabled() or draws is not None:
             contexts = self.store.fresh(self.network, len(requests))
             return condition(read(self.network, reader.markers, contexts, requests))
@@ -127,20 +131,26 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
             if dropped == "text":
                 return replace(sample, text="", messages=system)
             if dropped == "images":
-                return replace(sample, task="text_to_image", context_images=(), messages=system)
+                # Texts between images stay texts of their own: all but the last are put before it.
+                *first, last = [part for part in split(sample.text) if part is not None] or [""]
+                before = tuple(Message(role="system", text=part) for part in first)
+                return replace(sample, task="text_to_image", text=last, context_images=(), messages=(*system, *before))
             return replace(sample, task="text_to_image", text="", context_images=(), messages=())
 
         return Batch(tuple(strip(sample) for sample in batch))
 
-    def _pieces(self, sample: Sample) -> list[Piece]:
-        if sample.task == "edit" and not sample.context_images:
-            raise UserError(f"{sample.id}: task 'edit' needs an image to edit")
+    def _pieces(self, samples: Sequence[Sample]) -> list[list[Piece]]:
+        """Pieces of requests for an image."""
+        for sample in samples:
+            if sample.task == "edit" and not sample.context_images:
+                raise UserError(f"{sample.id}: task 'edit' needs an image to edit")
         reader = self.reader
-        return reader.pieces(reader.request(sample), self.settings, draw=True, where=sample.id)
+        requests, names = [reader.request(sample) for sample in samples], [sample.id for sample in samples]
+        return reader.pieces(requests, self.settings, draw=True, where=names, encode=self.to_latents)
 
-    def _dropped(self, sample: Sample, draws: Draws) -> list[Piece]:
+    def _dropped(self, pieces: Sequence[Piece], draws: Draws) -> list[Piece]:
         """Pieces of a request with the drops of training; a dropped image's rotary id is not kept here."""
-        settings, pieces = self.settings, self._pieces(sample)
+        settings = self.settings
         chances = {
             "text": settings.cfg_dropout_text,
             "vision": settings.cfg_dropout_vit,
@@ -183,11 +193,12 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
         choose: NextToken = likeliest,
     ) -> list[str]:
         reader = self.reader
-        requests: list[list[Piece]] = []
-        for number, (messages, pictures) in enumerate(zip(conversations, images, strict=True)):
-            where = f"conversation {number}"
-            parts = reader.conversation(messages, pictures, where)
-            requests.append(reader.pieces(parts, self.settings, draw=False, where=where))
+        names = [f"conversation {number}" for number in range(len(conversations))]
+        parts = [
+            reader.conversation(messages, pictures, name)
+            for messages, pictures, name in zip(conversations, images, names, strict=True)
+        ]
+        requests = reader.pieces(parts, self.settings, draw=False, where=names, encode=self.to_latents)
         return self._write(requests, most, choose)
 
     @torch.no_grad()
@@ -218,7 +229,7 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
             return imagine(batch, wording, lambda asked: self._answer(asked, [[] for _ in asked], most, choose))
         plan = Message(role="system", text=wording)
         asked = [replace(sample, messages=(plan, *sample.messages)) for sample in batch]
-        thoughts = self._write([self._pieces(sample) for sample in asked], most, choose)
+        thoughts = self._write(self._pieces(asked), most, choose)
         told = tuple(
             replace(sample, messages=(*sample.messages, Message(role="assistant", text=thought)))
             for sample, thought in zip(asked, thoughts, strict=True)
@@ -230,11 +241,12 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         reader, settings = self.reader, self.settings
         examples = [reader.example(sample, settings, draws.take([i])) for i, sample in enumerate(batch)]
+        latents = self._latents(examples)
         rows = rows_within([example.cost for example in examples], settings.row_tokens)
         flow, flow_weight, told, told_weight = (torch.zeros(len(batch), device=self.device) for _ in range(4))
         for row in rows:
             where = torch.tensor(row, device=self.device)
-            sums = self._row([examples[i] for i in row], draws.take(row))
+            sums = self._row([examples[i] for i in row], [latents[i] for i in row], draws.take(row))
             flow = flow.index_add(0, where, sums[0])
             flow_weight = flow_weight.index_add(0, where, sums[1])
             told = told.index_add(0, where, sums[2])
@@ -251,8 +263,32 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
             terms["cross_entropy.understand"] = per_sample(told[asked], told_weight[asked], settings.mean)
         return terms
 
-    def _row(self, examples: Sequence[Example], draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums and weights of squared errors and of cross-entropies of a packed row, each (samples,)."""
+    def _latents(self, examples: Sequence[Example]) -> list[list[Tensor]]:
+        """Clean latent tokens (n, c) of each example's latent items; images are encoded in batches by shape."""
+        pixels = [
+            image.to(self.device)
+            for example in examples
+            for image, encoded in zip(example.images, example.is_latent, strict=True)
+            if not encoded
+        ]
+        made = iter(encode_by_shape(pixels, self.to_latents))
+        tokens = self.reader.tokens
+        return [
+            [
+                tokens(image.to(self.device) if encoded else next(made))[0]
+                for image, encoded in zip(example.images, example.is_latent, strict=True)
+            ]
+            for example in examples
+        ]
+
+    def _row(
+        self, examples: Sequence[Example], tokens: Sequence[Sequence[Tensor]], draws: Draws
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums and weights of squared errors and of cross-entropies of a packed row, each (samples,).
+
+        Args:
+            tokens: clean latent tokens (n, c) of each example's latent items; the last are those of its target.
+        """
         network, settings = self.network, self.settings
         row = pack(
             [example.items for example in examples],
@@ -260,12 +296,12 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
             network.sides(),
         )
         patches = [x for example in examples for x in example.patches]
-        clean = [x for example in examples for x in example.latents]
+        clean = [x for latents in tokens for x in latents]
         latents = noise = times = noisy = None
         if clean:
             latents = torch.cat(clean).to(self.device)  # (N, c)
-            noise = torch.cat(self._noise(examples, draws)).to(self.device)
-            times = row.token_times(self._times(examples, draws))  # (N,)
+            noise = torch.cat(self._noise(tokens, draws)).to(self.device)
+            times = row.token_times(self._times(tokens, draws))  # (N,)
             noisy = (1 - times[:, None]) * latents + times[:, None] * noise
         states = network.run(row, torch.cat(patches) if patches else None, noisy, times, kernel=settings.attention)
         flow, flow_weight = (torch.zeros(len(examples), device=self.device) for _ in range(2))
@@ -298,21 +334,22 @@ class BagelSystem(AssembledSystem, Reasoner, Thinker):
         weights = row.label_weights.to(self.device) if self.settings.mean == "root" else torch.ones_like(losses)
         return token_sums(losses * weights, owner, count), token_sums(weights, owner, count)
 
-    def _noise(self, examples: Sequence[Example], draws: Draws) -> list[Tensor]:
+    def _noise(self, tokens: Sequence[Sequence[Tensor]], draws: Draws) -> list[Tensor]:
         """Noise of every latent item, (n, c) each; zeros where an image is read."""
-        found: list[Tensor] = []
-        for number, example in enumerate(examples):
-            for place, latent in enumerate(example.latents):
-                target = place == len(example.latents) - 1
-                own = draws.take([number]).normal("noise", *latent.shape)[0].to(latent) if target else None
-                found.append(torch.zeros_like(latent) if own is None else own)
-        return found
+        noise: list[Tensor] = []
+        for number, latents in enumerate(tokens):
+            for place, latent in enumerate(latents):
+                if place == len(latents) - 1:  # the target
+                    noise.append(draws.take([number]).normal("noise", *latent.shape)[0].to(latent))
+                else:
+                    noise.append(torch.zeros_like(latent))
+        return noise
 
-    def _times(self, examples: Sequence[Example], draws: Draws) -> Tensor:
+    def _times(self, tokens: Sequence[Sequence[Tensor]], draws: Draws) -> Tensor:
         """A time for each sample with a target, in order."""
-        rows = [number for number, example in enumerate(examples) if example.latents]
-        tokens = [len(examples[row].latents[-1]) for row in rows]
-        return self.settings.flow.times(draws.take(rows), tokens).to(self.device)
+        rows = [number for number, latents in enumerate(tokens) if latents]
+        counts = [len(tokens[row][-1]) for row in rows]
+        return self.settings.flow.times(draws.take(rows), counts).to(self.device)
 
     # Structure
 
