@@ -107,14 +107,24 @@ def test_every_solver_comes_to_the_same_data_and_says_its_steps(kind: str) -> No
     steps: list[Step] = []
     found = make_solver(kind, 200, 2.0).solve(field, noise, steps.append)
     fine = make_solver("heun", 400, 2.0).solve(field, noise)
-    limit = 0.02 if kind in ("euler", "flow_match_euler") else 0.005
+    limit = 0.02 if kind in ("euler", "bagel", "flow_match_euler") else 0.005
     assert float((found - fine).abs().max()) < limit * float(fine.abs().max())
-    assert [step.number for step in steps] == list(range(1, 201))
+    assert [step.number for step in steps] == list(range(1, steps[0].of + 1))
+    assert steps[0].of == (199 if kind == "bagel" else 200)
     assert torch.equal(steps[-1].latents, found)
     near = (steps[-1].data - found).abs().max()  # the last step goes to the data that it points to
     assert float(near) < 0.01
     assert float((steps[0].data - found).abs().max()) > 0.1
     assert torch.equal(make_solver(kind, 200, 2.0).solve(field, noise), found), "looking on changes nothing"
+
+
+def test_bagels_steps_are_counted_as_times() -> None:
+    assert make_solver("bagel", 5).times.tolist() == pytest.approx([1, 0.75, 0.5, 0.25])
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    found = make_solver("bagel", 50, 3.0).solve(field, noise)
+    assert torch.equal(found, make_solver("euler", 49, 3.0).solve(field, noise))
+    with pytest.raises(UserError, match="counts times"):
+        make_solver("bagel", 1)
 
 
 def test_terminal_times() -> None:

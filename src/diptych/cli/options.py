@@ -30,7 +30,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="sampler steps")
     group.add_argument("--cfg", type=float, help="text guidance scale, 1 for none")
     group.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
-    group.add_argument("--solver", help="euler, heun (two calls a step), dpmpp_2m, unipc, flow_match_euler")
+    group.add_argument("--solver", help="euler, heun (two calls a step), bagel, dpmpp_2m, unipc, flow_match_euler")
     group.add_argument("--timestep-shift", metavar="SHIFT", help="of the times: a number, root, flux or qwen_image")
     group.add_argument(
         "--prompt-expansion", type=int, metavar="TOKENS", help="to write before each image about it, 0 for none"

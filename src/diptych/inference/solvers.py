@@ -20,8 +20,9 @@ from diptych.objectives.flow_matching import shift_times
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, h, w), t (B,)) to velocity noise - data (B, C, h, w)."""
 
-Kind = Literal["euler", "heun", "dpmpp_2m", "unipc", "flow_match_euler"]
-"""Euler's and Heun's steps; DPM-Solver++(2M), UniPC and flow-match Euler as diffusers has them."""
+Kind = Literal["euler", "heun", "bagel", "dpmpp_2m", "unipc", "flow_match_euler"]
+"""Euler's and Heun's steps; BAGEL's, which are Euler's between N times and so N - 1; DPM-Solver++(2M), UniPC and
+flow-match Euler as diffusers has them."""
 
 SOLVERS: tuple[str, ...] = get_args(Kind)
 
@@ -85,6 +86,10 @@ def make_solver(kind: str, steps: int, shift: float = 1.0, terminal: float = 0.0
         raise unknown("solver", kind, SOLVERS)
     if steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
+    if kind == "bagel":
+        if steps < 2:
+            raise UserError("solver 'bagel' counts times, as BAGEL's release does, and needs 2 steps or more")
+        return PlainSolver(kind="euler", steps=steps - 1, shift=shift, terminal=terminal)
     if kind == "euler" or kind == "heun":
         return PlainSolver(kind=kind, steps=steps, shift=shift, terminal=terminal)
     from diptych.inference.schedulers import SchedulerSolver  # diffusers is imported where it is used

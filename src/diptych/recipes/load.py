@@ -24,6 +24,7 @@ from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.recipes import bagel
 from diptych.recipes.build import build_system
+from diptych.recipes.diffusers_release import diffusers_release, pipeline_of
 from diptych.recipes.legacy import read_config, with_new_names
 from diptych.recipes.names import locate
 from diptych.recipes.ovis import read_release, release_spec
@@ -61,6 +62,9 @@ def load_system(model: str) -> tuple[System, Sampling]:
         return build_system(bagel.release_spec(model)), bagel.SAMPLING
     if (folder / "config.json").is_file():
         return _from_folder(folder, model)
+    if pipeline_of(folder) == "QwenImagePipeline":
+        spec, sampling = diffusers_release(folder, model)
+        return build_system(spec), sampling
     if is_published(folder):
         spec, sampling = omnigen2_release(folder, model)
         return build_system(spec), sampling
