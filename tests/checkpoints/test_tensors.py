@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diptych.checkpoints.tensors import (
-    atomic_folder,
-    atomic_text,
-    load_into,
-    own_tensors,
-    read_tensors,
-    weight_files,
-    write_tensors,
-)
+from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError
+from diptych.core.files import write_folder
 
 
 class Tied(nn.Module):
@@ -149,110 +138,7 @@ def old(tmp_path: Path) -> Path:
 def test_weights_are_as_readable_as_the_umask_says(tmp_path: Path, umask: int, rights: int) -> None:
     before = os.umask(umask)
     try:
-        atomic_folder(tmp_path / "model", lambda folder: write_tensors(folder, [("w", torch.zeros(3))]))
+        write_folder(tmp_path / "model", lambda folder: write_tensors(folder, [("w", torch.zeros(3))]))
     finally:
         os.umask(before)
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == rights
-
-
-def test_replacing_a_folder(old: Path) -> None:
-    atomic_folder(old, lambda folder: (folder / "new").touch())
-    assert {path.name for path in old.parent.iterdir()} == {"model"}
-    assert {path.name for path in old.iterdir()} == {"new"}
-
-
-def fail(folder: Path) -> None:
-    (folder / "half").touch()
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def interrupt(folder: Path) -> None:
-    (folder / "half").touch()
-    raise KeyboardInterrupt
-
-
-def untouched(folder: Path) -> bool:
-    return [p.name for p in folder.parent.iterdir()] == ["model"] and (folder / "file").read_text() == "old"
-
-
-def test_an_error_leaves_nothing_half_written(old: Path) -> None:
-    with pytest.raises(UserError, match=r"written \(No space left on device\); nothing was changed"):
-        atomic_folder(old, fail)
-    assert untouched(old)
-    with pytest.raises(KeyboardInterrupt):
-        atomic_folder(old, interrupt)
-    assert untouched(old)
-
-
-def test_a_full_disk_while_weights_are_written(old: Path) -> None:
-    """A real limit of the system, which safetensors meets outside Python."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
-    try:
-        with pytest.raises(UserError, match=r"could not be written .*nothing was changed"):
-            atomic_folder(old, lambda folder: write_tensors(folder, [("w", torch.zeros(100_000))]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert untouched(old)
-
-
-def test_a_rename_that_fails_puts_the_old_folder_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = os.replace
-
-    def failing(source: Path, target: Path) -> None:
-        if source.name.endswith(".partial"):
-            raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(UserError, match="Input/output error"):
-        atomic_folder(old, lambda folder: (folder / "new").touch())
-    assert untouched(old)
-
-
-def test_a_folder_in_no_place(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="could not be written"):
-        atomic_folder(tmp_path / "file" / "model", lambda folder: None)
-    with pytest.raises(UserError, match="could not be written"):
-        atomic_text(tmp_path / "gone" / "text", "x")
-
-
-@pytest.mark.parametrize("moment", ["write", "between"])
-def test_killed_while_a_folder_is_replaced(moment: str, old: Path) -> None:
-    """The next one to write there finds what the killed process had moved away, and clears the rest."""
-    kill = "os.kill(os.getpid(), 9)"
-    code = f"""
-import os
-from pathlib import Path
-from diptych.checkpoints import tensors
-replace = os.replace
-def dying(source, target):
-    replace(source, target)
-    if source.name == "model": {kill}
-tensors.os.replace = dying
-def write(folder):
-    (folder / "half").touch()
-    if {moment == "write"}: {kill}
-tensors.atomic_folder(Path({str(old)!r}), write)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert old.exists() == (moment == "write")
-    with pytest.raises(UserError, match="nothing was changed"):
-        atomic_folder(old, fail)
-    assert untouched(old)
-
-
-def test_another_living_process_keeps_its_folder(old: Path) -> None:
-    (mine := old.with_name(f".model.{os.getppid()}.partial")).mkdir()
-    (other := old.with_name(".model.notes.partial")).mkdir()
-    atomic_folder(old, lambda folder: None)
-    assert mine.exists()
-    assert other.exists()
-
-
-def test_text(tmp_path: Path) -> None:
-    atomic_text(tmp_path / "a.txt", "ä")
-    atomic_text(tmp_path / "a.txt", "b")
-    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "b"
-    assert len(list(tmp_path.iterdir())) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,11 @@ from numpy.typing import NDArray
 
 from diptych.analysis.words import CATEGORIES
 from diptych.core.errors import UserError
-from diptych.data.atomic import write_atomically, write_figure
+from diptych.core.files import write_figure
 
 COLOURS = ("#3b5bdb", "#d9822b", "#0f9960", "#c23030", "#7157d9", "#1c2330", "#b83280", "#728c00")
 TINT = {"object": "59,91,219", "position": "217,130,43", "color": "15,153,96", "other": "114,124,140"}
 """Red, green and blue of a category's words."""
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, [text.encode()])
-
-
-def write_json(path: Path, found: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

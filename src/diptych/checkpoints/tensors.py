@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -171,80 +170,6 @@ def _difference(missing: list[str], unexpected: list[str]) -> str:
     parts += [f"{len(unexpected)} unexpected ({listed(unexpected)})"] if unexpected else []
     guess = nearest(unexpected[0], missing) if missing and unexpected else None
     return "weights do not fit: " + "; ".join(parts) + (f"; {unexpected[0]} may be {guess}" if guess else "")
-
-
-def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Run `write` on a temporary folder beside `final`, then rename it; nothing half-written stays on an error.
-
-    A process that is killed leaves hidden folders of its own behind; the next call for the same `final` removes them,
-    and puts back a folder that was moved away for a new one that never came.
-
-    Raises:
-        UserError: the folder could not be written (a full disk, no permission); what was there before is untouched.
-    """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    try:
-        clear_leftovers(final)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        _as_readable_as(temporary)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        if old.exists():
-            os.replace(old, final)
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise UserError(f"{final}: could not be written ({reason}); nothing was changed") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _as_readable_as(folder: Path) -> None:
-    """Gives its files the folder's own rights to read and write; safetensors gives them to their owner alone."""
-    rights = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(rights)
-
-
-def clear_leftovers(final: Path) -> None:
-    """Remove what killed processes left beside `final`; an older `final` that one had moved away comes back."""
-    for path in final.parent.glob(f".{final.name}.*"):
-        process, _, state = path.name.removeprefix(f".{final.name}.").partition(".")
-        if state not in ("partial", "old") or not process.isdigit() or _lives(int(process)):
-            continue
-        if state == "old" and not final.exists():
-            os.replace(path, final)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether another process of this number runs."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def atomic_text(final: Path, text: str) -> None:
-    """Write a text file beside its place, then rename it."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, final)
-    except OSError as error:
-        raise UserError(f"{final}: could not be written ({error.strerror or error}); nothing was changed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def swap_prefix(name: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -88,7 +88,7 @@ def _toy_side(engine: Any, what: str) -> int:
 def _write(args: argparse.Namespace, output: Path, found: dict[str, Any], lines: list[str]) -> None:
     from importlib.metadata import version
 
-    from diptych.analysis.writing import write_json, write_text
+    from diptych.core.files import write_json, write_text
 
     about = {"look": args.look, "seed": args.seed, "versions": {name: version(name) for name in ("torch", "diptych")}}
     write_json(output / f"{args.look}.json", {**about, "models": found})
@@ -157,6 +157,7 @@ def _words(args: argparse.Namespace, output: Path) -> list[str]:
     from diptych.analysis import word_attention, words, writing
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError
+    from diptych.core.files import write_text
 
     engines = _engines(args)
     if args.prompts is None:
@@ -181,5 +182,5 @@ def _words(args: argparse.Namespace, output: Path) -> list[str]:
     lines = writing.word_tables(found)
     _write(args, output, found, lines)
     writing.word_plots(found, output / "words.png")
-    writing.write_text(output / "words.html", writing.prompt_page(found))
+    write_text(output / "words.html", writing.prompt_page(found))
     return lines

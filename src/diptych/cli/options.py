@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.core.errors import UserError
+from diptych.core.files import write_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -133,24 +134,12 @@ def stem(text: str) -> str:
 
 def save_pictures(images: list[Image.Image], files: list[Path], facts: dict[str, Any]) -> None:
     """Write pictures whole or not at all; PNG files carry how they were made."""
-    import os
-
     from PIL.PngImagePlugin import PngInfo
 
     for image, file in zip(images, files, strict=True):
-        temporary = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
         info = PngInfo()
         for name, value in facts.items():
             info.add_itxt(name, str(value))
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.suffix.lower() == ".png":
-                image.save(temporary, pnginfo=info)
-            else:
-                image.save(temporary, quality=95)
-            os.replace(temporary, file)
-        except PermissionError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        options: dict[str, Any] = {"pnginfo": info} if file.suffix.lower() == ".png" else {"quality": 95}
+        write_file(file, lambda temporary, image=image, options=options: image.save(temporary, **options))
         print(file)

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
-from diptych.data.atomic import write_atomically
+from diptych.core.files import write_json
 from diptych.data.source import BadItem, ItemDraws, Size, Source
 from diptych.data.subset import Subset
 
@@ -147,7 +147,7 @@ def read_scores(file: Path) -> dict[str, dict[str, float]]:
 
 
 def write_scores(file: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
-    write_atomically(file, [json.dumps(scores).encode()])
+    write_json(file, scores, None)
 
 
 def _aspect(size: Size | None, most: float | None) -> str:

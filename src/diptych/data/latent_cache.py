@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diptych.core.errors import UserError
+from diptych.core.files import write_bytes
 from diptych.core.sample import Sample
-from diptych.data.atomic import write_atomically
 from diptych.data.source import BadItem, ItemDraws, Size, Source
 from diptych.parts.autoencoders.base import Autoencoder
 
@@ -74,7 +74,7 @@ class CachedLatents(Source):
         latent = _read(path)
         if latent is None:
             latent = self._encode(sample)
-            write_atomically(path, [safetensors.torch.save({"latent": latent}, {"id": sample.id})])
+            write_bytes(path, [safetensors.torch.save({"latent": latent}, {"id": sample.id})])
         return replace(sample, latent=latent)
 
     def fill(self, size: Size, progress: Callable[[int], None] | None = None) -> int:

@@ -21,8 +21,8 @@ from typing import Any
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.core.files import write_bytes
 from diptych.core.sample import Sample
-from diptych.data.atomic import write_atomically
 from diptych.data.filters import Scored
 from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
 from diptych.data.rows import Row, make_sample, parse_row, usable_text
@@ -226,7 +226,7 @@ def _download(url: str, cache: Path) -> Path:
         return path
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-            write_atomically(path, _whole(response, url))
+            write_bytes(path, _whole(response, url))
     except urllib.error.HTTPError as error:
         with error:
             raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error

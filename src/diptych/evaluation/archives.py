@@ -7,9 +7,9 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from diptych.checkpoints.tensors import atomic_folder
 from diptych.core.errors import UserError
 from diptych.core.filenames import member_path
+from diptych.core.files import write_folder
 
 
 def unpack(archive: Path, folder: Path, place: Callable[[PurePosixPath], PurePosixPath | None]) -> None:
@@ -39,7 +39,7 @@ def unpack(archive: Path, folder: Path, place: Callable[[PurePosixPath], PurePos
                     shutil.copyfileobj(content, file)
 
     try:
-        atomic_folder(folder, write)
+        write_folder(folder, write)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive}: not a readable archive ({error})") from error
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diptych.checkpoints.tensors import atomic_text
 from diptych.core import web
 from diptych.core.errors import UserError, unknown
+from diptych.core.files import write_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -202,19 +202,16 @@ class Data:
 def fetch(published: File, path: Path) -> None:
     """Download to `path`, whole or not at all."""
     log.warning("downloading %s (licence: %s) to %s", published.url, published.licence, path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download(published.url, partial)
+
+    def write(temporary: Path) -> None:
+        download(published.url, temporary)
         if published.checksum is not None:
-            compare(published, partial)
-        os.replace(partial, path)
+            compare(published, temporary)
+
+    try:
+        write_file(path, write)
     except DownloadFailed as error:
         raise UserError(f"{error}; put the file at {path}, or give --data-dir") from error
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class DownloadFailed(UserError):
@@ -268,7 +265,7 @@ def check(published: File, path: Path) -> None:
     if before.get("sha256", sha256) != sha256:
         log.warning("%s changed: its SHA-256 was %s and is %s", path, before["sha256"], sha256)
     try:
-        atomic_text(seen, json.dumps({**known, path.name: {"sha256": sha256, "stamp": stamp}}, indent=1) + "\n")
+        write_text(seen, json.dumps({**known, path.name: {"sha256": sha256, "stamp": stamp}}, indent=1) + "\n")
     except UserError:
         log.warning("%s: the checksum of %s could not be noted", seen, path.name)
 

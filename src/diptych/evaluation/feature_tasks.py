@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.files import write_file
 from diptych.evaluation import clipscore, frechet
 from diptych.evaluation.benchmark import Benchmark, Item, Row, Unit, failed
 from diptych.evaluation.clip import Clip, short_side
@@ -89,11 +90,11 @@ class MJHQ(Benchmark):
     def keep(self, units: Sequence[Unit], features: np.ndarray) -> None:
         """A shard of features under the digests of their pictures."""
         folder = self.tools.work / self.name / "features"
-        folder.mkdir(parents=True, exist_ok=True)
         digests = json.dumps([unit.digest for unit in units])
-        partial = folder / f".{units[0].digest}.partial"
-        save_file({"features": features}, partial, metadata={"digests": digests})
-        partial.rename(folder / f"{units[0].digest}.safetensors")
+        write_file(
+            folder / f"{units[0].digest}.safetensors",
+            lambda temporary: save_file({"features": features}, temporary, metadata={"digests": digests}),
+        )
 
     def kept(self) -> dict[str, np.ndarray]:
         """Features by the digests of their pictures."""

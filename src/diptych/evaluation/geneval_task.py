@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from diptych.core.files import write_text
 from diptych.evaluation import geneval
 from diptych.evaluation.benchmark import Benchmark, Item, Row, Unit, failed
 from diptych.evaluation.clip import Clip
@@ -51,7 +52,7 @@ class GenEval(Benchmark):
         }
 
     def lay_out(self, folder: Path, item: Item) -> None:
-        (folder / item.id / "metadata.jsonl").write_text(item.facts["line"], encoding="utf-8")
+        write_text(folder / item.id / "metadata.jsonl", item.facts["line"])
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
         allow = self.tools.data.allow_unpinned

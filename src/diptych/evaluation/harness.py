@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diptych.checkpoints.tensors import atomic_text
 from diptych.core.errors import UserError, nearest
+from diptych.core.files import write_file, write_text
 from diptych.core.sample import Sample
 from diptych.evaluation.benchmark import Benchmark, Item, Row, Unit, in_turn
 from diptych.evaluation.journal import Journal, digest
@@ -107,16 +107,9 @@ def remember_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def write(benchmark: Benchmark, folder: Path, item: Item, images: Sequence[Image.Image]) -> None:
     """The files of an item, each whole or absent."""
-    try:
-        for file, image in zip(item.files, benchmark.pack(images), strict=True):
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            image.save(partial, "PNG")
-            os.replace(partial, path)
-        benchmark.lay_out(folder, item)
-    except OSError as error:
-        raise UserError(f"{folder}: pictures cannot be written ({error.strerror or error})") from error
+    for file, image in zip(item.files, benchmark.pack(images), strict=True):
+        write_file(folder / file, lambda temporary, image=image: image.save(temporary, "PNG"))
+    benchmark.lay_out(folder, item)
 
 
 def find(folder: Path, file: str) -> Path | None:
@@ -361,4 +354,4 @@ def write_samples(folder: Path, task: str, outcome: Outcome) -> None:
     lines = [
         json.dumps({"seed": seed, **row}, ensure_ascii=False) for seed, rows in outcome.rows.items() for row in rows
     ]
-    atomic_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
+    write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import load_into, read_tensors, write_tensors
+from diptych.checkpoints.tensors import load_into, read_tensors
 from diptych.core.errors import UserError
+from diptych.core.files import write_file
 from diptych.evaluation.download import File, fetch, file_digest
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -249,5 +251,6 @@ def from_published(path: Path) -> Inception:
     network = Inception()
     kept = {name: value for name, value in tensors.items() if not name.startswith("fc.")}
     load_into(network, kept.items(), str(path), optional=lambda name: name.endswith("num_batches_tracked"))
-    write_tensors(path.parent, network.state_dict().items(), stem="inception-2015-12-05")
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    write_file(path.with_name("inception-2015-12-05.safetensors"), lambda temporary: save_file(weights, temporary))
     return network

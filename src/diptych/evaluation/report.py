@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diptych.checkpoints.tensors import atomic_text
+from diptych.core.files import write_text
 
 Points = Sequence[tuple[float, float]]
 Place = Callable[[float, float], tuple[float, float]]
@@ -95,7 +95,7 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]], f
 
 def save(path: Path, html: str) -> None:
     """Write the document whole or not at all."""
-    atomic_text(path, html)
+    write_text(path, html)
 
 
 def text(words: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diptych.checkpoints.tensors import atomic_text
+from diptych.core.files import write_text
 from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 
@@ -127,13 +127,13 @@ def write(folder: Path, results: Sequence[TaskResult], summary: dict[str, Any], 
                 (folder / "images").mkdir(exist_ok=True)
                 judged.image.save(folder / file)
             rows.append(json.dumps({**judged.row, "correct": judged.correct, "file": file}) + "\n")
-        atomic_text(folder / f"{result.task}.jsonl", "".join(rows))
+        write_text(folder / f"{result.task}.jsonl", "".join(rows))
         if samples:
-            atomic_text(folder / f"samples_{result.task}.jsonl", "".join(rows))
+            write_text(folder / f"samples_{result.task}.jsonl", "".join(rows))
         overview = [judged for judged in result.samples if judged.image is not None]
         step = max(1, -(-len(overview) // GRID_IMAGES))
         shown = [(one.image, one.correct) for one in overview[::step] if one.image is not None]
         if shown:
             sheet = grid([image for image, _ in shown], columns=12, marks=[correct for _, correct in shown])
             sheet.save(folder / f"{result.task}.png")
-    atomic_text(folder / "results.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(summary, indent=1) + "\n")

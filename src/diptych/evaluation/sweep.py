@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diptych.checkpoints.tensors import atomic_text
 from diptych.core.errors import UserError, unknown
-from diptych.data.atomic import write_figure
+from diptych.core.files import write_figure, write_text
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.results import categories
 from diptych.inference.engine import Engine
@@ -125,14 +124,14 @@ def sweep(
             **{**options, **setting(at)},
         )
         points.append({"at": at, "tasks": found["tasks"], "failed": found["failed"]})
-        atomic_text(place / "sweep.json", json.dumps({**head, "points": points}, indent=1) + "\n")
+        write_text(place / "sweep.json", json.dumps({**head, "points": points}, indent=1) + "\n")
         if say is not None:
             told = ", ".join(f"{task} {figure(found['tasks'][task]['overall'])}" for task in found["tasks"])
             say(f"{folder(at)}: {told}")
     points.sort(key=lambda point: list(point["at"].values()))
     whole = {**head, "points": points}
-    atomic_text(place / "sweep.json", json.dumps(whole, indent=1) + "\n")
-    atomic_text(place / "table.md", markdown(whole))
+    write_text(place / "sweep.json", json.dumps(whole, indent=1) + "\n")
+    write_text(place / "table.md", markdown(whole))
     whole["plot"] = "plot.png" if plot(whole, place / "plot.png") else "no plot: matplotlib is not installed"
     return whole
 

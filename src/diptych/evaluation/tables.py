@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from diptych.checkpoints.tensors import atomic_text
+from diptych.core.files import write_text
 from diptych.evaluation import cards, report
 from diptych.evaluation.harness import Outcome
 from diptych.evaluation.results import categories
@@ -99,5 +99,5 @@ def gallery(outcome: Outcome) -> list[str]:
 
 def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
     """results.md and report.html."""
-    atomic_text(folder / "results.md", markdown(found))
+    write_text(folder / "results.md", markdown(found))
     report.save(folder / "report.html", page(found, outcomes))

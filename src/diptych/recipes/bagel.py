@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from diptych.checkpoints import bagel, flux_autoencoder
 from diptych.checkpoints.streaming import entries, stream
-from diptych.checkpoints.tensors import atomic_folder, load_into, own_tensors, weight_files, write_tensors
+from diptych.checkpoints.tensors import load_into, own_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
+from diptych.core.files import write_folder
 from diptych.inference.sampling import Sampling
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.kl import KLAutoencoder
@@ -258,7 +259,7 @@ def export_bagel(system: BagelSystem, folder: Path, *, dtype: torch.dtype | None
         if system.tokenizer is not None:
             system.tokenizer.save_pretrained(str(place))
 
-    atomic_folder(folder, write)
+    write_folder(folder, write)
 
 
 def plain_configs(config: NetworkConfig) -> tuple[dict[str, Any], dict[str, Any]]:

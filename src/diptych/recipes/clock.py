@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diptych.checkpoints.tensors import atomic_text
+from diptych.core.files import write_text
 from diptych.training import state
 
 CLOCK = "seconds.json"
@@ -20,11 +20,11 @@ def clock(folder: Path) -> Iterator[None]:
     before, since = seconds(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CLOCK
-    atomic_text(path, json.dumps({"seconds": before, "since": since}) + "\n")
+    write_text(path, json.dumps({"seconds": before, "since": since}) + "\n")
     try:
         yield
     finally:
-        atomic_text(path, json.dumps({"seconds": before + time.time() - since, "since": None}) + "\n")
+        write_text(path, json.dumps({"seconds": before + time.time() - since, "since": None}) + "\n")
 
 
 def seconds(folder: Path) -> float:

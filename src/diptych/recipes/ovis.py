@@ -14,8 +14,9 @@ from torch import Tensor
 from diptych.checkpoints import aimv2
 from diptych.checkpoints.ovis_config import read_config, write_config
 from diptych.checkpoints.ovis_u1 import to_ours, to_published
-from diptych.checkpoints.tensors import atomic_folder, load_into, own_tensors, read_tensors, weight_files, write_tensors
+from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError
+from diptych.core.files import write_folder
 from diptych.parts.backbones.ovis import Ovis
 from diptych.recipes.names import locate
 from diptych.recipes.published import published_config
@@ -176,4 +177,4 @@ def export_ovis(system: System, folder: Path, *, dtype: torch.dtype | None = Non
         system.backbone.save_assets(temporary)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    atomic_folder(folder, write)
+    write_folder(folder, write)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diptych.checkpoints.metaquery import metaquery_tensors
 from diptych.checkpoints.openuni import openuni_tensors
-from diptych.checkpoints.tensors import atomic_folder, own_tensors, write_tensors
+from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.errors import UserError
+from diptych.core.files import write_folder
 from diptych.recipes.bagel import export_bagel
 from diptych.recipes.load import PUBLISHED, load_system
 from diptych.recipes.ovis import export_ovis
@@ -60,7 +61,7 @@ def write(model: str, folder: Path, layout: Layout, dtype: torch.dtype | None) -
         return not isinstance(system, AssembledSystem) or own_file(system) is None
     if isinstance(system, AssembledSystem):
         system.origins["sampling"] = dataclasses.asdict(sampling)
-    atomic_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
+    write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
     return True
 
 
@@ -84,9 +85,9 @@ def export(system: System, folder: Path, dtype: torch.dtype | None = None) -> No
     elif isinstance(system, BagelSystem):
         export_bagel(system, folder, dtype=dtype)
     elif isinstance(system, MLLMSystem) and system.origins["backbone"]["kind"] in PUBLISHED:
-        atomic_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
+        write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
     elif isinstance(system, AssembledSystem) and (tensors := own_file(system)) is not None:
-        atomic_folder(folder, lambda temporary: write_tensors(temporary, tensors(system), dtype=dtype))
+        write_folder(folder, lambda temporary: write_tensors(temporary, tensors(system), dtype=dtype))
     else:
         raise UserError(
             f"{folder}: a system of kind {system.kind!r} of these parts has no published layout; those of Ovis-U1, "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diptych.checkpoints.tensors import atomic_text
+from diptych.core.files import write_text
 from diptych.evaluation import evaluate, toyeval
 from diptych.evaluation.pictures import grid
 from diptych.evaluation.results import TaskResult, versions
@@ -169,9 +169,9 @@ def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine
         edits=edits(engine),
         recipe=recipe,
     )
-    atomic_text(folder / "curves.svg", quickstart_report.curves_file(story.rows))
+    write_text(folder / "curves.svg", quickstart_report.curves_file(story.rows))
     quickstart_report.save(story, folder / "report.html")
-    atomic_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
 
 
 def answers(engine: Engine, count: int = 4) -> list[quickstart_report.Answer]:

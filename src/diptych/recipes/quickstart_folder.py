@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diptych.checkpoints.tensors import atomic_text
 from diptych.core.errors import UserError
 from diptych.core.filenames import member_path
+from diptych.core.files import write_text
 
 MARKER = ".diptych-quickstart.json"
 _KILLED = re.compile(
     r"(recipe\.yaml|metrics\.jsonl|results\.json|report\.html|curves\.svg|(before|after)\.png|[^/]*\.lock"
     r"|tensorboard/(.*/)?events\.out\.[^/]+|samples/(.*/)?[^/]+\.(png|json)|checkpoints/\.?step-[^/]+/[^/]+"
     r"|\.?model[^/]*/[^/]+\.(safetensors|json|txt|jinja|model)|model/(.*/)?[^/]+\.(safetensors|json|txt|jinja|model)"
-    r"|\.[^/]+\.partial)"
+    r"|\.[^/]+\.(partial|old|gone)(\.\w+)?)"
 )
 """Files of a quick start that was killed before it could list them."""
 
@@ -28,12 +28,12 @@ def marked(folder: Path) -> Iterator[None]:
     """Notes that the folder is a quick start's, and at the end, however that comes, which files are its."""
     folder.mkdir(parents=True, exist_ok=True)
     others = {str(path.relative_to(folder)) for path in files(folder)}
-    atomic_text(folder / MARKER, json.dumps({"others": sorted(others)}) + "\n")
+    write_text(folder / MARKER, json.dumps({"others": sorted(others)}) + "\n")
     try:
         yield
     finally:
         made = [name for name in (str(path.relative_to(folder)) for path in files(folder)) if name not in others]
-        atomic_text(folder / MARKER, json.dumps({"made": sorted({*made, MARKER})}, indent=1) + "\n")
+        write_text(folder / MARKER, json.dumps({"made": sorted({*made, MARKER})}, indent=1) + "\n")
 
 
 def files(folder: Path) -> list[Path]:

@@ -9,8 +9,9 @@ import torch
 
 from diptych.checkpoints import omnigen2 as omnigen2_files
 from diptych.checkpoints.streaming import entries
-from diptych.checkpoints.tensors import SHARD_BYTES, atomic_folder, weight_files
+from diptych.checkpoints.tensors import SHARD_BYTES, weight_files
 from diptych.core.errors import UserError
+from diptych.core.files import write_folder
 from diptych.inference.sampling import Sampling
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import OmniGen2Spec, Part
@@ -83,7 +84,7 @@ def export_omnigen2(
             shard_bytes=shard_bytes,
         )
 
-    atomic_folder(folder, write)
+    write_folder(folder, write)
 
 
 def release_format(system: OmniGen2System, part: str) -> torch.dtype | None:

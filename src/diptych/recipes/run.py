@@ -15,9 +15,9 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
-from diptych.checkpoints.tensors import atomic_folder, atomic_text
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
+from diptych.core.files import write_folder, write_text
 from diptych.core.sample import Batch
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
@@ -70,7 +70,7 @@ def train_recipe(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not resumed:
-            atomic_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False))
+            write_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False))
     run = loop.Run(
         folder=folder,
         config=recipe.run,
@@ -246,4 +246,4 @@ def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype 
     """The whole system in save_pretrained layout, with the recipe's sampling defaults."""
     if isinstance(system, AssembledSystem):
         system.origins["sampling"] = dataclasses.asdict(recipe.sampling)
-    atomic_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
+    write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))

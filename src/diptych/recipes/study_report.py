@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.checkpoints.tensors import atomic_text
-from diptych.data.atomic import write_figure
+from diptych.core.files import write_figure, write_text
 from diptych.evaluation.results import categories
 from diptych.recipes.clock import seconds
 from diptych.recipes.study import Planned, StudySpec, asked
@@ -29,8 +28,8 @@ def write(study: StudySpec, runs: Sequence[Planned], out: Path, *, draw: bool = 
         found["plot"] = "plot.png" if plot(found, out / "plot.png") else "none: pip install 'diptych[eval]'"
         if found["curve"] is not None:
             curve(found, out / "curve.png")
-    atomic_text(out / "table.md", "\n".join(markdown(found)) + "\n")
-    atomic_text(out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / "table.md", "\n".join(markdown(found)) + "\n")
+    write_text(out / "results.json", json.dumps(found, indent=1) + "\n")
     return found
 
 

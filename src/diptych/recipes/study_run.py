@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import yaml
 
-from diptych.checkpoints.tensors import atomic_text
 from diptych.core.errors import UserError
+from diptych.core.files import write_text
 from diptych.evaluation import evaluate, results
 from diptych.recipes import study_report
 from diptych.recipes.clock import clock, seconds
@@ -74,7 +74,7 @@ def run_study(
     for run in runs:
         check_same(run)
     out.mkdir(parents=True, exist_ok=True)
-    atomic_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
+    write_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
     waiting = [run for run in runs if not (trained(run) and scored(run, tasks))]
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
@@ -141,7 +141,7 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
                 raise UserError(f"{run.folder}: its training left no model")
         if run.spec.model is not None:
             run.folder.mkdir(parents=True, exist_ok=True)
-            atomic_text(run.folder / GIVEN, json.dumps({"model": run.spec.model}) + "\n")
+            write_text(run.folder / GIVEN, json.dumps({"model": run.spec.model}) + "\n")
         if not scored(run, tasks):
             score(run, tasks, progress)
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
-from diptych.data.atomic import write_figure
+from diptych.core.files import write_figure
 from diptych.training.metrics import read_metrics
 
 TRAINED, HELD_OUT = "loss/", "held_out/"

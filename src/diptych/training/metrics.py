@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from diptych.checkpoints.tensors import atomic_text
+from diptych.core.files import write_text
 
 
 class Metrics:
@@ -23,7 +23,7 @@ class Metrics:
             return
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= start] if path.exists() else []
-        atomic_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

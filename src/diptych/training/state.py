@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from diptych.checkpoints.tensors import atomic_folder, read_tensors, weight_files, write_tensors
+from diptych.checkpoints.tensors import read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError
+from diptych.core.files import write_folder
 from diptych.training.ema import EMA
 
 PREFIX = "step-"
@@ -130,7 +131,7 @@ def save(
         (temporary / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
 
-    atomic_folder(final, write)
+    write_folder(final, write)
     if check:
         read_back(final, held.weights)
     for old in checkpoints(folder)[:-keep]:

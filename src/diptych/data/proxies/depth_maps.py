@@ -17,6 +17,7 @@ from PIL import Image
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
+from diptych.core.files import write_file
 from diptych.data.folder import FolderSource
 from diptych.data.imaging import read_image
 from diptych.data.source import BadItem
@@ -125,10 +126,8 @@ def make(
             continue
         low, high = float(plane.min()), float(plane.max())
         scaled = (plane - low) / (high - low) if high > low else np.zeros_like(plane)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.part")
-        Image.fromarray(np.rint(scaled * 65535).astype(np.uint16)).save(partial, "PNG")
-        partial.rename(target)
+        picture = Image.fromarray(np.rint(scaled * 65535).astype(np.uint16))
+        write_file(target, lambda temporary, picture=picture: picture.save(temporary, "PNG"))
         made += 1
     if count is not None and made < count:
         raise UserError(f"{pictures}: {made} of {count} maps made, {len(left_out)} pictures left out; add pictures")

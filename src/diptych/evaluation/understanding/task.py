@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diptych.checkpoints.tensors import atomic_text
 from diptych.core.errors import UserError
+from diptych.core.files import write_text
 from diptych.evaluation import benchmark as harness_benchmark
 from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import STATED, Data, File, check, file_digest
@@ -238,7 +238,7 @@ def write_units(path: Path, questions: Sequence[Item], scored: Scored) -> None:
         )
         for unit, category, worth in scored.earned([item.row for item in questions])
     ]
-    atomic_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def samples(questions: Sequence[Item], asked: Asked, scored: Scored) -> list[Judged]:
