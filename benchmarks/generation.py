@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import torch
+from diptych.recipes.schema import read
 
 from diptych.core.errors import UserError
 from diptych.evaluation.toyeval import choose
@@ -29,7 +30,6 @@ from diptych.inference.sampling import Sampling
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
-from diptych.recipes.schema import read
 from diptych.systems.composed import ComposedSystem
 from measure import machine, synchronize
 

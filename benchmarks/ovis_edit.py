@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 import torch
+from diptych.recipes.schema import read
 from torch import Tensor
 
 from diptych.core.sample import Batch, Sample
@@ -26,7 +27,6 @@ from diptych.inference.guidance import Branch, ChainGuidance, guided
 from diptych.inference.solvers import solve, times
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
-from diptych.recipes.schema import read
 from diptych.systems.ovis_u1 import OvisU1System
 from measure import machine, synchronize
 

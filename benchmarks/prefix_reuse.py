@@ -93,7 +93,9 @@ class Conditioning:
             "image_seq_length": 4,
         }
         self.backbone = InternVL.from_config(config, None).eval().requires_grad_(False).to(device)
-        self.adapter = ResidualQueryAdapter(size.width, size.queries, size.adapter_heads).to(device)
+        self.adapter = ResidualQueryAdapter.from_config(
+            {"width": size.width, "queries": size.queries, "heads": size.adapter_heads}
+        ).to(device)
         self.embeddings = torch.randn(size.batch, size.prompt, size.width, device=device)
         lengths = torch.linspace(size.prompt * 0.8, size.prompt, size.batch + 1)[1:].long()  # ragged, as prompts are
         self.mask = (torch.arange(size.prompt)[None] < lengths[:, None]).to(device)

@@ -92,7 +92,7 @@ class Conditioning:
             "image_seq_length": 4,
         }
         self.backbone = InternVL.from_config(config, None).eval().requires_grad_(False).to(device)
-        self.queries = HierarchicalQueries(size.width, size.scales).to(device)
+        self.queries = HierarchicalQueries.from_config({"width": size.width, "scales": list(size.scales)}).to(device)
         self.prompts = [
             torch.randn(size.batch, length, size.width, device=device) for length in (size.null, size.prompt)
         ]

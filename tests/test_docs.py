@@ -20,6 +20,7 @@ from diptych.cli import options
 from diptych.cli.main import COMMANDS, main
 from diptych.core.errors import UserError
 from diptych.core.sample import TASKS, Task
+from diptych.core.schema import read
 from diptych.data.rows import KEYS, parse_row
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
@@ -37,7 +38,6 @@ from diptych.recipes.recipe import (
     SourceSpec,
     StageSpec,
 )
-from diptych.recipes.schema import read
 from diptych.recipes.study import RunSpec, StudySpec, TaskSpec
 from diptych.systems.composed import Prompts
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig

@@ -12,19 +12,19 @@ import diptych
 ROOT = Path(diptych.__file__).parent
 LEVELS = {
     "core": 0,
-    "parts": 1,
+    "parts": 2,
     "objectives": 1,
     "toyworld": 1,
     "checkpoints": 1,
-    "data": 2,
-    "systems": 2,
-    "training": 3,
-    "inference": 3,
-    "evaluation": 4,
-    "analysis": 4,
-    "recipes": 5,
-    "cli": 6,
-    "server": 6,
+    "data": 3,
+    "systems": 3,
+    "training": 4,
+    "inference": 4,
+    "evaluation": 5,
+    "analysis": 5,
+    "recipes": 6,
+    "cli": 7,
+    "server": 7,
 }
 FOLDERS = {"parts", "systems", "data/proxies", "evaluation/understanding"}
 """Rooms, and folders of rooms, that hold folders of their own or are one."""

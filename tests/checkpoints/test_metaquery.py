@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from diptych.checkpoints.metaquery import load_metaquery, metaquery_tensors
 from diptych.core.errors import UserError
+from diptych.core.schema import read
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load
-from diptych.recipes.schema import read
 from diptych.systems.hieraquery import HieraQuery
 
 ROWS = 330
@@ -66,7 +66,9 @@ PLAIN: dict[str, Any] = {
 
 @pytest.fixture
 def systems(monkeypatch: pytest.MonkeyPatch) -> list[HieraQuery]:
-    monkeypatch.setattr("diptych.recipes.build._tokenizer", lambda part, assets: None)  # no text is read here
+    monkeypatch.setattr(
+        "diptych.recipes.build.build_tokenizer", lambda name, vocabulary, assets: None
+    )  # no text is read here
     made: list[HieraQuery] = []
     for seed in (0, 1):
         torch.manual_seed(seed)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from diptych.checkpoints.openuni import load_openuni, openuni_tensors, to_ours, to_published
 from diptych.core.errors import UserError
+from diptych.core.schema import read
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import VARIANTS, SystemSpec
-from diptych.recipes.schema import read
 from diptych.systems.composed import ComposedSystem
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "openuni" / "openuni_condition.safetensors"

@@ -37,7 +37,7 @@ SIZES = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "latent_channels": 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release of tiny sizes in bfloat16, with the published files."""
-    from diptych.recipes.schema import read
+    from diptych.core.schema import read
     from diptych.systems.bagel.network import NetworkConfig
 
     folder = tmp_path_factory.mktemp("bagel") / "release"

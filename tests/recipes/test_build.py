@@ -1,25 +1,34 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from diptych.checkpoints.tensors import read_tensors, weight_files
 from diptych.core.errors import UserError
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.conditioners.base import Conditioner, Connector
+from diptych.parts.conditioners.clip_text import ClipText
+from diptych.parts.conditioners.token_refiner import TokenRefiner
+from diptych.parts.decoders.base import Decoder
 from diptych.recipes import build
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import Part
+from diptych.recipes.tables import choose
 
 
 @pytest.mark.parametrize("kind", ["metaquery", "residual_query_adapter"])
 def test_queries_start_as_words(kind: str) -> None:
     backbone = build.build_backbone(Part(kind="internvl", weights="toy/mllm"), False, None)[0]
     config = {"queries": 3, "init_text": "top left color", **({"heads": 4} if kind != "metaquery" else {})}
-    conditioner = build.build_conditioner(Part(kind=kind, config=config), backbone, False)
+    conditioner, origin = build.build_conditioner(Part(kind=kind, config=config), backbone, False)
     ids = torch.tensor([backbone.tokenizer("top left color")["input_ids"]])
     prompt = torch.randn(1, 5, backbone.width)
     found = conditioner(prompt, torch.ones(1, 5, dtype=torch.bool))
     assert torch.allclose(found, backbone.embed(ids))  # an untrained adapter gives its queries
-    assert config["init_text"], "the recipe stays as it is"
+    assert origin["config"]["width"] == backbone.width
     with pytest.raises(UserError, match="init_text is 2 tokens, for 3 queries"):
         build.build_conditioner(Part(kind=kind, config={**config, "init_text": "top left"}), backbone, False)
 
@@ -43,10 +52,45 @@ def test_decoder_of_a_saved_model() -> None:
             Part(kind="ovis_u1", weights="toy/iomm"),
             "toy/iomm is not a saved model that holds a decoder of kind ovis_u1",
         ),
-        (Part(kind="mmdit", weights="toy/mllm"), "toy/mllm is not a saved model that holds a decoder of kind mmdit"),
+        (
+            Part(kind="mmdit", weights="toy/mllm"),
+            "toy/mllm: no MMDiT is published; 'weights' names a saved Diptych model that has one",
+        ),
         (Part(kind="mmdit", weights="toy/iomm", config={"hidden": 96}), "decoder.config.hidden: 96, but .* has 160"),
     ],
 )
 def test_decoder_that_a_model_lacks(part: Part, line: str) -> None:
     with pytest.raises(UserError, match=line):
         build.build_decoder(part, 128, False)
+
+
+TABLES = {
+    "backbones": (build.BACKBONES, Backbone),
+    "conditioners": (build.CONDITIONERS, Conditioner),
+    "connectors": (build.CONNECTORS, Connector),
+    "decoders": (build.DECODERS, Decoder),
+    "autoencoders": (build.AUTOENCODERS, Autoencoder),
+    "refiners": (build.REFINERS, TokenRefiner),
+    "poolers": (build.POOLERS, ClipText),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_of_a_table_is_a_class_of_its_interface(name: str) -> None:
+    """The tables hold strings, so that only what is built is imported; here they are what a type checker would be."""
+    table, base = TABLES[name]
+    for kind, place in table.items():
+        assert place.startswith("diptych.parts."), place
+        cls = choose(name, kind, table, base)
+        assert not inspect.isabstract(cls), place
+        for method in ("from_config", "from_pretrained"):
+            assert "config" in inspect.signature(getattr(cls, method)).parameters or base is Backbone, place
+
+
+def test_what_a_random_part_needs_is_said() -> None:
+    with pytest.raises(UserError, match="autoencoder: a part needs `weights` or a `config`"):
+        build.build_autoencoder(Part(kind="kl"), False)
+    with pytest.raises(UserError, match=r"decoder.config: 'channels' is missing"):
+        build.build_decoder(Part(kind="mmdit", config={"patch": 2}), 8, False)
+    with pytest.raises(UserError, match="connector identity: the MLLM is 8 wide, the decoder takes 9"):
+        build.build_connector(Part(kind="identity"), 8, 9, False)

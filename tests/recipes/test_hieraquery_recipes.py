@@ -85,7 +85,7 @@ def test_ablations_have_the_tables_tokens(name: str) -> None:
     spec = recipes.load(f"hieraquery/ablation/{name}")[0].system
     assert isinstance(spec, recipes.HieraQuerySpec)
     with torch.device("meta"):
-        queries = HierarchicalQueries(2048, **spec.conditioner.config)
+        queries = HierarchicalQueries.from_config({"width": 2048, **spec.conditioner.config})
     assert sum(len(rows) for rows in queries.queries) == TOKENS[name]
     assert (spec.alignment is None) == (name in ("single_256", "single_256_square", "single_336", "multi_336"))
 

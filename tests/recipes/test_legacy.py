@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from diptych.core.errors import UserError
+from diptych.core.schema import read
 from diptych.recipes.legacy import KEYS, read_config, refuse_old, with_new_names
 from diptych.recipes.load import load_system
 from diptych.recipes.names import SHIPPED
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load, parse
-from diptych.recipes.schema import read
 from diptych.systems.base import FORMAT_VERSION, AssembledSystem
 
 SAVED = Path(__file__).parents[1] / "golden" / "configs"

@@ -10,12 +10,12 @@ from functools import cache
 import pytest
 from torch import nn
 
+from diptych.core.schema import read
 from diptych.recipes import recipe as recipes
 from diptych.recipes.build import build_system
 from diptych.recipes.published import SIZES, published_config
 from diptych.recipes.recipe import Recipe
 from diptych.recipes.run import check_parts, stage_settings
-from diptych.recipes.schema import read
 from diptych.systems.base import System
 
 MILLION = 1e6

@@ -92,7 +92,7 @@ def test_the_configuration_goes_out_and_comes_back() -> None:
     parts = {
         "backbone": {
             k: v
-            for k, v in system.backbone.config().items()
+            for k, v in system.backbone.plain_config().items()
             if k in ("llm", "vision", "visual_vocab_size", "max_length")
         },
         "refiner": {"context_width": 4096, "hidden": 1536, "heads": 24},

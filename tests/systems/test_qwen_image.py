@@ -75,7 +75,7 @@ def system(tokenizer: PreTrainedTokenizerFast) -> ComposedSystem:
     return ComposedSystem(
         ComposedConfig(prompts=spec.prompts, prompt_skip=skip, mask_ratio=0.85),
         backbone=backbone,
-        conditioner=Raw(),
+        conditioner=Raw.from_config({}),
         connector=torch.nn.Identity(),
         decoder=decoder,
         autoencoder=PixelAutoencoder(),

@@ -19,6 +19,7 @@ from diptych.checkpoints.streaming import entries, stream
 from diptych.checkpoints.tensors import load_into, own_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_folder
+from diptych.core.schema import read
 from diptych.inference.sampling import Sampling
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.autoencoders.kl import KLAutoencoder
@@ -28,7 +29,6 @@ from diptych.parts.decoders.lora import add_lora
 from diptych.recipes.names import locate
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import BagelSpec, Part
-from diptych.recipes.schema import read
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.network import BagelNetwork, NetworkConfig
 from diptych.systems.bagel.system import BagelSystem
@@ -70,21 +70,18 @@ def build_bagel(
     meta: bool,
     assets: Path | None,
     autoencoders: Callable[[Part, bool], tuple[Autoencoder, dict[str, Any]]],
-    tokenizers: Callable[[Part, Path | None], Any],
+    tokenizers: Callable[[str | None, int, Path | None], Any],
 ) -> BagelSystem:
     """A BAGEL from its specification.
 
     Args:
         assets: a saved folder whose weights will follow, so that none are made here.
-        autoencoders, tokenizers: build the kinds that are not BAGEL's own.
+        autoencoders, tokenizers: build these.
     """
     if spec.network.kind != "bagel":
         raise unknown("network", spec.network.kind, ["bagel"])
     network, tokenizer = _network(spec, meta, assets, tokenizers)
-    if spec.autoencoder.kind == "flux":
-        autoencoder, autoencoder_origin = _flux(spec.autoencoder, meta)
-    else:
-        autoencoder, autoencoder_origin = autoencoders(spec.autoencoder, meta)
+    autoencoder, autoencoder_origin = autoencoders(spec.autoencoder, meta)
     if spec.network.lora:
         add_lora(network.llm, **spec.network.lora)
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
@@ -103,7 +100,7 @@ def build_bagel(
 
 
 def _network(
-    spec: BagelSpec, meta: bool, assets: Path | None, tokenizers: Callable[[Part, Path | None], Any]
+    spec: BagelSpec, meta: bool, assets: Path | None, tokenizers: Callable[[str | None, int, Path | None], Any]
 ) -> tuple[BagelNetwork, Any]:
     part = spec.network
     if part.weights and not meta:
@@ -116,27 +113,7 @@ def _network(
         return network, None
     if assets is None:
         _start(network, spec.init)
-    sized = dataclasses.replace(part, config={"text_config": {"vocab_size": config.llm.vocab_size}})
-    return network, tokenizers(sized, assets)
-
-
-def _flux(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, Any]]:
-    """FLUX's autoencoder: from a release's file, or of the sizes in `config`."""
-    if not part.weights or meta:
-        unknown_keys = set(part.config) - set(flux_autoencoder.diffusers_config.__kwdefaults__ or {})
-        if unknown_keys:
-            raise unknown("key", min(unknown_keys), flux_autoencoder.diffusers_config.__kwdefaults__ or {}, "flux")
-        with torch.device("meta" if meta else "cpu"):
-            autoencoder = KLAutoencoder.from_config(flux_autoencoder.diffusers_config(**part.config))
-        return autoencoder, dataclasses.asdict(part)
-    file = locate(part.weights) / AUTOENCODER
-    if not file.is_file():
-        raise UserError(f"{part.weights}: has no {AUTOENCODER}")
-    config = {**flux_autoencoder.sizes({entry.name: entry.shape for entry in entries(file)}), **part.config}
-    with torch.device("meta"):
-        autoencoder = KLAutoencoder.from_config(flux_autoencoder.diffusers_config(**config))
-    load_into(autoencoder.model, flux_autoencoder.to_diffusers(stream([file]), len(config["multipliers"])), str(file))
-    return autoencoder, {**dataclasses.asdict(part), "config": config}
+    return network, tokenizers(part.tokenizer, config.llm.vocab_size, assets)
 
 
 def load_network(folder: Path, dtype: torch.dtype | None = None) -> BagelNetwork:

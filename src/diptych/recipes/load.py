@@ -18,6 +18,7 @@ from diptych.checkpoints.ovis_config import is_ovis
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
+from diptych.core.schema import read
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling, from_legacy
 from diptych.parts.backbones.internvl import InternVL
@@ -30,7 +31,6 @@ from diptych.recipes.names import locate
 from diptych.recipes.ovis import read_release, release_spec
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.release import omnigen2_release
-from diptych.recipes.schema import read
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
 from diptych.systems.hieraquery import HieraConfig, HieraQuery
@@ -85,7 +85,7 @@ def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
     kind = config.get("model_type")
     if kind in PUBLISHED:
         backbone = PUBLISHED[kind].from_pretrained(folder)
-        origin = {"kind": kind, "weights": model, "config": backbone.config()}
+        origin = {"kind": kind, "weights": model, "config": backbone.plain_config()}
         return MLLMSystem(backbone, origins={"backbone": origin}), Sampling()
     if "kind" not in config and is_ovis(config):
         spec = release_spec(config, str(folder / "config.json"), folder)

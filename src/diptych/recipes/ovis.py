@@ -1,4 +1,4 @@
-"""Ovis-U1 by name: its MLLM from a language model and a vision tower, and the published release in and out."""
+"""The published release of Ovis-U1, in and out."""
 
 from __future__ import annotations
 
@@ -11,59 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.checkpoints import aimv2
 from diptych.checkpoints.ovis_config import read_config, write_config
 from diptych.checkpoints.ovis_u1 import to_ours, to_published
 from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.parts.backbones.ovis import Ovis
-from diptych.recipes.names import locate
-from diptych.recipes.published import published_config
 from diptych.recipes.recipe import OvisU1Spec, Part
 from diptych.systems.base import System
 from diptych.systems.ovis_u1 import OvisU1System
-
-NAMED = ("llm", "vision")
-"""Parts of the MLLM that a recipe may name (a hub id or a folder) instead of giving their sizes."""
-
-
-def named_sizes(config: Mapping[str, Any], meta: bool) -> dict[str, Any]:
-    """The MLLM's configuration with names replaced by the sizes of what they name.
-
-    Next to a named tower, `vision_options` sets what Ovis changes in it (`hidden_stride`, windows).
-    """
-    values = dict(config)
-    options = values.pop("vision_options", {})
-    for part in NAMED:
-        name = values.get(part)
-        if not isinstance(name, str):
-            continue
-        if meta:
-            found = published_config(name)
-        else:
-            try:
-                found = json.loads((locate(name) / "config.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"ovis: {part} {name}: no readable config.json ({type(error).__name__})") from error
-        found = aimv2.sizes(found) if part == "vision" else {k: v for k, v in found.items() if k not in ORIGIN}
-        values[part] = found
-    if options:
-        values["vision"] = {**values["vision"], **options}
-    return values
-
-
-ORIGIN = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
-
-
-def read_named(backbone: Ovis, config: Mapping[str, Any]) -> None:
-    """The weights of a named language model and a named tower into an MLLM."""
-    if isinstance(name := config.get("llm"), str):
-        load_into(backbone.llm, read_tensors(weight_files(locate(name))), name)
-    if isinstance(name := config.get("vision"), str):
-        tower = backbone.visual_tokenizer.backbone
-        side = tower.config.image_size // tower.config.patch_size
-        load_into(tower, aimv2.to_ours(read_tensors(weight_files(locate(name))), side), name)
 
 
 def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = None) -> OvisU1Spec:
@@ -150,7 +106,7 @@ def export_ovis(system: System, folder: Path, *, dtype: torch.dtype | None = Non
     published = system.origins.get("release") or {}
     config = published.get("config") or write_config(
         {
-            "backbone": system.backbone.config(),
+            "backbone": system.backbone.plain_config(),
             "refiner": dataclasses.asdict(system.refiner.config),
             "decoder": dataclasses.asdict(system.decoder.config),
             "autoencoder": {k: v for k, v in system.origins["autoencoder"]["config"].items() if not k.startswith("_")},

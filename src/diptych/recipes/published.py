@@ -16,6 +16,14 @@ from diptych.recipes.names import locate, shipped
 SIZES = Path(__file__).parent / "sizes"
 
 
+def folder_config(name: str) -> dict[str, Any]:
+    """The config.json of a model by its name, downloaded where it has to be; UserError where it is not readable."""
+    try:
+        return json.loads((locate(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no readable config.json ({type(error).__name__})") from error
+
+
 def published_config(weights: str | None, subfolder: str | None = None) -> dict[str, Any]:
     """The config.json of a published model."""
     if weights is None:

@@ -17,10 +17,10 @@ import yaml
 from diptych.core.errors import UserError, unknown
 from diptych.core.image_sizes import AreaCap, SideRange, SizeRule
 from diptych.core.sample import Task
+from diptych.core.schema import Variants, read
 from diptych.data.filters import Filters
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
-from diptych.recipes.schema import Variants, read
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.composed import ComposedConfig
 from diptych.systems.hieraquery import HieraConfig

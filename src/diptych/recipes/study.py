@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.schema import read
 from diptych.evaluation import toyfeatures, toyscales, toyvqa
 from diptych.evaluation.evaluate import TASKS
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import Recipe, load_plain, merge, parse, set_value
 from diptych.recipes.run import check_parts
-from diptych.recipes.schema import read
 
 STUDIES = Path(__file__).parent / "studies"
 RUNS = Path("runs")

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from diptych.core.errors import UserError, unknown
 
+Kind = TypeVar("Kind")
 
-def choose(what: str, name: str, table: dict[str, Any]) -> Any:
-    """The entry of this name; UserError names the nearest where there is none."""
-    if name not in table:
-        raise unknown(what, name, table)
-    return table[name]
+
+def choose(what: str, kind: str, table: Mapping[str, str], base: type[Kind]) -> type[Kind]:
+    """The class of this kind; UserError names the nearest where there is none.
+
+    Args:
+        table: where each kind's class is, as module:name. base: what they are.
+    """
+    if kind not in table:
+        raise unknown(what, kind, table)
+    module, _, name = table[kind].partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    assert issubclass(cls, base), f"{table[kind]} is no {base.__name__}"
+    return cls
 
 
 def call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:

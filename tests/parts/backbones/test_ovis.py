@@ -180,7 +180,9 @@ def test_learned_tokens_are_the_answers_and_their_end() -> None:
 
 
 def test_saved_by_itself_it_comes_back(ovis: Ovis, tmp_path: Path) -> None:
-    made = Ovis.from_config({**ovis.config(), "llm": {**ovis.config()["llm"], "vocab_size": 320}}, TOKENIZER)
+    made = Ovis.from_config(
+        {**ovis.plain_config(), "llm": {**ovis.plain_config()["llm"], "vocab_size": 320}}, TOKENIZER
+    )
     made.save_pretrained(tmp_path)
     back = Ovis.from_pretrained(tmp_path)
     one, two = made.state_dict(), back.state_dict()
@@ -199,7 +201,7 @@ def test_bins_hold_their_tokens() -> None:
 
 
 def test_config_errors_name_the_key(ovis: Ovis) -> None:
-    config = ovis.config()
+    config = ovis.plain_config()
     for change, words in (
         ({"visual_vocab_sise": 3}, "'visual_vocab_size'"),
         ({"visual_vocab_size": 3}, "at least 5"),

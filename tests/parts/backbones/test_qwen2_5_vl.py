@@ -117,7 +117,7 @@ def test_run_with_images_is_theirs(backbone: Qwen2_5VL) -> None:
 def test_appended_tokens_follow_the_largest_position(backbone: Qwen2_5VL, reuse: bool) -> None:
     """Row by row without padding, with positions made by hand from transformers' rule."""
     torch.manual_seed(1)
-    queries = LearnableQueries(48, 3)
+    queries = LearnableQueries.from_config({"width": 48, "queries": 3})
     sequences, _, embeddings = prompts(backbone)
     states, mask = condition_states(
         backbone, queries, embeddings, sequences.mask, positions=sequences.positions, reuse=reuse
@@ -135,7 +135,7 @@ def test_appended_tokens_follow_the_largest_position(backbone: Qwen2_5VL, reuse:
 
 
 def test_query_gradients_are_those_of_the_plain_run(backbone: Qwen2_5VL) -> None:
-    queries = LearnableQueries(48, 3)
+    queries = LearnableQueries.from_config({"width": 48, "queries": 3})
     sequences, _, embeddings = prompts(backbone)
     probe = torch.randn(3, 3, 48)
     gradients = []

@@ -17,7 +17,7 @@ def prompt() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained() -> ResidualQueryAdapter:
-    adapter = ResidualQueryAdapter(24, queries=6, heads=4)
+    adapter = ResidualQueryAdapter.from_config({"width": 24, "queries": 6, "heads": 4})
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.5)
@@ -25,20 +25,21 @@ def trained() -> ResidualQueryAdapter:
 
 
 def test_raw_appends_nothing() -> None:
-    assert Raw()(*prompt()).shape == (2, 0, 24)
-    assert not list(Raw().parameters())
+    assert Raw.from_config({})(*prompt()).shape == (2, 0, 24)
+    assert not list(Raw.from_config({}).parameters())
 
 
 def test_learnable_queries() -> None:
-    queries = LearnableQueries(24, 6)
+    queries = LearnableQueries.from_config({"width": 24, "queries": 6})
     out = queries(*prompt())
     assert out.shape == (2, 6, 24)
     assert torch.equal(out[0], out[1])
-    assert LearnableQueries(1024, 256).queries.std().item() == pytest.approx(1 / 32, rel=0.02)
+    wide = LearnableQueries.from_config({"width": 1024, "queries": 256})
+    assert wide.queries.std().item() == pytest.approx(1 / 32, rel=0.02)
 
 
 def test_adapter_starts_at_its_queries_and_learns() -> None:
-    adapter = ResidualQueryAdapter(24, queries=6, heads=4)
+    adapter = ResidualQueryAdapter.from_config({"width": 24, "queries": 6, "heads": 4})
     out = adapter(*prompt())
     assert torch.equal(out, adapter.queries.expand(2, -1, -1))
     out.square().sum().backward()
@@ -60,7 +61,7 @@ def test_adapter_reads_only_real_tokens() -> None:
 
 def test_adapter_size() -> None:
     with torch.device("meta"):
-        adapter = ResidualQueryAdapter(1536)
+        adapter = ResidualQueryAdapter.from_config({"width": 1536})
     assert sum(parameter.numel() for parameter in adapter.parameters()) == 28_727_808
     assert adapter.count == 256
     adapter.to_empty(device="cpu").init_weights()
@@ -68,6 +69,9 @@ def test_adapter_size() -> None:
 
 
 def test_adapter_options() -> None:
-    assert ResidualQueryAdapter(24, queries=3, heads=2, mlp_ratio=2).mlp_in.out_features == 48
+    assert (
+        ResidualQueryAdapter.from_config({"width": 24, "queries": 3, "heads": 2, "mlp_ratio": 2}).mlp_in.out_features
+        == 48
+    )
     with pytest.raises(UserError, match="24 heads do not divide the width 100"):
-        ResidualQueryAdapter(100)
+        ResidualQueryAdapter.from_config({"width": 100})

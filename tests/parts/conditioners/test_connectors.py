@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diptych.core.errors import UserError
-from diptych.parts.conditioners.connectors import OpenUniConnector
+from diptych.parts.conditioners.connectors import OpenUniConnector, OpenUniConnectorConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "openuni"
 
@@ -30,15 +30,16 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_condition_and_gradient_are_the_references(name: str) -> None:
     config, tensors = read(name)
     sizes = config["connector"]
-    connector = OpenUniConnector(
-        config["llm_hidden_size"],
-        config["caption_channels"],
+    made = OpenUniConnectorConfig(
+        width=config["llm_hidden_size"],
+        out=config["caption_channels"],
         hidden=sizes["hidden_size"],
         mlp=sizes["intermediate_size"],
         heads=sizes["num_attention_heads"],
         layers=sizes["num_hidden_layers"],
         arrangement=config["proj_type"],
     )
+    connector = OpenUniConnector(made)
     weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
     connector.load_state_dict({key.removeprefix("connector."): value for key, value in weights.items()})
 
@@ -50,7 +51,9 @@ def test_condition_and_gradient_are_the_references(name: str) -> None:
 
 
 def test_projection_may_come_first() -> None:
-    connector = OpenUniConnector(6, 8, hidden=8, mlp=12, heads=2, layers=1, arrangement="proj_enc")
+    connector = OpenUniConnector.from_config(
+        {"width": 6, "out": 8, "hidden": 8, "mlp": 12, "heads": 2, "layers": 1, "arrangement": "proj_enc"}
+    )
     states = torch.randn(2, 3, 6)
     expected = connector.layers[0](connector.projector(states))
     torch.testing.assert_close(connector(states), expected)
@@ -67,4 +70,4 @@ def test_projection_may_come_first() -> None:
 )
 def test_sizes_that_do_not_fit_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        OpenUniConnector(6, 8, **{"mlp": 12, "heads": 2, **values})
+        OpenUniConnector.from_config({"width": 6, "out": 8, "mlp": 12, "heads": 2, **values})

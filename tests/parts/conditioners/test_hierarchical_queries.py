@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
 from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries, grid_encoding
-from diptych.parts.conditioners.qwen2_connector import Qwen2Body, Qwen2Connector, bridge
+from diptych.parts.conditioners.qwen2_connector import Qwen2Body, Qwen2Connector, Qwen2ConnectorConfig, bridge
 
 
 def test_every_scale_stands_between_its_markers() -> None:
-    made = HierarchicalQueries(8, [1, 2], positions="none")
+    made = HierarchicalQueries.from_config({"width": 8, "scales": [1, 2], "positions": "none"})
     assert made.starts is not None
     assert made.ends is not None
     tokens = made(torch.zeros(3, 4, 8), torch.ones(3, 4, dtype=torch.bool))
@@ -23,14 +23,14 @@ def test_every_scale_stands_between_its_markers() -> None:
     for found, queries in zip(made.split(tokens), made.queries, strict=True):
         torch.testing.assert_close(found[1], queries)
     torch.testing.assert_close(made.queries[1].norm(dim=1), torch.ones(4))
-    assert HierarchicalQueries(8, [1, 2], markers=False).count == 5
+    assert HierarchicalQueries.from_config({"width": 8, "scales": [1, 2], "markers": False}).count == 5
 
 
 @settings(max_examples=20, deadline=None)
 @given(sides=st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True), width=st.sampled_from([4, 16, 20]))
 def test_positions_are_added_to_queries_alone(sides: list[int], width: int) -> None:
     sides.sort()
-    made = HierarchicalQueries(width, sides)
+    made = HierarchicalQueries.from_config({"width": width, "scales": list(sides)})
     with torch.no_grad():
         for rows in made.queries:
             rows.zero_()
@@ -40,7 +40,7 @@ def test_positions_are_added_to_queries_alone(sides: list[int], width: int) -> N
     inside = torch.cat([torch.arange(span.start, span.stop) for span in made.spans])
     outside = torch.ones(made.count, dtype=torch.bool)
     outside[inside] = False
-    plain = HierarchicalQueries(width, sides, positions="none")
+    plain = HierarchicalQueries.from_config({"width": width, "scales": list(sides), "positions": "none"})
     plain.load_state_dict(made.state_dict())
     torch.testing.assert_close(made.tokens()[outside], plain.tokens()[outside])
 
@@ -55,7 +55,7 @@ def test_a_place_has_one_code_at_every_scale() -> None:
 
 
 def test_learned_positions_start_at_nothing_and_learn() -> None:
-    made = HierarchicalQueries(8, [1, 2], positions="learned")
+    made = HierarchicalQueries.from_config({"width": 8, "scales": [1, 2], "positions": "learned"})
     assert made.table is not None
     torch.testing.assert_close(made.split(made.tokens()[None])[1][0], made.queries[1])
     made.tokens().sum().backward()
@@ -76,14 +76,14 @@ def test_learned_positions_start_at_nothing_and_learn() -> None:
 )
 def test_what_does_not_fit_is_said(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        HierarchicalQueries(**{"width": 8, **values})  # type: ignore[arg-type]
+        HierarchicalQueries.from_config({"width": 8, **values})  # type: ignore[arg-type]
 
 
 def test_the_connectors_body_sees_every_token() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     body = Qwen2Body.from_config({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1})
-    connector = Qwen2Connector(12, 20, body)
+    connector = Qwen2Connector(Qwen2ConnectorConfig(width=12, out=20, body=body.values), body)
     assert isinstance(bridge(16, 16), torch.nn.Identity)
     x = torch.randn(1, 5, 12)
     before = connector(x)

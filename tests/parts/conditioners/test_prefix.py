@@ -53,8 +53,8 @@ def prompt() -> tuple[Tensor, Tensor]:
 def conditioner(kind: str) -> Conditioner:
     torch.manual_seed(2)
     if kind == "queries":
-        return LearnableQueries(WIDTH, 5)
-    adapter = ResidualQueryAdapter(WIDTH, queries=5, heads=4)
+        return LearnableQueries.from_config({"width": WIDTH, "queries": 5})
+    adapter = ResidualQueryAdapter.from_config({"width": WIDTH, "queries": 5, "heads": 4})
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -88,7 +88,7 @@ def test_loss_and_gradients_agree(backbone: InternVL, kind: str) -> None:
 def test_raw_gives_the_prompt(backbone: InternVL) -> None:
     embeddings, mask = prompt()
     for reuse in (True, False):
-        states, whole = condition_states(backbone, Raw(), embeddings, mask, reuse=reuse)
+        states, whole = condition_states(backbone, Raw.from_config({}), embeddings, mask, reuse=reuse)
         torch.testing.assert_close(states, backbone.run(embeddings, mask).hidden)
         assert torch.equal(whole, mask)
 

@@ -15,7 +15,7 @@ from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.conditioners.metaquery_connector import MetaQueryConnector
 from diptych.parts.conditioners.prefix import condition_states
-from diptych.parts.conditioners.qwen2_connector import MingConnector, Qwen2Body
+from diptych.parts.conditioners.qwen2_connector import MingConnector, MingConnectorConfig, Qwen2Body
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -70,7 +70,7 @@ def metaquery_connector(weights: dict[str, Tensor], **sizes: Any) -> MetaQueryCo
         ours = {"0": "", "1": "linear_in.", "3": "linear_out.", "4": "norm."}[number]
         renamed[ours + rest] = value
     width, out = renamed["linear_in.weight"].shape[1], renamed["linear_in.weight"].shape[0]
-    connector = MetaQueryConnector(width, out, **sizes)
+    connector = MetaQueryConnector.from_config({"width": width, "out": out, **sizes})
     connector.load_state_dict(renamed)
     return connector
 
@@ -102,7 +102,9 @@ def test_metaquery_from_ids_to_condition_and_gradients(reuse: bool) -> None:
     padded = torch.stack([nn.functional.pad(row, (0, length - len(row))) for row in prompts])
     real = torch.arange(length)[None] < torch.tensor([len(row) for row in prompts])[:, None]
 
-    queries = HierarchicalQueries(sizes["hidden_size"], [1], grids=[[1, count]], positions="none")
+    queries = HierarchicalQueries.from_config(
+        {"width": sizes["hidden_size"], "scales": [1], "grids": [[1, count]], "positions": "none"}
+    )
     table = weights["model.embed_tokens.weight"]
     assert queries.starts is not None
     assert queries.ends is not None
@@ -137,7 +139,9 @@ def test_ming_from_ids_to_the_condition_of_each_scale(case: str, reuse: bool) ->
     images = [] if case == "t2i" else [picture(tensors)]
     embeddings = backbone.place(backbone.embed(ids), slots, images)
 
-    queries = HierarchicalQueries(sizes["hidden_size"], scales, positions="none", rotary="strip")
+    queries = HierarchicalQueries.from_config(
+        {"width": sizes["hidden_size"], "scales": list(scales), "positions": "none", "rotary": "strip"}
+    )
     table = weights["model.embed_tokens.weight"]
     assert queries.starts is not None
     assert queries.ends is not None
@@ -158,7 +162,9 @@ def test_ming_from_ids_to_the_condition_of_each_scale(case: str, reuse: bool) ->
     body = Qwen2Body.from_config({key: value for key, value in config["connector"].items() if key != "vocab_size"})
     body.load_state_dict(body_weights(tensors))
     mlp = config["dit_mlp"]
-    connector = MingConnector(sizes["hidden_size"], mlp["out"], body, hidden=mlp["hidden"])
+    connector = MingConnector(
+        MingConnectorConfig(width=sizes["hidden_size"], out=mlp["out"], body=body.values, hidden=mlp["hidden"]), body
+    )
     outside = {key: value for key, value in below(tensors, "weights.mlp/").items() if key.startswith(("proj", "mlp."))}
     missing = connector.load_state_dict(outside, strict=False)
     assert not missing.unexpected_keys

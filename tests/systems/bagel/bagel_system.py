@@ -71,7 +71,7 @@ def build(**values: Any) -> BagelSystem:
         meta=False,
         assets=None,
         autoencoders=lambda part, meta: (PixelAutoencoder(), dataclasses.asdict(part)),
-        tokenizers=lambda part, assets: tokenizer(),
+        tokenizers=lambda name, vocabulary, assets: tokenizer(),
     )
     for parameter in system.network.port.proj_out.parameters():  # starts at zero
         torch.nn.init.normal_(parameter, std=0.2)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from diptych.parts.part import Part
 
 
-class Autoencoder(nn.Module, abc.ABC):
+class Autoencoder(Part, abc.ABC):
     """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/f, W/f) and back; frozen, deterministic (the mode).
 
     channels: C. factor: f.

@@ -1,11 +1,59 @@
-"""FLUX's autoencoder with its posterior in the open: mean, deviation, and samples of given noise (BAGEL draws them)."""
+"""FLUX's autoencoder as BAGEL's release has it, and samples of its posterior from given noise."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from diptych.checkpoints import flux_autoencoder
+from diptych.checkpoints.streaming import entries, stream
+from diptych.checkpoints.tensors import load_into
+from diptych.core.errors import UserError, unknown
 from diptych.parts.autoencoders.kl import KLAutoencoder
+
+FILE = "ae.safetensors"
+
+
+class FluxAutoencoder(KLAutoencoder):
+    """FLUX's 16-channel autoencoder, by the sizes of FLUX's own code (`checkpoints.flux_autoencoder`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sizes: dict[str, Any] = {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str = "config") -> Self:
+        known = flux_autoencoder.diffusers_config.__kwdefaults__ or {}
+        for key in config:
+            if key not in known:
+                raise unknown("key", key, known, where)
+        made = super().from_config(flux_autoencoder.diffusers_config(**config))
+        made.sizes = dict(config)
+        return made
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, config: Mapping[str, Any] | None = None, **options: Any) -> Self:
+        """From the file `ae.safetensors` of a release; its tensors tell the sizes that `config` does not."""
+        file = Path(folder) / FILE
+        if not file.is_file():
+            raise UserError(f"{folder}: has no {FILE}")
+        sizes = {**flux_autoencoder.sizes({entry.name: entry.shape for entry in entries(file)}), **(config or {})}
+        with torch.device("meta"):
+            made = cls.from_config(sizes)
+        tensors = flux_autoencoder.to_diffusers(stream([file]), len(sizes["multipliers"]))
+        load_into(made.model, tensors, str(file))
+        return made
+
+    @classmethod
+    def of_published(cls, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(config)
+
+    def plain_config(self) -> dict[str, Any]:
+        return self.sizes
 
 
 def moments(autoencoder: KLAutoencoder, images: Tensor) -> Tensor:

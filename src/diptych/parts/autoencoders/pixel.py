@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from diptych.parts.autoencoders.base import Autoencoder
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelConfig:
+    """Nothing to choose."""
+
+
 class PixelAutoencoder(Autoencoder):
     """The identity: C = 3, f = 1. Without weights."""
 
-    def __init__(self) -> None:
+    Config = PixelConfig
+
+    def __init__(self, config: PixelConfig | None = None) -> None:
         super().__init__()
+        self.config = config or PixelConfig()
         self.channels = 3
         self.factor = 1
 

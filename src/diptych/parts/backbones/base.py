@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,46 @@ class Backbone(nn.Module, abc.ABC):
     """Longest sequence the language model takes, in tokens."""
     position_axes: int = 1
     """3 where rotary positions are by time, row and column."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Self:
+        """Random weights; under `torch.device("meta")` without memory. UserError for a key or value that is wrong."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Weights, tokenizer and image processor from a folder or a hub id; safetensors only, no remote code."""
+
+    @abc.abstractmethod
+    def plain_config(self) -> dict[str, Any]:
+        """What `from_config` takes, in plain JSON values."""
+
+    @classmethod
+    def resolved(cls, config: Mapping[str, Any], values_of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        """`config` with names of published models in it replaced by their sizes.
+
+        Args:
+            values_of: gives the config.json of a name.
+        """
+        return dict(config)
+
+    def read_named(self, config: Mapping[str, Any], folder_of: Callable[[str], Path]) -> None:
+        """The weights of the published models that are named in a configuration.
+
+        Args:
+            folder_of: gives the folder of a name.
+        """
+
+    @classmethod
+    def tokenizer_of(cls, config: Mapping[str, Any]) -> str | None:
+        """The published model named in a configuration that brings the tokenizer; None where none does."""
+        return None
+
+    @classmethod
+    def vocabulary(cls, config: Mapping[str, Any]) -> int:
+        """Rows of the embedding table of a (resolved) configuration."""
+        return config["text_config"]["vocab_size"]
 
     @abc.abstractmethod
     def vision_features(self, inputs: VisionInputs) -> list[Tensor]:

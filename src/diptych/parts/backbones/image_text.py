@@ -92,7 +92,7 @@ class ImageTextBackbone(Backbone, abc.ABC):
     def image_processor(self) -> Any:
         return self.processor.image_processor
 
-    def config(self) -> dict[str, Any]:
+    def plain_config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values, without where it came from or how it was stored."""
         return without_origin(self.model.config.to_dict())
 

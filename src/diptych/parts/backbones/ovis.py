@@ -7,7 +7,7 @@ count real tokens, which gives the same states; a conversation that is too long 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from diptych.checkpoints import aimv2
+from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, unknown
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.aimv2 import AIMv2Config
@@ -139,7 +141,39 @@ class Ovis(LayeredBackbone):
         """Whether the output head is the embedding table."""
         return self.llm.lm_head.weight is self.llm.get_input_embeddings().weight
 
-    def config(self) -> dict[str, Any]:
+    @classmethod
+    def resolved(cls, config: Mapping[str, Any], values_of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        """`llm` and `vision` may be names; next to a named tower, `vision_options` sets what Ovis changes in it
+        (`hidden_stride`, windows)."""
+        values = dict(config)
+        options = values.pop("vision_options", {})
+        if isinstance(name := values.get("llm"), str):
+            found = without_origin(values_of(name))
+            values["llm"] = {key: value for key, value in found.items() if key != "torch_dtype"}
+        if isinstance(name := values.get("vision"), str):
+            values["vision"] = aimv2.sizes(values_of(name))
+        if options:
+            values["vision"] = {**values["vision"], **options}
+        return values
+
+    def read_named(self, config: Mapping[str, Any], folder_of: Callable[[str], Path]) -> None:
+        if isinstance(name := config.get("llm"), str):
+            load_into(self.llm, read_tensors(weight_files(folder_of(name))), name)
+        if isinstance(name := config.get("vision"), str):
+            tower = self.visual_tokenizer.backbone
+            side = tower.config.image_size // tower.config.patch_size
+            load_into(tower, aimv2.to_ours(read_tensors(weight_files(folder_of(name))), side), name)
+
+    @classmethod
+    def tokenizer_of(cls, config: Mapping[str, Any]) -> str | None:
+        name = config.get("llm")
+        return name if isinstance(name, str) else None
+
+    @classmethod
+    def vocabulary(cls, config: Mapping[str, Any]) -> int:
+        return config["llm"]["vocab_size"]
+
+    def plain_config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values."""
         llm = without_origin(self.llm.config.to_dict())
         tower = asdict(self.visual_tokenizer.backbone.config)
@@ -256,7 +290,7 @@ class Ovis(LayeredBackbone):
         self.tokenizer.save_pretrained(folder)
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        text = json.dumps({"model_type": MODEL_TYPE, **self.config()}, indent=1)
+        text = json.dumps({"model_type": MODEL_TYPE, **self.plain_config()}, indent=1)
         (folder / "config.json").write_text(text, encoding="utf-8")
         tensors = {name: x for name, x in self.state_dict().items() if name != HEAD or not self.tied}
         cast = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}

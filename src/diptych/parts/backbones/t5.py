@@ -118,7 +118,7 @@ class T5(LayeredBackbone):
         encoder = read_encoder(T5EncoderModel, folder, dtype)
         return cls(encoder, read_tokenizer(folder))
 
-    def config(self) -> dict[str, Any]:
+    def plain_config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values."""
         return without_origin(self.encoder.config.to_dict())
 

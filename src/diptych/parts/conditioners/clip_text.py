@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError, unknown
 from diptych.parts.backbones.published import without_origin
 from diptych.parts.backbones.t5 import read_encoder, read_tokenizer
+from diptych.parts.part import Part
 
 
-class ClipText(nn.Module):
+class ClipText(Part):
     """Texts to the state of their end token after the last norm, (B, width). Frozen.
 
     CLIP has 77 positions: of a longer text it reads the first, as it does in FLUX; the tokens beside it are whole.
@@ -31,21 +32,24 @@ class ClipText(nn.Module):
         self.width: int = model.config.hidden_size
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> ClipText:
-        """Random weights; under `torch.device("meta")` without memory. UserError for an unknown key."""
+    def from_config(cls, config: Mapping[str, Any], where: str = "config") -> ClipText:
+        """Random weights, without a tokenizer; under `torch.device("meta")` without memory. UserError for an unknown
+        key."""
         known = set(CLIPTextConfig().to_dict())
         for key in config:
             if key not in known:
                 raise unknown("key", key, known, "clip_text")
-        return cls(CLIPTextModel(CLIPTextConfig(**config)), tokenizer)
+        return cls(CLIPTextModel(CLIPTextConfig(**config)), None)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> ClipText:
+    def from_pretrained(
+        cls, folder: str | Path, config: Mapping[str, Any] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> ClipText:
         """A folder with the encoder's safetensors; its tokenizer as for `T5`. UserError for what does not fit."""
-        folder = Path(source).expanduser()
+        folder = Path(folder).expanduser()
         return cls(read_encoder(CLIPTextModel, folder, dtype), read_tokenizer(folder))
 
-    def config(self) -> dict[str, Any]:
+    def plain_config(self) -> dict[str, Any]:
         """What `from_config` takes, in plain JSON values."""
         return without_origin(self.model.config.to_dict())
 

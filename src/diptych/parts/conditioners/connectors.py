@@ -7,13 +7,15 @@ B batch, Q query states, D width of the language model, W width of the encoder, 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError
+from diptych.parts.conditioners.base import Connector
 
 Arrangement = Literal["enc_proj", "proj_enc", "proj_enc_proj"]
 """Where the linear projections stand; all released OpenUni models are `enc_proj`."""
@@ -67,41 +69,48 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class OpenUniConnector(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class OpenUniConnectorConfig:
+    """width: D. out: C. hidden: W. mlp: inner width of the MLPs. heads: attention heads. layers: encoder layers.
+
+    arrangement: `enc_proj` encodes at W = D, `proj_enc` at W = C, `proj_enc_proj` at any W.
+
+    Raises UserError for heads that do not divide `hidden`, or a `hidden` that the arrangement does not allow.
+    """
+
+    width: int
+    out: int
+    hidden: int
+    mlp: int
+    heads: int
+    layers: int = 6
+    arrangement: Arrangement = "enc_proj"
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise UserError(f"connector openuni: {self.heads} heads do not divide the hidden width {self.hidden}")
+        needed = {"enc_proj": self.width, "proj_enc": self.out}.get(self.arrangement, self.hidden)
+        if self.hidden != needed:
+            raise UserError(
+                f"connector openuni: {self.arrangement} encodes at width {needed}, not at hidden {self.hidden}"
+            )
+
+
+class OpenUniConnector(Connector):
     """Query states (B, Q, D) to condition tokens (B, Q, C): no positions, no mask, no norm after the last layer.
 
     Parameters have the names of the published checkpoints, below `connector` (layers) and `projector`.
-
-    Args:
-        width: D. out: C. hidden: W. mlp: inner width of the MLPs. heads: attention heads. layers: encoder layers.
-        arrangement: `enc_proj` encodes at W = D, `proj_enc` at W = C, `proj_enc_proj` at any W.
-
-    Raises:
-        UserError: heads that do not divide `hidden`, or a `hidden` that the arrangement does not allow.
     """
 
-    def __init__(
-        self,
-        width: int,
-        out: int,
-        *,
-        hidden: int,
-        mlp: int,
-        heads: int,
-        layers: int = 6,
-        arrangement: Arrangement = "enc_proj",
-    ) -> None:
+    Config = OpenUniConnectorConfig
+
+    def __init__(self, config: OpenUniConnectorConfig) -> None:
         super().__init__()
-        if arrangement not in get_args(Arrangement):
-            raise unknown("arrangement", arrangement, get_args(Arrangement), "connector openuni")
-        if hidden % heads:
-            raise UserError(f"connector openuni: {heads} heads do not divide the hidden width {hidden}")
-        needed = {"enc_proj": width, "proj_enc": out}.get(arrangement, hidden)
-        if hidden != needed:
-            raise UserError(f"connector openuni: {arrangement} encodes at width {needed}, not at hidden {hidden}")
-        self.arrangement = arrangement
-        self.layers = nn.ModuleList([EncoderLayer(hidden, mlp, heads) for _ in range(layers)])
-        both = arrangement == "proj_enc_proj"
+        self.config = config
+        self.arrangement = config.arrangement
+        width, out, hidden = config.width, config.out, config.hidden
+        self.layers = nn.ModuleList([EncoderLayer(hidden, config.mlp, config.heads) for _ in range(config.layers)])
+        both = config.arrangement == "proj_enc_proj"
         self.projector: nn.Module = (
             nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, out)]) if both else nn.Linear(width, out)
         )

@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError
 from diptych.parts.conditioners.base import Conditioner
 
 Positions = Literal["grid", "learned", "none"]
@@ -27,42 +28,48 @@ Rotary = Literal["line", "strip"]
 each scale as an image of a single row (Ming-Lite-Uni's release)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalQueriesConfig:
+    """width: D. scales: sides s_k of the grids, ascending; scale k makes an image s_k / s_K as large as the last one's.
+
+    grids: rows and columns of each scale's queries where they are not s_k x s_k (table 4's 512 and 1024 tokens).
+    markers: learnable START and END of every scale; without them Q = sum N_k.
+    positions: see `Positions`. rotary: see `Rotary`.
+
+    Raises UserError for scales that do not ascend, grids that do not fit them, or a width that is no multiple of 4.
+    """
+
+    width: int
+    scales: tuple[int, ...] = (4, 8, 16)
+    grids: tuple[tuple[int, ...], ...] | None = None
+    markers: bool = True
+    positions: Positions = "grid"
+    rotary: Rotary = "line"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", check_scales(self.scales))
+        object.__setattr__(self, "grids", check_grids(self.scales, self.grids))
+        if self.positions == "grid" and self.width % 4:
+            raise UserError(
+                f"hierarchical_queries: grid positions need a width that is a multiple of 4, not {self.width}"
+            )
+
+
 class HierarchicalQueries(Conditioner):
     """[START_1, Q_1, END_1, ..., START_K, Q_K, END_K], with grid positions added to the queries and none to markers.
 
     The language model is causal and the scales ascend, so a later scale never changes an earlier one's states.
-
-    Args:
-        width: D.
-        scales: sides s_k of the grids, ascending; scale k makes an image s_k / s_K as large as the last one's.
-        grids: rows and columns of each scale's queries where they are not s_k x s_k (table 4's 512 and 1024 tokens).
-        markers: learnable START and END of every scale; without them Q = sum N_k.
-        positions: see `Positions`. rotary: see `Rotary`.
-
-    Raises:
-        UserError: scales that do not ascend, grids that do not fit them, or a width that is no multiple of 4.
     """
 
-    def __init__(
-        self,
-        width: int,
-        scales: Sequence[int] = (4, 8, 16),
-        *,
-        grids: Sequence[Sequence[int]] | None = None,
-        markers: bool = True,
-        positions: Positions = "grid",
-        rotary: Rotary = "line",
-    ) -> None:
+    Config = HierarchicalQueriesConfig
+
+    def __init__(self, config: HierarchicalQueriesConfig) -> None:
         super().__init__()
-        self.scales = check_scales(scales)
-        self.grids = check_grids(self.scales, grids)
-        if positions not in get_args(Positions):
-            raise unknown("positions", str(positions), get_args(Positions), "hierarchical_queries")
-        if rotary not in get_args(Rotary):
-            raise unknown("rotary", str(rotary), get_args(Rotary), "hierarchical_queries")
-        if positions == "grid" and width % 4:
-            raise UserError(f"hierarchical_queries: grid positions need a width that is a multiple of 4, not {width}")
-        self.rotary = rotary
+        self.config = config
+        self.scales = config.scales
+        self.grids = check_grids(config.scales, config.grids)
+        self.rotary = config.rotary
+        width, markers, positions = config.width, config.markers, config.positions
         self.queries = nn.ParameterList(
             [nn.Parameter(torch.empty(rows * columns, width)) for rows, columns in self.grids]
         )

@@ -7,11 +7,14 @@ B batch, N query states, D width of the language model, H heads, K = D / H head 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
+from diptych.parts.conditioners.base import Connector
 
 EPS = 1e-6
 THETA = 10_000.0
@@ -80,36 +83,47 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class MetaQueryConnector(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class MetaQueryConnectorConfig:
+    """width: D. out: C. layers: 24 in the release. head: K, 64 in the release. mlp_ratio: inner width over D.
+
+    norm_scale: where the last norm's scale starts; sqrt(5.5) for SANA, 1 for others.
+
+    Raises UserError for a head width that does not divide D or is odd.
+    """
+
+    width: int
+    out: int
+    layers: int = 24
+    head: int = 64
+    mlp_ratio: int = 4
+    norm_scale: float = SANA_NORM
+
+    def __post_init__(self) -> None:
+        if self.head < 2 or self.head % 2 or self.width % self.head:
+            raise UserError(
+                f"connector metaquery: heads of width {self.head} do not divide the width {self.width} evenly"
+            )
+
+
+class MetaQueryConnector(Connector):
     """Query states (B, N, D) to condition tokens (B, N, C): no mask, no norm after the last layer.
 
     Parameters have the names of the published checkpoints below `model.connector`, but that its numbers (0, 1, 3, 4)
     are words here (`layers`, `linear_in`, `linear_out`, `norm`). 316M / 1.62B / 4.95B at D = 896 / 2048 / 3584.
-
-    Args:
-        width: D. out: C. layers: 24 in the release. head: K, 64 in the release. mlp_ratio: inner width over D.
-        norm_scale: where the last norm's scale starts; sqrt(5.5) for SANA, 1 for others.
-
-    Raises:
-        UserError: a head width that does not divide D or is odd.
     """
 
-    def __init__(
-        self,
-        width: int,
-        out: int,
-        *,
-        layers: int = 24,
-        head: int = 64,
-        mlp_ratio: int = 4,
-        norm_scale: float = SANA_NORM,
-    ) -> None:
+    Config = MetaQueryConnectorConfig
+
+    def __init__(self, config: MetaQueryConnectorConfig) -> None:
         super().__init__()
-        if head < 2 or head % 2 or width % head:
-            raise UserError(f"connector metaquery: heads of width {head} do not divide the width {width} evenly")
-        self.head = head
-        self.norm_scale = norm_scale
-        self.layers = nn.ModuleList([EncoderLayer(width, mlp_ratio * width, width // head) for _ in range(layers)])
+        self.config = config
+        self.head = config.head
+        self.norm_scale = config.norm_scale
+        width, out = config.width, config.out
+        self.layers = nn.ModuleList(
+            [EncoderLayer(width, config.mlp_ratio * width, width // config.head) for _ in range(config.layers)]
+        )
         self.linear_in = nn.Linear(width, out)
         self.linear_out = nn.Linear(out, out)
         self.norm = nn.RMSNorm(out, eps=1e-5)

@@ -8,8 +8,9 @@ B batch, N query states, D width of the MLLM, W width of the body (896), C condi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.schema import read
 from diptych.parts.backbones.published import read_config, read_model, without_origin
+from diptych.parts.conditioners.base import Connector
 
 OLD_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
 """Keys of published configurations that current config classes no longer list."""
@@ -73,21 +76,49 @@ class Qwen2Body(nn.Module):
         return self.norm(x)
 
 
-class Qwen2Connector(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class Qwen2ConnectorConfig:
+    """width: D. out: C. body: configuration of the Qwen2 model."""
+
+    width: int
+    out: int
+    body: dict[str, Any]
+
+
+class Qwen2Bodied(Connector):
+    """A connector around a body that may be published as a language model, while what stands around it starts at
+    random. So a saved model holds the whole of it."""
+
+    whole = False
+
+    def __init__(self, config: Any, body: Qwen2Body | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.body = Qwen2Body.from_config(config.body) if body is None else body
+
+    @classmethod
+    def of_published(cls, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "body": dict(values)}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, config: Mapping[str, Any] | None = None) -> Self:
+        body = Qwen2Body.from_pretrained(folder)
+        return cls(read(cls.Config, {**(config or {}), "body": body.values}, "connector.config"), body)
+
+
+class Qwen2Connector(Qwen2Bodied):
     """HieraQuery's connector: query states (B, N, D) to condition tokens (B, N, C).
 
     A two-layer MLP (Linear, SiLU, Linear, at the wider of both widths) stands wherever widths differ; the identity
     where they agree.
-
-    Args:
-        width: D. out: C. body: layers of Qwen2.
     """
 
-    def __init__(self, width: int, out: int, body: Qwen2Body) -> None:
-        super().__init__()
-        self.proj_in = bridge(width, body.width)
-        self.body = body
-        self.proj_out = bridge(body.width, out)
+    Config = Qwen2ConnectorConfig
+
+    def __init__(self, config: Qwen2ConnectorConfig, body: Qwen2Body | None = None) -> None:
+        super().__init__(config, body)
+        self.proj_in = bridge(config.width, self.body.width)
+        self.proj_out = bridge(self.body.width, config.out)
         for part in (self.proj_in, self.proj_out):
             init_linear(part)
 
@@ -109,21 +140,26 @@ class MingHead(nn.Module):
         return self.layer_norm2(self.fc2(F.relu(self.layer_norm1(self.fc1(x)))))
 
 
-class MingConnector(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class MingConnectorConfig(Qwen2ConnectorConfig):
+    """hidden: inner width of the head (2048 in the release)."""
+
+    hidden: int = 2048
+
+
+class MingConnector(Qwen2Bodied):
     """Ming-Lite-Uni's connector: Linear, body, Linear back to D, unit length, then `MingHead`.
 
     Weight names are those of the release below `proj_in`, `proj_out` and `mlp`.
-
-    Args:
-        width: D. out: C. body: layers of Qwen2. hidden: inner width of the head (2048 in the release).
     """
 
-    def __init__(self, width: int, out: int, body: Qwen2Body, *, hidden: int = 2048) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(width, body.width)
-        self.body = body
-        self.proj_out = nn.Linear(body.width, width)
-        self.mlp = MingHead(width, hidden, out)
+    Config = MingConnectorConfig
+
+    def __init__(self, config: MingConnectorConfig, body: Qwen2Body | None = None) -> None:
+        super().__init__(config, body)
+        self.proj_in = nn.Linear(config.width, self.body.width)
+        self.proj_out = nn.Linear(self.body.width, config.width)
+        self.mlp = MingHead(config.width, config.hidden, config.out)
         for part in (self.proj_in, self.proj_out, self.mlp):
             init_linear(part)
 

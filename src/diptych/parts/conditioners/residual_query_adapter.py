@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diptych.core.errors import UserError
-from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.conditioners.base import Conditioner, start_queries
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualQueryAdapterConfig:
+    """width: D of the language model. queries: Q. heads: attention heads, which must divide D. mlp_ratio: hidden width
+    of the MLP over D. init_text: text of Q tokens whose embeddings the queries start as."""
+
+    width: int
+    queries: int = 256
+    heads: int = 24
+    mlp_ratio: float = 4.0
+    init_text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"residual_query_adapter: {self.heads} heads do not divide the width {self.width}")
 
 
 class ResidualQueryAdapter(Conditioner):
@@ -16,24 +35,16 @@ class ResidualQueryAdapter(Conditioner):
     The output projections start at zero, so an untrained adapter gives its queries. The paper states 29M parameters
     at D=1536, Q=256 and 24 heads (IOMM, Sec. 3.1); this block has 28.73M. The paper gives no further detail: the
     order of norms, the MLP's factor and the zero start are ours.
-
-    Args:
-        width: D of the language model.
-        queries: Q.
-        heads: attention heads; must divide D.
-        mlp_ratio: hidden width of the MLP over D.
-
-    Raises:
-        UserError: `heads` does not divide `width`.
     """
 
-    def __init__(self, width: int, queries: int = 256, heads: int = 24, mlp_ratio: float = 4.0) -> None:
+    Config = ResidualQueryAdapterConfig
+
+    def __init__(self, config: ResidualQueryAdapterConfig) -> None:
         super().__init__()
-        if width % heads:
-            raise UserError(f"residual_query_adapter: {heads} heads do not divide the width {width}")
-        self.count = queries
-        self.heads = heads
-        hidden = int(width * mlp_ratio)
+        self.config = config
+        self.count = queries = config.queries
+        self.heads = config.heads
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
         self.queries = nn.Parameter(torch.empty(queries, width))  # (Q, D)
         self.query_norm = nn.LayerNorm(width)
         self.sequence_norm = nn.LayerNorm(width)
@@ -61,6 +72,9 @@ class ResidualQueryAdapter(Conditioner):
         for linear in (self.to_out, self.mlp_out):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    def start(self, backbone: Backbone) -> None:
+        start_queries(self.queries, self.config.init_text, backbone)
 
     def forward(self, sequence: Tensor, mask: Tensor) -> Tensor:
         seen = self.sequence_norm(sequence.to(self.queries.dtype))  # (B, L, D)

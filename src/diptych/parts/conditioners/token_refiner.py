@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diptych.core.errors import UserError
 from diptych.parts.decoders.mmdit import attend
+from diptych.parts.part import Part
 
 EPS = 1e-6
 MLP_RATIO = 4
@@ -75,8 +76,10 @@ class RefinerBlock(nn.Module):
         return torch.addcmul(x, gate2, self.down(F.silu(self.up(self.norm2(x)))))
 
 
-class TokenRefiner(nn.Module):
+class TokenRefiner(Part):
     """Raw condition (B, L, X) to refined tokens (B, L, W) and a vector for the whole (B, W), or None."""
+
+    Config = TokenRefinerConfig
 
     def __init__(self, config: TokenRefinerConfig) -> None:
         super().__init__()

@@ -7,9 +7,10 @@ import abc
 from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
+from diptych.parts.part import Part
 
 
-class Decoder(nn.Module, abc.ABC):
+class Decoder(Part, abc.ABC):
     """A diffusion transformer that predicts from a noisy latent, a time and a condition.
 
     B batch, C latent channels, h and w latent height and width, L condition tokens, D condition width.

@@ -210,6 +210,8 @@ class MMDiT(PackingDecoder):
     checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
+    Config = MMDiTConfig
+
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         width, inner = config.hidden, config.mlp_ratio * config.hidden

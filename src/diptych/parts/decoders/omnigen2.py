@@ -12,9 +12,10 @@ make, T tokens in all. Sizes may differ between samples: all sequences are padde
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from diptych.checkpoints.omnigen2 import load_transformer, read_transformer_config
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
@@ -230,6 +232,25 @@ class OmniGen2(Decoder):
     checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
+    Config = OmniGen2Config
+
+    @classmethod
+    def complete(cls, config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+        """`text_feat_dim` is the MLLM's width where the configuration does not say."""
+        width = {"text_feat_dim": known["condition_width"]} if "condition_width" in known else {}
+        return {**width, **config}
+
+    @classmethod
+    def of_published(cls, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if not name.startswith("_")}
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, config: Mapping[str, Any] | None = None) -> Self:
+        with torch.device("meta"):
+            decoder = cls.from_config(read_transformer_config(folder), str(folder / "config.json"))
+        load_transformer(decoder, folder)
+        return decoder
+
     def __init__(self, config: OmniGen2Config) -> None:
         super().__init__()
         self.config = config
@@ -402,10 +423,6 @@ class OmniGen2(Decoder):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(*inputs)
-
-    def plain_config(self) -> dict[str, Any]:
-        """The configuration in plain values, under the published names."""
-        return asdict(self.config)
 
     def shard_units(self) -> list[nn.Module]:
         """Without the refiner of reference images, which a step without any does not run."""

@@ -125,6 +125,8 @@ class OvisU1Decoder(Decoder):
     checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
+    Config = OvisU1DecoderConfig
+
     def __init__(self, config: OvisU1DecoderConfig) -> None:
         super().__init__()
         width, inner = config.hidden, int(config.mlp_ratio * config.hidden)

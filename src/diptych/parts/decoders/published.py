@@ -32,21 +32,26 @@ class PublishedDecoder(Decoder):
         """Around a diffusers model of this architecture."""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any], where: str = "config") -> Self:
         """Random weights; also on the meta device. UserError on an unknown key."""
         return cls.wrap(build(cls.architecture, config))
 
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        folder: str | Path,
+        config: Mapping[str, Any] | None = None,
         *,
         subfolder: str | None = None,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Published weights from a folder or hub id, safetensors only; errors as in `diptych.parts.pretrained.load`."""
-        return cls.wrap(load(cls.architecture, source, subfolder=subfolder, revision=revision, dtype=dtype))
+        return cls.wrap(load(cls.architecture, folder, subfolder=subfolder, revision=revision, dtype=dtype))
+
+    def plain_config(self) -> dict[str, Any]:
+        """diffusers' own configuration."""
+        return {name: value for name, value in self.model.config.items() if not name.startswith("_")}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and safetensors in diffusers' layout."""

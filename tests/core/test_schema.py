@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from diptych.core.errors import UserError
-from diptych.recipes.schema import read
+from diptych.core.schema import read
 
 
 @dataclass(frozen=True)
