@@ -305,7 +305,7 @@ def test_edits_with_several_references_in_one_batch(loaded: OmniGen2System, monk
         return encode(batch, draws)
 
     monkeypatch.setattr(loaded, "encode", counted)
-    together = engine.edit(groups, texts, negative="two")
+    together = engine.edit(groups, texts, negative="two", size=(16, 24))
     assert [image.size for image in together] == [(24, 16)] * 3
     assert sorted(map(len, calls)) == [1, 3, 3]  # the null condition, the requests, the requests without their text
     last = engine.tensors(

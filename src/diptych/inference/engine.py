@@ -16,11 +16,12 @@ from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
 from diptych.data.imaging import AnyImage, as_image, to_tensor
+from diptych.inference.edit_sizes import edit_size
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, scale_names, views
 from diptych.inference.solvers import Solver, span
-from diptych.systems.base import Dropped, ImageSized, Reasoner, System, Thinker
+from diptych.systems.base import Dropped, Reasoner, System, Thinker
 
 
 class Engine:
@@ -137,8 +138,8 @@ class Engine:
         """Images (3, H, W) in [-1, 1] for requests, n each, request by request, each at the wanted `scales`.
 
         The condition of a request is computed once, however many images and scales are drawn from it, and the null
-        condition of guidance once for all of a size. A request that says its size has that one; an edit by a system
-        whose edits have the shape of their image has that, unless `size` is among the options.
+        condition of guidance once for all of a size. A request that says its size has that one; an edit has the shape
+        of its image (`inference.edit_sizes`), unless `size` is among the options.
 
         Args:
             positions: of the requests in a longer list, by which their noise is drawn; their own places when None.
@@ -224,12 +225,10 @@ class Engine:
         """(height, width) of the image that a request asks for."""
         if sample.size is not None:
             return sample.size
-        follows = isinstance(self.system, ImageSized) and "size" not in self.sampling.edit and not given
-        if follows and sample.task == "edit" and sample.context_images:
-            assert isinstance(self.system, ImageSized)
-            height, width = sample.context_images[0].shape[-2:]
-            return self.system.edit_size(height, width)
-        return settings.size
+        if sample.task != "edit" or given or "size" in self.sampling.edit:
+            return settings.size
+        images = [(image.shape[-2], image.shape[-1]) for image in sample.context_images]
+        return edit_size(self.system, images, settings.size)
 
     def _expand(self, batch: Batch, keys: Sequence[int], settings: Sampling) -> tuple[Batch, list[str]]:
         """Requests with what the model writes about each image before it draws it, by these keys; and these texts."""

@@ -41,6 +41,8 @@ class System(nn.Module, abc.ABC):
 
     kind: ClassVar[str]
     tasks: ClassVar[tuple[Task, ...]]
+    edit_follows: ClassVar[Literal["first", "last", "only"]] = "first"
+    """Which of several images gives an edit its shape; `only`: none does where there are several."""
     alike: ClassVar[bool] = True
     """Whether `losses` runs the same passes of the sharded units for any two batches that have the same tasks."""
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import AreaCap
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
 from diptych.objectives import masked_image
 from diptych.objectives.flow_matching import FlowMatching
@@ -31,7 +32,7 @@ from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.omnigen2 import MOST_REFERENCES, OmniGen2
 from diptych.systems import conversation
-from diptych.systems.base import AssembledSystem, Dropped, trains
+from diptych.systems.base import AssembledSystem, Dropped, ImageSized, trains
 
 DRAWN: tuple[Task, ...] = ("text_to_image", "edit")
 
@@ -68,10 +69,11 @@ class OmniGen2Settings:
     cfg_dropout_images: float = 0.5
 
 
-class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSystem):
+class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSystem, ImageSized):
     """See the module's docstring."""
 
     kind: ClassVar[str] = "omnigen2"
+    edit_follows: ClassVar[Literal["first", "last", "only"]] = "only"
     components: ClassVar[tuple[str, ...]] = ("backbone", "decoder", "autoencoder")
     tasks: ClassVar[tuple[Task, ...]] = (*DRAWN, "understand")
 
@@ -186,12 +188,15 @@ class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSy
 
     def _fitted(self, image: Tensor) -> Tensor:
         """An image (3, H, W) of at most `max_pixels` with sides of whole patches; resized only where it must be."""
-        height, width = image.shape[-2:]
-        step, ratio = self.image_step, min(1.0, (self.settings.max_pixels / (height * width)) ** 0.5)
-        size = tuple(max(step, int(side * ratio) // step * step) for side in (height, width))
-        if size == (height, width):
+        size = self.edit_size(*image.shape[-2:])
+        if size == tuple(image.shape[-2:]):
             return image
         return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+
+    def edit_size(self, height: int, width: int) -> tuple[int, int]:
+        """That of the reference as the decoder reads it (`align_res` of the released pipeline): at most `max_pixels` in
+        area and 2,048 pixels a side, in whole patches."""
+        return AreaCap(max_pixels=self.settings.max_pixels).fit(height, width, self.image_step)
 
     def _latents(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images (3, H, W) of any sizes to latents (C, h, w), those of one size together."""

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
     """See the module's docstring. `origins` holds the configuration of `network` and `autoencoder`."""
 
     kind: ClassVar[str] = "bagel"
+    edit_follows: ClassVar[Literal["first", "last", "only"]] = "last"
     tasks: ClassVar[tuple[Task, ...]] = ("text_to_image", "edit", "understand")
     alike: ClassVar[bool] = False  # samples share packed rows, whose number differs
     components: ClassVar[tuple[str, ...]] = ("network", "autoencoder")
@@ -95,7 +96,7 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
 
     def edit_size(self, height: int, width: int) -> tuple[int, int]:
         """That of the image as the autoencoder reads it, as the released inferencer does: 512 to 1,024 pixels a side.
-        Of several images it takes the last; there the first decides unless a size is given."""
+        Of several images the last decides, as there."""
         return self.settings.latent_size.fit(height, width, self.image_step)
 
     @property
