@@ -21,6 +21,7 @@ from diptych.core.files import write_folder, write_text
 from diptych.core.sample import Batch
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
+from diptych.evaluation import evaluate
 from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes.legacy import with_new_names
@@ -50,7 +51,7 @@ def train_recipe(
     """Train a recipe into `folder`; True when done, False when stopped by a signal after saving.
 
     Processes started together stay together: a next run in them uses the same group, until `training.parallel.leave`.
-    The folder gets recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/, and model/ at the end.
+    The folder gets recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/, scores/, and model/ at the end.
 
     Raises:
         UserError: the folder holds a run and `resume` is off; `resume` with another recipe; anything that
@@ -79,6 +80,7 @@ def train_recipe(
         resume=resumed,
         on_stage=apply,
         on_sample=sampler(system, recipe, folder) if accelerator.is_main_process else None,
+        on_score=scorer(system, recipe, folder) if accelerator.is_main_process else None,
     )
     done = loop.train(system.to(accelerator.device), stages, run, accelerator)
     for stage in stages:
@@ -240,6 +242,26 @@ def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], Non
         grid(images).save(folder / "samples" / f"step-{step:08d}.png")
 
     return draw
+
+
+def scorer(system: System, recipe: Recipe, folder: Path) -> Callable[[int], dict[str, float]] | None:
+    """Scores the weights as they are on the run's `score_tasks`, as `diptych eval` does, into scores/ at a step."""
+    config = recipe.run
+    if not config.score_every:
+        return None
+    for task in config.score_tasks:
+        if task not in evaluate.names():
+            raise unknown("task", task, evaluate.names(), "run.score_tasks")
+    engine = Engine(system, recipe.sampling, name=str(folder))
+
+    def score(step: int) -> dict[str, float]:
+        system.eval()
+        output = folder / "scores" / f"step-{step:08d}"
+        found = evaluate.evaluate(engine, config.score_tasks, output=output, limit=config.score_limit)
+        scores = {task: found["tasks"][task]["overall"] for task in config.score_tasks}
+        return {task: float(overall) for task, overall in scores.items() if overall is not None}
+
+    return score
 
 
 def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype | None = None) -> None:

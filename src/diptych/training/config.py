@@ -82,8 +82,10 @@ class StageConfig:
 class RunConfig:
     """What does not change the result: when to log, save, validate and draw; how to run.
 
-    save_every, validate_every, sample_every: steps, and at a stage's end; 0 for never, but a stage's end always saves.
-    keep_checkpoints: number of the last checkpoints that stay. num_workers: data processes. precision: `fp32` or
+    save_every, validate_every, sample_every, score_every: steps, and at a stage's end; 0 for never, but a stage's end
+    always saves. score_tasks, score_limit: what is scored then, with the averaged weights where there are any, and how
+    many prompts of each task. keep_checkpoints: number of the last checkpoints that stay; keep_stages: the last one of
+    every stage stays too. num_workers: data processes. precision: `fp32` or
     `bf16` (autocast). checkpointing: recompute activations. strategy: `auto` (one process, or DDP when started by a
     launcher) or `fsdp`, which draws no pictures on the way.
     """
@@ -92,7 +94,11 @@ class RunConfig:
     save_every: int = 500
     validate_every: int = 500
     sample_every: int = 0
+    score_every: int = 0
+    score_tasks: tuple[str, ...] = ("toyeval",)
+    score_limit: int | None = None
     keep_checkpoints: int = 2
+    keep_stages: bool = False
     num_workers: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
@@ -104,8 +110,13 @@ class RunConfig:
         for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("save_every", "validate_every", "sample_every"):
+        for name in ("save_every", "validate_every", "sample_every", "score_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0 (never), not {getattr(self, name)}")
-        if self.strategy == "fsdp" and self.sample_every:
-            raise UserError("sample_every must be 0 with strategy 'fsdp': no process has the whole model to draw with")
+        if self.score_limit is not None and self.score_limit < 1:
+            raise UserError(f"score_limit must be at least 1, not {self.score_limit}; leave it out for all")
+        if self.score_every and not self.score_tasks:
+            raise UserError("score_every needs score_tasks")
+        for name in ("sample_every", "score_every"):
+            if self.strategy == "fsdp" and getattr(self, name):
+                raise UserError(f"{name} must be 0 with strategy 'fsdp': no process has the whole model to draw with")

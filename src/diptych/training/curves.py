@@ -10,7 +10,7 @@ from diptych.core.errors import UserError
 from diptych.core.files import write_figure
 from diptych.training.metrics import read_metrics
 
-TRAINED, HELD_OUT = "loss/", "held_out/"
+TRAINED, HELD_OUT, SCORED = "loss/", "held_out/", "score/"
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -29,9 +29,12 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the losses, in the order in which they are met."""
-    prefixes = (TRAINED, HELD_OUT)
-    return list(dict.fromkeys(name.split("/", 1)[1] for row in rows for name in row if name.startswith(prefixes)))
+    """The names of the losses, in the order in which they are met, and those of scores after them."""
+
+    def named(*prefixes: str) -> list[str]:
+        return [name.split("/", 1)[1] for row in rows for name in row if name.startswith(prefixes)]
+
+    return list(dict.fromkeys([*named(TRAINED, HELD_OUT), *named(SCORED)]))
 
 
 def points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -50,7 +53,8 @@ def starts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Draw a panel for each loss, by step: a line in training, points where it was held out, a colour for each run.
+    """Draw a panel for each loss, by step: a line in training, points where it was held out, a colour for each run; and
+    one for each score.
 
     runs: rows by label. Stages are marked where there is one run.
 
@@ -74,6 +78,8 @@ def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
                 line = points([row for row in rows if row["stage"] == stage], TRAINED + term)
                 panel.plot([x for x, _ in line], [y for _, y in line], color=f"C{number}", linewidth=1)
             held_out = points(rows, HELD_OUT + term)
+            scored = points(rows, SCORED + term)
+            panel.plot([x for x, _ in scored], [y for _, y in scored], color=f"C{number}", marker="o", markersize=4)
             panel.scatter(
                 [x for x, _ in held_out],
                 [y for _, y in held_out],
@@ -97,7 +103,8 @@ def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
                             xytext=(1, 3),
                             textcoords="offset points",
                         )
-        panel.set_yscale("log")
+        if not any(points(rows, SCORED + term) for rows in runs.values()):
+            panel.set_yscale("log")
         panel.set_ylabel(term, fontsize=7)
         panel.tick_params(labelsize=7, which="both")
         panel.grid(alpha=0.3)

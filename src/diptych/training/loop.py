@@ -49,7 +49,7 @@ class Run:
     """Where a run lives and what is called on the way.
 
     recipe: the resolved recipe, stored in every checkpoint. on_stage(position): before a stage. on_sample(step): draws
-    pictures with the averaged weights.
+    pictures with the averaged weights. on_score(step): their scores by task.
     """
 
     folder: Path
@@ -59,6 +59,7 @@ class Run:
     resume: bool = False
     on_stage: Callable[[int], None] | None = None
     on_sample: Callable[[int], None] | None = None
+    on_score: Callable[[int], dict[str, float]] | None = None
 
 
 def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accelerator) -> bool:
@@ -120,7 +121,16 @@ def train_stage(
     def save() -> None:
         nonlocal saved
         checkpoints = run.folder / "checkpoints"
-        state.save(checkpoints, progress, held, run.recipe, keep=often.keep_checkpoints, main=main, check=saved is None)
+        state.save(
+            checkpoints,
+            progress,
+            held,
+            run.recipe,
+            keep=often.keep_checkpoints,
+            keep_stages=often.keep_stages,
+            main=main,
+            check=saved is None,
+        )
         saved = progress.total
 
     steps = loader.steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=often.num_workers)
@@ -158,6 +168,11 @@ def train_stage(
             if due(progress.step, often.sample_every, ends) and run.on_sample:
                 with ema.applied() if ema else nullcontext():
                     run.on_sample(progress.total)
+                set_modes(system, config.train)
+            if due(progress.step, often.score_every, ends) and run.on_score:
+                with ema.applied() if ema else nullcontext():
+                    row = run.on_score(progress.total)
+                metrics.write(progress.total, config.name, {f"score/{task}": score for task, score in row.items()})
                 set_modes(system, config.train)
             halt = any(report.stop for report in reports)
             if due(progress.step, often.save_every, ends) or ends or halt:

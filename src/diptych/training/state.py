@@ -101,10 +101,12 @@ def save(
     recipe: dict[str, Any],
     *,
     keep: int,
+    keep_stages: bool = False,
     main: bool = True,
     check: bool = False,
 ) -> None:
-    """Write a checkpoint of the step into `folder` and keep the last `keep`. All processes call it, `main` writes.
+    """Write a checkpoint of the step into `folder` and keep the last `keep`, and with `keep_stages` the last one of
+    each stage. All processes call it, `main` writes.
 
     With `check`, the weights that were written are read again and compared.
 
@@ -134,7 +136,11 @@ def save(
     write_folder(final, write)
     if check:
         read_back(final, held.weights)
-    for old in checkpoints(folder)[:-keep]:
+    there = checkpoints(folder)
+    last_of_stage = {read_progress(path).stage: path for path in there} if keep_stages else {}
+    for old in there[:-keep]:
+        if old in last_of_stage.values():
+            continue
         gone = old.with_name(f".{old.name}.gone")
         os.replace(old, gone)  # a checkpoint in sight is whole
     for stale in folder.glob(f".{PREFIX}*"):
