@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from diptych.evaluation.benchmark import Item, Tools, Unit
 from diptych.evaluation.download import Data
 from diptych.evaluation.geneval_models import ColorNamer, Detector
 from diptych.evaluation.geneval_task import GenEval
+from diptych.evaluation.task import Item, Output, Tools
 from measure import machine
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -62,7 +62,7 @@ def main() -> None:
     eyes, colors = detector(args.device, args.short), Silent()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        units: list[Unit] = []
+        outputs: list[Output] = []
         for number in range(args.pictures):
             path = Path(folder) / f"{number}.png"
             coarse = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
@@ -71,15 +71,15 @@ def main() -> None:
             item = Item(
                 id=str(number), prompt="", category="single_object", files=(path.name,), facts={"metadata": metadata}
             )
-            units.append(Unit(item=item, number=0, path=path, digest=""))
+            outputs.append(Output(item=item, key=path.name, path=path))
         rows: list[dict[str, Any]] = []
         print(f"{'batch':>6}{'pictures/s':>12}{'outside models':>16}{'objects/picture':>17}")
         for batch in map(int, args.batch.split(",")):
             task = GenEval(Tools(data=Data(folder=Path(folder), online=False), device=args.device, batch_size=batch))
-            list(task.look(units[:batch], eyes, colors))
+            list(task.look(outputs[:batch], eyes, colors))
             eyes.seconds = 0.0
             begin = time.perf_counter()
-            found = list(task.look(units, eyes, colors))
+            found = list(task.look(outputs, eyes, colors))
             seconds = time.perf_counter() - begin
             objects = sum(len(boxes) for _, row in found for boxes in row["detail"]["boxes"].values()) / len(found)
             outside = 1 - eyes.seconds / seconds

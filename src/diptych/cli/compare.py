@@ -1,4 +1,4 @@
-"""Two evaluations side by side: the difference of every shared task, with a 95% interval from a paired bootstrap."""
+"""Two evaluations side by side: the difference of every shared task, with a 95% interval over paired items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def run(args: argparse.Namespace) -> int:
     from diptych.evaluation.compare import compare
 
     first, second = Path(args.first).expanduser(), Path(args.second).expanduser()
-    for found in compare(first, second):
+    for number, found in enumerate(compare(first, second)):
+        if not number:
+            print(f"first:  {found.models[0]} ({first})\nsecond: {found.models[1]} ({second})")
         print(f"{found.task:<20}{'first':>9}{'second':>9}{'change':>9}{'95% interval':>20}")
         for name, (one, two, change, low, high) in found.rows.items():
             spread = "-" if math.isnan(low) else f"{low:+.3f} to {high:+.3f}"

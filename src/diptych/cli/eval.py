@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diptych.evaluation.benchmark import Tools
     from diptych.evaluation.judge import Judge
+    from diptych.evaluation.task import Tools
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError, unknown
-    from diptych.evaluation.evaluate import TASKS, check_plan, evaluate, names
+    from diptych.evaluation.evaluate import TOYS, check_plan, evaluate, names
 
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
     for task in tasks:
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: a file, not a folder")
     if args.only not in (None, "generate", "score"):
         raise unknown("step", args.only, ("generate", "score"), "--only")
-    toys = [task for task in tasks if task in TASKS]
-    published = [task for task in tasks if task not in TASKS]
+    toys = [task for task in tasks if task in TOYS]
+    published = [task for task in tasks if task not in TOYS]
     images = None if args.images is None else Path(args.images).expanduser()
     if args.model is None and (toys or not (images or args.only == "score")):
         raise UserError("no MODEL; it can be left out with --images, or with --only score")
@@ -144,10 +144,10 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
     import json
 
     from diptych.core.errors import UserError, unknown
-    from diptych.evaluation.benchmark import Tools
     from diptych.evaluation.download import Data, default_folder
     from diptych.evaluation.judge import CachedJudge
     from diptych.evaluation.judge_prompts import PROMPTS
+    from diptych.evaluation.task import Tools
 
     data = Data(folder=default_folder(), allow_unpinned=args.allow_unpinned)
     if args.data_dir is not None:
@@ -217,7 +217,7 @@ def table(task: str, scores: dict[str, Any]) -> list[str]:
     lines = [f"{task:<20}{'score':>8}{'95% interval':>18}{'samples':>9}"]
     for name, category in scores.items():
         if isinstance(category, dict) and "score" in category:
-            below, above = category["interval"]
+            below, above = category["interval"] or (float("nan"), float("nan"))
             lines.append(f"  {name:<18}{category['score']:>8.3f}{below:>11.3f}-{above:.3f}{category['count']:>9}")
     if scores["overall"] is None:
         lines.append(f"  {'overall':<18}{'-':>8}")

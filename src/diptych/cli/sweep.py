@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError
-    from diptych.evaluation.evaluate import TASKS
+    from diptych.evaluation.evaluate import TOYS
     from diptych.evaluation.sweep import axis, markdown, sweep
 
     axes = [axis(text) for text in args.over]
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     settings = options.sampling(args)
     args.device = device = scoring.own_device(options.device(args.device))
     others = {"log_samples": args.log_samples}
-    if any(task not in TASKS for task in tasks):
+    if any(task not in TOYS for task in tasks):
         others["tools"] = scoring.tools_of(args, output, device)
     engine = options.open_model(args)
     with bars() as told:

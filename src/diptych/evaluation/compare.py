@@ -1,4 +1,4 @@
-"""Two evaluations side by side: differences with intervals from a paired bootstrap over items."""
+"""Two evaluations side by side: differences with 95% intervals, over items that both have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from diptych.core.errors import UserError
-from diptych.evaluation.benchmark import RESAMPLES, Weights, interval, share
+from diptych.evaluation import intervals, results
+from diptych.evaluation.intervals import Bounds, Weights
 
 Scores = dict[tuple[str, str], list[float]]
 """(category, item) to the scores of its pictures."""
@@ -23,12 +24,14 @@ PERCENT = ("dpg",)
 class Difference:
     """Second minus first of a task: overall and by category, each (first, second, difference, low, high).
 
+    models: whose results they are.
     items: pairs compared; only_first, only_second: items that one run has alone, which are left out. warnings: why the
     two may not be comparable.
     """
 
     task: str
     rows: dict[str, tuple[float, float, float, float, float]]
+    models: tuple[str, str]
     items: int
     only_first: int
     only_second: int
@@ -40,19 +43,20 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder}: no results.json here; give the --output folder of diptych eval")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "tasks": dict(found["tasks"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the results of an evaluation") from error
+    return results.read(path)
 
 
 def read_scores(folder: Path, task: str) -> Scores:
-    """Scores of a task's items, from its journals or its rows; pictures without a score are left out."""
+    """Scores of what a task counts; what has no score is left out.
+
+    Folders of versions before units.jsonl hold the same in their journals, or in the rows of toy tasks.
+    """
     journals = sorted([*(folder / task).glob("scores.jsonl"), *(folder / task).glob("seed-*/scores.jsonl")])
-    rows = [folder / f"{task}.jsonl"] if (folder / f"{task}.jsonl").is_file() else []
-    found: Scores = {}
-    for path in journals or rows:
+    paths = [folder / task / "units.jsonl"]
+    if not paths[0].is_file():
+        paths = journals or [path for path in [folder / f"{task}.jsonl"] if path.is_file()]
+    scores: Scores = {}
+    for path in paths:
         latest: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             row = json.loads(line)
@@ -61,41 +65,45 @@ def read_scores(folder: Path, task: str) -> Scores:
         for row in latest.values():
             score = row["score"] if "score" in row else float(row["correct"])
             if score is not None:
-                found.setdefault((row["category"], str(row["id"])), []).append(float(score))
-    return found
+                scores.setdefault((row["category"], str(row["id"])), []).append(float(score))
+    return scores
 
 
-def paired(first: Scores, second: Scores, weights: Weights) -> dict[str, tuple[float, float, float, float, float]]:
+def paired(
+    first: Scores, second: Scores, weights: Weights, bounds: Bounds = intervals.SHARE
+) -> dict[str, tuple[float, float, float, float, float]]:
     """By category and `overall`: both means over the shared items, their difference, and its 95% interval.
 
-    The same items are drawn for both, within categories, `RESAMPLES` times.
+    bounds: of a single score; a difference then lies between minus and plus their distance.
     """
-    rng = np.random.default_rng(0)
-    names = list(dict.fromkeys(category for category, _ in first))
-    found: dict[str, tuple[float, float, float, float, float]] = {}
-    totals: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
-    for name in names:
+    span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
+    pairs: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(category for category, _ in first):
         shared = [key for key in first if key[0] == name and key in second]
-        if not shared:
-            continue
-        pairs = np.array([[np.mean(first[key]), np.mean(second[key])] for key in shared])  # (N, 2)
-        drawn = rng.integers(0, len(pairs), (RESAMPLES, len(pairs)))
-        means = np.concatenate([pairs.mean(0)[None], pairs[drawn].mean(1)])  # (1 + RESAMPLES, 2)
-        totals[name], counts[name] = means, len(pairs)
-        found[name] = entry(means)
-    if not found:
+        if shared:
+            pairs[name] = np.array([[np.mean(first[key]), np.mean(second[key])] for key in shared])  # (N, 2)
+    if not pairs:
         return {}
-    each = share(weights, counts)
-    total = np.sum([each[name] * means for name, means in totals.items()], axis=0)
-    return {"overall": entry(total), **found}
+    each = intervals.shares(weights, {name: len(table) for name, table in pairs.items()})
+    rows = {name: entry(table, span) for name, table in pairs.items()}
+    means = np.sum([each[name] * table.mean(0) for name, table in pairs.items()], axis=0)
+    if weights == "items":
+        differences = np.concatenate([table[:, 1] - table[:, 0] for table in pairs.values()])
+        edges = intervals.interval(float(differences.mean()), differences - differences.mean(), span)
+    else:
+        found = [None if np.isnan(row[3]) else [row[3], row[4]] for row in rows.values()]
+        edges = intervals.combined([row[2] for row in rows.values()], found, [each[name] for name in rows])
+    low, high = edges or (float("nan"), float("nan"))
+    return {"overall": (float(means[0]), float(means[1]), float(means[1] - means[0]), low, high), **rows}
 
 
-def entry(means: np.ndarray) -> tuple[float, float, float, float, float]:
-    """First, second, difference, low, high of means (1 + R, 2), the first of which are not resampled."""
-    differences = means[:, 1] - means[:, 0]
-    low, high = interval(differences[1:])
-    return float(means[0, 0]), float(means[0, 1]), float(differences[0]), low, high
+def entry(table: np.ndarray, span: Bounds) -> tuple[float, float, float, float, float]:
+    """First, second, difference, low, high of pairs (N, 2); low and high are nan where there is no interval."""
+    differences = table[:, 1] - table[:, 0]
+    means = table.mean(0)
+    edges = intervals.interval(float(differences.mean()), differences - differences.mean(), span)
+    low, high = edges or (float("nan"), float("nan"))
+    return float(means[0]), float(means[1]), float(differences.mean()), low, high
 
 
 def compare(first: Path, second: Path) -> list[Difference]:
@@ -110,17 +118,26 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise UserError(
             f"{first} has {', '.join(one['tasks'])}, {second} has {', '.join(two['tasks'])}: none in common"
         )
-    return [difference(task, first, second, one["tasks"][task], two["tasks"][task]) for task in tasks]
+    models = str(one.get("model", first)), str(two.get("model", second))
+    return [difference(task, first, second, one["tasks"][task], two["tasks"][task], models) for task in tasks]
 
 
-def difference(task: str, first: Path, second: Path, one: Mapping[str, Any], two: Mapping[str, Any]) -> Difference:
+def difference(
+    task: str,
+    first: Path,
+    second: Path,
+    one: Mapping[str, Any],
+    two: Mapping[str, Any],
+    models: tuple[str, str],
+) -> Difference:
     """One task of two runs."""
     warnings = [f"{name}: {a!r} and {b!r}" for name, a, b in unlike(one.get("about", {}), two.get("about", {}))]
     for folder, scores in ((first, one), (second, two)):
         warnings += [f"{folder}: {note}" for note in scores.get("notes", ())]
     a, b = read_scores(first, task), read_scores(second, task)
     weights = one.get("about", {}).get("overall_is", "categories")
-    rows = paired(a, b, weights)
+    limits = one.get("about", {}).get("bounds", intervals.SHARE)
+    rows = paired(a, b, weights, None if limits is None else (limits[0], limits[1]))
     scale = 100 if task in PERCENT else one.get("about", {}).get("scale", 1)
     rows = {
         name: (scale * a, scale * b, scale * gap, scale * low, scale * high)
@@ -137,6 +154,7 @@ def difference(task: str, first: Path, second: Path, one: Mapping[str, Any], two
     return Difference(
         task=task,
         rows=rows,
+        models=models,
         items=len(set(a) & set(b)),
         only_first=alone[0],
         only_second=alone[1],

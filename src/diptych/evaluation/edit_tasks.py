@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +15,11 @@ from diptych.core.errors import UserError
 from diptych.core.filenames import member_path
 from diptych.evaluation import gedit, imgedit
 from diptych.evaluation.archives import below, unpack
-from diptych.evaluation.benchmark import Benchmark, Item, Row, Tools, Unit, failed, judged
 from diptych.evaluation.download import fetch_dataset
+from diptych.evaluation.intervals import Bounds
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
-from diptych.evaluation.judged_tasks import fill, judge_about, picture_bytes, prompt_label, wording
+from diptych.evaluation.judging import failed, fill, judge_about, judged, picture_bytes, prompt_label, wording
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, Tools, numbered
 
 
 def png(image: Image.Image) -> bytes:
@@ -26,14 +28,15 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-class ImgEdit(Benchmark):
+class ImgEdit(PictureTask):
     """ImgEdit-Bench, basic suite: nine types, three scores from 1 to 5 from the judge; `{key}.png`.
 
     `overall` is the mean of the nine types (most papers); `overall_per_item` the mean over items (GPT-4o's and
     Ovis-U1's rows). The judge's questions are the published ones.
     """
 
-    name: ClassVar[str] = "imgedit"
+    name: str = "imgedit"
+    bounds: ClassVar[Bounds] = (1.0, 5.0)
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
@@ -55,12 +58,12 @@ class ImgEdit(Benchmark):
                 raise UserError(f"imgedit: no judge prompt for edits of type {kind!r}")
             opener = self._opener(entry["id"])
             files = (f"{key}.png",)
-            found.append(Item(id=key, prompt=entry["prompt"], category=kind, files=files, source=opener))
-        return found
+            found.append(Item(id=key, prompt=entry["prompt"], category=kind, files=files, sources=opener))
+        return numbered(found)
 
-    def _opener(self, name: str) -> Callable[[], Image.Image]:
+    def _opener(self, name: str) -> Callable[[], list[Image.Image]]:
         path = member_path(name, "basic_edit.json")
-        return lambda: open_source(self.sources() / path)
+        return lambda: [open_source(self.sources() / path)]
 
     def sources(self) -> Path:
         """The folder of the pictures to edit, unpacked from the published archive once."""
@@ -77,27 +80,28 @@ class ImgEdit(Benchmark):
             **judge_about(judge),
         }
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         judge = self.tools.require_judge(self.name)
-        yield from judged(judge, units, lambda unit: self.look(judge, unit))
+        yield from judged(judge, outputs, lambda output: self.look(judge, output))
 
-    def look(self, judge: Judge, unit: Unit) -> Row:
+    def look(self, judge: Judge, output: Output) -> Row:
         """Source and result with the type's question."""
         try:
-            result = picture_bytes(unit.path)
+            result = picture_bytes(output.file)
         except UserError as error:
             return failed(str(error))
-        assert unit.item.source is not None, "every edit has a source"
-        text = self.questions[unit.item.category].replace("<edit_prompt>", unit.item.prompt)
-        reply = judge.ask(Question(text=text, images=(png(unit.item.source()), result)))
+        assert output.item.sources is not None, "every edit has a source"
+        (source,) = output.item.sources()
+        text = self.questions[output.item.category].replace("<edit_prompt>", output.item.prompt)
+        reply = judge.ask(Question(text=text, images=(png(source), result)))
         problem = reply.failure or imgedit.problem(reply.text)
         if problem is not None:
             return failed(problem, [reply], reply=reply.text)
         each = imgedit.scores(reply.text)
         return {"score": sum(each) / len(each), "detail": {"scores": each, "reply": reply.text}}
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found = super().scores(rows)
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
         replies = {row["key"]: {"edit_type": row["category"], "reply": row["detail"].get("reply", "")} for row in rows}
         try:
             official = imgedit.summary(replies)
@@ -105,25 +109,26 @@ class ImgEdit(Benchmark):
             official = {}
         values = [row["score"] for row in rows if row["score"] is not None]
         per_item = sum(values) / len(values) if values else None
-        return {
-            **found,
+        beside = {
             "overall_per_item": per_item,
             "official_per_type": official.get("overall_per_type", {}).get("of_reported_types"),
             "official_per_item": official.get("overall_per_item", {}).get("reported"),
         }
+        return replace(summary, scores={**summary.scores, **beside})
 
 
-class GEdit(Benchmark):
+class GEdit(PictureTask):
     """GEdit-Bench-EN: 606 edits of eleven kinds; `fullset/{task}/en/{key}.png`.
 
     `overall` is G_O, the mean of the eleven groups' mean sqrt(SC PQ); SC, PQ and the intersection set stand beside it.
     """
 
-    name: ClassVar[str] = "gedit"
+    name: str = "gedit"
+    bounds: ClassVar[Bounds] = (0.0, 10.0)
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
-        self.rows = list(self._rows())
+        self.table = list(self._rows())
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as parquet
@@ -141,26 +146,27 @@ class GEdit(Benchmark):
                     yield {**row, "file": path, "row": number}
 
     def items(self) -> list[Item]:
-        return [
+        items = [
             Item(
                 id=str(row["key"]),
                 prompt=row["instruction"],
                 category=row["task_type"],
                 files=(f"fullset/{row['task_type']}/en/{row['key']}.png",),
-                source=self._opener(row),
+                sources=self._opener(row),
                 facts={"intersection": bool(row["Intersection_exist"])},
             )
-            for row in self.rows
+            for row in self.table
         ]
+        return numbered(items)
 
-    def _opener(self, row: Mapping[str, Any]) -> Callable[[], Image.Image]:
-        def opened() -> Image.Image:
+    def _opener(self, row: Mapping[str, Any]) -> Callable[[], list[Image.Image]]:
+        def opened() -> list[Image.Image]:
             import pyarrow.dataset as dataset
 
             table = dataset.dataset(row["file"]).take([row["row"]], columns=["input_image"])
             value = table.to_pylist()[0]["input_image"]
             data = value["bytes"] if isinstance(value, dict) else value
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            return [Image.open(io.BytesIO(data)).convert("RGB")]
 
         return opened
 
@@ -172,20 +178,21 @@ class GEdit(Benchmark):
             **judge_about(judge),
         }
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         judge = self.tools.require_judge(self.name)
-        yield from judged(judge, units, lambda unit: self.look(judge, unit))
+        yield from judged(judge, outputs, lambda output: self.look(judge, output))
 
-    def look(self, judge: Judge, unit: Unit) -> Row:
+    def look(self, judge: Judge, output: Output) -> Row:
         """Both questions; both once more if either reply cannot be used."""
         try:
-            result = picture_bytes(unit.path)
+            result = picture_bytes(output.file)
         except UserError as error:
             return failed(str(error))
-        assert unit.item.source is not None, "every edit has a source"
-        before = png(unit.item.source())
-        sc = fill(wording(self.tools, "gedit_sc"), instruction=unit.item.prompt)
-        pq = fill(wording(self.tools, "gedit_pq"), instruction=unit.item.prompt)
+        assert output.item.sources is not None, "every edit has a source"
+        (source,) = output.item.sources()
+        before = png(source)
+        sc = fill(wording(self.tools, "gedit_sc"), instruction=output.item.prompt)
+        pq = fill(wording(self.tools, "gedit_pq"), instruction=output.item.prompt)
         replies: list[Reply] = []
         problem = ""
         for attempt in range(gedit.ATTEMPTS):
@@ -200,7 +207,7 @@ class GEdit(Benchmark):
                 least = {"SC": float(min(parsed[0].score)), "PQ": float(min(parsed[1].score))}
                 found = {**least, "O": (least["SC"] * least["PQ"]) ** 0.5}
                 texts = [reply.text for reply in both]
-                detail = {**found, "intersection": unit.item.facts["intersection"], "replies": texts}
+                detail = {**found, "intersection": output.item.facts["intersection"], "replies": texts}
                 return {"score": found["O"], "detail": detail}
             problem = "; ".join(
                 f"{name}: {each}" for name, each in zip(("consistency", "quality"), problems, strict=True) if each
@@ -209,21 +216,21 @@ class GEdit(Benchmark):
                 break
         return failed(problem, replies, said=[reply.text for reply in replies])
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found = super().scores(rows)
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
         plain = [
             {"group": row["category"], "language": "en", "intersection_exist": row["detail"]["intersection"]}
             | {name: row["detail"][name] for name in ("SC", "PQ", "O")}
             for row in rows
             if row["score"] is not None
         ]
-        told = gedit.summary(plain)
+        official = gedit.summary(plain)
         figures = {
-            f"{part}_{name}": told[part][name]["overall"]
+            f"{part}_{name}": official[part][name]["overall"]
             for part in ("full", "intersection")
             for name in ("SC", "PQ", "O")
         }
-        return {**found, **figures}
+        return replace(summary, scores={**summary.scores, **figures})
 
 
 def open_source(path: Path) -> Image.Image:

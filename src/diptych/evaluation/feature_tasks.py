@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +20,12 @@ from torch import Tensor
 from diptych.core.errors import UserError
 from diptych.core.files import write_file
 from diptych.evaluation import clipscore, frechet
-from diptych.evaluation.benchmark import Benchmark, Item, Row, Unit, failed
 from diptych.evaluation.clip import Clip, short_side
 from diptych.evaluation.geneval_task import ahead, batches, read
 from diptych.evaluation.inception import Inception, load_inception
+from diptych.evaluation.intervals import Bounds
+from diptych.evaluation.judging import failed
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, numbered
 
 PICTURES = 256
 """Side to which MJHQ's pictures are brought before FID's network stretches them."""
@@ -35,22 +38,23 @@ def square(image: Image.Image, side: int = PICTURES) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def read_square(unit: Unit) -> np.ndarray | str:
+def read_square(output: Output) -> np.ndarray | str:
     try:
-        with Image.open(unit.path) as image:
+        with Image.open(output.file) as image:
             return square(image)
     except (UnidentifiedImageError, OSError, ValueError) as error:
         return f"not a readable picture ({type(error).__name__})"
 
 
-class MJHQ(Benchmark):
+class MJHQ(PictureTask):
     """FID of 30,000 pictures against MJHQ-30K's own (Li et al. 2024, arXiv 2402.17245); `{category}/{id}.png`.
 
     A part of the pictures, or a run with some missing, has no FID: the figure depends on their number.
     """
 
-    name: ClassVar[str] = "mjhq_fid"
-    limited: ClassVar[bool] = False
+    name: str = "mjhq_fid"
+    divisible: ClassVar[bool] = False
+    bounds: ClassVar[Bounds] = None
     count: ClassVar[int] = 30_000
 
     def items(self) -> list[Item]:
@@ -64,7 +68,7 @@ class MJHQ(Benchmark):
         ]
         if len(found) != self.count:
             raise UserError(f"{path}: {len(found)} entries; FID on MJHQ-30K needs {self.count:,}")
-        return found
+        return numbered(found)
 
     def about(self) -> dict[str, Any]:
         return {
@@ -76,23 +80,23 @@ class MJHQ(Benchmark):
         data = self.tools.data
         return load_inception(self.tools.inception, data.folder / self.name, online=data.online).to(self.tools.device)
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         """Features go into shards beside the journal; a row says that its picture's are there."""
         network = self.network()
-        for group in batches(ahead(units, read_square), self.tools.batch_size):
-            yield from ((unit, failed(picture)) for unit, picture in group if isinstance(picture, str))
-            whole = [(unit, picture) for unit, picture in group if not isinstance(picture, str)]
+        for group in batches(ahead(outputs, read_square), self.tools.batch_size):
+            yield from ((output, failed(picture)) for output, picture in group if isinstance(picture, str))
+            whole = [(output, picture) for output, picture in group if not isinstance(picture, str)]
             if whole:
                 features = featured(network, [picture for _, picture in whole])
-                self.keep([unit for unit, _ in whole], features)
-                yield from ((unit, {"score": None, "detail": {"shard": whole[0][0].digest}}) for unit, _ in whole)
+                self.keep([output for output, _ in whole], features)
+                yield from ((output, {"score": None, "detail": {"shard": whole[0][0].digest}}) for output, _ in whole)
 
-    def keep(self, units: Sequence[Unit], features: np.ndarray) -> None:
+    def keep(self, outputs: Sequence[Output], features: np.ndarray) -> None:
         """A shard of features under the digests of their pictures."""
         folder = self.tools.work / self.name / "features"
-        digests = json.dumps([unit.digest for unit in units])
+        digests = json.dumps([output.digest for output in outputs])
         write_file(
-            folder / f"{units[0].digest}.safetensors",
+            folder / f"{outputs[0].digest}.safetensors",
             lambda temporary: save_file({"features": features}, temporary, metadata={"digests": digests}),
         )
 
@@ -105,7 +109,11 @@ class MJHQ(Benchmark):
                 found |= dict(zip(json.loads(file.metadata()["digests"]), rows, strict=True))
         return found
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        return Summary(scores=self.figures(rows), rows=rows, units=[])
+
+    def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """FID of each run of `count` rows, a seed's, and their mean."""
         seeds: list[list[Row]] = [list(rows[start : start + self.count]) for start in range(0, len(rows), self.count)]
         if not rows or any(len(each) < self.count or any(row["failure"] for row in each) for each in seeds):
             return {"overall": None, "interval": None}
@@ -162,38 +170,43 @@ def stacked(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-class ClipScore(Benchmark):
+class ClipScore(PictureTask):
     """CLIPScore over the first 1,000 captions of the DALL-E 3 list; `00000.png` and so on, in its order."""
 
-    name: ClassVar[str] = "clipscore"
+    name: str = "clipscore"
+    bounds: ClassVar[Bounds] = None
     count: ClassVar[int] = 1000
 
     def items(self) -> list[Item]:
         path = self.tools.data.file(self.name, "8k_coco.txt")
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [
-            Item(id=str(number), prompt=line, category="all", files=(f"{number:05d}.png",))
+        items = [
+            Item(id=str(number), prompt=line, files=(f"{number:05d}.png",))
             for number, line in enumerate(lines[: self.count])
         ]
+        return numbered(items)
 
     def about(self) -> dict[str, Any]:
         return {"convention": "CLIPScore: max(mean of 100 cos, 0)", "clip": self.tools.clip}
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         clip = Clip(self.tools.clip, self.tools.device, allow_unpinned=self.tools.data.allow_unpinned)
-        for group in batches(ahead(units, read), self.tools.batch_size):
-            yield from ((unit, failed(picture)) for unit, picture in group if isinstance(picture, str))
-            whole = [(unit, picture) for unit, picture in group if not isinstance(picture, str)]
+        for group in batches(ahead(outputs, read), self.tools.batch_size):
+            yield from ((output, failed(picture)) for output, picture in group if isinstance(picture, str))
+            whole = [(output, picture) for output, picture in group if not isinstance(picture, str)]
             if whole:
                 images = clip.images([Image.fromarray(picture) for _, picture in whole]).cpu().numpy()
-                texts = clip.texts([unit.item.prompt for unit, _ in whole]).cpu().numpy()
+                texts = clip.texts([output.item.prompt for output, _ in whole]).cpu().numpy()
                 cosine = clipscore.cosines(images, texts)
-                yield from ((unit, {"score": 100 * float(each)}) for (unit, _), each in zip(whole, cosine, strict=True))
+                yield from (
+                    (output, {"score": 100 * float(each)}) for (output, _), each in zip(whole, cosine, strict=True)
+                )
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found = super().scores(rows)
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
         cosine = np.array([row["score"] for row in rows if row["score"] is not None]) / 100
         if not len(cosine):
-            return found
+            return summary
         clamped = {"overall": clipscore.mean_then_clamp(cosine), "clamp_then_mean": clipscore.clamp_then_mean(cosine)}
-        return {**found, **clamped, "paper_scale": clipscore.paper_scale(cosine)}
+        scores = {**summary.scores, **clamped, "paper_scale": clipscore.paper_scale(cosine)}
+        return replace(summary, scores=scores)

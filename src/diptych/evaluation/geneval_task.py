@@ -6,27 +6,29 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from diptych.core.files import write_text
 from diptych.evaluation import geneval
-from diptych.evaluation.benchmark import Benchmark, Item, Row, Unit, failed
 from diptych.evaluation.clip import Clip
 from diptych.evaluation.geneval_models import CLASSES, ColorNamer, Detection, Detector, cut_out, self_test
+from diptych.evaluation.judging import failed
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
-class GenEval(Benchmark):
+class GenEval(PictureTask):
     """Layout as officially: 00000/metadata.jsonl and 00000/samples/0000.png."""
 
-    name: ClassVar[str] = "geneval"
-    pictures: ClassVar[int] = 4
+    name: str = "geneval"
+    images: int = 4
     rules = geneval.Rules()
 
     def items(self) -> list[Item]:
@@ -34,10 +36,17 @@ class GenEval(Benchmark):
         found: list[Item] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             metadata = json.loads(line)
-            files = tuple(f"{number:05d}/samples/{k:04d}.png" for k in range(self.pictures))
+            files = tuple(f"{number:05d}/samples/{k:04d}.png" for k in range(self.images))
             facts = {"metadata": metadata, "line": line}
             found.append(
-                Item(id=f"{number:05d}", prompt=metadata["prompt"], category=metadata["tag"], files=files, facts=facts)
+                Item(
+                    id=f"{number:05d}",
+                    prompt=metadata["prompt"],
+                    category=metadata["tag"],
+                    files=files,
+                    position=number,
+                    facts=facts,
+                )
             )
         return found
 
@@ -54,35 +63,35 @@ class GenEval(Benchmark):
     def lay_out(self, folder: Path, item: Item) -> None:
         write_text(folder / item.id / "metadata.jsonl", item.facts["line"])
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         allow = self.tools.data.allow_unpinned
         detector = Detector(self.tools.detector, self.tools.device, allow_unpinned=allow)
         if self.tools.self_test:
             self_test(detector)
         colors = ColorNamer(Clip(self.tools.clip, self.tools.device, allow_unpinned=allow))
-        yield from self.look(units, detector, colors)
+        yield from self.look(outputs, detector, colors)
 
-    def look(self, units: Sequence[Unit], detector: Detector, colors: ColorNamer) -> Iterator[tuple[Unit, Row]]:
+    def look(self, outputs: Sequence[Output], detector: Detector, colors: ColorNamer) -> Iterator[tuple[Output, Row]]:
         """Verdicts batch by batch; the next pictures are read while the model works."""
-        for group in batches(ahead(units, read), self.tools.batch_size):
-            broken = [(unit, picture) for unit, picture in group if isinstance(picture, str)]
-            yield from ((unit, failed(reason)) for unit, reason in broken)
-            whole = [(unit, picture) for unit, picture in group if not isinstance(picture, str)]
+        for group in batches(ahead(outputs, read), self.tools.batch_size):
+            broken = [(output, picture) for output, picture in group if isinstance(picture, str)]
+            yield from ((output, failed(reason)) for output, reason in broken)
+            whole = [(output, picture) for output, picture in group if not isinstance(picture, str)]
             if not whole:
                 continue
             found = detector.detect([picture for _, picture in whole], self.rules.threshold)
             yield from self.judge(whole, found, colors)
 
     def judge(
-        self, group: Sequence[tuple[Unit, np.ndarray]], found: Sequence[list[Detection]], colors: ColorNamer
-    ) -> Iterator[tuple[Unit, Row]]:
+        self, group: Sequence[tuple[Output, np.ndarray]], found: Sequence[list[Detection]], colors: ColorNamer
+    ) -> Iterator[tuple[Output, Row]]:
         """Verdicts of a batch; all objects whose colour matters are named at once."""
         crops: list[Image.Image] = []
         names: list[str] = []
         owners: list[tuple[int, str, int]] = []
         seen: list[dict[str, list[Detection]]] = []
-        for row, ((unit, picture), objects) in enumerate(zip(group, found, strict=True)):
-            metadata = unit.item.facts["metadata"]
+        for row, ((output, picture), objects) in enumerate(zip(group, found, strict=True)):
+            metadata = output.item.facts["metadata"]
             by_class: dict[str, list[Detection]] = {}
             for each in objects:
                 by_class.setdefault(CLASSES[each.label], []).append(each)
@@ -98,29 +107,30 @@ class GenEval(Benchmark):
                             names.append(clause["class"])
                             owners.append((row, clause["class"], position))
         named = dict(zip(owners, colors.name(crops, names), strict=True))
-        for row, (unit, _) in enumerate(group):
+        for row, (output, _) in enumerate(group):
             detections = {
                 name: plainly(each, [named.get((row, name, position), "") for position in range(len(each))])
                 for name, each in seen[row].items()
             }
-            verdict = geneval.judge(unit.item.facts["metadata"], detections, self.rules)
+            verdict = geneval.judge(output.item.facts["metadata"], detections, self.rules)
             kept = {
                 name: [[*each.boxes[position], round(each.scores[position], 4)] for position in verdict.kept[name]]
                 for name, each in detections.items()
                 if name in verdict.kept
             }
             detail = {"reasons": verdict.reasons, "text": verdict.text, "boxes": kept}
-            yield unit, {"score": float(verdict.correct), "correct": verdict.correct, "detail": detail}
+            yield output, {"score": float(verdict.correct), "correct": verdict.correct, "detail": detail}
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found = super().scores(rows)
-        judged = [row for row in rows if row["score"] is not None]
-        if not judged:
-            return found
-        told = geneval.summary(
-            [{"tag": row["category"], "correct": row["correct"], "metadata": row["id"]} for row in judged]
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
+        scored = [row for row in rows if row["score"] is not None]
+        if not scored:
+            return summary
+        official = geneval.summary(
+            [{"tag": row["category"], "correct": row["correct"], "metadata": row["id"]} for row in scored]
         )
-        return {**found, "correct_images": told["correct_images"], "correct_prompts": told["correct_prompts"]}
+        beside = {name: official[name] for name in ("correct_images", "correct_prompts")}
+        return replace(summary, scores={**summary.scores, **beside})
 
 
 def plainly(objects: Sequence[Detection], colors: Sequence[str] | None = None) -> geneval.Found:
@@ -128,10 +138,10 @@ def plainly(objects: Sequence[Detection], colors: Sequence[str] | None = None) -
     return geneval.Found(boxes=[each.box for each in objects], scores=[each.score for each in objects], colors=colors)
 
 
-def read(unit: Unit) -> np.ndarray | str:
+def read(output: Output) -> np.ndarray | str:
     """A picture (H, W, 3) uint8, or why it cannot be read."""
     try:
-        with Image.open(unit.path) as image:
+        with Image.open(output.file) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError) as error:
         return f"not a readable picture ({type(error).__name__})"

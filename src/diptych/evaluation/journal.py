@@ -22,22 +22,24 @@ class Journal:
     key replaces an earlier one.
     """
 
-    def __init__(self, path: Path, made_with: Mapping[str, Any] | None) -> None:
+    def __init__(self, path: Path | None, made_with: Mapping[str, Any] | None) -> None:
         """Opens or begins the file.
 
         Args:
-            made_with: None takes the file as it is; it then has to be there.
+            path: None keeps the rows in memory. made_with: None takes the file as it is; it then has to be there.
 
         Raises:
             UserError: the rows that are there were made with something else, which is named.
         """
-        if made_with is None and not path.is_file():
+        if path is not None and made_with is None and not path.is_file():
             raise UserError(f"{path}: no such file")
         self.path = path
         self.rows: dict[str, Row] = {}
         self._lock = threading.Lock()
         head = {"made_with": json.loads(json.dumps(dict(made_with or {})))}
         self.made_with: dict[str, Any] = head["made_with"]
+        if path is None:
+            return
         whole = 0
         if path.is_file():
             data = path.read_bytes()
@@ -70,9 +72,10 @@ class Journal:
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
+                place = None if self.path is None else self.path.parent
                 raise UserError(
-                    f"{self.path.parent}: holds results made with {name} {before.get(name)!r}, now it is "
-                    f"{now.get(name)!r}; choose another --output"
+                    f"{place}: holds results made with {name} {before.get(name)!r}, now it is {now.get(name)!r}; "
+                    "choose another --output"
                 )
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
@@ -83,6 +86,8 @@ class Journal:
             self.rows[key] = whole
 
     def _append(self, row: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
         with self.path.open("ab") as file:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()

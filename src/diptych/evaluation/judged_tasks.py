@@ -2,70 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
 from diptych.evaluation import dpg, wise
-from diptych.evaluation.benchmark import Benchmark, Item, Row, Tools, Unit, aggregate, failed, judged
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
-from diptych.evaluation.judge_prompts import PROMPTS
+from diptych.evaluation.judging import failed, fill, judge_about, judged, picture_bytes, prompt_label, wording
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, Tools, numbered
+from diptych.inference.engine import to_pil
 
 
-def wording(tools: Tools, name: str) -> str:
-    """A judge prompt: the user's, or ours."""
-    return tools.prompts.get(name, PROMPTS[name])
-
-
-def prompt_label(tools: Tools, *names: str) -> str:
-    """How results name the judge's questions."""
-    given = [name for name in names if name in tools.prompts]
-    if not given:
-        return "diptych"
-    text = json.dumps([wording(tools, name) for name in names])
-    return f"given ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
-def fill(template: str, **values: str) -> str:
-    """A template with its {names} filled; braces within the values stay."""
-    try:
-        return template.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"--judge-prompts: a prompt has a place {error} that is not known: {', '.join(values)}"
-        ) from error
-
-
-def picture_bytes(path: Path) -> bytes:
-    """The file, if it is a picture; UserError otherwise."""
-    data = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable picture") from error
-    return data
-
-
-def judge_about(judge: Judge) -> dict[str, Any]:
-    return {f"judge_{name}": value for name, value in judge.about().items()}
-
-
-class DPG(Benchmark):
+class DPG(PictureTask):
     """DPG-Bench: 1,065 long prompts, a grid of 2x2 pictures each, questions answered yes or no.
 
     The published scores were made with mPLUG; with another judge they are not comparable with those.
     """
 
-    name: ClassVar[str] = "dpg"
-    pictures: ClassVar[int] = dpg.CELLS
+    name: str = "dpg"
+    images: int = dpg.CELLS
+    together: ClassVar[bool] = True
 
     def __init__(self, tools: Tools) -> None:
         super().__init__(tools)
@@ -75,10 +38,10 @@ class DPG(Benchmark):
         self.table = dpg.read_table(tools.data.file("dpg", "dpg_bench.csv").read_text(encoding="utf-8"))
 
     def items(self) -> list[Item]:
-        return [
-            Item(id=name, prompt=questions[0].prompt, category="all", files=(f"{name}.png",))
-            for name, questions in self.table.items()
+        items = [
+            Item(id=name, prompt=questions[0].prompt, files=(f"{name}.png",)) for name, questions in self.table.items()
         ]
+        return numbered(items)
 
     def about(self) -> dict[str, Any]:
         judge = self.tools.require_judge(self.name)
@@ -88,26 +51,27 @@ class DPG(Benchmark):
             **judge_about(judge),
         }
 
-    def pack(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        width, height = images[0].size
+    def arrange(self, images: Sequence[Tensor]) -> Image.Image:
+        """The 2x2 grid."""
+        height, width = images[0].shape[-2:]
         sheet = Image.new("RGB", (2 * width, 2 * height))
         for cell, image in enumerate(images):
-            sheet.paste(image, (cell % 2 * width, cell // 2 * height))
-        return [sheet]
+            sheet.paste(to_pil(image), (cell % 2 * width, cell // 2 * height))
+        return sheet
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         judge = self.tools.require_judge(self.name)
-        yield from judged(judge, units, lambda unit: self.look(judge, unit))
+        yield from judged(judge, outputs, lambda output: self.look(judge, output))
 
-    def look(self, judge: Judge, unit: Unit) -> Row:
+    def look(self, judge: Judge, output: Output) -> Row:
         """All questions about the four cells; an answer that is neither yes nor no fails the item."""
         try:
-            with Image.open(unit.path) as image:
+            with Image.open(output.file) as image:
                 cells = quarters(image.convert("RGB"))
         except (UnidentifiedImageError, OSError, ValueError, UserError) as error:
             return failed(f"not a readable grid of pictures ({error})")
         answers: dict[str, list[str]] = {}
-        for question in self.table[unit.item.id]:
+        for question in self.table[output.item.id]:
             for cell in cells:
                 text = fill(wording(self.tools, "dpg"), question=question.text)
                 reply = judge.ask(Question(text=text, images=(cell,), choices=("yes", "no")))
@@ -116,22 +80,24 @@ class DPG(Benchmark):
                     said = reply.failure or f"neither yes nor no: {reply.text[:60]!r}"
                     return failed(f"question {question.id}: {said}", [reply])
                 answers.setdefault(question.id, []).append(answer)
-        found = dpg.score(self.table, {unit.item.id: answers}, [unit.item.id], len(cells), self.tools.dpg_scoring)
-        if unit.item.id in found["failed"]:
+        found = dpg.score(self.table, {output.item.id: answers}, [output.item.id], len(cells), self.tools.dpg_scoring)
+        if output.item.id in found["failed"]:
             return failed("the official program cannot score this item", answers=answers)
-        detail = {"answers": answers, "cells": found["items"][unit.item.id]["cells"]}
-        return {"score": found["items"][unit.item.id]["mean"], "detail": detail}
+        detail = {"answers": answers, "cells": found["items"][output.item.id]["cells"]}
+        return {"score": found["items"][output.item.id]["mean"], "detail": detail}
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found = percent(aggregate(rows, "items"))
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
+        summary = replace(summary, scores=percent(summary.scores))
         by_seed: dict[str, Row] = {str(row["id"]): row for row in rows if row["score"] is not None}
         if not by_seed:
-            return found
+            return summary
         answers = {name: row["detail"]["answers"] for name, row in by_seed.items()}
         whole = dpg.score(self.table, answers, answers, dpg.CELLS, self.tools.dpg_scoring)
         other = "official" if self.tools.dpg_scoring == "fixed" else "fixed"
         extra = dpg.score(self.table, answers, answers, dpg.CELLS, other)
-        return {**found, "l1": whole["l1"], "l2": whole["l2"], f"overall_{other}": extra["overall"]}
+        beside = {"l1": whole["l1"], "l2": whole["l2"], f"overall_{other}": extra["overall"]}
+        return replace(summary, scores={**summary.scores, **beside})
 
 
 def percent(scores: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +133,7 @@ def yes_or_no(reply: Reply) -> str | None:
     return words[0] if words and words[0] in ("yes", "no") else None
 
 
-class Wise(Benchmark):
+class Wise(PictureTask):
     """WISE, in the protocol of the papers or the verified one: 1,000 prompts, `{prompt_id}.png`."""
 
     protocol: ClassVar[wise.Protocol]
@@ -190,7 +156,7 @@ class Wise(Benchmark):
                 facts = {"explanation": str(explanation)}
                 files = (f"{number}.png",)
                 found.append(Item(id=str(number), prompt=prompt, category=category, files=files, facts=facts))
-        return sorted(found, key=lambda item: int(item.id))
+        return numbered(sorted(found, key=lambda item: int(item.id)))
 
     def about(self) -> dict[str, Any]:
         judge = self.tools.require_judge(self.name)
@@ -200,17 +166,19 @@ class Wise(Benchmark):
             **judge_about(judge),
         }
 
-    def score(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Row]]:
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
         judge = self.tools.require_judge(self.name)
-        yield from judged(judge, units, lambda unit: self.look(judge, unit))
+        yield from judged(judge, outputs, lambda output: self.look(judge, output))
 
-    def look(self, judge: Judge, unit: Unit) -> Row:
+    def look(self, judge: Judge, output: Output) -> Row:
         """Asked up to three times, as officially; a score out of range is no score."""
         try:
-            image = picture_bytes(unit.path)
+            image = picture_bytes(output.file)
         except UserError as error:
             return failed(str(error))
-        text = fill(wording(self.tools, self.name), prompt=unit.item.prompt, explanation=unit.item.facts["explanation"])
+        text = fill(
+            wording(self.tools, self.name), prompt=output.item.prompt, explanation=output.item.facts["explanation"]
+        )
         replies: list[Reply] = []
         problem = ""
         for attempt in range(wise.ATTEMPTS):
@@ -230,15 +198,16 @@ class Wise(Benchmark):
                 return {"score": wise.wiscore(scores, self.protocol), "detail": {"scores": scores, "reply": reply.text}}
         return failed(problem, replies, said=[reply.text for reply in replies])
 
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found = super().scores(rows)
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
         each = {int(row["id"]): float(row["score"]) for row in rows if row["score"] is not None}
-        told = wise.summary(each, self.protocol)
-        return {**found, "unweighted": told["unweighted"], "official_overall": told["overall"]}
+        official = wise.summary(each, self.protocol)
+        beside = {"unweighted": official["unweighted"], "official_overall": official["overall"]}
+        return replace(summary, scores={**summary.scores, **beside})
 
 
 class WiseLegacy(Wise):
-    name: ClassVar[str] = "wise_legacy"
+    name: str = "wise_legacy"
     protocol: ClassVar[wise.Protocol] = "legacy"
     files: ClassVar[tuple[str, ...]] = (
         "cultural_common_sense.json",
@@ -248,7 +217,7 @@ class WiseLegacy(Wise):
 
 
 class WiseVerified(Wise):
-    name: ClassVar[str] = "wise_verified"
+    name: str = "wise_verified"
     protocol: ClassVar[wise.Protocol] = "verified"
     files: ClassVar[tuple[str, ...]] = (
         "cultural_common_sense_verified.json",

@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,56 +15,106 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diptych.core.files import write_text
+from diptych.core.errors import UserError
+from diptych.core.files import write_file, write_json, write_text
+from diptych.evaluation.intervals import Weights
 from diptych.evaluation.pictures import grid
+from diptych.evaluation.task import Item, Row, Task
 from diptych.inference.engine import Engine
 
-Progress = Callable[[int, int], None]
-"""Told (samples done, samples in all)."""
-
-RESAMPLES = 1000
-GRID_IMAGES = 96
-"""Most pictures on the overview of a task."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One sample: what was asked, what came of it, and its picture where there is one."""
-
-    row: dict[str, Any]
-    correct: bool
-    image: Image.Image | None = None
+Picture = Path | Image.Image
+SMALL = 256
+"""Larger pictures have no overview."""
+LISTED = 20
+"""At most so many missing or failed outputs are named in results."""
+OVERVIEW = 96
+"""At most so many pictures on the overview of a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """scores: `overall`, its 95% `interval`, and {"score", "interval", "count"} for each category.
+    """What a task gave.
 
-    failed: samples that could not be judged; they count as wrong.
+    scores: the task's entry of results.json: `overall`, its 95% `interval`, {"score", "interval", "count"} for each
+    category, what else papers print, what is missing or failed, and what the scores rest on. rows: one for each output.
+    units: what `diptych compare` pairs. pictures: by the keys of the rows, of the last seed.
     """
 
     task: str
     scores: dict[str, Any]
-    samples: Sequence[Judged]
-    failed: int = 0
-    sampling: dict[str, Any] = field(default_factory=dict[str, Any])
+    rows: Sequence[Row]
+    units: Sequence[Row]
+    pictures: Mapping[str, Picture] = field(default_factory=dict[str, Picture])
+    seconds: float = 0.0
 
 
-def shares(outcomes: Mapping[str, Sequence[bool]], seed: int = 0) -> dict[str, Any]:
-    """Share of True in each category and their mean, with bootstrapped 95% intervals (`RESAMPLES` resamples)."""
-    rng = np.random.default_rng(seed)
-    categories: dict[str, Any] = {}
-    resampled: list[np.ndarray] = []
-    for name, values in outcomes.items():
-        right = np.array(values, dtype=float)
-        resampled.append(rng.choice(right, (RESAMPLES, len(right))).mean(1))
-        categories[name] = {"score": float(right.mean()), "interval": _interval(resampled[-1]), "count": len(right)}
-    mean = float(np.mean([category["score"] for category in categories.values()]))
-    return {"overall": mean, "interval": _interval(np.mean(resampled, axis=0)), **categories}
+def entry(
+    task: Task,
+    items: Sequence[Item],
+    rows: Mapping[int, Sequence[Row]],
+    missing: Mapping[int, Sequence[str]],
+    limit: int | None,
+) -> TaskResult:
+    """The one form of a result: the scores of rows by seed, and whether they can be compared."""
+    every = [row for each in rows.values() for row in each]
+    absent = [f"seed {seed}: {name}" if len(rows) > 1 else name for seed, names in missing.items() for name in names]
+    bad = [row for row in every if row["failure"] is not None]
+    counted = [row for row in bad if row["score"] is not None]
+    whole = task.summary(every, items)
+    scores = dict(whole.scores)
+    if len(rows) > 1:
+        each = {seed: task.summary(some, items).scores for seed, some in rows.items()}
+        values = [one["overall"] for one in each.values() if one["overall"] is not None]
+        beside = set(scores) - {"overall", "interval", *categories(scores)}
+        scores |= {name: averaged([one.get(name) for one in each.values()]) for name in beside}
+        scores["seeds"] = {str(seed): one["overall"] for seed, one in each.items()}
+        scores["seed_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    expected = sum(len(item.files) or 1 for item in items) * len(rows)
+    notes: list[str] = []
+    if absent and task.kind == "questions":
+        notes.append(f"{len(absent)} of {expected} questions have no reply and count as wrong")
+    elif absent:
+        notes.append(f"{len(absent)} of {expected} pictures are missing")
+    if counted:
+        notes.append(f"{len(counted)} pictures are not finite and count as wrong")
+    if len(bad) > len(counted):
+        what = "replies could not be judged" if task.kind == "questions" else "pictures could not be scored"
+        notes.append(f"{len(bad) - len(counted)} {what} and are left out of the means")
+    if limit is not None:
+        notes.append(f"--limit {limit}: not comparable with full runs")
+    notes += [] if task.tools.judge is None else task.tools.judge.notes()
+    count = expected if task.kind == "questions" else len(every)
+    scores = {
+        **scores,
+        "questions" if task.kind == "questions" else "images": count,
+        "missing": len(absent),
+        "failed": len(bad),
+        "incomplete": bool(absent or bad),
+        "comparable": not (absent or bad or limit is not None),
+        "notes": notes,
+        "missing_files": absent[:LISTED],
+        "failures": [{"image": row["key"], "failure": row["failure"]} for row in bad[:LISTED]],
+        "about": {**task.about(), "overall_is": plain(task.weights), "bounds": task.bounds, **whole.about},
+    }
+    several = len(rows) > 1
+    kept = [{**({"seed": seed} if several else {}), **row} for seed, some in rows.items() for row in some]
+    return TaskResult(
+        task=task.name, scores=scores, rows=kept if whole.rows is every else whole.rows, units=whole.units
+    )
 
 
-def _interval(resampled: np.ndarray) -> list[float]:
-    return [float(edge) for edge in np.percentile(resampled, [2.5, 97.5])]
+def plain(weights: Weights) -> Any:
+    """Weights as JSON holds them."""
+    return weights if isinstance(weights, str) else dict(weights)
+
+
+def averaged(values: Sequence[Any]) -> Any:
+    """The mean of a figure over seeds, or of each figure of a table; None where a seed has none."""
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], dict):
+        return {name: averaged([value.get(name) for value in values]) for name in values[0]}
+    return sum(values) / len(values)
 
 
 def categories(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -95,45 +145,83 @@ def commit() -> str | None:
 
 
 def summary(
-    engine: Engine | None, results: Sequence[TaskResult], *, seed: int, seconds: float, name: str | None = None
+    engine: Engine | None,
+    results: Sequence[TaskResult],
+    *,
+    seeds: Sequence[int],
+    seconds: float,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """results.json as a dict."""
     parameter = None if engine is None else next(engine.system.parameters())
-    sampling = {} if engine is None else dataclasses.asdict(engine.sampling)
     return {
         "model": name or (engine.name if engine is not None else ""),
         "tasks": {result.task: result.scores for result in results},
-        "failed": sum(result.failed for result in results),
-        "seed": seed,
-        "sampling": {**sampling, **{k: v for r in results for k, v in r.sampling.items()}},
+        "failed": sum(result.scores["failed"] for result in results),
+        "seed": seeds[0],
+        "seeds": list(seeds),
+        "sampling": {} if engine is None else dataclasses.asdict(engine.sampling),
         "device": None if parameter is None else str(parameter.device),
         "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
         "seconds": round(seconds, 2),
+        "seconds_of": {result.task: result.seconds for result in results},
         "versions": versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
+def read(path: Path) -> dict[str, Any]:
+    """results.json; UserError where it is not the results of an evaluation."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, "model": str(found["model"]), "tasks": dict(found["tasks"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the results of an evaluation") from error
+
+
 def write(folder: Path, results: Sequence[TaskResult], summary: dict[str, Any], *, samples: bool = False) -> None:
-    """Each task's rows (TASK.jsonl), pictures (images/TASK-*.png) and overview (TASK.png); results.json comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Each task's rows (TASK.jsonl, with `samples` also samples_TASK.jsonl), what is compared (TASK/units.jsonl) and an
+    overview of its pictures (TASK.png); results.json comes last."""
     for result in results:
-        rows: list[str] = []
-        for number, judged in enumerate(result.samples):
-            file = None
-            if judged.image is not None:
-                file = f"images/{result.task}-{number:05d}.png"
-                (folder / "images").mkdir(exist_ok=True)
-                judged.image.save(folder / file)
-            rows.append(json.dumps({**judged.row, "correct": judged.correct, "file": file}) + "\n")
-        write_text(folder / f"{result.task}.jsonl", "".join(rows))
+        rows = [{**row, "file": file_of(folder, result, row)} for row in result.rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / f"{result.task}.jsonl", text)
         if samples:
-            write_text(folder / f"samples_{result.task}.jsonl", "".join(rows))
-        overview = [judged for judged in result.samples if judged.image is not None]
-        step = max(1, -(-len(overview) // GRID_IMAGES))
-        shown = [(one.image, one.correct) for one in overview[::step] if one.image is not None]
-        if shown:
-            sheet = grid([image for image, _ in shown], columns=12, marks=[correct for _, correct in shown])
-            sheet.save(folder / f"{result.task}.png")
-    write_text(folder / "results.json", json.dumps(summary, indent=1) + "\n")
+            write_text(folder / f"samples_{result.task}.jsonl", text)
+        compared = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.units)
+        write_text(folder / result.task / "units.jsonl", compared)
+        overview(folder, result)
+    write_json(folder / "results.json", summary)
+
+
+def file_of(folder: Path, result: TaskResult, row: Mapping[str, Any]) -> str | None:
+    """A row's picture, relative to the folder where it lies there; one that is in memory is written."""
+    picture = result.pictures.get(row["key"])
+    if picture is None:
+        return None
+    if isinstance(picture, Image.Image):
+        path = folder / result.task / "images" / row["key"]
+        write_file(path, lambda temporary: picture.save(temporary, "PNG"))
+        return str(path.relative_to(folder))
+    return str(picture.relative_to(folder) if picture.is_relative_to(folder) else picture)
+
+
+def overview(folder: Path, result: TaskResult) -> None:
+    """TASK.png: small pictures in rows, framed in green where they are right and in red where they are wrong."""
+    shown = [row for row in result.rows if row["key"] in result.pictures and row["score"] in (0, 1)]
+    pictures = {row["key"]: result.pictures[row["key"]] for row in shown[:: max(1, -(-len(shown) // OVERVIEW))]}
+    images: list[Image.Image] = []
+    marks: list[bool] = []
+    for row in shown:
+        picture = pictures.get(row["key"])
+        if picture is None or len(images) == OVERVIEW:
+            continue
+        try:
+            images.append((picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB"))
+        except OSError:
+            continue
+        marks.append(row["score"] == 1)
+    if images and len({image.size for image in images}) == 1 and max(images[0].size) <= SMALL:
+        sheet = grid(images, columns=12, marks=marks)
+        write_file(folder / f"{result.task}.png", lambda temporary: sheet.save(temporary, "PNG"))

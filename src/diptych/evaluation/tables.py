@@ -10,8 +10,7 @@ from PIL import Image
 
 from diptych.core.files import write_text
 from diptych.evaluation import cards, report
-from diptych.evaluation.harness import Outcome
-from diptych.evaluation.results import categories
+from diptych.evaluation.results import TaskResult, categories
 
 SHOWN, SIDE = 16, 160
 """Pictures of a gallery, and their longer side."""
@@ -61,8 +60,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> str:
+def page(found: Mapping[str, Any], results: Sequence[TaskResult]) -> str:
     """The same as one HTML file, with pictures."""
+    done = {result.task: result for result in results}
     sections: list[tuple[str, list[str]]] = []
     for task, scores in found["tasks"].items():
         blocks = [report.text(note) for note in scores.get("notes", ())]
@@ -72,32 +72,32 @@ def page(found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> str:
         header, rows = cards.card(task, scores, found["model"])
         if rows:
             blocks.append(report.table(header, rows))
-        if task in outcomes:
-            blocks += gallery(outcomes[task])
+        if task in done:
+            blocks += gallery(done[task])
         sections.append((task, blocks))
     footer = f"{found['date']}; " + ", ".join(f"{name} {value}" for name, value in found["versions"].items())
     return report.page(found["model"], "Scores, what they rest on, and some of the pictures.", sections, footer)
 
 
-def gallery(outcome: Outcome) -> list[str]:
+def gallery(result: TaskResult) -> list[str]:
     """Some pictures from all over the benchmark (of the last seed), with prompt and score."""
-    last = list(outcome.rows.values())[-1] if outcome.rows else []
-    known = [row for row in last if row["key"] in outcome.places]
+    known = [row for row in result.rows if row["key"] in result.pictures]
     chosen = known[:: max(1, -(-len(known) // SHOWN))][:SHOWN]
     images: list[Image.Image] = []
     captions: list[str] = []
     for row in chosen:
+        picture = result.pictures[row["key"]]
         try:
-            with Image.open(outcome.places[row["key"]]) as image:
-                image.thumbnail((SIDE, SIDE))
-                images.append(image.convert("RGB"))
+            image = picture.copy() if isinstance(picture, Image.Image) else Image.open(picture)
+            image.thumbnail((SIDE, SIDE))
+            images.append(image.convert("RGB"))
         except OSError:
             continue
         captions.append(f"{row['prompt'][:80]} ({row['failure'] or figure(row['score'])})")
     return [report.gallery(images, captions)] if images else []
 
 
-def write(folder: Path, found: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
+def write(folder: Path, found: Mapping[str, Any], results: Sequence[TaskResult]) -> None:
     """results.md and report.html."""
     write_text(folder / "results.md", markdown(found))
-    report.save(folder / "report.html", page(found, outcomes))
+    report.save(folder / "report.html", page(found, results))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from diptych.core.errors import UserError
-from diptych.evaluation.results import Judged, Progress, TaskResult, shares
-from diptych.inference.engine import Engine, to_pil
-from diptych.toyworld.editjudge import EditVerdict, judge_edit
+from diptych.core.sample import Sample
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, Tools
+from diptych.toyworld.editjudge import judge_edit
 from diptych.toyworld.edits import EDIT_KINDS, Edit
 from diptych.toyworld.samples import ToyWorld
 
@@ -19,48 +19,58 @@ SEED = 900_001
 """Of the evaluated stream; training uses others, and two seeds share no items."""
 
 
-def run(
-    engine: Engine,
-    *,
-    n: int = 1,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> TaskResult:
-    """`COUNT` edits (or `limit`), `n` images each.
+class ToyEdit(PictureTask):
+    """`COUNT` edits, one image each (or `Tools.n`).
 
     The scores are shares of edits carried out, by kind of edit; `preserved` is the mean share of untouched pixels that
     stayed as they were. Doing nothing scores 0 and preserves all; so both must be read together.
     """
-    count = COUNT if limit is None else limit
-    if count < 1:
-        raise UserError(f"limit must be at least 1, not {count}")
-    height, width = options.get("size", engine.sampling.size)
-    if height != width:
-        raise UserError(f"toyedit draws squares, not {height}x{width}")
-    world = ToyWorld(SEED, height)
-    requests = [world.sample("edit", index) for index in range(count)]
-    if progress is not None:
-        progress(0, n * count)
-    images = engine.tensors(requests, n=n, seed=seed, progress=progress, **options)
-    outcomes: dict[str, list[bool]] = {kind: [] for kind in EDIT_KINDS}
-    preserved: list[float] = []
-    samples: list[Judged] = []
-    failed = 0
-    for number, image in enumerate(images):
-        request = requests[number // n]
-        edit = Edit.from_dict(request.extra["edit"])
-        if torch.isfinite(image).all():
-            verdict = judge_edit(image, edit)
-        else:
-            verdict = EditVerdict(success=False, preserved=0.0, reason="not finite")
-            failed += 1
-        outcomes[edit.kind].append(verdict.success)
-        preserved.append(verdict.preserved)
-        row = {"id": request.id, "category": edit.kind, "prompt": request.text, "reason": verdict.reason}
-        row |= {"preserved": verdict.preserved}
-        samples.append(Judged(row=row, correct=verdict.success, image=to_pil(torch.nan_to_num(image))))
-    scores = shares({kind: values for kind, values in outcomes.items() if values})
-    scores |= {"preserved": sum(preserved) / len(preserved), "images": len(images), "edits": count}
-    return TaskResult(task=NAME, scores=scores, samples=samples, failed=failed, sampling=options)
+
+    name: str = NAME
+    at_once: ClassVar[bool] = True
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        self.images = 1 if tools.n is None else tools.n
+        height, width = tools.size
+        if height != width:
+            raise UserError(f"toyedit draws squares, not {height}x{width}")
+        self.world = ToyWorld(SEED, height)
+
+    def items(self) -> list[Item]:
+        return self.chosen(COUNT)
+
+    def chosen(self, limit: int | None) -> list[Item]:
+        """The first edits of the stream; a limit above `COUNT` takes more."""
+        return [self._item(index) for index in range(COUNT if limit is None else limit)]
+
+    def _item(self, index: int) -> Item:
+        sample = self.world.sample("edit", index)
+        kind = Edit.from_dict(sample.extra["edit"]).kind
+        files = tuple(f"{index:05d}-{k}.png" for k in range(self.images))
+        facts = {"sample": sample}
+        return Item(id=sample.id, prompt=sample.text, category=kind, files=files, position=index, facts=facts)
+
+    def requests(self, items: Sequence[Item]) -> list[Sample]:
+        return [item.facts["sample"] for item in items]
+
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
+        for output in outputs:
+            edit = Edit.from_dict(output.item.facts["sample"].extra["edit"])
+            if output.finite:
+                verdict = judge_edit(output.images[0], edit)
+                row: Row = {"score": float(verdict.success), "correct": verdict.success, "reason": verdict.reason}
+                yield output, {**row, "preserved": verdict.preserved}
+            else:
+                row = {"score": 0.0, "correct": False, "reason": "not finite", "failure": "not finite"}
+                yield output, {**row, "preserved": 0.0}
+
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        ordered = [row for kind in EDIT_KINDS for row in rows if row["category"] == kind]
+        summary = super().summary(ordered, items)
+        preserved = [row["preserved"] for row in rows]
+        beside = {"preserved": sum(preserved) / len(preserved), "edits": len(items)}
+        return replace(summary, scores={**summary.scores, **beside}, rows=rows)
+
+    def about(self) -> dict[str, Any]:
+        return {"convention": "toyedit: mean of the kinds' shares of edits carried out"}

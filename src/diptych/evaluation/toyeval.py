@@ -2,90 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
-import torch
-
-from diptych.core.errors import UserError
-from diptych.core.sample import Sample
-from diptych.evaluation.results import Judged, Progress, TaskResult
-from diptych.inference.engine import Engine, to_pil
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, Tools, in_turn
 from diptych.toyworld import toyeval
-from diptych.toyworld.toyeval import ToyPrompt, Verdict
+from diptych.toyworld.toyeval import ToyPrompt
 
 NAME = "toyeval"
+IMAGES = 4
 
 
-def run(
-    engine: Engine,
-    *,
-    n: int = 4,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> TaskResult:
-    """ToyEval with `n` images per prompt.
+class ToyEval(PictureTask):
+    """144 prompts of six categories, `IMAGES` images each (or `Tools.n`); images that are not finite are wrong.
 
-    Args:
-        limit: at most this many prompts, taken from the categories in turn.
-        seed: of the noise; the prompts are always the same.
-        options: fields of `Sampling` that replace the model's defaults.
+    `overall` is the mean of the categories' image accuracies; `image_accuracy` the share of all images,
+    `prompt_accuracy` of prompts with at least one right image. The noise goes by a prompt's place among those of the
+    run, which `--limit` decides too.
     """
-    prompts = choose(limit)
-    requests = [Sample(id=prompt.id, task="text_to_image", text=prompt.text) for prompt in prompts]
-    if progress is not None:
-        progress(0, n * len(prompts))
-    expansions: list[str] = []
-    images = engine.tensors(requests, n=n, seed=seed, progress=progress, expansions=expansions, **options)
-    verdicts: list[Verdict] = []
-    samples: list[Judged] = []
-    failed = 0
-    for number, image in enumerate(images):
-        prompt = prompts[number // n]
-        if torch.isfinite(image).all():
-            verdict = toyeval.judge(image, prompt)
-        else:
-            verdict = Verdict(prompt=prompt.id, category=prompt.category, correct=False, reason="not finite")
-            failed += 1
-        verdicts.append(verdict)
-        row = {"id": prompt.id, "category": prompt.category, "prompt": prompt.text, "reason": verdict.reason}
-        if expansions:
-            row["expansion"] = expansions[number]
-        samples.append(Judged(row=row, correct=verdict.correct, image=to_pil(torch.nan_to_num(image))))
-    return TaskResult(task=NAME, scores=scores(verdicts), samples=samples, failed=failed, sampling=options)
+
+    name: str = NAME
+    at_once: ClassVar[bool] = True
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        self.images = IMAGES if tools.n is None else tools.n
+
+    def items(self) -> list[Item]:
+        items: list[Item] = []
+        for position, prompt in enumerate(choose(self.tools.limit)):
+            stem = prompt.id.removeprefix("toyeval:").replace(":", "-")
+            files = tuple(f"{stem}-{k}.png" for k in range(self.images))
+            item = Item(id=prompt.id, prompt=prompt.text, category=prompt.category, files=files, position=position)
+            items.append(replace(item, facts={"prompt": prompt}))
+        return items
+
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
+        for output in outputs:
+            if output.finite:
+                verdict = toyeval.judge(output.images[0], output.item.facts["prompt"])
+                yield output, {"score": float(verdict.correct), "correct": verdict.correct, "reason": verdict.reason}
+            else:
+                yield output, {"score": 0.0, "correct": False, "failure": "not finite", "reason": "not finite"}
+
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        summary = super().summary(rows, items)
+        right: dict[str, float] = {}
+        for row in rows:
+            right[row["id"]] = right.get(row["id"], 0.0) + row["score"]
+        beside = {
+            "prompts": len(right),
+            "image_accuracy": sum(right.values()) / len(rows),
+            "prompt_accuracy": sum(value > 0 for value in right.values()) / len(right),
+        }
+        return replace(summary, scores={**summary.scores, **beside})
+
+    def about(self) -> dict[str, Any]:
+        return {"convention": f"ToyEval: mean of the categories' image accuracies, {self.images} images a prompt"}
 
 
 def choose(limit: int | None) -> list[ToyPrompt]:
     """The prompts, category by category; with `limit`, so many, taken from the categories in turn."""
-    every = toyeval.prompts()
-    if limit is None or limit >= len(every):
-        return every
-    if limit < 1:
-        raise UserError(f"limit must be at least 1, not {limit}")
-    by_category: dict[str, list[ToyPrompt]] = {}
-    for prompt in every:
-        by_category.setdefault(prompt.category, []).append(prompt)
-    turns = [prompt for row in zip_longest(*by_category.values()) for prompt in row if prompt is not None]
-    kept = {prompt.id for prompt in turns[:limit]}
-    return [prompt for prompt in every if prompt.id in kept]
-
-
-def scores(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Verdicts as plain values: `overall`, `interval`, each category, and how much was judged."""
-    total = toyeval.aggregate(verdicts)
-    each = {
-        name: {"score": score.value, "interval": [score.low, score.high], "count": score.images}
-        for name, score in total.categories.items()
-    }
-    return {
-        "overall": total.overall.value,
-        "interval": [total.overall.low, total.overall.high],
-        **each,
-        "images": total.overall.images,
-        "prompts": total.overall.prompts,
-        "image_accuracy": total.images,
-        "prompt_accuracy": total.prompts,
-    }
+    prompts = {prompt.id: prompt for prompt in toyeval.prompts()}
+    items = [Item(id=prompt.id, prompt=prompt.text, category=prompt.category) for prompt in prompts.values()]
+    return [prompts[item.id] for item in in_turn(items, limit)]

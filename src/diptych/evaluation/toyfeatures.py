@@ -6,75 +6,87 @@ belongs to no model that is compared, needs no download, and sees colours, edges
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
-from diptych.core.sample import Sample
-from diptych.evaluation import frechet
-from diptych.evaluation.results import Judged, Progress, TaskResult
-from diptych.inference.engine import Engine, to_pil
+from diptych.evaluation import frechet, intervals
+from diptych.evaluation.intervals import Bounds
+from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, Tools
 from diptych.toyworld.samples import ToyWorld
 
 NAME = "toyfeatures"
 COUNT = 512
 SEED = 900_004
-RESAMPLES = 50
 LARGEST = 64
 
 
-def run(
-    engine: Engine,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> TaskResult:
-    """One picture for each of `COUNT` (or `limit`) captions, against as many scenes of the world with other captions.
+class ToyFeatures(PictureTask):
+    """One picture for each of `COUNT` captions, against as many scenes of the world with other captions.
 
-    `overall` is the distance, less is better; `interval` holds 95% of `RESAMPLES` resamples of the pictures; `floor` is
+    `overall` is the distance, less is better; `interval` comes from leaving out groups of pictures in turn; `floor` is
     the distance between two sets of the world's own scenes of this number. The figure depends on the number.
-
-    Raises:
-        UserError: fewer than two captions, or a picture size that the toy world does not draw.
     """
-    count = COUNT if limit is None else limit
-    if count < 2:
-        raise UserError(f"{NAME}: limit must be at least 2, not {count}")
-    size = engine.sampling.size
-    if size[0] != size[1] or size[0] > LARGEST:
-        raise UserError(f"{NAME}: draws squares of at most {LARGEST} pixels, not {size[0]}x{size[1]}")
-    world = ToyWorld(SEED, size[0])
-    scenes = [world.sample("text_to_image", index) for index in range(3 * count)]
-    asked = [Sample(id=one.id, task="text_to_image", text=one.text) for one in scenes[:count]]
-    made = engine.tensors(asked, n=1, seed=seed, progress=progress, **options)
-    finite = [bool(torch.isfinite(image).all()) for image in made]
-    kept = torch.stack([torch.nan_to_num(image) for image in made])
-    network = Eyes()
-    own = [image for one in scenes[count:] if (image := one.image) is not None]
-    first, second = network(torch.stack(own[:count])), network(torch.stack(own[count:]))
-    features = network(kept)
-    real = frechet.moments(first)
-    rng = np.random.default_rng(0)
-    spread = [
-        frechet.distance(real, frechet.moments(features[rng.integers(0, count, count)])).fid for _ in range(RESAMPLES)
-    ]
-    low, high = np.percentile(spread, [2.5, 97.5])
-    scores = {
-        "overall": frechet.distance(real, frechet.moments(features)).fid,
-        "interval": [float(low), float(high)],
-        "floor": frechet.fid(first, second),
-        "images": count,
-    }
-    samples = [
-        Judged(row={"id": one.id, "category": "all", "prompt": one.text}, correct=good, image=to_pil(image))
-        for one, good, image in zip(asked, finite, kept, strict=True)
-    ]
-    return TaskResult(task=NAME, scores=scores, samples=samples, failed=finite.count(False))
+
+    name: str = NAME
+    at_once: ClassVar[bool] = True
+    bounds: ClassVar[Bounds] = None
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        size = tools.size
+        if size[0] != size[1] or size[0] > LARGEST:
+            raise UserError(f"{NAME}: draws squares of at most {LARGEST} pixels, not {size[0]}x{size[1]}")
+        self.world = ToyWorld(SEED, size[0])
+        self.network = Eyes()
+
+    def items(self) -> list[Item]:
+        return self.chosen(COUNT)
+
+    def chosen(self, limit: int | None) -> list[Item]:
+        """The first captions of the stream; a limit above `COUNT` takes more."""
+        if limit is not None and limit < 2:
+            raise UserError(f"{NAME}: limit must be at least 2, not {limit}")
+        samples = [self.world.sample("text_to_image", index) for index in range(COUNT if limit is None else limit)]
+        return [
+            Item(id=sample.id, prompt=sample.text, files=(f"{index:05d}.png",), position=index)
+            for index, sample in enumerate(samples)
+        ]
+
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
+        """Rows hold the features of their pictures, and no score: the distance is one of all pictures."""
+        features = self.network(torch.stack([torch.nan_to_num(output.images[0]) for output in outputs]))
+        for output, each in zip(outputs, features, strict=True):
+            failure = {} if output.finite else {"failure": "not finite"}
+            yield output, {"score": None, "features": each.tolist(), **failure}
+
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        count = len(items)
+        scenes = [self.world.sample("text_to_image", index).image for index in range(count, 3 * count)]
+        own = [image for image in scenes if image is not None]
+        first, second = self.network(torch.stack(own[:count])), self.network(torch.stack(own[count:]))
+        features = np.array([row["features"] for row in rows], dtype=np.float32)
+        real = frechet.moments(first)
+
+        def distance(places: np.ndarray) -> float:
+            return frechet.distance(real, frechet.moments(features[places])).fid
+
+        overall = frechet.distance(real, frechet.moments(features)).fid
+        edges = intervals.jackknife(distance, overall, len(features))
+        scores = {
+            "overall": overall,
+            "interval": None if edges is None else [max(0.0, edges[0]), edges[1]],
+            "floor": frechet.fid(first, second),
+        }
+        plain = [{name: value for name, value in row.items() if name != "features"} for row in rows]
+        return Summary(scores=scores, rows=plain, units=[])
+
+    def about(self) -> dict[str, Any]:
+        return {"convention": "toyfeatures: Fréchet distance to the world's own scenes, less is better"}
 
 
 class Eyes(nn.Module):

@@ -4,15 +4,18 @@ and its reading held against that of the finest image (HieraQuery's Fig. 5(a), a
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError
-from diptych.core.sample import Sample
-from diptych.evaluation.results import Judged, Progress, TaskResult, shares
+from diptych.evaluation import intervals
+from diptych.evaluation.task import Item, Output, PictureTask, Progress, Row, Summary, Tools, units
 from diptych.inference.engine import Engine, to_pil
 from diptych.inference.scales import scale_names
 from diptych.toyworld.detector import detect
@@ -23,70 +26,89 @@ COUNT = 256
 SEED = 900_003
 
 
-def run(
-    engine: Engine,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    **options: Any,
-) -> TaskResult:
-    """Captions of `COUNT` (or `limit`) scenes, one image of each at all scales.
+class ToyScales(PictureTask):
+    """Captions of `COUNT` scenes, one image of each at all scales.
 
     A scale agrees where its reading, the shapes with their colours, is that of the finest image and holds at least one.
     Beside each scale's share: `ceiling`, the same for the finest image made as small (what its pixels could agree at
     most, whatever the model), `alike`, the share of shapes and colours in common (F1), and `pixels`, the mean absolute
     difference to the finest image made as small (images lie in [-1, 1]).
-
-    Raises:
-        UserError: a model of one scale.
     """
-    count = COUNT if limit is None else limit
-    if count < 1:
-        raise UserError(f"limit must be at least 1, not {count}")
-    names = scale_names(engine.system, "all")
-    if len(names) < 2:
-        raise UserError(f"{NAME}: this model makes images at one scale; there is nothing to compare")
-    world = ToyWorld(SEED, 32)
-    captions = [world.sample("text_to_image", index) for index in range(count)]
-    requests = [Sample(id=one.id, task="text_to_image", text=one.text) for one in captions]
-    images = engine.tensors(requests, n=1, seed=seed, scales="all", progress=progress, **options)
-    coarse = names[:-1]
-    agreed: dict[str, list[bool]] = {name: [] for name in coarse}
-    could: dict[str, list[bool]] = {name: [] for name in coarse}
-    common: dict[str, list[float]] = {name: [] for name in coarse}
-    apart: dict[str, list[float]] = {name: [] for name in coarse}
-    judged: list[Judged] = []
-    failed = 0
-    for number, caption in enumerate(captions):
-        *small, finest = images[number * len(names) : (number + 1) * len(names)]
-        if not all(bool(torch.isfinite(image).all()) for image in (*small, finest)):
-            failed += 1
-        small = [torch.nan_to_num(image) for image in small]
-        finest = torch.nan_to_num(finest)
-        whole = read(finest, finest)
-        for name, image in zip(coarse, small, strict=True):
-            found, best = read(image, finest), read(shrunk(finest, image), finest)
-            agreed[name].append(bool(whole) and found == whole)
-            could[name].append(bool(whole) and best == whole)
-            common[name].append(f1(found, whole))
-            apart[name].append(float((image - shrunk(finest, image)).abs().mean()))
-        right = all(agreed[name][-1] for name in coarse)
-        row = {"id": caption.id, "category": "all", "prompt": caption.text, "finest": listed(whole)}
-        judged.append(Judged(row=row, correct=right, image=to_pil(beside([*small, finest]))))
-    extra: dict[str, float] = {}
-    for name in coarse:
-        extra[f"ceiling {name}"] = sum(could[name]) / count
-        extra[f"alike {name}"] = sum(common[name]) / count
-        extra[f"pixels {name}"] = sum(apart[name]) / count
-    scores = {**shares(agreed), **extra, "images": count}
-    return TaskResult(task=NAME, scores=scores, samples=judged, failed=failed)
+
+    name: str = NAME
+    at_once: ClassVar[bool] = True
+    together: ClassVar[bool] = True
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        self.world = ToyWorld(SEED, 32)
+
+    def items(self) -> list[Item]:
+        return self.chosen(COUNT)
+
+    def chosen(self, limit: int | None) -> list[Item]:
+        """The first captions of the stream; a limit above `COUNT` takes more."""
+        samples = [self.world.sample("text_to_image", index) for index in range(COUNT if limit is None else limit)]
+        return [
+            Item(id=sample.id, prompt=sample.text, files=(f"{index:05d}.png",), position=index)
+            for index, sample in enumerate(samples)
+        ]
+
+    def outputs(
+        self, engine: Engine, items: Sequence[Item], seed: int, progress: Progress | None, **options: Any
+    ) -> Iterator[tuple[Item, list[Output]]]:
+        """Raises UserError for a model of one scale."""
+        names = tuple(scale_names(engine.system, "all"))  # the finest is the last
+        if len(names) < 2:
+            raise UserError(f"{NAME}: this model makes images at one scale; there is nothing to compare")
+        for item, (output,) in super().outputs(engine, items, seed, progress, scales="all", **options):
+            yield item, [replace(output, labels=names)]
+
+    def arrange(self, images: Sequence[Tensor]) -> Image.Image:
+        return to_pil(beside([torch.nan_to_num(image) for image in images]))
+
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
+        for output in outputs:
+            *small, finest = (torch.nan_to_num(image) for image in output.images)
+            whole = read(finest, finest)
+            scales: dict[str, Any] = {}
+            for name, image in zip(output.labels, small, strict=False):
+                reading, best = read(image, finest), read(shrunk(finest, image), finest)
+                scales[name] = {
+                    "agrees": bool(whole) and reading == whole,
+                    "ceiling": bool(whole) and best == whole,
+                    "alike": f1(reading, whole),
+                    "pixels": float((image - shrunk(finest, image)).abs().mean()),
+                }
+            correct = all(each["agrees"] for each in scales.values())
+            failure = {} if output.finite else {"failure": "not finite"}
+            yield (
+                output,
+                {"score": float(correct), "correct": correct, "finest": listed(whole), "scales": scales, **failure},
+            )
+
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        names = list(rows[0]["scales"])
+        by_scale = [
+            {"id": row["id"], "category": name, "score": float(row["scales"][name]["agrees"])}
+            for name in names
+            for row in rows
+        ]
+        beside: dict[str, float] = {}
+        for name in names:
+            for figure in ("ceiling", "alike", "pixels"):
+                beside[f"{figure} {name}"] = sum(row["scales"][name][figure] for row in rows) / len(rows)
+        scores = {**intervals.means(by_scale), **beside}
+        return Summary(scores=scores, rows=rows, units=units(rows))
+
+    def about(self) -> dict[str, Any]:
+        return {"convention": "toyscales: share of images that are read as the finest one, mean over the coarse scales"}
 
 
 def read(image: Tensor, like: Tensor) -> Counter[tuple[str, str]]:
     """Shapes and colours that the detector sees in an image brought to the size of another."""
     full = image if image.shape == like.shape else resized(image, like, "bicubic")
-    return Counter((one.shape, one.colour) for one in detect(full.clamp(-1, 1)).detections)
+    return Counter((thing.shape, thing.colour) for thing in detect(full.clamp(-1, 1)).detections)
 
 
 def shrunk(image: Tensor, like: Tensor) -> Tensor:

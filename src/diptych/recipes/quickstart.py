@@ -46,9 +46,10 @@ Told = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """The model before or after: its scores, the pictures of the shown prompts, and the seconds that took."""
+    """The model before or after: its scores, how it was sampled, the pictures of the shown prompts, and the seconds."""
 
     result: TaskResult
+    sampling: dict[str, Any]
     shown: list[list[Shown]]
     seconds: float
 
@@ -108,7 +109,7 @@ def quickstart(
             "recipe": recipe,
             "steps": sum(stage.steps for stage in parsed.stages.values()),
             "seed": SEED,
-            "sampling": {**dataclasses.asdict(engine.sampling), **before.result.sampling},
+            "sampling": {**dataclasses.asdict(engine.sampling), **before.sampling},
             "hardware": hardware(),
             "versions": versions(),
         }
@@ -148,7 +149,7 @@ def side(engine: Engine, name: str, limit: int | None, progress: Told | None) ->
         ]
         for at, prompt in zip(range(0, len(images), SHOWN_IMAGES), prompts, strict=True)
     ]
-    return Side(result=result, shown=shown, seconds=time.perf_counter() - clock)
+    return Side(result=result, sampling={"steps": steps}, shown=shown, seconds=time.perf_counter() - clock)
 
 
 def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine: Engine, recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ import yaml
 from diptych.core.errors import UserError, unknown
 from diptych.core.schema import read
 from diptych.evaluation import toyfeatures, toyscales, toyvqa
-from diptych.evaluation.evaluate import TASKS
+from diptych.evaluation.evaluate import TOYS
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import Recipe, load_plain, merge, parse, set_value
@@ -159,8 +159,8 @@ def _check(study: StudySpec, name: str) -> None:
     if not study.tasks or not any(run.report for run in study.runs.values()):
         raise UserError(f"{name}: needs at least one task and one run that is reported")
     for task, spec in study.tasks.items():
-        if task not in TASKS:
-            raise unknown("task", task, TASKS, f"{name}: tasks")
+        if task not in TOYS:
+            raise unknown("task", task, TOYS, f"{name}: tasks")
         for key, value in dataclasses.asdict(spec).items():
             if value is not None and key != "cfg" and value < 1:
                 raise UserError(f"{name}: tasks.{task}.{key} must be at least 1, not {value}")

@@ -158,7 +158,7 @@ def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
 
     begin = time.perf_counter()
     done = [evaluate.run(engine, task, seed=run.seed, progress=told, **options) for task, options in tasks.items()]
-    found = results.summary(engine, done, seed=run.seed, seconds=time.perf_counter() - begin)
+    found = results.summary(engine, done, seeds=(run.seed,), seconds=time.perf_counter() - begin)
     found |= {"asked": tasks, "training_seconds": round(seconds(run.folder), 1), "hardware": hardware()}
     results.write(run.folder / "eval", done, found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,6 @@ from diptych.toyworld.shapes import Shape
 from diptych.toyworld.statements import KINDS, PREFIXES, Kind, Statement, held_out, reordered, statements
 
 PER_CATEGORY = 24
-RESAMPLES = 1000
-"""Bootstrap resamples behind each interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +61,6 @@ class Verdict:
     category: Kind
     correct: bool
     reason: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A share in [0, 1] with its 95% bootstrap interval (over prompts), from so many images and prompts."""
-
-    value: float
-    low: float
-    high: float
-    images: int
-    prompts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyEvalScore:
-    """overall: the mean of the categories' image accuracies. images: share of correct images. prompts: share of
-    prompts with at least one correct image."""
-
-    overall: Score
-    categories: Mapping[str, Score]
-    images: float
-    prompts: float
 
 
 def prompts(seed: int = 0, per_category: int = PER_CATEGORY) -> list[ToyPrompt]:
@@ -176,38 +151,3 @@ def _fault(check: Include, found: list[Detection], matched: list[list[Detection]
         if any(check.relation not in relations(one.box, target.box) for one in found for target in targets):
             return f"expected {check.shape} {check.relation} {targets[0].shape}"
     return ""
-
-
-def aggregate(verdicts: Iterable[Verdict], *, seed: int = 0) -> ToyEvalScore:
-    """Scores of any number of images per prompt; UserError where there is none.
-
-    The intervals resample prompts within each category, since images of one prompt are alike. A category without
-    verdicts is left out, and the overall mean is over those that are there.
-    """
-    by_category: dict[str, dict[str, list[bool]]] = {}
-    for verdict in verdicts:
-        by_category.setdefault(verdict.category, {}).setdefault(verdict.prompt, []).append(verdict.correct)
-    if not by_category:
-        raise UserError("toyeval: no verdicts to aggregate")
-
-    categories: dict[str, Score] = {}
-    resampled: list[np.ndarray] = []
-    right = total = hit = asked = 0
-    for kind in (kind for kind in KINDS if kind in by_category):
-        outcomes = by_category[kind]
-        correct = np.array([sum(images) for images in outcomes.values()])
-        images = np.array([len(images) for images in outcomes.values()])
-        draws = generator("bootstrap", seed, kind).integers(len(correct), size=(RESAMPLES, len(correct)))
-        resampled.append(correct[draws].sum(1) / images[draws].sum(1))
-        value = float(correct.sum() / images.sum())
-        categories[kind] = _score(value, resampled[-1], int(images.sum()), len(correct))
-        right, total = right + int(correct.sum()), total + int(images.sum())
-        hit, asked = hit + int((correct > 0).sum()), asked + len(correct)
-    mean = float(np.mean([score.value for score in categories.values()]))
-    overall = _score(mean, np.mean(resampled, axis=0), total, asked)
-    return ToyEvalScore(overall=overall, categories=categories, images=right / total, prompts=hit / asked)
-
-
-def _score(value: float, resampled: np.ndarray, images: int, prompts: int) -> Score:
-    low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
-    return Score(value=value, low=low, high=high, images=images, prompts=prompts)

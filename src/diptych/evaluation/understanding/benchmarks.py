@@ -12,9 +12,10 @@ from pathlib import Path
 
 from diptych.core.errors import UserError, unknown
 from diptych.evaluation.understanding import free_form, judged, multiple_choice, question, true_or_false
+from diptych.evaluation.understanding.judged import Reading
 from diptych.evaluation.understanding.multiple_choice import ROTATION
 from diptych.evaluation.understanding.question import Prompt
-from diptych.evaluation.understanding.scored import Replies, Row, Scored, Scorer
+from diptych.evaluation.understanding.scored import Row, Scorer
 from diptych.evaluation.understanding.table import Table
 
 KIT = "https://opencompass.openxlab.space/utils/"
@@ -23,7 +24,6 @@ MORE, LONG = 128, 512
 
 Together = Callable[[Row, int], Hashable]
 """(row, its position) to what it shares with the rows that are only worth something together with it."""
-JudgedScorer = Callable[[Sequence[Row], Replies, judged.Judge], Scored]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Benchmark:
     """One benchmark.
 
     files: its tables; several are read one after the other. prompt: a row to the text of its question.
-    score: a pure function of rows and replies; `score_judged` where a judge is needed. together: see `Together`.
+    score: a pure function of rows and replies; `reading` where a judge is needed. together: see `Together`.
     split: of a file that holds several, the one that is asked. max_new_tokens: most tokens of a reply.
     home: the folder of its files in a data folder, where it is not its name.
     """
@@ -49,7 +49,7 @@ class Benchmark:
     files: tuple[DataFile, ...]
     prompt: Prompt
     score: Scorer | None = None
-    score_judged: JudgedScorer | None = None
+    reading: Reading | None = None
     together: Together | None = None
     split: str | None = None
     max_new_tokens: int = 64
@@ -146,9 +146,9 @@ _EVERY = (
     Benchmark(name="ocrbench", files=(_kit("VLMEval/OCRBench.tsv", "e953d98a987cc6e26ef717b61260b778"),),
               prompt=question.bare, score=free_form.ocr_bench, max_new_tokens=MORE),
     Benchmark(name="mathvista", files=(_kit("VLMEval/MathVista_MINI.tsv", "f199b98e178e5a2a20e7048f5dcb0464"),),
-              prompt=question.bare, score_judged=judged.math_vista, max_new_tokens=LONG),
+              prompt=question.bare, reading=judged.MATH_VISTA, max_new_tokens=LONG),
     Benchmark(name="mmvet", files=(_kit("VLMEval/MMVet.tsv", "748aa6d4aa9d4de798306a63718455e3"),),
-              prompt=question.bare, score_judged=judged.mm_vet, max_new_tokens=LONG),
+              prompt=question.bare, reading=judged.MM_VET, max_new_tokens=LONG),
 )  # fmt: skip
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _EVERY}
 

@@ -84,6 +84,7 @@ def ocr_bench(rows: Sequence[Row], replies: Replies) -> Scored:
         combine=lambda sums: sums[0],
         by=grouped(rows, each(values)),
         scale=len(values),
+        top=lambda counts: float(len(counts)),
     )
 
 

@@ -1,7 +1,7 @@
 """Benchmarks whose replies a judge must read: MathVista and MM-Vet.
 
-A judge is any function from prompts to replies. A failure, or a reply that cannot be used, is listed and left out of
-the means; it never becomes another score.
+A judge's failure, or a reply of it that cannot be used, is listed and left out of the means; it never becomes another
+score.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import ast
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from diptych.core.errors import UserError
-from diptych.evaluation.judge import Reply
 from diptych.evaluation.understanding.letters import kit_letter
 from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, grouped, mean, ratio
 
 Usable = Callable[[str], bool]
-Judge = Callable[[Sequence[str], Usable], Sequence[Reply]]
-"""Prompts, and what makes a reply usable, to replies, as many and in that order."""
-
 T = TypeVar("T")
 
 _NUMBER = re.compile(r"(?:score\s*[:=]\s*)?\**(\d+(?:\.\d+)?)\**\.?", re.IGNORECASE)
@@ -40,28 +37,30 @@ Answer: {reply}
 Grade:"""
 
 
-def math_vista(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a judge reads replies.
+
+    prompt: what the judge is asked about a reply; None where a rule reads it. usable: whether the judge's words are an
+    answer. score: of rows, from what each reply was read as (the judge's words, or the reply that a rule reads; None
+    where there is none), without the rows on which the judge failed.
+    """
+
+    prompt: Callable[[Row, str], str | None]
+    usable: Usable
+    score: Callable[[Sequence[Row], Replies, Mapping[int, str]], Scored]
+
+
+def math_vista(rows: Sequence[Row], read: Replies, failed: Mapping[int, str]) -> Scored:
     """MathVista (Lu et al. 2024): accuracy of the final answer, over all questions, by `task` and by `skills`.
 
     A reply that is an option's letter, or a bare number, is read by rule; of the others the judge copies out the final
     answer, which is then compared by rule. Numbers are compared at the row's precision.
     """
-    said: list[str | None] = []
-    asked: list[int] = []
-    for at, (row, reply) in enumerate(zip(rows, replies, strict=True)):
-        value = None if reply is None else math_value(row, reply)
-        said.append(value)
-        if value is None and reply is not None:
-            asked.append(at)
-    prompts = [
-        _EXTRACT.format(wanted=_wanted(rows[at]), question=_question(rows[at]), reply=replies[at]) for at in asked
+    said = [
+        None if text is None or at in failed else math_value(row, text)
+        for at, (row, text) in enumerate(zip(rows, read, strict=True))
     ]
-    failed: dict[int, str] = {}
-    for at, extracted in zip(asked, _ask(judge, prompts, lambda text: bool(text.strip())), strict=True):
-        if extracted.failure is not None:
-            failed[at] = extracted.failure
-        else:
-            said[at] = math_value(rows[at], extracted.text)
     values = tuple(float(value is not None and value == math_truth(row)) for row, value in zip(rows, said, strict=True))
     counted, earned = _without(failed, rows), _without(failed, values)
     counts = each(earned)
@@ -76,6 +75,13 @@ def math_vista(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
         label="task",
         failed=failed,
     )
+
+
+def math_prompt(row: Row, reply: str) -> str | None:
+    """What the judge is asked to copy out of a reply; None where a rule reads it."""
+    if math_value(row, reply) is not None:
+        return None
+    return _EXTRACT.format(wanted=_wanted(row), question=_question(row), reply=reply)
 
 
 def math_truth(row: Row) -> str:
@@ -115,18 +121,9 @@ def math_value(row: Row, text: str) -> str | None:
     return text.rstrip(".").lower() if text and "\n" not in text and len(text) <= 2 * len(str(row["answer"])) else None
 
 
-def mm_vet(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
+def mm_vet(rows: Sequence[Row], read: Replies, failed: Mapping[int, str]) -> Scored:
     """MM-Vet (Yu et al. 2023): the mean of the judge's grades (0 to 1), and by capability (`category`, by comma)."""
-    asked = [at for at, reply in enumerate(replies) if reply is not None]
-    prompts = [
-        _GRADE.format(question=_question(rows[at]), answer=rows[at]["answer"], reply=replies[at]) for at in asked
-    ]
-    grades: list[float | None] = [None] * len(rows)
-    failed: dict[int, str] = {}
-    for at, answer in zip(asked, _ask(judge, prompts, lambda text: grade(text) is not None), strict=True):
-        grades[at] = None if answer.failure is not None else grade(answer.text)
-        if grades[at] is None:
-            failed[at] = answer.failure or f"no grade in the reply {answer.text[:60]!r}"
+    grades = [None if text is None or at in failed else grade(text) for at, text in enumerate(read)]
     values = tuple(0.0 if given is None else given for given in grades)
     counted, earned = _without(failed, rows), _without(failed, values)
     counts = each(earned)
@@ -145,19 +142,16 @@ def mm_vet(rows: Sequence[Row], replies: Replies, judge: Judge) -> Scored:
     )
 
 
+def vet_prompt(row: Row, reply: str) -> str:
+    """What the judge is asked to grade."""
+    return _GRADE.format(question=_question(row), answer=row["answer"], reply=reply)
+
+
 def grade(reply: str) -> float | None:
     """A judge's grade: a number from 0 to 1 by itself; None for anything else."""
     match = _NUMBER.fullmatch(reply.strip())
     value = float(match.group(1)) if match else None
     return value if value is not None and value <= 1 else None
-
-
-def _ask(judge: Judge, prompts: Sequence[str], usable: Usable) -> Sequence[Reply]:
-    if not prompts:
-        return []
-    given = judge(prompts, usable)
-    assert len(given) == len(prompts), "a judge answers every prompt, with a failure if need be"
-    return given
 
 
 def _without(failed: Mapping[int, str], things: Sequence[T]) -> list[T]:
@@ -200,3 +194,7 @@ def _by_member(rows: Sequence[Row], values: Sequence[float], column: str) -> dic
         for entry in dict.fromkeys(map(str, entries)):
             groups.setdefault(entry, []).append(value)
     return {name: mean(groups[name]) for name in sorted(groups)}
+
+
+MATH_VISTA = Reading(prompt=math_prompt, usable=lambda text: bool(text.strip()), score=math_vista)
+MM_VET = Reading(prompt=vet_prompt, usable=lambda text: grade(text) is not None, score=mm_vet)

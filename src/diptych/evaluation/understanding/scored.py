@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
+from diptych.evaluation import intervals
 
 Row = Mapping[str, Any]
 """A row of a benchmark's table, by column; a column that is empty is absent."""
@@ -19,7 +19,6 @@ Unit = Literal["share", "points"]
 Total = Mapping[str, float] | Literal["items", "categories"]
 Combine = Callable[[Sequence[float]], float]
 """Sums of what is counted, to the headline figure."""
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,7 @@ class Scored:
     units: positions of the rows of each unit; a row each where it is empty. worth: what a unit earned, from what its
         rows earned. total: how the units' worths make the headline figure: the mean of all, of the categories' means,
         or a weighted one of those, times `scale`; None where it is none of these (F1).
+    top: the highest figure that units with such counts can reach.
     label: the column that names a unit's category.
     unread: how many replies are missing or could not be read; they earn nothing.
     failed: positions of the rows that the judge failed on, and why; they are left out.
@@ -52,6 +52,7 @@ class Scored:
     worth: Combine = field(default_factory=lambda: mean)
     total: Total | None = "items"
     scale: float = 1.0
+    top: Callable[[Sequence[Sequence[float]]], float] = lambda counts: 1.0
     label: str = "category"
     failed: Mapping[int, str] = field(default_factory=dict[int, str])
 
@@ -60,27 +61,20 @@ class Scored:
         """The headline figure; None of nothing."""
         return None if not self.counts else self.combine([sum(column) for column in zip(*self.counts, strict=True)])
 
-    def interval(self, seed: int = 0) -> tuple[float, float] | None:
-        """95% interval of the headline figure: units drawn again with replacement, `RESAMPLES` times."""
-        return self._interval(self.counts, seed) if self.counts else None
+    def interval(self) -> list[float] | None:
+        """95% interval of the headline figure, over units."""
+        return intervals.of_sums(self.counts, self.combine, (0.0, self.top(self.counts))) if self.counts else None
 
     def categories(self) -> dict[str, dict[str, Any]]:
         """{"score", "interval", "count" (of units)} of each category, by the rule of the headline figure."""
         return {
             name: {
                 "score": self.combine([sum(column) for column in zip(*counts, strict=True)]),
-                "interval": list(self._interval(counts, 0)),
+                "interval": intervals.of_sums(counts, self.combine, (0.0, self.top(counts))),
                 "count": len(counts),
             }
             for name, counts in self.by.items()
         }
-
-    def _interval(self, counts: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
-        units = np.asarray(counts, dtype=float)  # (units, counts)
-        often = np.random.default_rng(seed).multinomial(len(units), [1 / len(units)] * len(units), RESAMPLES)
-        drawn = [self.combine(sums.tolist()) for sums in often @ units]
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        return float(low), float(high)
 
     def earned(self, rows: Sequence[Row]) -> list[tuple[list[int], str, float | None]]:
         """Of each unit: its rows, its category, and what it is worth; None where the judge failed."""

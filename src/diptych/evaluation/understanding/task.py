@@ -1,102 +1,149 @@
-"""An understanding benchmark from its files to its entry of results.json, by the harness's rules."""
+"""A published benchmark of understanding as a task: questions from its files, replies, and its own scorer."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diptych.core.errors import UserError
-from diptych.core.files import write_text
-from diptych.evaluation import benchmark as harness_benchmark
-from diptych.evaluation.benchmark import Tools
+from diptych.core.sample import Message, Sample
 from diptych.evaluation.download import STATED, Data, File, check, file_digest
-from diptych.evaluation.harness import LISTED, Plan, Share, Told, meet
-from diptych.evaluation.journal import Journal
-from diptych.evaluation.judge import Judge, JudgeDown, Question, Reply, lasting
-from diptych.evaluation.results import Judged, TaskResult
-from diptych.evaluation.understanding import asking, judged
-from diptych.evaluation.understanding.asking import Asked, Item
+from diptych.evaluation.judge import Judge, Question, Reply, lasting
+from diptych.evaluation.judging import failed, judge_about, judged
+from diptych.evaluation.task import Item, Output, ReplyTask, Row, Summary, Tools
+from diptych.evaluation.understanding import asking
 from diptych.evaluation.understanding.benchmarks import Benchmark
+from diptych.evaluation.understanding.judged import Reading
+from diptych.evaluation.understanding.question import question
 from diptych.evaluation.understanding.scored import Scored
-from diptych.inference.engine import Engine
+from diptych.inference.engine import Engine, from_pil
 
 ATTEMPTS = 3
 """How often a judge is asked the same before an answer that cannot be used is a failure."""
 BATCH = 8
+RESERVED = ("overall", "interval", "figures", "unread", "questions", "missing", "failed", "notes", "about")
+"""Names in a task's entry of results.json that no category may take."""
 
 
-def run(
-    engine: Engine | None,
-    benchmark: Benchmark,
-    plan: Plan,
-    tools: Tools,
-    progress: Told | None = None,
-    *,
-    batch_size: int = BATCH,
-) -> TaskResult | None:
-    """Ask and score; None when only replies were asked for, or for the processes beside the first.
+class Understanding(ReplyTask):
+    """One of `benchmarks.BENCHMARKS`. Replies are read by the benchmark's rules, or by a judge; a question without a
+    reply counts as wrong, one on which the judge failed is left out."""
 
-    `OUTPUT/TASK/replies.jsonl` holds every reply, `OUTPUT/TASK/scores.jsonl` what each unit of the benchmark earned.
+    def __init__(self, benchmark: Benchmark, tools: Tools) -> None:
+        super().__init__(tools)
+        self.benchmark = benchmark
+        self.name = benchmark.name
+        self.max_new_tokens = benchmark.max_new_tokens
 
-    Raises:
-        UserError: a file is missing or not the published one, or there is no reply to score.
-        JudgeDown: the judge cannot be asked any more; what it said is remembered.
-    """
-    begin = time.perf_counter()
-    share, place = Share.here(), plan.output / benchmark.name
-    judge = tools.require_judge(benchmark.name) if benchmark.score_judged and plan.only != "generate" else None
-    folder, files = located(benchmark, tools.data)
-    questions = asking.items(benchmark, folder, plan.limit)
-    told = None if progress is None else lambda done, total: progress(f"{benchmark.name}: ask", done, total)
-    if plan.only == "score":
-        journal = known_replies(place, benchmark, files)
-        asked = asking.known(questions, journal)
-    else:
-        assert engine is not None, "questions need a model"
-        made_with = {
-            "model": engine.name,
-            "task": benchmark.name,
-            "files": files,
-            "max_new_tokens": benchmark.max_new_tokens,
+    @cached_property
+    def located(self) -> tuple[Path, dict[str, str]]:
+        """The folder of the benchmark's files, and what each file is."""
+        return located(self.benchmark, self.tools.data)
+
+    @cached_property
+    def questions(self) -> list[Item]:
+        return asking.items(self.benchmark, self.located[0])
+
+    def items(self) -> list[Item]:
+        return self.questions
+
+    def chosen(self, limit: int | None) -> list[Item]:
+        """At most `limit` rows of each file, whole groups where rows count together."""
+        return self.questions if limit is None else asking.items(self.benchmark, self.located[0], limit)
+
+    def requests(self, items: Sequence[Item]) -> list[Sample]:
+        """Raises UserError where a picture cannot be read."""
+        samples: list[Sample] = []
+        for item in items:
+            pictures = list(item.sources()) if item.sources is not None else []
+            placed = question(item.prompt, len(pictures))
+            context = tuple(from_pil(pictures[at]) for at in placed.order)
+            message = Message(role="user", text=placed.text)
+            samples.append(Sample(id=item.id, task="understand", messages=(message,), context_images=context))
+        return samples
+
+    def rows(self, outputs: Sequence[Output]) -> Iterator[tuple[Output, Row]]:
+        """What each reply was read as, `said`; the score follows from all of them."""
+        reading = self.benchmark.reading
+        prompts: dict[str, str] = {}
+        for output in outputs:
+            prompt = None if reading is None else reading.prompt(output.item.facts["row"], output.reply or "")
+            if prompt is None:
+                yield output, {"score": None, "said": output.reply}
+            else:
+                prompts[output.key] = prompt
+        if reading is None or not prompts:
+            return
+        judge = self.tools.require_judge(self.name)
+        asked = [output for output in outputs if output.key in prompts]
+        yield from judged(judge, asked, lambda output: put(judge, prompts[output.key], reading))
+
+    def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
+        known = {row["id"]: row for row in rows}
+        table = [item.facts["row"] for item in items]
+        said = [known[item.id].get("said") if item.id in known else None for item in items]
+        failures: dict[int, str] = {
+            at: known[item.id]["failure"]
+            for at, item in enumerate(items)
+            if item.id in known and known[item.id]["failure"] is not None
         }
-        journal = Journal(place / (f"replies.{share.rank}.jsonl" if share.rank else "replies.jsonl"), made_with)
-        if share.count == 1:
-            gather(journal, place)
-        own = questions[share.rank :: share.count]
-        asked = asking.ask(
-            engine,
-            own,
-            max_new_tokens=benchmark.max_new_tokens,
-            batch_size=batch_size,
-            journal=journal,
-            progress=told,
-        )
-        meet(share)
-        if not share.rank and share.count > 1:
-            gather(journal, place)
-            asked.replies |= asking.known(questions, journal).replies
-    if share.rank or plan.only == "generate":
-        return None
-    for item in questions:
-        if item.id not in asked.replies and item.id not in asked.failed:
-            asking.read(item, asked)
-    if not asked.replies:
-        reasons = next(iter(asked.failed.values()), "run it without --only score first")
-        raise UserError(f"{benchmark.name}: no reply to any of the {len(questions)} questions; {reasons}")
-    panel = None if judge is None else Panel(judge, benchmark.name, progress)
-    scored = asking.score(benchmark, questions, asked, panel)
-    scores = entry(benchmark, questions, asked, scored, plan.limit)
-    judging = {} if judge is None else {f"judge_{name}": value for name, value in judge.about().items()}
-    scores["about"] |= {"model": journal.made_with.get("model"), "files": "; ".join(files.values()), **judging}
-    scores["seconds"] = round(time.perf_counter() - begin, 2)
-    write_units(place / "scores.jsonl", questions, scored)
-    return TaskResult(
-        task=benchmark.name, scores=scores, samples=samples(questions, asked, scored), failed=len(scored.failed)
-    )
+        if self.benchmark.reading is not None:
+            scored = self.benchmark.reading.score(table, said, failures)
+        else:
+            assert self.benchmark.score is not None, "a benchmark has a scorer or a judge"
+            scored = self.benchmark.score(table, said)
+        categories = {
+            (f"category {name}" if name in RESERVED else name): each for name, each in scored.categories().items()
+        }
+        missing = sum(item.id not in known for item in items)
+        scores = {
+            **categories,
+            "overall": scored.overall,
+            "interval": scored.interval(),
+            "figures": scored.figures,
+            "unread": scored.unread - missing - len(failures),
+        }
+        about = {
+            "convention": scored.convention,
+            "unit": scored.unit,
+            "max_new_tokens": self.max_new_tokens,
+            **pairing(scored),
+        }
+        units = [
+            {
+                "id": items[unit[0]].id,
+                "category": category,
+                "score": worth,
+                "questions": [items[at].id for at in unit],
+            }
+            for unit, category, worth in scored.earned(table)
+            if worth is not None
+        ]
+        return Summary(scores=scores, rows=samples(items, known, scored), units=units, about=about)
+
+    def about(self) -> dict[str, Any]:
+        judging = {} if self.benchmark.reading is None else judge_about(self.tools.require_judge(self.name))
+        return {"files": "; ".join(self.located[1].values()), **judging}
+
+    def made_with(self) -> dict[str, Any]:
+        return {**super().made_with(), "files": self.located[1]}
+
+    def batch(self, engine: Engine, options: Mapping[str, Any]) -> int:
+        return int(options.get("batch_size", BATCH))
+
+
+def put(judge: Judge, prompt: str, reading: Reading) -> Row:
+    """A judge's reading of one reply; a reading that cannot be used is asked for again."""
+    reply = Reply(failure="not asked")
+    for attempt in range(ATTEMPTS):
+        reply = judge.ask(Question(text=prompt, attempt=attempt))
+        if reply.failure is None and reading.usable(reply.text):
+            return {"score": None, "said": reply.text}
+        if not lasting(reply):
+            break
+    return failed(reply.failure or f"cannot be used: {reply.text[:60]!r}", [reply])
 
 
 def located(benchmark: Benchmark, data: Data) -> tuple[Path, dict[str, str]]:
@@ -105,115 +152,18 @@ def located(benchmark: Benchmark, data: Data) -> tuple[Path, dict[str, str]]:
     A parquet file of the same name stands for a table; it has no published checksum, so the one seen first is noted.
     """
     folder = data.folder / benchmark.folder
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     for file in benchmark.files:
         published = File(url=file.url, sha256=None, md5=file.md5, licence=STATED)
         other = (folder / file.name).with_suffix(".parquet")
         if other.is_file() and not (folder / file.name).is_file():
             check(replace(published, md5=None), other)
-            found[file.name] = (
-                f"{other.name}, SHA-256 {file_digest(other)[:12]}..., not compared with any published sum"
-            )
+            digest = file_digest(other)[:12]
+            files[file.name] = f"{other.name}, SHA-256 {digest}..., not compared with any published sum"
         else:
             data.get(benchmark.folder, published)
-            found[file.name] = f"{file.name}, MD5 {file.md5} as published"
-    return folder, found
-
-
-def known_replies(place: Path, benchmark: Benchmark, files: Mapping[str, str]) -> Journal:
-    """The replies that an earlier run left."""
-    path = place / "replies.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no replies to score; run {benchmark.name} without --only score first")
-    journal = Journal(path, None)
-    if journal.made_with.get("files") != files:
-        raise UserError(f"{place}: the replies are to other files of {benchmark.name}; choose another --output")
-    gather(journal, place)
-    return journal
-
-
-def gather(journal: Journal, place: Path) -> None:
-    """Take over the replies that other processes left in journals of their own, once they are done."""
-    for path in sorted(place.glob("replies.*.jsonl")):
-        for key, row in Journal(path, journal.made_with).rows.items():
-            if key not in journal.rows:
-                journal.add(key, {"prompt": row["prompt"], "reply": row["reply"]})
-
-
-class Panel:
-    """A harness's judge as the scorers of replies ask it: as many at a time as it has workers.
-
-    A reply that cannot be used is asked for again; what is down stops the run.
-    """
-
-    def __init__(self, judge: Judge, name: str, progress: Told | None = None) -> None:
-        self.judge, self.name, self.progress = judge, name, progress
-
-    def __call__(self, prompts: Sequence[str], usable: judged.Usable) -> list[Reply]:
-        found: dict[int, Reply] = {}
-        try:
-            for at, reply in harness_benchmark.judged(
-                self.judge, range(len(prompts)), lambda at: self._one(prompts[at], usable)
-            ):
-                found[at] = reply
-                if self.progress is not None:
-                    self.progress(f"{self.name}: judge", len(found), len(prompts))
-        except JudgeDown as error:
-            raise JudgeDown(
-                f"{error}; {len(found)} of {len(prompts)} replies of {self.name} are judged and kept, the same command "
-                "goes on from there"
-            ) from error
-        return [found[at] for at in range(len(prompts))]
-
-    def _one(self, prompt: str, usable: judged.Usable) -> Reply:
-        reply = Reply(failure="not asked")
-        for attempt in range(ATTEMPTS):
-            reply = self.judge.ask(Question(text=prompt, attempt=attempt))
-            if reply.failure is None and usable(reply.text):
-                return reply
-            if not lasting(reply):
-                return reply
-        return replace(reply, failure=reply.failure or f"cannot be used: {reply.text[:60]!r}")
-
-
-def entry(
-    benchmark: Benchmark, questions: Sequence[Item], asked: Asked, scored: Scored, limit: int | None
-) -> dict[str, Any]:
-    """A task's entry of results.json: the scores, what they rest on, and whether they can be compared."""
-    missing = {
-        item.id: asked.failed.get(item.id, "not asked yet") for item in questions if item.id not in asked.replies
-    }
-    notes: list[str] = []
-    if missing:
-        notes.append(f"{len(missing)} of {len(questions)} questions have no reply and count as wrong")
-    if scored.failed:
-        notes.append(f"{len(scored.failed)} replies could not be judged and are left out of the means")
-    if limit is not None:
-        notes.append(f"--limit {limit}: not comparable with full runs")
-    span = scored.interval()
-    fixed: dict[str, Any] = {
-        "overall": scored.overall,
-        "interval": None if span is None else list(span),
-        "figures": scored.figures,
-        "questions": len(questions),
-        "unread": scored.unread - len(missing) - len(scored.failed),
-        "missing": len(missing),
-        "failed": len(scored.failed),
-        "incomplete": bool(missing or scored.failed),
-        "comparable": not (missing or scored.failed or limit is not None),
-        "notes": notes,
-        "missing_files": [f"{name} ({reason})" for name, reason in list(missing.items())[:LISTED]],
-        "failures": [
-            {"image": questions[at].id, "failure": reason} for at, reason in list(scored.failed.items())[:LISTED]
-        ],
-        "about": {
-            "convention": scored.convention,
-            "unit": scored.unit,
-            "max_new_tokens": benchmark.max_new_tokens,
-            **pairing(scored),
-        },
-    }
-    return {(f"category {name}" if name in fixed else name): each for name, each in scored.categories().items()} | fixed
+            files[file.name] = f"{file.name}, MD5 {file.md5} as published"
+    return folder, files
 
 
 def pairing(scored: Scored) -> dict[str, Any]:
@@ -224,38 +174,23 @@ def pairing(scored: Scored) -> dict[str, Any]:
     return {"overall_is": whole, **({"scale": scored.scale} if scored.scale != 1 else {})}
 
 
-def write_units(path: Path, questions: Sequence[Item], scored: Scored) -> None:
-    """scores.jsonl: a row for each unit (a question, or those that only count together)."""
-    lines = [
-        json.dumps(
-            {
-                "id": questions[unit[0]].id,
-                "category": category,
-                "score": worth,
-                "questions": [questions[at].id for at in unit],
-            },
-            ensure_ascii=False,
-        )
-        for unit, category, worth in scored.earned([item.row for item in questions])
-    ]
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def samples(questions: Sequence[Item], asked: Asked, scored: Scored) -> list[Judged]:
+def samples(items: Sequence[Item], known: Mapping[str, Row], scored: Scored) -> list[Row]:
     """A row per question: all that is known of it."""
-    return [
-        Judged(
-            row={
+    rows: list[Row] = []
+    for at, (item, read, value) in enumerate(zip(items, scored.read, scored.values, strict=True)):
+        row = known.get(item.id, {})
+        rows.append(
+            {
+                "key": item.id,
                 "id": item.id,
-                "category": str(item.row.get("category", "all")),
+                "category": item.category,
                 "prompt": item.prompt,
-                "answer": item.row.get("answer"),
-                "reply": asked.replies.get(item.id),
+                "answer": item.facts["row"].get("answer"),
+                "reply": row.get("reply"),
                 "read": read,
                 "score": None if at in scored.failed else value,
-                "failure": scored.failed.get(at) or asked.failed.get(item.id),
-            },
-            correct=value == 1,
+                "correct": value == 1,
+                "failure": scored.failed.get(at) or (None if row else "no reply"),
+            }
         )
-        for at, (item, read, value) in enumerate(zip(questions, scored.read, scored.values, strict=True))
-    ]
+    return rows

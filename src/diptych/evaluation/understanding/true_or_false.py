@@ -143,6 +143,7 @@ def mme(rows: Sequence[Row], replies: Replies) -> Scored:
         worth=lambda earned: (mean(earned) + min(earned)) / 2,
         total="categories",
         scale=200.0 * len(figures["category"]),
+        top=_mme_top,
     )
 
 
@@ -161,6 +162,12 @@ def _mme_counts(rows: Sequence[Row], values: Sequence[float], groups: Sequence[S
 def _mme_points(sums: Sequence[float]) -> float:
     parts = [sums[at : at + 4] for at in range(0, len(sums), 4)]
     return sum(100 * (right / asked + both / images) for right, asked, both, images in parts if images)
+
+
+def _mme_top(counts: Sequence[Sequence[float]]) -> float:
+    """200 points for each category that there is."""
+    images = [sum(column) for column in zip(*counts, strict=True)][3::4]
+    return 200.0 * sum(number > 0 for number in images)
 
 
 def _image_pairs(rows: Sequence[Row]) -> list[list[int]]:
