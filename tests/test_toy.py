@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from diptych.evaluation import toyedit, toyeval, toyscales, toyvqa
+from diptych.evaluation.evaluate import run
 from diptych.recipes.load import load
 from diptych.recipes.names import locate
 
@@ -16,42 +16,42 @@ SHIPPED = (*IOMM, *LIMITS)
 
 def test_pictures_follow_held_out_captions() -> None:
     engine = load("toy/iomm")
-    found = toyeval.run(engine, n=1, limit=36, seed=5, steps=12)
+    found = run(engine, "toyeval", n=1, limit=36, seed=5, steps=12)
     assert found.scores["overall"] >= 0.85
-    assert all(sample.row["thought"] for sample in found.samples)
-    alone = toyeval.run(engine, n=1, limit=36, seed=5, steps=12, prompt_expansion=0)
+    assert all(row["expansion"] for row in found.rows)
+    alone = run(engine, "toyeval", n=1, limit=36, seed=5, steps=12, prompt_expansion=0)
     assert alone.scores["overall"] < found.scores["overall"] - 0.2, "what the page says of captions by themselves"
 
 
 def test_bagel_answers_draws_and_edits() -> None:
     engine = load("toy/bagel")
-    assert toyvqa.run(engine, limit=48).scores["overall"] >= 0.5
-    assert toyeval.run(engine, n=1, limit=24, steps=8).scores["overall"] > 0.05
-    edited = toyedit.run(engine, limit=12, steps=8).scores
+    assert run(engine, "toyvqa", limit=48).scores["overall"] >= 0.5
+    assert run(engine, "toyeval", n=1, limit=24, steps=8).scores["overall"] > 0.05
+    edited = run(engine, "toyedit", limit=12, steps=8).scores
     assert edited["preserved"] > 0.5
 
 
 def test_omnigen2_answers_draws_and_edits() -> None:
     engine = load("toy/omnigen2")
-    assert toyvqa.run(engine, limit=48).scores["overall"] >= 0.6
-    assert toyeval.run(engine, n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.5
-    edited = toyedit.run(engine, limit=24, steps=12).scores
+    assert run(engine, "toyvqa", limit=48).scores["overall"] >= 0.6
+    assert run(engine, "toyeval", n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.5
+    edited = run(engine, "toyedit", limit=24, steps=12).scores
     assert edited["overall"] >= 0.35
     assert edited["preserved"] >= 0.75
 
 
 def test_hieraquery_draws_the_same_at_its_scales_and_edits() -> None:
     engine = load("toy/hieraquery")
-    assert toyeval.run(engine, n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.8
-    assert toyscales.run(engine, limit=32, steps=12).scores["4x4"]["score"] >= 0.7
-    assert toyedit.run(engine, limit=24, steps=12).scores["overall"] >= 0.35
+    assert run(engine, "toyeval", n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.8
+    assert run(engine, "toyscales", limit=32, steps=12).scores["4x4"]["score"] >= 0.7
+    assert run(engine, "toyedit", limit=24, steps=12).scores["overall"] >= 0.35
 
 
 def test_ovis_u1_answers_draws_and_edits() -> None:
     engine = load("toy/ovis-u1")
-    assert toyvqa.run(engine, limit=48).scores["overall"] >= 0.65
-    assert toyeval.run(engine, n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.9
-    edited = toyedit.run(engine, limit=24, steps=12).scores
+    assert run(engine, "toyvqa", limit=48).scores["overall"] >= 0.65
+    assert run(engine, "toyeval", n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.9
+    edited = run(engine, "toyedit", limit=24, steps=12).scores
     assert edited["overall"] >= 0.7
     assert edited["preserved"] >= 0.88
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from diptych.evaluation import download
-from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data, File
 from diptych.evaluation.evaluate import evaluate
+from diptych.evaluation.task import Tools
 from diptych.recipes.load import load
 
 model, data, clip, output = sys.argv[1:]

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from diptych.core.errors import UserError
 from diptych.evaluation import download
 from diptych.evaluation.archives import below, unpack
-from diptych.evaluation.benchmark import Item
 from diptych.evaluation.clip import Clip
 from diptych.evaluation.download import FILES, Data, File, file_digest, pinned_model
 from diptych.evaluation.geneval_models import Detector
 from diptych.evaluation.judge_models import TransformersJudge
+from diptych.evaluation.task import Item
 
 
 def tar_of(path: Path, names: list[str]) -> Path:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
-from diptych.evaluation import toyedit, toyeval
-from diptych.evaluation.evaluate import evaluate
-from diptych.evaluation.results import shares
+from diptych.evaluation import fingerprint, toyeval
+from diptych.evaluation.evaluate import evaluate, run
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 from diptych.toyworld.edits import Edit
@@ -52,17 +52,18 @@ def engine(tiny_model: Path) -> Engine:
 
 
 def test_the_renderer_scores_one(engine: Engine) -> None:
-    result = toyeval.run(Renderer(engine), n=2, limit=30)
+    result = run(Renderer(engine), "toyeval", n=2, limit=30)
     assert result.scores["overall"] >= 0.97
-    assert (result.scores["images"], result.scores["prompts"], result.failed) == (60, 30, 0)
-    edits = toyedit.run(Renderer(engine), limit=30)
+    assert (result.scores["images"], result.scores["prompts"], result.scores["failed"]) == (60, 30, 0)
+    edits = run(Renderer(engine), "toyedit", limit=30)
     assert edits.scores["overall"] >= 0.95
     assert edits.scores["preserved"] >= 0.99
 
 
 def test_images_that_are_not_finite_count_as_wrong(engine: Engine) -> None:
-    result = toyeval.run(Renderer(engine, broken=6), n=1, limit=6)
-    assert result.failed == 6
+    result = run(Renderer(engine, broken=6), "toyeval", n=1, limit=6)
+    assert result.scores["failed"] == 6
+    assert result.scores["notes"][0] == "6 pictures are not finite and count as wrong"
     assert result.scores["overall"] == 0
 
 
@@ -83,13 +84,13 @@ def test_results_on_disk(engine: Engine, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out" / "toyeval.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     assert all((tmp_path / "out" / row["file"]).is_file() for row in rows)
-    assert rows[0].keys() == {"id", "category", "prompt", "reason", "correct", "file"}
+    assert rows[0].keys() >= {"id", "category", "prompt", "reason", "score", "correct", "file"}
     assert (tmp_path / "out" / "toyeval.png").is_file()
 
 
 def test_the_seed_decides(engine: Engine) -> None:
-    drawn = [toyeval.run(engine, n=1, limit=1, seed=seed).samples[0].image for seed in (3, 3, 4)]
-    first, again, other = (image.tobytes() for image in drawn if image is not None)
+    drawn = [run(engine, "toyeval", n=1, limit=1, seed=seed).pictures.values() for seed in (3, 3, 4)]
+    first, again, other = (image.tobytes() for (image,) in drawn if isinstance(image, Image.Image))
     assert first == again != other
 
 
@@ -115,8 +116,74 @@ def test_n_is_for_the_tasks_that_make_several_pictures(engine: Engine) -> None:
     assert found.keys() == {"toyedit", "toyvqa", "toyfeatures"}
 
 
-def test_shares_and_their_intervals() -> None:
-    found = shares({"a": [True] * 50 + [False] * 50, "b": [True] * 10})
-    assert found["overall"] == 0.75
-    assert 0.3 < found["a"]["interval"][0] < 0.5 < found["a"]["interval"][1] < 0.7
-    assert found["b"] == {"score": 1.0, "interval": [1.0, 1.0], "count": 10}
+def test_stale_scores_are_not_given_again(tiny_model: Path, tmp_path: Path) -> None:
+    """The same command after the weights changed, another seed, other steps: stopped and named, and nothing changed."""
+    engine, out = load(str(tiny_model)), tmp_path / "out"
+    first = evaluate(engine, ["toyeval", "toyvqa"], output=out, n=1, limit=6, steps=1)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for changes, words in (({"seed": 1}, "made with seed 0, now it is 1"), ({"steps": 2}, "made with sampling")):
+        with pytest.raises(UserError, match=words):
+            evaluate(engine, ["toyeval"], output=out, n=1, limit=6, **{"steps": 1, **changes})
+    again = evaluate(engine, ["toyeval", "toyvqa"], output=out, n=1, limit=6, steps=1)
+    assert again["tasks"] == first["tasks"]
+    with torch.no_grad():
+        next(engine.system.parameters()).add_(1e-3)
+    for task in ("toyeval", "toyvqa"):
+        with pytest.raises(UserError, match=r"made with weights '\w{16}', now it is '\w{16}'"):
+            evaluate(engine, [task], output=out, limit=6, **({"n": 1, "steps": 1} if task == "toyeval" else {}))
+    other = Engine(engine.system, engine.sampling, name="another")
+    with pytest.raises(UserError, match="holds results of .*, not of another"):
+        evaluate(other, ["toyedit"], output=out, limit=2, steps=1)
+    same = {path: path.read_bytes() for path in files if path.name not in ("results.json", "results.md", "report.html")}
+    assert all(files[path] == data for path, data in same.items())
+
+
+def test_a_digest_sees_every_weight(engine: Engine) -> None:
+    before = fingerprint.digest(engine.system)
+    for parameter in (*engine.system.parameters(),)[::7]:
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1
+        assert fingerprint.digest(engine.system) != before
+        with torch.no_grad():
+            parameter.copy_(kept)
+    assert fingerprint.digest(engine.system) == before
+
+
+def test_toy_tasks_use_every_seed(engine: Engine, tmp_path: Path) -> None:
+    found = evaluate(engine, ["toyedit", "toyvqa"], output=tmp_path, limit=4, seeds=[0, 1, 2], steps=1)["tasks"]
+    alone = [evaluate(engine, ["toyedit"], limit=4, seed=seed, steps=1)["tasks"]["toyedit"] for seed in range(3)]
+    assert found["toyedit"]["preserved"] == pytest.approx(sum(each["preserved"] for each in alone) / 3)
+    assert set(found["toyedit"]["seeds"]) == {"0", "1", "2"}
+    assert found["toyedit"]["images"] == 12
+    assert len(list((tmp_path / "toyedit").glob("seed-*/images/*.png"))) == 12
+    assert "seeds" not in found["toyvqa"], "answers are greedy, and asked for once"
+    with pytest.raises(UserError, match="toyvqa is answered greedily"):
+        evaluate(engine, ["toyvqa"], seeds=[0, 1])
+
+
+def test_stopped_and_gone_on_with(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drawn and scored before a stop is not drawn again, and the whole is as in one go."""
+    whole = evaluate(engine, ["toyedit"], output=tmp_path / "whole", limit=20, steps=1)["tasks"]["toyedit"]
+    drawn: list[int] = []
+    inner = engine.tensors
+
+    def stopping(samples: Sequence[Sample], **options: Any) -> list[Tensor]:
+        drawn.append(len(samples))
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return inner(samples, **options)
+
+    monkeypatch.setattr(engine, "tensors", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(engine, ["toyedit"], output=tmp_path / "parts", limit=20, steps=1)
+    assert evaluate(engine, ["toyedit"], output=tmp_path / "parts", limit=20, steps=1)["tasks"]["toyedit"] == whole
+    assert drawn == [16, 4, 4]
+
+
+def test_a_limit_marks_toy_tasks_and_the_report_has_their_pictures(engine: Engine, tmp_path: Path) -> None:
+    found = evaluate(engine, ["toyeval"], output=tmp_path, n=1, limit=6, steps=1)["tasks"]["toyeval"]
+    assert found["notes"] == ["--limit 6: not comparable with full runs"]
+    assert not found["comparable"]
+    assert found["interval"][1] - found["interval"][0] > 0.1
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 6

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.evaluation import download, feature_tasks, frechet, inception
-from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data, File
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.feature_tasks import MJHQ, square
 from diptych.evaluation.inception import Inception, load_inception
+from diptych.evaluation.task import Tools
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "inception"
 Write = Callable[[str, dict[str, str]], Path]

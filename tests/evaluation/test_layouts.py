@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from diptych.core.errors import UserError
-from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
+from diptych.evaluation.task import Tools
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 

@@ -10,10 +10,8 @@ import math
 
 import pytest
 
-from diptych.evaluation import geneval
-from diptych.evaluation.benchmark import aggregate
+from diptych.evaluation import geneval, intervals
 from diptych.evaluation.geneval_models import Detector
-from diptych.evaluation.results import shares
 
 
 @pytest.mark.parametrize(
@@ -42,10 +40,10 @@ def test_the_detector_forms_what_geneval_counts() -> None:
 @pytest.mark.parametrize(("right", "count"), [(50, 100), (300, 400)])
 def test_intervals_hold_95_percent(right: int, count: int) -> None:
     """Mutant: the 95% interval. A share of n samples lies within 1.96 standard errors, by the normal approximation."""
-    scores = shares({"a": [True] * right + [False] * (count - right)})
     p = right / count
     half = 1.96 * math.sqrt(p * (1 - p) / count)
-    assert scores["a"]["interval"] == pytest.approx([p - half, p + half], abs=0.12 * half)
-    assert scores["interval"] == pytest.approx([p - half, p + half], abs=0.12 * half)
     rows = [{"id": str(i), "category": "a", "score": float(i < right)} for i in range(count)]
-    assert aggregate(rows)["a"]["interval"] == pytest.approx([p - half, p + half], abs=0.12 * half)
+    scores = intervals.means(rows)
+    assert scores["interval"] == pytest.approx([p - half, p + half], abs=0.12 * half)
+    assert scores["a"]["interval"] == scores["interval"]
+    assert intervals.interval(p, [row["score"] - p for row in rows]) == pytest.approx(scores["interval"])

@@ -10,6 +10,7 @@ import torch
 
 from diptych.core.errors import UserError
 from diptych.evaluation import frechet, toyfeatures, toyscales
+from diptych.evaluation.evaluate import run
 from diptych.recipes.load import load
 from diptych.toyworld.samples import ToyWorld
 
@@ -47,9 +48,9 @@ def test_the_distance_grows_with_what_is_wrong() -> None:
 def test_one_scale_is_refused_and_features_are_scored(tiny_model: Path) -> None:
     engine = load(str(tiny_model))
     with pytest.raises(UserError, match="at one scale"):
-        toyscales.run(engine, limit=2)
-    found = toyfeatures.run(engine, limit=6)
+        run(engine, "toyscales", limit=2)
+    found = run(engine, "toyfeatures", limit=6)
     low, high = found.scores["interval"]
     assert low <= high
     assert found.scores["overall"] > found.scores["floor"] >= 0
-    assert len(found.samples) == 6
+    assert len(found.rows) == 6

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from diptych.evaluation import download
-from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data, File
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.judge import CachedJudge
 from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.judged_tasks import WiseLegacy
+from diptych.evaluation.task import Tools
 
 data, images, output, url = sys.argv[1:]
 download.FILES["wise_legacy"] = tuple(

@@ -14,7 +14,7 @@ from torch import Tensor
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
-from diptych.evaluation import toyscales
+from diptych.evaluation import evaluate
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.recipes.build import build_system
@@ -279,7 +279,7 @@ def test_a_prompt_that_leaves_no_room_for_the_queries(make: Callable[..., HieraQ
 
 def test_scales_are_scored_for_agreement(make: Callable[..., HieraQuery]) -> None:
     engine = Engine(make(), Sampling(size=(32, 32), steps=2, cfg=1.0))
-    found = toyscales.run(engine, limit=3)
+    found = evaluate.run(engine, "toyscales", limit=3)
     assert set(found.scores) >= {"overall", "1x1", "2x2", "ceiling 2x2", "alike 2x2", "pixels 2x2"}
     assert 0 <= found.scores["overall"] <= 1
-    assert len(found.samples) == 3
+    assert len(found.rows) == 3

@@ -123,7 +123,7 @@ def evaluate(
     begin = time.perf_counter()
     place = None if output is None else Path(output)
     name = name or (engine.name if engine is not None else f"pictures of {images or output}")
-    if place is not None:
+    if place is not None and engine is not None:
         check_owner(place, name)
     tools = tools_for(engine, tools or Tools(data=Data(folder=default_folder())), n, limit, options)
     tools = replace(tools, work=place or tools.work)
@@ -134,6 +134,8 @@ def evaluate(
         plan = Plan(output=place, only=only, seeds=tuple(seeds or (seed,)), limit=limit, images=made)
         result = harness.run(engine, task_of(task, tools), plan, progress, **options)
         done += [result] if result is not None else []
+    if engine is None and done and images is None:
+        name = done[0].scores["about"].get("model", name)
     summary = results.summary(
         engine, done, seeds=tuple(seeds or (seed,)), seconds=time.perf_counter() - begin, name=name
     )
@@ -210,7 +212,9 @@ def check_owner(folder: Path, name: str) -> None:
 def keep_others(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """A summary with the tasks that an earlier call for the same model left in the folder's results.json."""
     path = folder / "results.json"
-    before = results.read(path) if path.is_file() else {"tasks": {}}
+    before = results.read(path) if path.is_file() else {}
+    if before.get("model") != summary["model"]:
+        return summary
     tasks = {**before["tasks"], **summary["tasks"]}
     seconds = {**before.get("seconds_of", {}), **summary["seconds_of"]}
     return {**summary, "tasks": tasks, "seconds_of": seconds}

@@ -62,7 +62,7 @@ def interval(value: float, deviations: Sequence[float] | NDArray[Any], bounds: B
     p = min(1.0, max(0.0, (value - low) / (high - low)))
     greatest = p * (1 - p)
     variance = (float(d @ d) / (high - low) ** 2 + greatest) / (m + 1)
-    a, b = wilson(p, m * greatest / variance if greatest else m)
+    a, b = wilson(p, m * greatest / variance if variance > 1e-12 else m)
     return [min(value, low + a * (high - low)), max(value, low + b * (high - low))]
 
 
@@ -148,12 +148,12 @@ def of_sums(
     sums = table.sum(0)
     value = combine(sums.tolist())
     slopes = np.zeros(len(sums))
-    for k, total in enumerate(sums):
-        step = 1e-4 * max(abs(total), 1.0)
+    for k in np.flatnonzero(sums):  # what nothing adds to moves nothing
+        step = 1e-4 * sums[k]
         ahead, behind = sums.copy(), sums.copy()
         ahead[k] += step
-        behind[k] -= step if total > step else 0.0
-        slopes[k] = (combine(ahead.tolist()) - combine(behind.tolist())) / (ahead[k] - behind[k])
+        behind[k] -= step
+        slopes[k] = (combine(ahead.tolist()) - combine(behind.tolist())) / (2 * step)
     influence = len(table) * (table @ slopes)
     return interval(value, influence - influence.mean(), bounds)
 

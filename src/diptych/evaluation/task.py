@@ -40,7 +40,8 @@ class Item:
     """A prompt, an edit or a question.
 
     files: names of the pictures wanted, relative to the folder of pictures, in the official layout; unsafe names
-    become `file_name`s. text: what the model reads where it is not the prompt itself. sources: opens the pictures to edit or to look at.
+    become `file_name`s. text: what the model reads where it is not the prompt itself. sources: opens the pictures to
+    edit or to look at.
     position: decides the noise, together with the seed. size: (height, width) wanted, where the item says it.
     facts: what else the task knows.
     """

@@ -11,9 +11,9 @@ from typing import Any
 
 import diptych
 from diptych.evaluation import evaluate as module
-from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
+from diptych.evaluation.task import Tools
 
 data, output, pace = sys.argv[1:]
 benchmark = module.UNDERSTANDING["mmstar"]

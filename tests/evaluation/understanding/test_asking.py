@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,13 @@ from PIL import Image
 
 import diptych
 from diptych.core.errors import UserError
-from diptych.evaluation.journal import Journal
+from diptych.evaluation import harness
+from diptych.evaluation.download import Data
+from diptych.evaluation.harness import Plan
+from diptych.evaluation.task import Tools
 from diptych.evaluation.understanding import asking, benchmarks, question
 from diptych.evaluation.understanding.table import Table
+from diptych.evaluation.understanding.task import Understanding
 from diptych.inference.engine import Engine
 
 COLOURS = {"0": "red", "1": "blue", "2": "lime"}
@@ -135,19 +140,31 @@ def small() -> benchmarks.Benchmark:
     return replace(benchmarks.benchmark("mmstar"), max_new_tokens=4)
 
 
+def task(small: benchmarks.Benchmark, folder: Path, patch: pytest.MonkeyPatch) -> Understanding:
+    """The benchmark with its files in a folder, whatever their checksums."""
+    made = Understanding(small, Tools(data=Data(folder=folder, online=False)))
+    patch.setitem(made.__dict__, "located", (folder, {"MMStar.tsv": "as given"}))
+    return made
+
+
+def replies(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
 def test_stopped_and_gone_on_with(
     tmp_path: Path, engine: Engine, small: benchmarks.Benchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{**ROWS[0], "index": at, "image": base(name)} for at, name in COLOURS.items()]
     rows += [{**ROWS[0], "index": "3", "image": "A" * 80}, {**ROWS[0], "index": "2", "image": base("red")}]
     write_tsv(tmp_path / "MMStar.tsv", rows)
-    questions = asking.items(small, tmp_path)
-    assert [item.id for item in questions] == ["MMStar:0", "MMStar:1", "MMStar:2", "MMStar:3", "MMStar:2#2"]
-    record, made_with = tmp_path / "replies.jsonl", {"model": "m"}
-    first = asking.ask(engine, questions, max_new_tokens=4, batch_size=2, journal=Journal(record, made_with))
-    assert list(first.replies) == ["MMStar:0", "MMStar:1", "MMStar:2", "MMStar:2#2"]
-    assert "not an image" in first.failed["MMStar:3"]
-    lines = record.read_text().splitlines()
+    names = ["MMStar:0", "MMStar:1", "MMStar:2", "MMStar:3", "MMStar:2#2"]
+    assert [item.id for item in asking.items(small, tmp_path)] == names
+    plan, record = Plan(output=tmp_path / "out"), tmp_path / "out" / "mmstar" / "replies.jsonl"
+    first = harness.run(engine, task(small, tmp_path, monkeypatch), plan, batch_size=2)
+    assert first is not None
+    lines = replies(record)
+    assert [json.loads(line)["key"] for line in lines[1:]] == [names[0], names[1], names[2], names[4]]
+    assert "not an image" in first.scores["missing_files"][0]
 
     # stopped in the middle of a line: nothing is asked twice, nothing is lost
     record.write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])
@@ -159,19 +176,23 @@ def test_stopped_and_gone_on_with(
         return inner(conversations, images, **options)
 
     monkeypatch.setattr(engine.system, "generate_text", counted)
-    again = asking.ask(engine, questions, max_new_tokens=4, batch_size=2, journal=Journal(record, made_with))
+    again = harness.run(engine, task(small, tmp_path, monkeypatch), plan, batch_size=2)
     assert asked == [1]
-    assert again == first
-    assert record.read_text().splitlines() == lines
-    other = [replace(item, prompt="Why?") if item.id == "MMStar:1" else item for item in questions]
-    asking.ask(engine, other, max_new_tokens=4, batch_size=2, journal=Journal(record, made_with))
-    assert asked == [1, 1], "another prompt is asked anew"
+    assert again is not None
+    assert (again.scores, list(again.rows)) == (first.scores, list(first.rows))
+    assert replies(record) == lines
+    other = replace(small, prompt=lambda row: "Why?")
+    with pytest.raises(UserError, match="holds results made with prompts"):
+        harness.run(engine, task(other, tmp_path, monkeypatch), plan)
 
 
-def test_several_pictures(tmp_path: Path, engine: Engine, small: benchmarks.Benchmark) -> None:
+def test_several_pictures(
+    tmp_path: Path, engine: Engine, small: benchmarks.Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tsv(tmp_path / "MMStar.tsv", ROWS)
-    found = asking.ask(engine, asking.items(small, tmp_path), max_new_tokens=4)
-    assert (len(found.replies), found.failed) == (3, {})
+    result = harness.run(engine, task(small, tmp_path, monkeypatch), Plan())
+    assert result is not None
+    assert (result.scores["questions"], result.scores["missing"]) == (3, 0)
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
-from diptych.evaluation.judge import Reply
 from diptych.evaluation.understanding import free_form, judged, multiple_choice, text, true_or_false
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS, kept
 
@@ -89,9 +86,9 @@ def test_interval() -> None:
     found = multiple_choice.accuracy(rows, ["A"] * 30 + ["B"] * 10)
     low, high = found.interval() or (0, 0)
     assert low < found.overall == 0.75 < high
-    assert found.interval() == (low, high)
+    assert found.interval() == [low, high]
     assert 0.25 < high - low < 0.31  # 2 x 1.96 x sqrt(.75 x .25 / 40) = 0.268
-    assert multiple_choice.accuracy(rows, ["A"] * 40).interval() == (1.0, 1.0)
+    assert multiple_choice.accuracy(rows, ["A"] * 40).interval() == pytest.approx([1 / (1 + 1.96**2 / 40), 1], abs=1e-3)
     points = true_or_false.mme(
         [{"index": at, "category": "count", "answer": "Yes"} for at in range(40)], ["yes"] * 39 + ["no"]
     )
@@ -120,29 +117,24 @@ MATHS = [
 
 
 def test_math_vista() -> None:
-    prompts: list[str] = []
-
-    def judge(asked: Sequence[str], usable: Callable[[str], bool]) -> list[Reply]:
-        prompts.extend(asked)
-        assert not usable(" ")
-        return [Reply(text="1.449"), Reply(failure="refused")]
-
-    found = judged.math_vista(MATHS, ["B", "14", "It is about 1.449 m.", "they are 2 and 3"], judge)
+    replies = ["B", "14", "It is about 1.449 m.", "they are 2 and 3"]
+    prompts = [judged.math_prompt(row, reply) for row, reply in zip(MATHS, replies, strict=True)]
+    assert prompts[:2] == [None, None]
+    assert "It is about 1.449 m." in (prompts[2] or "")
+    assert "a number" in (prompts[2] or "")
+    assert not judged.MATH_VISTA.usable(" ")
+    found = judged.math_vista(MATHS, ["B", "14", "1.449", None], {3: "refused"})
     assert found.values == (1, 1, 1, 0)
     assert found.failed == {3: "refused"}
     assert found.overall == 1
     assert found.figures == {"task": {"t": 1}, "skills": {"s1": 1, "s2": 1}}
     assert found.earned(MATHS)[3] == ([3], "t", None)
-    assert len(prompts) == 2
-    assert "It is about 1.449 m." in prompts[0]
-    assert "a number" in prompts[0]
 
 
 def test_math_vista_asks_no_judge_for_nothing() -> None:
-    def judge(asked: Sequence[str], usable: Callable[[str], bool]) -> list[Reply]:
-        raise AssertionError("asked")
-
-    found = judged.math_vista(MATHS, ["(A)", "15", "1.46", None], judge)
+    replies = ["(A)", "15", "1.46"]
+    assert [judged.math_prompt(row, reply) for row, reply in zip(MATHS, replies, strict=False)] == [None] * 3
+    found = judged.math_vista(MATHS, [*replies, None], {})
     assert found.values == (0, 0, 0, 0)
     assert found.read == ("A", "15", "1.46", None)
 
@@ -169,13 +161,13 @@ def test_grade(reply: str, value: float | None) -> None:
 def test_mm_vet() -> None:
     rows = [{"index": at, "question": "q?", "answer": "a", "category": "ocr,math"} for at in range(3)]
     rows.append({"index": 3, "question": "q?", "answer": "a", "category": "ocr"})
-    said = [Reply(text="0.5"), Reply(text="I cannot"), Reply(text="1.0")]
-    found = judged.mm_vet(rows, ["x", "y", None, "z"], lambda prompts, usable: said)
+    assert not judged.MM_VET.usable("I cannot")
+    found = judged.mm_vet(rows, ["0.5", None, None, "1.0"], {1: "refused"})
     assert found.values == (0.5, 0, 0, 1)
-    assert found.failed == {1: "no grade in the reply 'I cannot'"}
+    assert found.failed == {1: "refused"}
     assert found.overall == 0.5, "over what the judge graded, and what has no reply"
     assert found.figures["capability"] == {"math": 0.25, "ocr": 0.5}
-    nothing = judged.mm_vet(rows[:1], ["x"], lambda prompts, usable: [Reply(failure="refused")])
+    nothing = judged.mm_vet(rows[:1], [None], {0: "refused"})
     assert (nothing.overall, nothing.interval(), nothing.categories()) == (None, None, {})
 
 

@@ -26,12 +26,12 @@ import diptych
 from diptych.cli.main import main
 from diptych.core.errors import UserError
 from diptych.evaluation import evaluate as module
-from diptych.evaluation.benchmark import Tools
 from diptych.evaluation.compare import compare
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.judge import CachedJudge, JudgeDown
 from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
+from diptych.evaluation.task import Tools
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS
 from diptych.inference.engine import Engine
 
