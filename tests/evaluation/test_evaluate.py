@@ -132,7 +132,7 @@ def test_stale_scores_are_not_given_again(tiny_model: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match=r"made with weights '\w{16}', now it is '\w{16}'"):
             evaluate(engine, [task], output=out, limit=6, **({"n": 1, "steps": 1} if task == "toyeval" else {}))
     other = Engine(engine.system, engine.sampling, name="another")
-    with pytest.raises(UserError, match="holds results of .*, not of another"):
+    with pytest.raises(UserError, match=r"holds results of .*, not of another"):
         evaluate(other, ["toyedit"], output=out, limit=2, steps=1)
     same = {path: path.read_bytes() for path in files if path.name not in ("results.json", "results.md", "report.html")}
     assert all(files[path] == data for path, data in same.items())
@@ -164,7 +164,9 @@ def test_toy_tasks_use_every_seed(engine: Engine, tmp_path: Path) -> None:
 
 def test_stopped_and_gone_on_with(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was drawn and scored before a stop is not drawn again, and the whole is as in one go."""
-    whole = evaluate(engine, ["toyedit"], output=tmp_path / "whole", limit=20, steps=1)["tasks"]["toyedit"]
+    whole = evaluate(engine, ["toyedit"], output=tmp_path / "whole", limit=20, steps=1, batch_size=16)["tasks"][
+        "toyedit"
+    ]
     drawn: list[int] = []
     inner = engine.tensors
 
@@ -176,8 +178,11 @@ def test_stopped_and_gone_on_with(engine: Engine, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(engine, "tensors", stopping)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(engine, ["toyedit"], output=tmp_path / "parts", limit=20, steps=1)
-    assert evaluate(engine, ["toyedit"], output=tmp_path / "parts", limit=20, steps=1)["tasks"]["toyedit"] == whole
+        evaluate(engine, ["toyedit"], output=tmp_path / "parts", limit=20, steps=1, batch_size=16)
+    assert (
+        evaluate(engine, ["toyedit"], output=tmp_path / "parts", limit=20, steps=1, batch_size=16)["tasks"]["toyedit"]
+        == whole
+    )
     assert drawn == [16, 4, 4]
 
 

@@ -94,7 +94,7 @@ def entry(
         "notes": notes,
         "missing_files": absent[:LISTED],
         "failures": [{"image": row["key"], "failure": row["failure"]} for row in bad[:LISTED]],
-        "about": {**task.about(), "overall_is": plain(task.weights), "bounds": task.bounds, **whole.about},
+        "about": {**task.about(), "overall_is": plain(task.weights), "bounds": task.bounds and list(task.bounds), **whole.about},
     }
     several = len(rows) > 1
     kept = [{**({"seed": seed} if several else {}), **row} for seed, some in rows.items() for row in some]
