@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.locks import only_writer
 from diptych.core.sample import Sample
 from diptych.evaluation import fingerprint, toyeval
 from diptych.evaluation.evaluate import evaluate, run
@@ -192,3 +193,9 @@ def test_a_limit_marks_toy_tasks_and_the_report_has_their_pictures(engine: Engin
     assert not found["comparable"]
     assert found["interval"][1] - found["interval"][0] > 0.1
     assert (tmp_path / "report.html").read_text().count("data:image/png") == 6
+
+
+def test_one_writer_per_folder(engine: Engine, tmp_path: Path) -> None:
+    with only_writer(tmp_path, "diptych eval"), pytest.raises(UserError, match="is writing there"):
+        evaluate(engine, ["toyvqa"], output=tmp_path, limit=1)
+    evaluate(engine, ["toyvqa"], output=tmp_path, limit=1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.locks import only_writer
 from diptych.evaluation import harness, results, tables
 from diptych.evaluation.download import Data, default_folder
 from diptych.evaluation.edit_tasks import GEdit, ImgEdit
@@ -129,21 +131,21 @@ def evaluate(
     tools = replace(tools, work=place or tools.work)
     drawn = [task for task in tasks if task in DRAWN]
     done: list[TaskResult] = []
-    for task in tasks:
-        made = None if images is None else Path(images) / task if len(drawn) > 1 else Path(images)
-        plan = Plan(output=place, only=only, seeds=tuple(seeds or (seed,)), limit=limit, images=made)
-        result = harness.run(engine, task_of(task, tools), plan, progress, **options)
-        done += [result] if result is not None else []
-    if engine is None and done and images is None:
-        name = done[0].scores["about"].get("model", name)
-    summary = results.summary(
-        engine, done, seeds=tuple(seeds or (seed,)), seconds=time.perf_counter() - begin, name=name
-    )
-    summary["sampling"] |= json.loads(json.dumps(options))
-    if place is not None and done:
-        summary = keep_others(place, summary)
-        results.write(place, done, summary, samples=log_samples)
-        tables.write(place, summary, done)
+    with nullcontext() if place is None or harness.Worker.here().rank else only_writer(place, "diptych eval"):
+        for task in tasks:
+            made = None if images is None else Path(images) / task if len(drawn) > 1 else Path(images)
+            plan = Plan(output=place, only=only, seeds=tuple(seeds or (seed,)), limit=limit, images=made)
+            result = harness.run(engine, task_of(task, tools), plan, progress, **options)
+            done += [result] if result is not None else []
+        if engine is None and done and images is None:
+            name = done[0].scores["about"].get("model", name)
+        seconds = time.perf_counter() - begin
+        summary = results.summary(engine, done, seeds=tuple(seeds or (seed,)), seconds=seconds, name=name)
+        summary["sampling"] |= json.loads(json.dumps(options))
+        if place is not None and done:
+            summary = keep_others(place, summary)
+            results.write(place, done, summary, samples=log_samples)
+            tables.write(place, summary, done)
     return summary
 
 

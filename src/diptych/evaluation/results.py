@@ -17,7 +17,7 @@ from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.core.files import write_file, write_json, write_text
-from diptych.evaluation.intervals import Weights
+from diptych.evaluation.intervals import Bounds, Weights
 from diptych.evaluation.pictures import grid
 from diptych.evaluation.task import Item, Row, Task
 from diptych.inference.engine import Engine
@@ -94,7 +94,12 @@ def entry(
         "notes": notes,
         "missing_files": absent[:LISTED],
         "failures": [{"image": row["key"], "failure": row["failure"]} for row in bad[:LISTED]],
-        "about": {**task.about(), "overall_is": plain(task.weights), "bounds": task.bounds and list(task.bounds), **whole.about},
+        "about": {
+            **task.about(),
+            "overall_is": plain(task.weights),
+            "bounds": task.bounds and list(task.bounds),
+            **whole.about,
+        },
     }
     several = len(rows) > 1
     kept = [{**({"seed": seed} if several else {}), **row} for seed, some in rows.items() for row in some]
@@ -106,6 +111,11 @@ def entry(
 def plain(weights: Weights) -> Any:
     """Weights as JSON holds them."""
     return weights if isinstance(weights, str) else dict(weights)
+
+
+def listed(bounds: Bounds) -> list[float] | None:
+    """Bounds as JSON holds them."""
+    return None if bounds is None else list(bounds)
 
 
 def averaged(values: Sequence[Any]) -> Any:
