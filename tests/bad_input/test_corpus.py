@@ -1,0 +1,74 @@
+"""Every bad input of the corpus ends in one line that names it, and in its exit code: no traceback, nothing accepted.
+
+The corpus is data: the YAML files beside this one, one entry for each input.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import world
+
+CORPUS = {path.stem: world.entries(path) for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+EVERY = [pytest.param(entry, id=f"{name}-{entry.id}") for name, rows in CORPUS.items() for entry in rows]
+SECONDS = 20
+
+
+def test_the_corpus_is_large_and_its_names_are_its_own() -> None:
+    assert len(EVERY) >= 300
+    assert max(Counter(param.id for param in EVERY).values()) == 1
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; a command that hangs is ended."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError(f"no answer in {SECONDS} s")
+
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    yield folder
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    for path in folder.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("entry", EVERY)
+def test_bad_input(
+    entry: world.Entry,
+    place: Path,
+    tiny_model: Path,
+    tiny_mllm: Path,
+    tiny_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if os.geteuid() == 0 and any(isinstance(made, dict) and "mode" in made for made in entry.files.values()):
+        pytest.skip("rights do not bind the superuser")
+    for name, value in entry.env.items():
+        monkeypatch.setenv(name, value)
+    places = {"tiny": str(tiny_model), "mllm": str(tiny_mllm), "recipe": str(tiny_recipe), "here": str(place)}
+    code = world.run(entry, place, places)
+    out, err = capsys.readouterr()
+    said = err if entry.code else out
+    assert "Traceback" not in err
+    assert code == entry.code, err or out
+    assert re.search(entry.says, said), said
+    if code == 2:
+        lines = [line for line in err.splitlines() if line.startswith("diptych: error: ")]
+        assert len(lines) == 1, err
+        assert err.rstrip().endswith(lines[0]), "the error is the last word"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", re.sub(r"\r[^\n]*", "", err) + out), "nothing steers the terminal"
