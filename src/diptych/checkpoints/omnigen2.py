@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diptych.checkpoints.streaming import stream
 from diptych.checkpoints.tensors import SHARD_BYTES, load_into, own_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import read_object
 
 STEM = "diffusion_pytorch_model"
 PARTS = {"backbone": "mllm", "decoder": "transformer", "autoencoder": "vae"}
@@ -48,7 +49,7 @@ def is_published(folder: Path) -> bool:
     index = folder / "model_index.json"
     if not index.is_file():
         return False
-    named = str(read_json(index).get("_class_name"))
+    named = str(read_object(index).get("_class_name"))
     if not named.startswith("OmniGen2"):
         raise unknown("pipeline", named, ["OmniGen2Pipeline"], str(index))
     for part in PARTS.values():
@@ -60,7 +61,7 @@ def is_published(folder: Path) -> bool:
 def dynamic_shift(folder: Path) -> bool:
     """Whether the release's scheduler shifts times by the size of the latent; it does where it does not say."""
     path = folder / "scheduler" / "scheduler_config.json"
-    return bool(read_json(path).get("dynamic_time_shift", True)) if path.is_file() else True
+    return bool(read_object(path).get("dynamic_time_shift", True)) if path.is_file() else True
 
 
 def read_transformer_config(folder: Path) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def read_transformer_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no OmniGen2 transformer here (no config.json)")
-    values = read_json(path)
+    values = read_object(path)
     named = str(values.get("_class_name", TRANSFORMER_CLASS))
     if named != TRANSFORMER_CLASS:
         raise unknown("transformer", named, [TRANSFORMER_CLASS], str(path))
@@ -137,14 +138,3 @@ def is_small(path: Path) -> bool:
 def plain(value: Any) -> Any:
     """Tuples as lists."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; UserError where it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON (line {error.lineno})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values

@@ -12,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diptych.checkpoints.finite import cast
 from diptych.core.errors import UserError, nearest
+from diptych.core.filenames import member_path
+from diptych.core.reading import read_object
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 SHARD_BYTES = 4 * 1024**3
@@ -62,7 +65,7 @@ def write_tensors(
         pending, size = {}, 0
 
     for name, tensor in tensors:
-        tensor = tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else None).contiguous()
+        tensor = cast(name, tensor.detach().to("cpu"), dtype).contiguous()
         if pending and size + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
@@ -86,10 +89,10 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not an index of safetensors shards (no weight_map)") from error
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{index}: not an index of safetensors shards (no weight_map)")
+        names = sorted(str(member_path(name, str(index))) for name in {*shards.values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{index}: shard {missing[0]} is missing")

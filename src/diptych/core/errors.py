@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
@@ -23,3 +27,23 @@ def unknown(what: str, value: str, choices: Iterable[str], where: str = "") -> U
     hint = f" Did you mean {guess!r}?" if guess else ""
     place = f"{where}: " if where else ""
     return UserError(f"{place}unknown {what} {value!r}.{hint} Choices: {', '.join(listed) or '(none)'}.")
+
+
+@contextmanager
+def attributed_to(what: str) -> Iterator[None]:
+    """While something from outside is read or built: errors as UserErrors that name it; -vv shows where they arose.
+
+    Errors of the system (files, memory) stay as they are.
+    """
+    try:
+        yield
+    except (UserError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: nested too deeply") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if "memory" in str(error):
+            raise
+        log.debug("%s", what, exc_info=True)
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{what}: {type(error).__name__}{': ' if line else ''}{line}") from error

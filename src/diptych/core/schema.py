@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.ranges import check_ranges
 
 Variants = Mapping[str, type]
 """Dataclasses by the `kind` that chooses among them."""
@@ -29,8 +32,8 @@ def read(cls: Any, value: Any, where: str, variants: Mapping[type, Variants] | N
     if dataclasses.is_dataclass(cls):
         return read_dataclass(cls, value, where, variants)
     if origin is Literal:
-        if value not in get_args(cls):
-            raise unknown("value", value, [str(choice) for choice in get_args(cls)], where)
+        if not isinstance(value, str | int | None) or value not in get_args(cls):
+            raise unknown("value", str(value), [str(choice) for choice in get_args(cls)], where)
         return value
     if origin in (Union, types.UnionType):
         return _read_union(cls, value, where, variants)
@@ -56,16 +59,18 @@ def read_dataclass(cls: Any, value: Any, where: str, variants: Mapping[type, Var
     for name, field in fields.items():
         absent = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if absent and name not in rows:
-            raise UserError(f"{where}: {name!r} is missing")
+            raise UserError(f"{where}: {name!r} is missing" if where else f"{name!r} is missing")
     place = f"{where}." if where else ""
     values = {
         str(key): read(hints[str(key)], _with_defaults(fields[key], row), f"{place}{key}", variants)
         for key, row in rows.items()
     }
     try:
-        return cls(**values)
+        made = cls(**values)
+        check_ranges(made)
+        return made
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _with_defaults(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -82,6 +87,8 @@ def _read_variant(cls: type, value: Any, where: str, variants: Mapping[type, Var
     rows = dict(_need(value, dict, where, "a mapping with 'kind'"))
     choices = variants[cls]
     kind = rows.get("kind")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"{where}: 'kind' needs text, not {kind!r}")
     if kind is None:
         raise UserError(f"{where}: 'kind' is missing. Choices: {', '.join(sorted(choices))}.")
     if kind not in choices:
@@ -116,13 +123,11 @@ def _read_tuple(cls: Any, value: Any, where: str, variants: Mapping[type, Varian
 
 
 def _read_basic(cls: Any, value: Any, where: str) -> Any:
-    if cls is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if cls is float and isinstance(value, str):
-        try:
-            return float(value)  # YAML reads 1e-4 as text
-        except ValueError:
-            pass
+    if cls is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-4 as text
+    if cls is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: needs a finite number, not {value}")
     if isinstance(value, bool) and cls is not bool:
         raise UserError(f"{where}: needs {_named(cls)}, not {value!r}")
     return _need(value, cls, where, _named(cls))

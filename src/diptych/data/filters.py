@@ -139,7 +139,7 @@ def read_scores(file: Path) -> dict[str, dict[str, float]]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file of scores") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a readable file of scores ({error})") from error
     if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
         raise UserError(f'{file}: a file of scores is an object {{"item": {{"clip": 0.5}}}}')

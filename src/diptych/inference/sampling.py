@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval, Le
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.ranges import check_ranges
 from diptych.inference.bagel_guidance import BagelGuidance
 from diptych.inference.guidance import ALWAYS, ChainGuidance, Guidance, OmniGen2Guidance, QwenImageGuidance
 from diptych.inference.solvers import SOLVERS, Solver, make_solver
@@ -22,6 +25,8 @@ GUIDANCES: dict[str, type[Guidance]] = {
 FILLED = ("text", "images", "during", "patch")
 """Fields of guidance objects that come from other settings and from the model."""
 
+Side = Annotated[int, Interval(ge=1, le=16384)]
+"""Pixels."""
 Shift = float | Literal["root", "flux", "qwen_image"]
 
 
@@ -45,8 +50,8 @@ class Sampling:
     fields for edits.
     """
 
-    size: tuple[int, int] = (512, 512)
-    steps: int = 25
+    size: tuple[Side, Side] = (512, 512)
+    steps: Annotated[int, Le(100_000)] = 25
     cfg: float = 4.0
     image_cfg: float = 1.0
     guidance: str | dict[str, Any] = "chain"
@@ -61,6 +66,7 @@ class Sampling:
     edit: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, not {self.steps}")
         if self.batch_size < 1:

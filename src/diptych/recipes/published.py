@@ -6,11 +6,11 @@ parameters without a download. One JSON file for each hub id (and subfolder), un
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.core.reading import read_object
 from diptych.recipes.names import locate, shipped
 
 SIZES = Path(__file__).parent / "sizes"
@@ -29,10 +29,10 @@ def published_config(weights: str | None, subfolder: str | None = None) -> dict[
     if weights is None:
         raise UserError("a part needs `weights` or a `config`")
     if weights in shipped() or Path(weights).is_dir():
-        return json.loads((locate(weights) / (subfolder or "") / "config.json").read_text(encoding="utf-8"))
+        return read_object(locate(weights) / (subfolder or "") / "config.json")
     name = "__".join([*weights.split("/"), *([subfolder] if subfolder else [])]) + ".json"
     path = SIZES / name
     if not path.is_file():
         known = ", ".join(sorted(found.stem.replace("__", "/") for found in SIZES.glob("*.json")))
         raise UserError(f"{weights}: its sizes are not known without its files; give `config`. Known: {known}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)

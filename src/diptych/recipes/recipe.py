@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
+from annotated_types import Interval
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.image_sizes import AreaCap, SideRange, SizeRule
+from diptych.core.ranges import Count, NotNegative, NotNegativeInt, Positive, Share
+from diptych.core.reading import read_text, read_yaml, yaml_value
 from diptych.core.sample import Task
 from diptych.core.schema import Variants, read
 from diptych.data.filters import Filters
@@ -28,7 +30,23 @@ from diptych.systems.omnigen2 import OmniGen2Settings
 from diptych.systems.ovis_u1 import OvisU1Config
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 LIBRARY = Path(__file__).parent / "library"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Low-rank adapters: inner width, scale in units of it (the update is alpha / rank times B A), dropout of their
+    input, and the last parts of the names of the layers that get one ("to_q", "to_out.0")."""
+
+    rank: Count
+    alpha: Positive
+    targets: tuple[str, ...]
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise UserError("targets names no layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +65,7 @@ class Part:
     subfolder: str | None = None
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: str | None = None
-    lora: dict[str, Any] | None = None
+    lora: LoraSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +148,7 @@ class SourceSpec:
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
     task: Task
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     path: str | None = None
     ignore: tuple[str, ...] = ()
     split: str | None = None
@@ -138,8 +156,8 @@ class SourceSpec:
     filters: Filters | None = None
     control: str | None = None
     maps: str | None = None
-    count: int = 0
-    seed: int = 0
+    count: NotNegativeInt = 0
+    seed: Seed = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -176,12 +194,12 @@ class DataSpec:
 
     sources: dict[str, SourceSpec]
     balanced: bool = False
-    size: int | tuple[int, int] = 512
-    buckets: float | None = None
+    size: Count | tuple[Count, Count] = 512
+    buckets: Annotated[float, Interval(ge=1, le=100)] | None = None
     own_size: OwnSize | None = None
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
-    held_out: int = 0
-    max_bad_fraction: float = 0.01
+    held_out: NotNegativeInt = 0
+    max_bad_fraction: Share = 0.01
     cache: str | None = None
 
 
@@ -190,15 +208,15 @@ class StageSpec:
     """A stage; see `training.config.StageConfig`. settings: the system's options for this stage alone."""
 
     train: tuple[str, ...]
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Annotated[int, Interval(ge=1, le=2**20)]
     data: DataSpec
-    micro_batch_size: int | None = None
-    loss_weights: dict[str, float] = field(default_factory=dict[str, float])
+    micro_batch_size: Count | None = None
+    loss_weights: dict[str, NotNegative] = field(default_factory=dict[str, float])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = None
+    max_grad_norm: Positive = 1.0
+    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
     ema_warmup: bool = True
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -213,7 +231,7 @@ class Recipe:
 
     system: SystemSpec
     stages: dict[str, StageSpec]
-    seed: int = 0
+    seed: Seed = 0
     start: str | None = None
     run: RunConfig = field(default_factory=RunConfig)
     sampling: Sampling = field(default_factory=Sampling)
@@ -278,7 +296,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, An
 def header(name: str) -> list[str]:
     """The comment lines at a recipe's head: paper and table, expected cost and score, the command."""
     lines: list[str] = []
-    for line in find(name).read_text(encoding="utf-8").splitlines():
+    for line in read_text(find(name)).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# ").rstrip())
@@ -296,21 +314,13 @@ def set_value(plain: dict[str, Any], override: str) -> None:
         if not isinstance(place.setdefault(name, {}), dict):
             raise UserError(f"--set {override}: {name!r} is a value, not a mapping")
         place = place[name]
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML") from error
+    place[last] = yaml_value(text, f"--set {override}")
 
 
 def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         raise UserError(f"{path}: is its own base")
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    plain = read_yaml(path)
     if not isinstance(plain, dict):
         raise UserError(f"{path}: a recipe is a mapping")
     base = plain.pop("base", None)

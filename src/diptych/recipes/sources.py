@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.filters import filtered
 from diptych.data.folder import FolderSource
@@ -34,7 +34,12 @@ SOURCE_KEYS = {
 
 
 def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
-    """A source from its specification; UserError for a key that this kind of source does not read."""
+    """A source from its specification; UserError for a key that this kind of source does not read, or a wrong value."""
+    with attributed_to(f"sources.{name}"):
+        return _build_source(name, spec, data)
+
+
+def _build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
     for field in dataclasses.fields(spec):
         default = field.default if field.default is not dataclasses.MISSING else None
         given_value = getattr(spec, field.name) not in (default, {}, ())

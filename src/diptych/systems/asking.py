@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.ranges import NotNegativeInt, Share
 from diptych.core.sample import Batch, Message, Sample, Task
 from diptych.objectives import masked_image
 from diptych.objectives.flow_matching import FlowMatching
@@ -62,12 +63,12 @@ class ComposedConfig:
     """
 
     prompts: Prompts = field(default_factory=Prompts)
-    prompt_skip: int = 0
+    prompt_skip: NotNegativeInt = 0
     condition: Literal["all", "queries"] = "all"
     flow: FlowMatching = field(default_factory=FlowMatching)
-    mask_ratio: float = 0.0
+    mask_ratio: Share = 0.0
     mask_mode: masked_image.Way = "zero"
-    cfg_dropout: float = 0.1
+    cfg_dropout: Share = 0.1
 
 
 class AskingSystem(conversation.Answering, conversation.Imagining, AssembledSystem):

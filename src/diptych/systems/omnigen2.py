@@ -23,6 +23,7 @@ from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.image_sizes import AreaCap
+from diptych.core.ranges import Share
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
 from diptych.objectives import masked_image
 from diptych.objectives.flow_matching import FlowMatching
@@ -65,8 +66,8 @@ class OmniGen2Settings:
     reference_latents: bool = True
     max_pixels: int = 1024 * 1024
     flow: FlowMatching = field(default_factory=lambda: FlowMatching(timestep_shift="flux", weighting="element"))
-    cfg_dropout: float = 1e-4
-    cfg_dropout_images: float = 0.5
+    cfg_dropout: Share = 1e-4
+    cfg_dropout_images: Share = 0.5
 
 
 class OmniGen2System(conversation.Answering, conversation.Imagining, AssembledSystem, ImageSized):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.ranges import Share
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample, Task
 from diptych.objectives.cross_entropy import chosen_token_loss
 from diptych.objectives.flow_matching import FlowMatching, interpolate
@@ -79,8 +80,8 @@ class OvisU1Config:
     canvas: int = 32
     canvas_pixels: tuple[int, int] = (3136, 1003520)
     read_pixels: tuple[int, int] | None = (3136, 448 * 448)
-    cfg_dropout_text: float = 0.1
-    cfg_dropout_all: float = 0.1
+    cfg_dropout_text: Share = 0.1
+    cfg_dropout_all: Share = 0.1
     flow: FlowMatching = field(default_factory=FlowMatching)
     pack: int = 0
     too_long: Literal["error", "cut"] = "error"

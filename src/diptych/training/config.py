@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from diptych.core.errors import UserError
+from diptych.core.ranges import NotNegative, NotNegativeInt, Positive, Share, check_ranges
+
+BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +21,14 @@ class OptimizerConfig:
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    momentum: float = 0.95
+    lr: Positive = 1e-4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    momentum: BelowOne = 0.95
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +40,12 @@ class ScheduleConfig:
     """
 
     kind: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0
-    start: float = 0.0
-    end: float = 0.0
+    warmup: NotNegativeInt = 0
+    start: Share = 0.0
+    end: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +64,10 @@ class StageConfig:
     steps: int
     batch_size: int
     micro_batch_size: int | None = None
-    loss_weights: dict[str, float] = field(default_factory=dict[str, float])
+    loss_weights: dict[str, NotNegative] = field(default_factory=dict[str, float])
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     ema_decay: float | None = None
     ema_warmup: bool = True
 
@@ -76,6 +87,7 @@ class StageConfig:
             raise UserError(f"stage {self.name!r}: ema_warmup has no effect without ema_decay")
         if not self.train:
             raise UserError(f"stage {self.name!r}: trains nothing; name parts under `train`")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +111,7 @@ class RunConfig:
     score_limit: int | None = None
     keep_checkpoints: int = 2
     keep_stages: bool = False
-    num_workers: int = 0
+    num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
     strategy: Literal["auto", "fsdp"] = "auto"

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from diptych.checkpoints import aimv2
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import read_object
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.aimv2 import AIMv2Config
 from diptych.parts.backbones.base import LayeredBackbone, Prefix
@@ -111,10 +112,7 @@ class Ovis(LayeredBackbone):
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Ovis:
         """A folder that `save_pretrained` wrote; the published Ovis-U1 is a whole system, loaded as one."""
         folder = Path(source).expanduser()
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{source}: no readable config.json ({type(error).__name__})") from error
+        config = read_object(folder / "config.json")
         if config.pop("model_type", None) != MODEL_TYPE:
             raise UserError(f"{source}: not an Ovis MLLM saved by this library (model_type {MODEL_TYPE})")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

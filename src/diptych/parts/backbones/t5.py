@@ -7,7 +7,6 @@ B batch, L tokens, D width.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import read_object
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import LayeredBackbone, Prefix
@@ -190,7 +190,7 @@ def read_encoder(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no text encoder here (no config.json)")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = read_object(folder / "config.json").get("model_type")
         if kind != architecture.config_class.model_type:
             raise UserError(f"{folder}: a {kind!r} model, not {architecture.config_class.model_type!r}")
         with without_bars():

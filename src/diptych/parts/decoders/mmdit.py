@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
+from diptych.core.ranges import Count, NotNegativeInt, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.packing import Packed, PackingDecoder, Segments, check_layer
@@ -42,19 +43,20 @@ class MMDiTConfig:
     pooled_width: width of a pooled condition vector that is added to the time embedding, None for none.
     """
 
-    channels: int
-    patch: int
+    channels: Count
+    patch: Count
     condition_width: int
-    hidden: int
-    heads: int
-    double: int
-    single: int
-    mlp_ratio: int = 4
+    hidden: Count
+    heads: Count
+    double: NotNegativeInt
+    single: NotNegativeInt
+    mlp_ratio: Count = 4
     axes: tuple[int, int, int] = (16, 56, 56)
     pooled_width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
+        check_ranges(self)
         if self.hidden % self.heads:
             raise UserError(f"mmdit: hidden {self.hidden} is no multiple of heads {self.heads}")
         if sum(self.axes) != self.hidden // self.heads:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
+from diptych.core.ranges import Count, NotNegativeInt, Positive, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.fit import fit
@@ -51,20 +52,21 @@ class OvisU1DecoderConfig:
     qkv_bias: of the double blocks. pooled_width: of the condition's vector for the whole; W where it is the refiner's.
     """
 
-    channels: int
-    patch: int
-    hidden: int
-    heads: int
-    double: int
-    single: int
+    channels: Count
+    patch: Count
+    hidden: Count
+    heads: Count
+    double: NotNegativeInt
+    single: NotNegativeInt
     axes: tuple[int, int, int]
-    mlp_ratio: float = 4
-    theta: float = 10_000.0
+    mlp_ratio: Positive = 4
+    theta: Positive = 10_000.0
     qkv_bias: bool = True
     pooled_width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", tuple(self.axes))
+        check_ranges(self)
         if self.hidden % self.heads:
             raise UserError(f"ovis_u1: hidden {self.hidden} is no multiple of heads {self.heads}")
         if sum(self.axes) != self.hidden // self.heads:

@@ -1,0 +1,38 @@
+"""Which loss terms a stage has, so that a weight for any other is a mistake."""
+
+from __future__ import annotations
+
+from diptych.core.errors import UserError, unknown
+from diptych.recipes.recipe import StageSpec
+from diptych.systems.base import MultiScaleSystem, System
+from diptych.systems.hieraquery import HieraQuery
+
+ANSWERS = "cross_entropy"
+
+
+def loss_terms(system: System, spec: StageSpec) -> set[str]:
+    """Names that a loss weight of the stage may have: terms ("flow.image") and families of them ("flow_4x4")."""
+    tasks = {source.task for source in spec.data.sources.values()}
+    families: set[str] = set()
+    if tasks - {"understand"}:
+        families.add("flow")
+        if isinstance(system, MultiScaleSystem):
+            families |= {f"flow_{name}" for name in system.scales}
+        if isinstance(system, HieraQuery) and system.projector is not None:
+            families |= {"align", *(f"align_{name}" for name in system.scales)}
+    terms = {f"{family}.{task}" for family in families for task in tasks - {"understand"}}
+    if "understand" in tasks:
+        families.add(ANSWERS)
+        terms.add(f"{ANSWERS}.understand")
+    return families | terms
+
+
+def check_loss_weights(name: str, spec: StageSpec, system: System) -> None:
+    """UserError for a weight of a term that the stage does not have, or where all weights are 0."""
+    known = loss_terms(system, spec)
+    for term in spec.loss_weights:
+        if term not in known:
+            raise unknown("loss term", term, known, f"stages.{name}.loss_weights")
+    families = {term.split("_")[0] if term != ANSWERS else term for term in known if "." not in term}
+    if families and all(spec.loss_weights.get(family, 1.0) == 0 for family in families):
+        raise UserError(f"stages.{name}.loss_weights: every term counts 0, so that nothing is learned")
