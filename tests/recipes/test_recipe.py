@@ -53,7 +53,7 @@ def test_overrides() -> None:
         ("steps", "write it as key=value"),
         ("=3", "write it as key=value"),
         ("seed.deep=3", "'seed' is a value, not a mapping"),
-        ("a=[1", "the value is not YAML"),
+        ("a=[1", r"--set a=\[1: not valid YAML"),
     ):
         with pytest.raises(UserError, match=message):
             set_value(plain, text)

@@ -102,7 +102,7 @@ def yaml_value(text: str, name: str) -> Any:
         return value
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
+        place = f":{mark.line + 1}" if mark and "\n" in text else ""
         raise UserError(f"{name}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{name}: not YAML that can be read ({reason(error)})") from error
