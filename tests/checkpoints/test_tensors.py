@@ -51,7 +51,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shard model-00002-of-00003\.safetensors is missing"):
         weight_files(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match="not an index"):
+    with pytest.raises(UserError, match="holds a list in place of a JSON object"):
         weight_files(tmp_path)
 
 
