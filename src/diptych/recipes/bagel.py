@@ -19,6 +19,7 @@ from diptych.checkpoints.streaming import entries, stream
 from diptych.checkpoints.tensors import load_into, own_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_folder
+from diptych.core.reading import read_object
 from diptych.core.schema import read
 from diptych.inference.sampling import Sampling
 from diptych.parts.autoencoders.base import Autoencoder
@@ -83,7 +84,7 @@ def build_bagel(
     network, tokenizer = _network(spec, meta, assets, tokenizers)
     autoencoder, autoencoder_origin = autoencoders(spec.autoencoder, meta)
     if spec.network.lora:
-        add_lora(network.llm, **spec.network.lora)
+        add_lora(network.llm, **dataclasses.asdict(spec.network.lora))
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
     own = {
         "config": dataclasses.asdict(network.config),
@@ -138,7 +139,7 @@ def load_network(folder: Path, dtype: torch.dtype | None = None) -> BagelNetwork
 def release_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> NetworkConfig:
     """Sizes by a release's two configurations, and by its tensors for what they do not say or say differently (the
     published vision configuration counts a layer that the weights leave out)."""
-    llm, vision = (json.loads((folder / name).read_text(encoding="utf-8")) for name in CONFIGS)
+    llm, vision = (read_object(folder / name) for name in CONFIGS)
     try:
         token, width = shapes["llm2vae.weight"]
         side = round(shapes["latent_pos_embed.pos_embed"][0] ** 0.5)

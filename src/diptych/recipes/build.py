@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone, LayeredBackbone
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
@@ -199,6 +199,7 @@ def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1Sy
 # Parts
 
 
+@attributed_to("backbone")
 def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone, and what its configuration file will say of it.
 
@@ -221,6 +222,7 @@ def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
     return backbone, {**dataclasses.asdict(part), **saved, "config": backbone.plain_config()}
 
 
+@attributed_to("conditioner")
 def build_conditioner(part: Part, backbone: Backbone, meta: bool) -> tuple[Conditioner, dict[str, Any]]:
     """A conditioner for an MLLM."""
     conditioner, origin = build_part("conditioner", part, CONDITIONERS, Conditioner, {"width": backbone.width}, meta)
@@ -229,24 +231,28 @@ def build_conditioner(part: Part, backbone: Backbone, meta: bool) -> tuple[Condi
     return conditioner, origin
 
 
+@attributed_to("connector")
 def build_connector(part: Part, width: int, out: int, meta: bool) -> tuple[Connector, dict[str, Any]]:
     """What stands between the MLLM's states and the decoder."""
     return build_part("connector", part, CONNECTORS, Connector, {"width": width, "out": out}, meta)
 
 
+@attributed_to("decoder")
 def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str, Any]]:
     """A decoder; its condition is as wide as the MLLM where the recipe does not say."""
     decoder, origin = build_part("decoder", part, DECODERS, Decoder, {"condition_width": width}, meta)
     if part.lora:
-        add_lora(decoder, **part.lora)
+        add_lora(decoder, **dataclasses.asdict(part.lora))
     return decoder, origin
 
 
+@attributed_to("autoencoder")
 def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, Any]]:
     """An autoencoder, frozen."""
     return build_part("autoencoder", part, AUTOENCODERS, Autoencoder, {}, meta)
 
 
+@attributed_to("pooler")
 def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
     """A text encoder that gives one vector for a prompt, frozen, by the name of its weights."""
     if not part.weights and not meta:

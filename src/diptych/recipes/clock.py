@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from diptych.core.errors import UserError
 from diptych.core.files import write_text
+from diptych.core.reading import read_object
 from diptych.training import state
 
 CLOCK = "seconds.json"
@@ -32,7 +34,9 @@ def seconds(folder: Path) -> float:
     path = folder / CLOCK
     if not path.is_file():
         return 0.0
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_object(path)
+    if not {"since", "seconds"} <= {*found}:
+        raise UserError(f"{path}: not a run's clock; remove it")
     if found["since"] is None:
         return found["seconds"]
     kept = state.checkpoints(folder / "checkpoints")

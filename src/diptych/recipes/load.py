@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from diptych.checkpoints.finite import check_finite
 from diptych.checkpoints.metaquery import load_metaquery
 from diptych.checkpoints.omnigen2 import is_published
 from diptych.checkpoints.openuni import load_openuni
 from diptych.checkpoints.ovis_config import is_ovis
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, attributed_to, unknown
+from diptych.core.reading import read_object
 from diptych.core.schema import read
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling, from_legacy
@@ -56,7 +58,14 @@ def load(model: str, *, device: str = "cpu") -> Engine:
 
 
 def load_system(model: str) -> tuple[System, Sampling]:
-    """The system and its sampling defaults."""
+    """The system and its sampling defaults; UserError names what is wrong with the model's files."""
+    with attributed_to(model):
+        system, sampling = _load_system(model)
+        check_finite(system, model)
+    return system, sampling
+
+
+def _load_system(model: str) -> tuple[System, Sampling]:
     folder = locate(model)
     if bagel.is_release(folder):
         return build_system(bagel.release_spec(model)), bagel.SAMPLING
@@ -79,7 +88,7 @@ def load_system(model: str) -> tuple[System, Sampling]:
 
 def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json")
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'}: not valid JSON (line {error.lineno})") from error
     kind = config.get("model_type")

@@ -16,6 +16,7 @@ from diptych.checkpoints.ovis_u1 import to_ours, to_published
 from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
+from diptych.core.reading import read_object
 from diptych.parts.backbones.ovis import Ovis
 from diptych.recipes.recipe import OvisU1Spec, Part
 from diptych.systems.base import System
@@ -32,7 +33,7 @@ def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = No
     backbone = parts["backbone"]
     file = None if folder is None else folder / "preprocessor_config.json"
     if file is not None and file.is_file():
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = read_object(file)
         backbone |= {ours: told[key] for key, ours in PIXELS.items() if key in told}
     return OvisU1Spec(
         kind="ovis_u1",

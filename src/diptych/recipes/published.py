@@ -18,10 +18,7 @@ SIZES = Path(__file__).parent / "sizes"
 
 def folder_config(name: str) -> dict[str, Any]:
     """The config.json of a model by its name, downloaded where it has to be; UserError where it is not readable."""
-    try:
-        return json.loads((locate(name) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: no readable config.json ({type(error).__name__})") from error
+    return read_object(locate(name) / "config.json", f"{name}: config.json")
 
 
 def published_config(weights: str | None, subfolder: str | None = None) -> dict[str, Any]:

@@ -15,9 +15,11 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
+from diptych.checkpoints.finite import check_finite
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_folder, write_text
+from diptych.core.reading import read_yaml
 from diptych.core.sample import Batch
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
@@ -26,6 +28,7 @@ from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import from_checkpoint, stage_settings, start
+from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
 from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
@@ -61,6 +64,7 @@ def train_recipe(
     resumed = claim(folder, plain, resume)
     accelerator = make_accelerator(recipe.run)
     system = start(recipe)
+    check_finite(system, recipe.start or "the weights that the recipe's parts start from")
     check_parts(recipe, system)
     trained = [name for stage in recipe.stages.values() for name in stage.train]
     system.own(dict.fromkeys(trained))
@@ -106,7 +110,9 @@ def claim(folder: Path, plain: dict[str, Any], resume: bool) -> bool:
         return False
     if not path.is_file():
         raise UserError(f"{folder}: nothing to resume (no recipe.yaml)")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = read_yaml(path)
+    if not isinstance(before, dict):
+        raise UserError(f"{path}: a recipe is a mapping")
     changed = difference(strip(with_new_names(before)), strip(plain))
     if changed:
         raise UserError(
@@ -162,6 +168,9 @@ def check_parts(recipe: Recipe, system: System) -> None:
         for part in stage.train:
             if part not in parts:
                 raise unknown("part", part, parts, f"stages.{name}.train")
+            if stage.train.count(part) > 1:
+                raise UserError(f"stages.{name}.train: names {part!r} twice")
+        check_loss_weights(name, stage, system)
         for source, spec in stage.data.sources.items():
             if spec.task not in system.tasks:
                 raise unknown("task", spec.task, system.tasks, f"stages.{name}.data.sources.{source}")

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import read_yaml
 from diptych.core.schema import read
 from diptych.evaluation import toyfeatures, toyscales, toyvqa
 from diptych.evaluation.evaluate import TOYS
@@ -134,12 +133,7 @@ def load(name: str, overrides: Sequence[str] = (), limit: int | None = None) -> 
         UserError: an unknown key, a wrong type, a task or start that is not there, or a setting that does nothing.
     """
     path = find(name)
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    plain = read_yaml(path)
     if not isinstance(plain, dict):
         raise UserError(f"{path}: a study is a mapping")
     for override in overrides:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.files import write_figure, write_text
+from diptych.core.reading import read_object
 from diptych.evaluation.results import categories
 from diptych.recipes.clock import seconds
 from diptych.recipes.study import Planned, StudySpec, asked
@@ -76,8 +77,8 @@ def _scores(run: Planned, tasks: dict[str, Any]) -> dict[str, Any] | None:
     path = run.folder / "eval" / "results.json"
     if not run.spec.report or not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["asked"] == tasks else None
+    found = read_object(path)
+    return found if found.get("asked") == tasks else None
 
 
 def _seconds(run: Planned) -> float:

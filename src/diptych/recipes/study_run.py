@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from diptych.core.errors import UserError
 from diptych.core.files import write_text
+from diptych.core.reading import read_object, read_yaml
 from diptych.evaluation import evaluate, results
 from diptych.recipes import study_report
 from diptych.recipes.clock import clock, seconds
@@ -104,7 +104,7 @@ def check_same(run: Planned) -> None:
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
-    before, now = strip(with_new_names(yaml.safe_load(path.read_text(encoding="utf-8")))), strip(run.plain)
+    before, now = strip(with_new_names(read_yaml(path))), strip(run.plain)
     if run.start is not None and trained(run):  # the study may have been moved
         before, now = {**before, "start": None}, {**now, "start": None}
     if changed := difference(before, now):
@@ -114,7 +114,7 @@ def check_same(run: Planned) -> None:
 def given(run: Planned) -> str | None:
     """The model whose scores stand in a run's folder in place of a trained one's."""
     path = run.folder / GIVEN
-    return json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else None
+    return read_object(path).get("model") if path.is_file() else None
 
 
 def trained(run: Planned) -> bool:
@@ -126,7 +126,7 @@ def scored(run: Planned, tasks: Asked) -> bool:
     path = run.folder / "eval" / "results.json"
     if not run.spec.report:
         return True
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == tasks
+    return path.is_file() and read_object(path).get("asked") == tasks
 
 
 def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = None) -> bool:

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from diptych.checkpoints.tensors import read_tensors, weight_files, write_tensors
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
 from diptych.core.files import write_folder
+from diptych.core.reading import read_object
 from diptych.training.ema import EMA
 
 PREFIX = "step-"
@@ -167,12 +168,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood."""
-    return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    with attributed_to(str(checkpoint / "progress.json")):
+        return Progress(**read_object(checkpoint / "progress.json"))
 
 
 def read_recipe(checkpoint: Path) -> dict[str, Any]:
     """The resolved recipe that the run had."""
-    return json.loads((checkpoint / "recipe.json").read_text(encoding="utf-8"))
+    return read_object(checkpoint / "recipe.json")
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diptych.core.ranges import Count
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.base import Conditioner, start_queries
 
@@ -15,8 +16,8 @@ from diptych.parts.conditioners.base import Conditioner, start_queries
 class LearnableQueriesConfig:
     """width: D of the language model. queries: Q. init_text: text of Q tokens whose embeddings the queries start as."""
 
-    width: int
-    queries: int = 256
+    width: Count
+    queries: Count = 256
     init_text: str | None = None
 
 
