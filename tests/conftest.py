@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from diptych.recipes.recipe import parse
 from diptych.recipes.run import save_model
 
 sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of several rooms read
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _index_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Indexes of the tests' data go to a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIPTYCH_INDEX", str(tmp_path_factory.mktemp("index")))
+        yield
+
 
 BACKBONE: dict[str, Any] = {
     "vision_config": {

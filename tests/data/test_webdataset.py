@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.data.shards import expand
 from diptych.data.source import BadItem, ItemDraws
-from diptych.data.webdataset import WebDatasetSource, expand
+from diptych.data.webdataset import WebDatasetSource
 
 DRAWS = ItemDraws(0)
 
@@ -69,7 +70,9 @@ def test_pairs_grouped_by_name(shards: Path, pattern: str) -> None:
         "b/x": "no caption",
         "d": "no image",
     }
-    assert source.sizes() == [(10, 20), (10, 20)]
+    sizes = source.sizes()
+    assert sizes is not None
+    assert sizes.tolist() == [[10, 20], [10, 20]]
     assert source.fingerprint(0) != source.fingerprint(1)
 
 
@@ -111,7 +114,7 @@ def test_bad_members(tmp_path: Path) -> None:
         with pytest.raises(BadItem) as caught:
             source.load(index, DRAWS, (8, 8))
         reasons.append(caught.value.reason.split(" (")[0])
-    assert reasons == ["truncated or corrupt image", "malformed .json", "'text' is missing"]
+    assert reasons == ["truncated or corrupt image", "malformed .json", "'text' or 'caption' is missing"]
 
 
 def test_unreadable_shards(shards: Path, tmp_path: Path) -> None:

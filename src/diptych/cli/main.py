@@ -31,6 +31,7 @@ COMMANDS = {
     "curves": "the losses of runs, drawn",
     "study": "run a set of recipes at equal budget and tabulate them",
     "check": "look at a recipe and its data before a run",
+    "index": "read the headers of data once, so that training starts at once",
     "recipes": "list the recipes, or show one",
     "save": "a model as a folder, in our layout or the published one",
     "pack": "a run's model as one small folder",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
 
 from diptych.core.errors import UserError
-from diptych.data.source import Size
+from diptych.data.columns import derived, digest
+from diptych.data.source import Listed, Size, Source, size_table
+
+_BLOCK = 1 << 16
 
 
 def buckets(base: int, step: int, max_ratio: float = 2.0) -> list[Size]:
@@ -50,46 +55,83 @@ class Assignment:
     unreadable: items without a size; they stay in the first bucket, so that loading them names the reason.
     """
 
-    members: list[list[int]]
-    extreme: list[int] = field(default_factory=list[int])
-    unreadable: list[int] = field(default_factory=list[int])
+    members: Sequence[np.ndarray]
+    extreme: np.ndarray
+    unreadable: np.ndarray
 
     def report(self, sizes: Sequence[Size], name: str) -> list[str]:
         """A line per bucket in use and one for what was left out."""
         lines = [
             f"{name}: {len(rows):,} items at {height}x{width}"
             for (height, width), rows in zip(sizes, self.members, strict=True)
-            if rows
+            if len(rows)
         ]
-        if self.extreme:
+        if len(self.extreme):
             lines.append(f"{name}: {len(self.extreme):,} items left out, too wide or too tall for every bucket")
-        if self.unreadable:
+        if len(self.unreadable):
             lines.append(f"{name}: {len(self.unreadable):,} items with an unreadable header")
         return lines
 
 
-def assign(sizes: Sequence[Size | None], buckets: Sequence[Size], max_loss: float = 0.5) -> Assignment:
+def assign(sizes: Sequence[Size | None] | np.ndarray, buckets: Sequence[Size], max_loss: float = 0.5) -> Assignment:
     """Each item to the bucket of nearest aspect ratio (by log ratio; the earlier of equals).
 
     Args:
-        sizes: (height, width) per item, None where unreadable.
+        sizes: (height, width) per item, None or zeros where unreadable.
         buckets: (height, width) per bucket.
         max_loss: largest share of the image that the crop to its bucket may cut away before the item is left out.
     """
+    return split(places(sizes, buckets, max_loss), len(buckets))
+
+
+_EXTREME, _UNREADABLE = -1, -2
+
+
+def places(sizes: Sequence[Size | None] | np.ndarray, buckets: Sequence[Size], max_loss: float) -> np.ndarray:
+    """The bucket of each item, (N,) int16; -1 where it is left out, -2 where it is unreadable."""
     if not buckets:
         raise UserError("no buckets to assign to")
-    ratios = [math.log(width / height) for height, width in buckets]
-    result = Assignment([[] for _ in buckets])
+    table = size_table(sizes)
+    ratios = np.array([math.log(width / height) for height, width in buckets])
     limit = -math.log1p(-max_loss) if max_loss < 1 else math.inf
-    for index, size in enumerate(sizes):
-        if size is None:
-            result.unreadable.append(index)
-            result.members[0].append(index)
-            continue
-        ratio = math.log(size[1] / size[0])
-        best = min(range(len(buckets)), key=lambda bucket: abs(ratios[bucket] - ratio))
-        if abs(ratios[best] - ratio) > limit:
-            result.extreme.append(index)
-        else:
-            result.members[best].append(index)
+    result = np.empty(len(table), np.int16)
+    for start in range(0, len(table), _BLOCK):
+        height, width = table[start : start + _BLOCK].astype(np.float64).T
+        readable = (height > 0) & (width > 0)
+        ratio = np.log(np.where(readable, width, 1) / np.where(readable, height, 1))
+        distance = np.abs(ratios[None] - ratio[:, None])  # (items, buckets)
+        best = distance.argmin(1)
+        best[distance.min(1) > limit] = _EXTREME
+        best[~readable] = _UNREADABLE
+        result[start : start + _BLOCK] = best
     return result
+
+
+def split(places: np.ndarray, count: int) -> Assignment:
+    """Items by their bucket, of `count`."""
+    wide = np.uint32 if len(places) < 2**32 else np.uint64
+    unreadable = np.flatnonzero(places == _UNREADABLE).astype(wide)
+    members = [np.flatnonzero(places == bucket).astype(wide) for bucket in range(count)]
+    if len(unreadable):
+        members[0] = np.sort(np.concatenate([members[0], unreadable]))
+    return Assignment(members, np.flatnonzero(places == _EXTREME).astype(wide), unreadable)
+
+
+def planned(source: Source, buckets: Sequence[Size], max_loss: float) -> Assignment | None:
+    """`assign` of a source's items; None where every bucket suits all. What an indexed source gives is kept with its
+    index and mapped, so that processes share it."""
+    sizes = source.sizes()
+    if sizes is None:
+        return None
+    identity = source.identity() if isinstance(source, Listed) else None
+    if identity is None:
+        return assign(sizes, buckets, max_loss)
+
+    def make() -> dict[str, np.ndarray]:
+        made = assign(sizes, buckets, max_loss)
+        joined = [*made.members, made.extreme, made.unreadable]
+        return {"items": np.concatenate(joined), "ends": np.cumsum([len(rows) for rows in joined])}
+
+    kept = derived("plans", digest(identity, [list(size) for size in buckets], max_loss), make)
+    *members, extreme, unreadable = np.split(kept["items"], kept["ends"][:-1].tolist())
+    return Assignment(members, extreme, unreadable)

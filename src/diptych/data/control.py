@@ -152,7 +152,7 @@ class ControlSource(Source):
             extra={"control": self.kind},
         )
 
-    def sizes(self) -> Sequence[Size | None] | None:
+    def sizes(self) -> Sequence[Size | None] | np.ndarray | None:
         return self.pairs.sizes()
 
     def fingerprint(self, index: int) -> str:

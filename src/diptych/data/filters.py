@@ -6,18 +6,18 @@ Sec. 3.1 (aesthetic score above 6).
 
 from __future__ import annotations
 
-import abc
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_json
-from diptych.data.source import BadItem, ItemDraws, Size, Source
+from diptych.data.source import BadItem, ItemDraws, Scored, Size, Source, size_table
 from diptych.data.subset import Subset
 
 Scorer = Callable[[Tensor, str], float]
@@ -64,14 +64,6 @@ class Filters:
         return [name for name, (limit, _) in SCORES.items() if getattr(self, limit) is not None]
 
 
-class Scored(abc.ABC):
-    """What a source also is whose items may carry scores of their own."""
-
-    @abc.abstractmethod
-    def column(self, index: int, name: str) -> object:
-        """What item `index` has under this name; None where it has nothing."""
-
-
 def filtered(source: Source, filters: Filters) -> Source:
     """The items of a source that pass; `dropped` counts the others, each with its reason.
 
@@ -79,12 +71,13 @@ def filtered(source: Source, filters: Filters) -> Source:
         UserError: an item without the score that is asked for, an unreadable file of scores, or nothing that passes.
     """
     sizes = source.sizes() if filters.max_aspect is not None else None
+    table = None if sizes is None else size_table(sizes)
     score = _lookup(source, filters)
     kept: list[int] = []
     dropped = dict(source.dropped)
     for index in range(len(source)):
         id = item_id(source, index)
-        reason = "" if sizes is None else _aspect(sizes[index], filters.max_aspect)
+        reason = "" if table is None else _aspect(table[index].tolist(), filters.max_aspect)
         reason = reason or _scored(lambda name, index=index: score(index, name), id, filters)
         if reason:
             dropped[id] = reason
@@ -93,7 +86,7 @@ def filtered(source: Source, filters: Filters) -> Source:
     if not kept:
         first = next(iter(dropped.items()), ("", "it is empty"))
         raise UserError(f"{source.name}: the filters leave nothing (first: {first[0]}: {first[1]})")
-    subset = Subset(source, kept)
+    subset = Subset(source, np.array(kept, np.int64))
     subset.dropped = dropped
     return subset
 
@@ -150,8 +143,8 @@ def write_scores(file: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
     write_json(file, scores, None)
 
 
-def _aspect(size: Size | None, most: float | None) -> str:
-    if size is None or most is None:
+def _aspect(size: Sequence[int], most: float | None) -> str:
+    if not all(size) or most is None:
         return ""
     ratio = max(size) / min(size)
     return f"aspect ratio {ratio:.2f} above {most:g}" if ratio > most else ""

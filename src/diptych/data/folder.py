@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
 from diptych.data.captions import TextSetting, text_keys
+from diptych.data.columns import digest
 from diptych.data.image_metadata import NAMES, read_metadata
 from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
 from diptych.data.rows import Row, make_sample, usable_text
-from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
+from diptych.data.size_index import header_sizes
+from diptych.data.source import BadItem, ItemDraws, Listed, Size, Source, check_task, describe, file_stamp
 
 _CAPTION = ".txt"
 
 
-class FolderSource(Source):
+class FolderSource(Source, Listed):
     """Images under `folder`, in order of their paths.
 
     A caption is a .txt of the image's name, or stands in a metadata.jsonl or metadata.csv (`image_metadata`). Hidden
@@ -73,14 +77,22 @@ class FolderSource(Source):
             fit_mode=self.fit,
         )
 
-    def sizes(self) -> Sequence[Size | None]:
-        return [self._size(path) for path in self.paths]
+    def sizes(self) -> np.ndarray:
+        return header_sizes(self.identity(), len(self), lambda index: self._size(self.paths[index]), self.name)
+
+    def identity(self) -> str:
+        return self._identity
 
     def fingerprint(self, index: int) -> str:
         return f"{file_stamp(self.folder / self.paths[index])}:{self.fit}"
 
     def describe(self) -> str:
         return describe(self)
+
+    @cached_property
+    def _identity(self) -> str:
+        """Of paths, file sizes and times."""
+        return digest("folder", str(self.folder.resolve()), [file_stamp(self.folder / path) for path in self.paths])
 
     def _id(self, path: str) -> str:
         return f"{self.name}/{path}"

@@ -23,6 +23,7 @@ from torch import Tensor
 from diptych.core.errors import UserError, unknown
 from diptych.data.colour import WHITE, UnknownRange, to_srgb
 from diptych.data.source import BadItem, Size
+from diptych.data.tar_scan import IMAGE_SUFFIXES
 
 FitMode = Literal["crop", "letterbox", "inside", "stretch"]
 """`crop`: short side resized, centre kept. `letterbox`: whole image, white around it. `stretch`: whole image, both
@@ -33,7 +34,8 @@ AnyImage = Image.Image | str | Path | bytes | np.ndarray | Tensor
 """What `as_image` takes."""
 
 FIT_MODES: tuple[str, ...] = get_args(FitMode)
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"})
+SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -9,20 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
-from diptych.data.filters import Scored
+from diptych.data.columns import digest
 from diptych.data.imaging import FitMode, check_fit, image_size, read_image
 from diptych.data.rows import KEYS, make_sample, parse_row
-from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
+from diptych.data.size_index import header_sizes
+from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
 
 _EXTRA = ("id", "width", "height")
 _KNOWN = frozenset({*_EXTRA, *(key for keys in KEYS.values() for key in keys)})
 
 
-class JsonlSource(Source, Scored):
+class JsonlSource(Source, Scored, Listed):
     """Rows by task:
 
     - `image`: {"image"}
@@ -81,10 +83,13 @@ class JsonlSource(Source, Scored):
 
         return make_sample(row, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
 
-    def sizes(self) -> Sequence[Size | None] | None:
+    def sizes(self) -> np.ndarray | None:
         if self.task == "understand":
             return None
-        return [self._size(index) for index in range(len(self))]
+        return header_sizes(self.identity(), len(self), self._size, self.name)
+
+    def identity(self) -> str:
+        return digest("jsonl", file_stamp(self.file), str(self.folder), len(self), self.task)
 
     def fingerprint(self, index: int) -> str:
         row = self._row(index)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -99,7 +100,7 @@ class CachedLatents(Source):
         digest = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
         return self.folder / digest[:2] / f"{digest[2:]}.safetensors"
 
-    def sizes(self) -> Sequence[Size | None] | None:
+    def sizes(self) -> Sequence[Size | None] | np.ndarray | None:
         return self.source.sizes()
 
     def fingerprint(self, index: int) -> str:

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.image_sizes import SizeRule
 from diptych.core.sample import Batch, Sample
 from diptych.data.bucket_plan import BucketPlan
-from diptych.data.buckets import Assignment, assign
+from diptych.data.buckets import Assignment, planned
 from diptych.data.permutation import Permutation
-from diptych.data.source import BadItem, ItemDraws, Size, Source
+from diptych.data.source import BadItem, ItemDraws, Size, Source, size_table
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +241,7 @@ class Mixture:
         met: dict[str, str] = {}
         for attempt in range(min(count, _MOST_ATTEMPTS)):
             at = order((position + attempt) % count)
-            item = (place, at if members is None else members[at])
+            item = (place, at if members is None else int(members[at]))
             error = self._bad.get(item)
             if error is None:
                 tried.append(item)
@@ -254,14 +256,14 @@ class Mixture:
     def _target_size(self, item: Item, bucket: int) -> Size:
         """(H, W) of an item's target: that of the step, or the item's own."""
         if self.own_size is not None and (sizes := self._own_sizes[item[0]]) is not None:
-            size = sizes[item[1]]
-            if size is not None:  # an unreadable one is a BadItem when it is loaded
-                return self.own_size.fit(*size, self.stride)
+            height, width = sizes[item[1]].tolist()
+            if height and width:  # an unreadable one is a BadItem when it is loaded
+                return self.own_size.fit(height, width, self.stride)
         return self.buckets[bucket]
 
     @cached_property
-    def _own_sizes(self) -> list[Sequence[Size | None] | None]:
-        return [source.sizes() for source in self.sources]
+    def _own_sizes(self) -> list[np.ndarray | None]:
+        return [None if sizes is None else size_table(sizes) for sizes in (source.sizes() for source in self.sources)]
 
     def _order(self, place: int, bucket: int, epoch: int, count: int) -> Permutation:
         where = (place, bucket, epoch)
@@ -300,13 +302,13 @@ class Mixture:
         return [sum(weight * row[bucket] for weight, row in held) / total for bucket in range(len(self.buckets))]
 
     def _assign(self, source: Source) -> Assignment | None:
-        sizes = source.sizes() if self.bucketed else None
-        if sizes is None:
+        assignment = planned(source, self.buckets, self.max_loss) if self.bucketed else None
+        if assignment is None:
             return None
-        assignment = assign(sizes, self.buckets, self.max_loss)
-        if assignment.extreme:
-            logger.warning("%s", assignment.report(self.buckets, source.name)[-2 if assignment.unreadable else -1])
-        if not any(assignment.members):
+        if len(assignment.extreme):
+            lines = assignment.report(self.buckets, source.name)
+            logger.warning("%s", lines[-2 if len(assignment.unreadable) else -1])
+        if not any(map(len, assignment.members)):
             raise UserError(f"{source.name}: every item is too wide or too tall for the buckets; raise max_ratio")
         return assignment
 

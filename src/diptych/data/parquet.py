@@ -8,20 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
-from diptych.data.filters import Scored
+from diptych.data.columns import digest
 from diptych.data.imaging import FitMode, check_fit, image_size, read_image
 from diptych.data.rows import KEYS, make_sample, parse_row
-from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe
+from diptych.data.size_index import header_sizes
+from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe
 
 _LONGEST_SIDE = 1_000_000
 _REFERENCES = (dict, bytes, str)
 
 
-class ParquetSource(Source, Scored):
+class ParquetSource(Source, Scored, Listed):
     """Rows of parquet files, with the columns that `JsonlSource` has as keys.
 
     An image column holds encoded bytes, the {"bytes", "path"} of `datasets`, or paths relative to `folder`.
@@ -83,16 +85,21 @@ class ParquetSource(Source, Scored):
 
         return make_sample(parsed, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
 
-    def sizes(self) -> Sequence[Size | None] | None:
+    def sizes(self) -> np.ndarray | None:
         if self.task == "understand":
             return None
-        if not {"width", "height"} <= set(self._data.column_names):
-            return [self._size(index) for index in range(len(self))]
-        sizes: list[Size | None] = []
-        for index, sides in enumerate(zip(self._data["height"], self._data["width"], strict=True)):
-            height, width = map(_pixels, sides)
-            sizes.append((height, width) if height and width else self._size(index))
-        return sizes
+        sides: dict[str, list[object]] = {}
+        if {"width", "height"} <= set(self._data.column_names):
+            sides = {name: list(self._data[name]) for name in ("height", "width")}
+
+        def measure(index: int) -> Size | None:
+            height, width = (_pixels(sides[name][index]) if sides else 0 for name in ("height", "width"))
+            return (height, width) if height and width else self._size(index)
+
+        return header_sizes(self.identity(), len(self), measure, self.name)
+
+    def identity(self) -> str:
+        return digest("parquet", self._data._fingerprint, str(self.folder), len(self), self.task)
 
     def fingerprint(self, index: int) -> str:
         return f"{self._data._fingerprint}:{index}:{self.fit}"

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import TASKS, Sample, Task
@@ -69,8 +71,9 @@ class Source(abc.ABC):
         """Item `index` with its target image at `size`; BadItem when it is unreadable."""
 
     @abc.abstractmethod
-    def sizes(self) -> Sequence[Size | None] | None:
-        """Size of each target image from its header alone, None where that is unreadable.
+    def sizes(self) -> Sequence[Size | None] | np.ndarray | None:
+        """Size of each target image from its header alone, None (in an array of (height, width), zeros) where that is
+        unreadable.
 
         None instead of a list when every bucket suits all items (drawn images, conversations without a target).
         """
@@ -82,6 +85,29 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> str:
         """One line: name, task, number of items, number dropped."""
+
+
+class Scored(abc.ABC):
+    """What a source also is whose items may carry scores of their own."""
+
+    @abc.abstractmethod
+    def column(self, index: int, name: str) -> object:
+        """What item `index` has under this name; None where it has nothing."""
+
+
+class Listed(abc.ABC):
+    """What a source also is whose list of items has an index, so that what follows from it can be kept."""
+
+    @abc.abstractmethod
+    def identity(self) -> str | None:
+        """A digest of which items there are, in which order and of which sizes; None where that is not known."""
+
+
+def size_table(sizes: Sequence[Size | None] | np.ndarray) -> np.ndarray:
+    """Sizes as an array (N, 2) of (height, width), zeros where a size is None."""
+    if isinstance(sizes, np.ndarray):
+        return sizes
+    return np.array([size or (0, 0) for size in sizes], np.int64).reshape(-1, 2)
 
 
 def check_task(task: str, served: Sequence[Task], where: str) -> Task:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
-from diptych.data.source import ItemDraws, Size, Source, describe
+from diptych.data.columns import digest
+from diptych.data.source import ItemDraws, Listed, Scored, Size, Source, describe, size_table
 
 
-class Subset(Source):
+class Subset(Source, Scored, Listed):
     """Items `indices` of a source."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
         self.source, self.indices = source, indices
         self.name, self.task, self.dropped = source.name, source.task, source.dropped
 
@@ -20,17 +23,30 @@ class Subset(Source):
         return len(self.indices)
 
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
-        return self.source.load(self.indices[index], draws, size)
+        return self.source.load(int(self.indices[index]), draws, size)
 
-    def sizes(self) -> Sequence[Size | None] | None:
+    def sizes(self) -> np.ndarray | None:
         sizes = self.source.sizes()
-        return None if sizes is None else [sizes[index] for index in self.indices]
+        return None if sizes is None else size_table(sizes)[_array(self.indices)]
+
+    def identity(self) -> str | None:
+        inner = self.source.identity() if isinstance(self.source, Listed) else None
+        return None if inner is None else digest(inner, _array(self.indices))
+
+    def column(self, index: int, name: str) -> object:
+        return self.source.column(int(self.indices[index]), name) if isinstance(self.source, Scored) else None
 
     def fingerprint(self, index: int) -> str:
-        return self.source.fingerprint(self.indices[index])
+        return self.source.fingerprint(int(self.indices[index]))
 
     def describe(self) -> str:
         return describe(self)
+
+
+def _array(indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    if isinstance(indices, np.ndarray):
+        return indices
+    return indices.array() if isinstance(indices, _Others) else np.array(indices, np.int64)
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source | None]:
@@ -57,3 +73,8 @@ class _Others(Sequence[int]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return index + min(index // (self.stride - 1) + 1, self.held)
+
+    def array(self) -> np.ndarray:
+        """All of them at once."""
+        places = np.arange(len(self), dtype=np.int64)
+        return places + np.minimum(places // (self.stride - 1) + 1, self.held)

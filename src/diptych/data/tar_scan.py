@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,13 +18,20 @@ from pathlib import Path
 import numpy as np
 
 from diptych.core.errors import UserError
+from diptych.data.image_header import header_size
 
 BLOCK = 512
+IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif"])
+LONGEST_SIDE = 65_535
+"""Of an image whose size is listed, in pixels."""
+
 _NEAR = 1 << 18
 _FAR = 1 << 14
 _CHECKED_TOGETHER = 4096
+_OCTAL = 8 ** np.arange(5, -1, -1)
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
+_EXTENDED = (b"x", b"g", b"L", b"K")
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
@@ -36,6 +44,7 @@ class Listing:
     keys: by sample; the second sample of a key is called "key#2", so that keys are unique.
     starts: the first member of each sample, and the number of members at the end.
     suffixes, offsets, sizes: by member; in lower case, and in bytes.
+    heights, widths: by member, of upright images, from their headers; 0 where it is no image, or an unreadable one.
     again: samples, by number, whose key comes elsewhere in the shard too.
     left_out: (member or sample, reason) of what belongs to no sample.
     """
@@ -45,6 +54,8 @@ class Listing:
     suffixes: list[str] = field(default_factory=list[str])
     offsets: list[int] = field(default_factory=list[int])
     sizes: list[int] = field(default_factory=list[int])
+    heights: list[int] = field(default_factory=list[int])
+    widths: list[int] = field(default_factory=list[int])
     again: set[int] = field(default_factory=set[int])
     left_out: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
@@ -60,6 +71,8 @@ class Window:
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset`, or as many as there are."""
         begin = offset - self._start
+        if count <= 0:
+            return b""
         if begin < 0 or begin + count > len(self._data):
             ahead = _NEAR if begin <= len(self._data) else _FAR
             self._data, self._start, begin = os.pread(self.descriptor, max(count, ahead), offset), offset, 0
@@ -78,19 +91,20 @@ def scan(path: Path) -> Listing:
     """
     try:
         with path.open("rb", buffering=0) as file:
-            return _grouped(_members(path, Window(file.fileno())))
+            window = Window(file.fileno())
+            return _grouped(_members(path, window), window)
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from error
 
 
-def _grouped(members: Iterator[tuple[str, bytes, int, int]]) -> Listing:
+def _grouped(members: Iterator[tuple[str, bytes, int, int]], window: Window) -> Listing:
     listing = Listing()
     taken: set[str] = set()
     prefixes: list[str] = []
     occurrences: Counter[str] = Counter()  # of keys that have come before
     ignored = 0
     current: str | None = None
-    group: dict[str, tuple[int, int]] = {}
+    group: dict[str, tuple[int, int, tuple[int, int]]] = {}
     repeated = ""
 
     def close() -> None:
@@ -107,10 +121,12 @@ def _grouped(members: Iterator[tuple[str, bytes, int, int]]) -> Listing:
             return
         listing.keys.append(key)
         prefixes.append(current)
-        for suffix, (offset, size) in group.items():
-            listing.suffixes.append(suffix)
+        listing.suffixes.extend(group)
+        for offset, size, (height, width) in group.values():
             listing.offsets.append(offset)
             listing.sizes.append(size)
+            listing.heights.append(height)
+            listing.widths.append(width)
         listing.starts.append(len(listing.suffixes))
 
     for name, kind, offset, size in members:
@@ -119,21 +135,38 @@ def _grouped(members: Iterator[tuple[str, bytes, int, int]]) -> Listing:
                 listing.left_out.append((name, f"not a file ({_KINDS.get(kind, 'of unknown type')})"))
             continue
         match = _NAME.match(name)
-        if match is None or _hidden(name) or _META.match(name):
+        odd = match is None or name[0] in "._" or "/." in name  # nearly no name is
+        if match is None or (odd and (_hidden(name) or _META.match(name))):
             ignored += 1
             continue
-        prefix, suffix = match.group(1), match.group(2).lower()
+        prefix, suffix = match.groups()
+        suffix = suffix.lower()
         if prefix != current:
             close()
             current, group, repeated = prefix, {}, ""
         if suffix in group:
             repeated = repeated or name
-        group[suffix] = (offset, size)
+        image = suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+        group[suffix] = (offset, size, _measured(window, offset, size) if image else (0, 0))
     close()
     listing.again = {number for number, prefix in enumerate(prefixes) if occurrences[prefix]}
     if ignored:
         listing.left_out.append(("", f"not part of a sample ({ignored:,} hidden files and names without a suffix)"))
     return listing
+
+
+def _measured(window: Window, offset: int, size: int) -> tuple[int, int]:
+    """(height, width) of the upright image in a member; (0, 0) where it cannot be read."""
+    measured = header_size(lambda at, count: window.read(offset + at, min(count, size - at)))
+    if measured is None:
+        from diptych.data.imaging import image_size  # slow to import, and rarely needed
+        from diptych.data.source import BadItem
+
+        try:
+            measured = image_size(os.pread(window.descriptor, size, offset), "", sys.maxsize)
+        except BadItem:
+            return 0, 0
+    return measured if max(measured) <= LONGEST_SIDE else (0, 0)
 
 
 def _hidden(name: str) -> bool:
@@ -151,7 +184,7 @@ def _members(path: Path, window: Window) -> Iterator[tuple[str, bytes, int, int]
             block = window.read(at, BLOCK)
             if len(block) < BLOCK:
                 raise _Damage(at, _cut(at, len(block), last))
-            if not block.strip(b"\0"):
+            if not block[0] and not block.strip(b"\0"):
                 _check_end(window, at)
                 break
             unchecked.append((at, block))
@@ -162,19 +195,22 @@ def _members(path: Path, window: Window) -> Iterator[tuple[str, bytes, int, int]
             kind = block[156:157]
             size = _number(block[124:136], at)
             data = at + BLOCK
-            if kind in b"xgLK" and kind:
+            if kind in _EXTENDED:
                 if data + size > window.size:
                     raise _Damage(at, f"the shard is truncated in an extended header at byte {at:,}")
                 records = _extended(kind, window.read(data, size), at)
                 (shared if kind == b"g" else own).update(records)
                 at = data + -size % BLOCK + size
                 continue
-            records = {**shared, **own}
-            own = {}
-            if kind == b"S" or any(key.startswith("GNU.sparse") for key in records):
-                raise _Damage(None, f"a sparse member at byte {at:,}; pack the shard without --sparse")
-            size = _digits(records["size"], at) if "size" in records else size
-            name = records.get("path") or _name(block)
+            name = ""
+            if own or shared or kind == b"S":
+                records = {**shared, **own}
+                own = {}
+                if kind == b"S" or any(key.startswith("GNU.sparse") for key in records):
+                    raise _Damage(None, f"a sparse member at byte {at:,}; pack the shard without --sparse")
+                size = _digits(records["size"], at) if "size" in records else size
+                name = records.get("path", "")
+            name = name or _name(block)
             if kind == b"\0" and name.endswith("/"):
                 kind = b"5"
             at = data
@@ -227,12 +263,16 @@ def _first_damage(headers: list[tuple[int, bytes]]) -> _Damage | None:
     """The first of these headers whose checksum is not that of its bytes, unsigned or (old writers) signed."""
     if not headers:
         return None
-    blocks = np.frombuffer(b"".join(block for _, block in headers), np.uint8).reshape(-1, BLOCK)
-    unsigned = blocks.sum(1, dtype=np.int64) - blocks[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    signed = unsigned - 256 * ((blocks > 127).sum(1) - (blocks[:, 148:156] > 127).sum(1))
-    for (at, block), one, other in zip(headers, unsigned.tolist(), signed.tolist(), strict=True):
+    blocks = np.frombuffer(b"".join([block for _, block in headers]), np.uint8).reshape(-1, BLOCK)
+    fields = blocks[:, 148:156]
+    unsigned = blocks.sum(1, dtype=np.uint32).astype(np.int64) - fields.sum(1, dtype=np.int64) + 8 * ord(" ")
+    digits = fields[:, :6].astype(np.int64) - ord("0")  # as nearly all writers have it: six digits and a NUL
+    usual = ((digits >= 0) & (digits < 8)).all(1) & (fields[:, 6] == 0) & (digits @ _OCTAL == unsigned)
+    for place in np.flatnonzero(~usual).tolist():
+        at, block = headers[place]
+        negative = 256 * (int((blocks[place] > 127).sum()) - int((fields[place] > 127).sum()))
         try:
-            whole = _number(block[148:156], at) in (one, other)
+            whole = _number(block[148:156], at) in (unsigned[place], unsigned[place] - negative)
         except _Damage:
             whole = False
         if not whole:
@@ -242,6 +282,8 @@ def _first_damage(headers: list[tuple[int, bytes]]) -> _Damage | None:
 
 def _number(text: bytes, at: int) -> int:
     """An octal number, or GNU's binary one for sizes over 8 GiB."""
+    if text[:-1].isdigit() and text[-1:] in b" \0":
+        return _digits(text[:-1], at, 8)
     if text[0] == 0x80:
         return int.from_bytes(text[1:], "big")
     return _digits(text.partition(b"\0")[0], at, 8)

@@ -1,79 +1,63 @@
-"""WebDataset tar shards, read at random by the offsets of their members."""
+"""WebDataset tar shards, read at random through an index of their members."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import http.client
-import itertools
 import json
 import os
-import re
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from diptych.core.errors import UserError
-from diptych.core.files import write_bytes
-from diptych.core.sample import Sample
-from diptych.data.filters import Scored
-from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
-from diptych.data.rows import Row, make_sample, parse_row, usable_text
-from diptych.data.source import BadItem, ItemDraws, Size, Source, check_task, describe, file_stamp
-from diptych.data.tar_scan import scan
+from diptych.core.errors import UserError, unknown
+from diptych.core.sample import Sample, Task
+from diptych.data.captions import TextKeys, TextSetting, lookup, text_keys
+from diptych.data.columns import derived, digest
+from diptych.data.imaging import FitMode, check_fit, read_image
+from diptych.data.left_out import LeftOut
+from diptych.data.rows import KEYS, Row, make_sample, parse_row, usable_text
+from diptych.data.shards import cache_folder, local_shards, shard_names, short_name
+from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe
+from diptych.data.tar_index import tar_index
+from diptych.data.tar_scan import IMAGE_SUFFIXES
 
+_TASKS: tuple[Task, ...] = ("image", "text_to_image", "edit", "understand")
 _APART = "members of its name stand elsewhere in the shard; those of one sample must follow each other"
-_CHUNK = 1 << 20
-_TIMEOUT_SECONDS = 60
-_IMAGES = frozenset(suffix.lstrip(".") for suffix in SUFFIXES)
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_REASONS = ("", "no image", "several images", "no caption", "no .json", "no source image")
+_NO_IMAGE, _SEVERAL, _NO_CAPTION, _NO_JSON, _NO_SOURCE = range(1, 6)
+_BLOCK = 1 << 20
+_OPEN_SHARDS = 64
+
+_Member = tuple[int, int, int]
+"""(shard, offset, length)."""
 
 
-@dataclass(frozen=True)
-class _Member:
-    shard: int
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The members of one sample, those that are read."""
-
-    key: str
-    image: _Member | None
-    text: _Member | None
-    json: _Member | None
-    again: bool
-    """The key comes elsewhere in the shard too."""
-
-
-class WebDatasetSource(Source, Scored):
+class WebDatasetSource(Source, Scored, Listed):
     """Samples of tar shards: members that follow each other and share a name up to its first dot are one sample
     (`tar_scan`).
 
     - `image`: an image
     - `text_to_image`: an image and a .txt, or a .json with "text" or "caption"
+    - `edit`: an image, a source image and an instruction, as `columns` names them
     - `understand`: a .json with "conversations" or "messages", and an image where they hold `<image>`
 
-    Shards at a URL are downloaded whole, once, into `cache`. A sample without what its task needs is dropped and
-    counted.
+    Where the members lie is read once, into an index that all processes map (`tar_index`). Shards at a URL are
+    downloaded whole, once, into `cache`. A sample without what its task needs is dropped and counted.
 
     Args:
         shards: path, glob, http(s) URL, or several; `{000..012}` and `{a,b}` expand.
         fit: `crop` or `letterbox`.
+        text: where captions stand: suffixes of members or keys of the .json, one, several or with weights
+            (`captions.TextKeys`).
+        columns: the member (by its suffix) or key of the .json that stands for one of ours, as in {image: edited.png,
+            source: input.png, instruction: txt}.
         cache: folder for downloads; ~/.cache/diptych/shards by default.
 
     Raises:
-        UserError: no shard found, a shard is no tar, truncated or compressed, a download fails, or nothing is usable.
+        UserError: no shard found; a shard is no tar, truncated or compressed (`tar_scan.scan`); a download fails; the
+            index cannot be written; or nothing is usable.
     """
 
     def __init__(
@@ -82,187 +66,254 @@ class WebDatasetSource(Source, Scored):
         *,
         task: str = "text_to_image",
         fit: str = "crop",
+        text: TextSetting | None = None,
+        columns: Mapping[str, str] | None = None,
         cache: str | Path | None = None,
         name: str | None = None,
     ) -> None:
         given = [str(shards)] if isinstance(shards, str | Path) else [str(shard) for shard in shards]
-        self.name = name or _short_name(given)
-        self.task = check_task(task, ("image", "text_to_image", "understand"), self.name)
+        self.name = name or short_name(given)
+        self.task = check_task(task, _TASKS, self.name)
         self.fit: FitMode = check_fit(fit, self.name)
-        self.shards = [path for shard in given for path in _local(shard, _cache_folder(cache))]
+        self.columns = _checked(columns or {}, self.task, self.name)
+        self.text = text_keys(self.columns.get("text", text), self.name) if "text" in self.columns or text else None
+        self.shards = [path for shard in given for path in local_shards(shard, cache_folder(cache))]
         if not self.shards:
             raise UserError(f"{self.name}: no shards given")
-        self._stamps = [file_stamp(path) for path in self.shards]
-        self._names = _shard_names(self.shards)
-        self._groups: list[_Group] = []
-        dropped: dict[str, str] = {}
-        for number, path in enumerate(self.shards):
-            groups, left_out = _index(path, number)
-            dropped |= {self._id(number, name): reason for name, reason in left_out}
-            for group in groups:
-                reason = self._lacks(group)
-                if reason is None:
-                    self._groups.append(group)
-                else:
-                    dropped[self._id(number, group.key)] = reason
+        self._names = shard_names(self.shards)
+        self._index = tar_index(self.shards, given)
+        self._files = _Shards(self._index.meta["shards"])
+        self._suffixes: list[str] = self._index.meta["suffixes"]
+        self._identity = digest(self._index.meta["shards"], self.task, self.columns, repr(self.text))
+        self._chosen = derived("chosen", self._identity, self._choose)
+        dropped = LeftOut(self._left_out, len(self._chosen["lost"]) + len(self._index.meta["left_out"]))
         self.dropped: Mapping[str, str] = dropped
-        if not self._groups:
-            first = f" (first: {next(iter(dropped.items()))})" if dropped else ""
+        if not len(self):
+            first = f" (first: {next(self._left_out())})" if dropped else ""
             raise UserError(f"{self.name}: no usable sample for task {self.task!r} in {len(self.shards)} shards{first}")
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._chosen["rows"])
 
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
-        group = self._groups[index]
-        id = self._group_id(group)
+        row = int(self._chosen["rows"][index])
+        id, members = self._id(row), self._members(row)
 
         def read(reference: _Member, least: Size) -> Image.Image:
-            return read_image(self._bytes(reference), id, least)
+            return read_image(self._files.read(reference), id, least)
 
-        return make_sample(
-            self._row(group, id), id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit
-        )
+        parsed = self._row(members, id)
+        return make_sample(parsed, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
 
-    def sizes(self) -> Sequence[Size | None] | None:
-        return None if self.task == "understand" else [self._size(group) for group in self._groups]
+    def sizes(self) -> np.ndarray | None:
+        return None if self.task == "understand" else self._chosen["sizes"]
+
+    def identity(self) -> str:
+        return self._identity
 
     def fingerprint(self, index: int) -> str:
-        group = self._groups[index]
-        member = group.image
+        row = int(self._chosen["rows"][index])
+        member = self._image(self._members(row))
         if member is None:
-            return f"{self._group_id(group)}:no image"
-        return f"{self._stamps[member.shard]}:{member.offset}:{member.length}:{self.fit}"
+            return f"{self._id(row)}:no image"
+        shard, offset, length = member
+        path, size, time = self._index.meta["shards"][shard]
+        return f"{path}:{size}:{time}:{offset}:{length}:{self.fit}"
 
     def describe(self) -> str:
         return describe(self)
 
     def column(self, index: int, name: str) -> object:
-        group = self._groups[index]
-        return None if group.json is None else _object(self._bytes(group.json), self._group_id(group)).get(name)
+        row = int(self._chosen["rows"][index])
+        member = self._members(row).get("json")
+        return None if member is None else lookup(_object(self._files.read(member), self._id(row)), name)
 
-    def _id(self, shard: int, key: str) -> str:
+    def _members(self, row: int) -> dict[str, _Member]:
+        """Members of a sample by suffix, in their order."""
+        index = self._index
+        first, end = index["first"][row : row + 2].tolist()
+        shard = int(np.searchsorted(index["shard_first"], row, side="right")) - 1
+        places = slice(first, end)
+        return {
+            self._suffixes[suffix]: (shard, offset, length)
+            for suffix, offset, length in zip(
+                index["suffix"][places].tolist(),
+                index["offset"][places].tolist(),
+                index["length"][places].tolist(),
+                strict=True,
+            )
+        }
+
+    def _id(self, row: int) -> str:
+        index = self._index
+        shard = int(np.searchsorted(index["shard_first"], row, side="right")) - 1
+        return self._named(shard, self._key(row))
+
+    def _key(self, row: int) -> str:
+        ends = self._index["key_end"]
+        start = int(ends[row - 1]) if row else 0
+        return self._index["keys"][start : int(ends[row])].tobytes().decode()
+
+    def _named(self, shard: int, key: str) -> str:
         return f"{self.name}/{self._names[shard]}/{key}"
 
-    def _group_id(self, group: _Group) -> str:
-        member = group.image or group.json
-        assert member is not None, "a listed group has an image or a conversation"
-        return self._id(member.shard, group.key)
+    def _image(self, members: Mapping[str, _Member]) -> _Member | None:
+        if "image" in self.columns:
+            return members.get(self.columns["image"])
+        return next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
 
-    def _lacks(self, group: _Group) -> str | None:
-        if self.task == "understand":
-            missing = None if group.json else "no .json"
-        elif group.image is None:
-            missing = "no image"
-        else:
-            missing = None if self.task == "image" or group.text or group.json else "no caption"
-        return f"{missing}; {_APART}" if missing and group.again else missing
-
-    def _row(self, group: _Group, id: str) -> Row:
+    def _row(self, members: Mapping[str, _Member], id: str) -> Row:
+        """What the task reads of a sample; BadItem where it is not there or malformed."""
+        image = self._image(members)
         if self.task == "image":
-            return Row(target=group.image)
-        if self.task == "text_to_image" and group.text:
-            return Row(target=group.image, texts=(usable_text(_text(self._bytes(group.text), id), id),))
-        assert group.json is not None
-        fields = _object(self._bytes(group.json), id)
-        if self.task == "understand":
-            turns = {name: fields[name] for name in ("conversations", "messages") if name in fields}
-            row = {**turns, "images": [group.image] if group.image else []}
-        else:
-            row = {"image": group.image, "text": fields.get("text", fields.get("caption"))}
+            return Row(target=image)
         try:
-            return parse_row(row, self.task, id, (_Member,))
+            if self.task == "text_to_image":
+                texts, weights = self._texts(members, id)
+                return Row(target=image, texts=texts, weights=weights)
+            if self.task == "edit":
+                names = TextKeys((self.columns.get("instruction", "instruction"),), (1.0,), preferred=False)
+                texts, weights = names.texts(self._record(members, names.names, id), id)
+                return Row(target=image, context=(members[self.columns["source"]],), texts=texts, weights=weights)
+            fields = _object(self._files.read(members["json"]), id)
+            turns = {key: value for key in KEYS["understand"] if (value := self._field(fields, key)) is not None}
+            return parse_row({**turns, "images": [image] if image else []}, self.task, id, (tuple,))
+        except ChangedShard:
+            raise
         except UserError as error:
             raise BadItem(id, str(error).removeprefix(f"{id}: ")) from error
 
-    def _size(self, group: _Group) -> Size | None:
-        assert group.image is not None
+    def _field(self, fields: Mapping[str, Any], key: str) -> Any:
+        return lookup(fields, self.columns.get(key, key)) if key in ("conversations", "messages") else None
+
+    def _texts(self, members: Mapping[str, _Member], id: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        if self.text is not None:
+            return self.text.texts(self._record(members, self.text.names, id), id)
+        if "txt" in members:
+            return (usable_text(_text(self._files.read(members["txt"]), id), id),), ()
+        return TextKeys().texts(_object(self._files.read(members["json"]), id), id)
+
+    def _record(self, members: Mapping[str, _Member], names: Sequence[str], id: str) -> dict[str, Any]:
+        """Texts of members by suffix, on what the .json holds."""
+        record = dict(_object(self._files.read(members["json"]), id)) if "json" in members else {}
+        return {**record, **{name: _text(self._files.read(members[name]), id) for name in names if name in members}}
+
+    def _choose(self) -> dict[str, np.ndarray]:
+        """From the index alone: `rows`, samples that can serve the task; `sizes`, (height, width) of their images, 0
+        where unreadable; `lost`, the other samples; `why`, a number of `_REASONS` for each."""
+        count = len(self._index["again"])
+        wide = np.uint32 if count < 2**32 else np.uint64
+        rows: list[np.ndarray] = [np.zeros(0, wide)]
+        sizes: list[np.ndarray] = [np.zeros((0, 2), np.uint16)]
+        lost: list[np.ndarray] = [np.zeros(0, wide)]
+        why: list[np.ndarray] = [np.zeros(0, np.uint8)]
+        for start in range(0, count, _BLOCK):
+            reason, size = self._judge(start, min(start + _BLOCK, count))
+            usable = reason == 0
+            rows.append((np.flatnonzero(usable) + start).astype(wide))
+            sizes.append(size[usable])
+            lost.append((np.flatnonzero(~usable) + start).astype(wide))
+            why.append(reason[~usable])
+        joined = {"rows": rows, "sizes": sizes, "lost": lost, "why": why}
+        return {name: np.concatenate(pieces) for name, pieces in joined.items()}
+
+    def _judge(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Why each of some samples cannot serve the task (0: it can), and the size of its image."""
+        first = self._index["first"][start : stop + 1].astype(np.int64)
+        members = slice(int(first[0]), int(first[-1]))
+        suffix = self._index["suffix"][members]
+        sample = np.repeat(np.arange(stop - start), np.diff(first))
+
+        def has(suffixes: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+            """How many members of each sample have one of these suffixes, and where the last of them is."""
+            wanted = [number for number, name in enumerate(self._suffixes) if name in suffixes]
+            places = np.flatnonzero(np.isin(suffix, wanted))
+            where = np.zeros(stop - start, np.int64)
+            where[sample[places]] = places
+            return np.bincount(sample[places], minlength=stop - start), where
+
+        images = frozenset((self.columns["image"],)) if "image" in self.columns else IMAGE_SUFFIXES
+        number, place = has(images)
+        sides = np.stack([self._index["height"][members][place], self._index["width"][members][place]], axis=1)
+        sides[number == 0] = 0
+        reason = np.zeros(stop - start, np.uint8)
+        described = has(("json",))[0] > 0
+        if self.task == "understand":
+            reason[~described] = _NO_JSON
+        else:
+            reason[number == 0] = _NO_IMAGE
+        reason[number > 1] = _SEVERAL
+        if self.task == "edit":
+            reason[(reason == 0) & (has((self.columns["source"],))[0] == 0)] = _NO_SOURCE
+        if self.task in ("edit", "text_to_image"):
+            written = has(self._text_names())[0] > 0
+            reason[(reason == 0) & ~(described | written)] = _NO_CAPTION
+        return reason, sides
+
+    def _text_names(self) -> tuple[str, ...]:
+        if self.task == "edit":
+            return (self.columns.get("instruction", "instruction"),)
+        return ("txt",) if self.text is None else self.text.names
+
+    def _left_out(self) -> Iterator[tuple[str, str]]:
+        for shard, name, reason in self._index.meta["left_out"]:
+            yield self._named(shard, name), reason
+        again = self._index["again"]
+        for row, code in zip(self._chosen["lost"].tolist(), self._chosen["why"].tolist(), strict=True):
+            reason = _REASONS[code]
+            if code == _SEVERAL:
+                reason += f" ({', '.join(suffix for suffix in self._members(row) if suffix in IMAGE_SUFFIXES)})"
+            yield self._id(row), f"{reason}; {_APART}" if again[row] and code != _SEVERAL else reason
+
+
+class ChangedShard(UserError):
+    """A shard is not what was indexed; no sample of it can be trusted."""
+
+
+class _Shards:
+    """Reads from shards, of which some stay open; each process opens its own."""
+
+    def __init__(self, stamps: Sequence[Sequence[Any]]) -> None:
+        self.stamps = stamps
+        self._open: dict[int, int] = {}
+
+    def read(self, member: _Member) -> bytes:
+        """ChangedShard where the shard is not the one that was indexed."""
+        shard, offset, length = member
+        return os.pread(self._open.get(shard) or self._opened(shard), length, offset)
+
+    def _opened(self, shard: int) -> int:
+        path, size, time = self.stamps[shard]
+        if len(self._open) >= _OPEN_SHARDS:
+            os.close(self._open.pop(next(iter(self._open))))
         try:
-            return image_size(self._bytes(group.image), self._group_id(group))
-        except BadItem:
-            return None
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ChangedShard(f"{path}: the shard cannot be opened any more ({error.strerror})") from error
+        self._open[shard] = descriptor
+        there = os.fstat(descriptor)
+        if (there.st_size, there.st_mtime_ns) != (size, time):
+            raise ChangedShard(f"{path}: the shard has changed since it was indexed; start again to index it anew")
+        return descriptor
 
-    def _bytes(self, member: _Member) -> bytes:
-        with self.shards[member.shard].open("rb") as file:
-            file.seek(member.offset)
-            return file.read(member.length)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
 
-
-def expand(pattern: str) -> list[str]:
-    """`{000..012}` and `{a,b}` written out, in order; other text unchanged."""
-    pieces = _BRACES.split(pattern)  # text, inside, text, inside, ..., text
-    choices = [[piece] if place % 2 == 0 else _choices(piece) for place, piece in enumerate(pieces)]
-    return ["".join(choice) for choice in itertools.product(*choices)]
-
-
-def _choices(inside: str) -> list[str]:
-    span = _RANGE.fullmatch(inside)
-    if span is None:
-        return inside.split(",") if "," in inside else ["{" + inside + "}"]
-    first, last = span.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
 
 
-def _local(shard: str, cache: Path) -> Iterator[Path]:
-    """Paths on this machine of the shards that one string names."""
-    for name in expand(shard):
-        if urllib.parse.urlsplit(name).scheme in ("http", "https"):
-            yield _download(name, cache)
-            continue
-        if "://" in name:
-            raise UserError(f"{name}: only http and https shards can be downloaded")
-        path = os.path.expanduser(name)
-        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            raise UserError(f"{name}: no such shard")
-        yield from (Path(match) for match in matches)
-
-
-def _download(url: str, cache: Path) -> Path:
-    """The shard's copy in `cache`, fetched when it is not there yet."""
-    base = os.path.basename(urllib.parse.urlsplit(url).path) or "shard.tar"
-    path = cache / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / base
-    if path.is_file():
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-            write_bytes(path, _whole(response, url))
-    except urllib.error.HTTPError as error:
-        with error:
-            raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise UserError(f"{url}: cannot be downloaded ({getattr(error, 'reason', error)})") from error
-    return path
-
-
-def _whole(response: http.client.HTTPResponse, url: str) -> Iterator[bytes]:
-    """The body in chunks; an error when it ends early, so that no partial shard is ever renamed into place."""
-    expected = response.headers.get("Content-Length")
-    received = 0
-    while chunk := response.read(_CHUNK):
-        received += len(chunk)
-        yield chunk
-    if expected is not None and received != int(expected):
-        raise UserError(f"{url}: the download broke off after {received:,} of {int(expected):,} bytes; try again")
-
-
-def _index(path: Path, shard: int) -> tuple[list[_Group], list[tuple[str, str]]]:
-    """Samples of a shard in their order, and (name, reason) of what is left out."""
-    listing = scan(path)
-    groups: list[_Group] = []
-    left_out = list(listing.left_out)
-    for number, (key, first, end) in enumerate(zip(listing.keys, listing.starts, listing.starts[1:], strict=False)):
-        members = {
-            listing.suffixes[place]: _Member(shard, listing.offsets[place], listing.sizes[place])
-            for place in range(first, end)
-        }
-        images = [suffix for suffix in members if suffix in _IMAGES]
-        if len(images) > 1:
-            left_out.append((key, f"several images ({', '.join(images)})"))
-            continue
-        image = members[images[0]] if images else None
-        groups.append(_Group(key, image, members.get("txt"), members.get("json"), number in listing.again))
-    return groups, left_out
+def _checked(columns: Mapping[str, str], task: Task, where: str) -> dict[str, str]:
+    """`columns` by the keys that the task reads, suffixes without their dot."""
+    for key in columns:
+        if key not in KEYS[task] or key in ("sources", "images"):
+            known = [key for key in KEYS[task] if key not in ("sources", "images")]
+            raise unknown("column key", key, known, where)
+    if task == "edit" and "source" not in columns:
+        raise UserError(f"{where}: edits in tar files need `columns`, such as {{image: edited.png, source: input.png}}")
+    members = ("image", "source")
+    return {key: value.lower().removeprefix(".") if key in members else value for key, value in columns.items()}
 
 
 def _text(data: bytes, id: str) -> str:
@@ -280,30 +331,3 @@ def _object(data: bytes, id: str) -> Mapping[str, Any]:
     if not isinstance(fields, dict):
         raise BadItem(id, "malformed .json (not an object)")
     return fields
-
-
-def _shard_names(shards: Sequence[Path]) -> list[str]:
-    """What ids call the shards: file names, or, where two are the same, paths below the folder that holds them all.
-
-    Raises:
-        UserError: a shard is given twice.
-    """
-    whole = [os.path.abspath(path) for path in shards]
-    for path, count in Counter(whole).items():
-        if count > 1:
-            raise UserError(f"{path}: this shard is given {count} times; give it once, with a greater weight")
-    names = [path.name for path in shards]
-    if len(set(names)) == len(names):
-        return names
-    above = os.path.commonpath([os.path.dirname(path) for path in whole])
-    return [os.path.relpath(path, above).replace(os.sep, "/") for path in whole]
-
-
-def _cache_folder(cache: str | Path | None) -> Path:
-    if cache is not None:
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / "shards"
-
-
-def _short_name(given: Sequence[str]) -> str:
-    return os.path.basename(urllib.parse.urlsplit(given[0]).path) if given else "shards"

@@ -140,10 +140,11 @@ class SourceSpec:
 
     task: what its samples are for. weight: its part of the mixture (the paper's mix ratio is the share of images).
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
-    columns: names of its columns by our names. filters: which items are used (`data.filters.Filters`). count: of toy
-    samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw. options: its
-    others (`start`: first index, so that sets differ; and those of `ToyWorld`); of proxies, see
-    `recipes.pictures`.
+    columns: names of its columns by our names; of tar files, suffixes of members or keys of the .json. text: where
+    captions stand, in tar files and in a folder's metadata (`data.captions.TextKeys`). filters: which items are used
+    (`data.filters.Filters`). count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy
+    world, and of that draw. options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`);
+    of proxies, see `recipes.pictures`.
     """
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
@@ -153,6 +154,7 @@ class SourceSpec:
     ignore: tuple[str, ...] = ()
     split: str | None = None
     columns: dict[str, str] = field(default_factory=dict[str, str])
+    text: str | tuple[str, ...] | dict[str, float] | None = None
     filters: Filters | None = None
     control: str | None = None
     maps: str | None = None
