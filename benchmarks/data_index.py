@@ -51,7 +51,12 @@ after = memory()
 out = {"samples": len(source), "seconds": seconds, "cpu": cpu, "listing": made, "bytes_read": read() - bytes_before,
        "memory": {name: after[name] - before[name] for name in after}}
 print(json.dumps(out), flush=True)
-if hold:
+if hold:  # an epoch later: every page of the index has been used
+    touched = [source._index, source._chosen, *mixture._plan.assignments[0].members]
+    for part in touched:
+        arrays = [part] if hasattr(part, "sum") else [part[path.stem] for path in part.folder.glob("*.npy")]
+        for array in arrays:
+            array.sum()
     sys.stdin.readline()
     after = memory()
     print(json.dumps({name: after[name] - before[name] for name in after}), flush=True)
@@ -148,7 +153,7 @@ def main() -> None:
         ("later start, s", f"{float(later['seconds']):.2f}"),  # type: ignore[arg-type]
         ("bytes read by a later start, per sample", f"{int(later['bytes_read']) / options.samples:.2f}"),  # type: ignore[call-overload]
         ("index on disk, bytes per sample", f"{size / options.samples:.1f}"),
-        ("memory of one process, bytes per sample", f"{alone[0]['Pss'] / options.samples:.1f}"),
+        ("memory of one process, all of the index used, bytes per sample", f"{alone[0]['Pss'] / options.samples:.1f}"),
         ("four processes over one", f"{ratio:.2f}"),
     ]
     if options.base:
@@ -161,7 +166,7 @@ def main() -> None:
             kept = base["memory"]["Rss"] / int(base["samples"])  # type: ignore[index, call-overload]
             rows.append((f"another version ({words}), memory in bytes per sample", f"{kept:.0f}"))
     for name, value in rows:
-        print(f"{name:60s} {value:>12s}")
+        print(f"{name:64s} {value:>12s}")
     result["machine"] = {"python": platform.python_version(), "processor": platform.processor() or platform.machine()}
     print(json.dumps(result))
     if not options.keep:

@@ -29,7 +29,7 @@ def photos(tmp_path: Path) -> Path:
         (SourceSpec(kind="folder", task="image", path="x", count=3), "count"),
         (SourceSpec(kind="folder", task="image", path="x", seed=3), "seed"),
         (SourceSpec(kind="jsonl", task="text_to_image", path="x", split="train"), "split"),
-        (SourceSpec(kind="webdataset", task="image", path="x", columns={"a": "b"}), "columns"),
+        (SourceSpec(kind="jsonl", task="image", path="x", columns={"a": "b"}), "columns"),
         (SourceSpec(kind="toyworld", task="image", path="x"), "path"),
         (SourceSpec(kind="parquet", task="text_to_image", path="x", ignore=("a",)), "ignore"),
     ],
