@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Sample
+from diptych.core.schema import read
 from diptych.recipes.build import build_system
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
 from diptych.recipes.run import set_checkpointing
-from diptych.recipes.schema import read
 from diptych.systems.composed import ComposedSystem
 from diptych.training.loop import freeze
 from diptych.training.step import precision

@@ -21,9 +21,9 @@ import time
 from typing import Any
 
 import torch
-from diptych.recipes.schema import read
 
 from diptych.core.errors import UserError
+from diptych.core.schema import read
 from diptych.evaluation.toyeval import choose
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling

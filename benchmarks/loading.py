@@ -33,7 +33,8 @@ from diptych.parts.backbones.mot import MoTConfig
 from diptych.parts.backbones.published import read_config, read_model
 from diptych.parts.backbones.siglip_navit import SigLIPConfig
 from diptych.parts.decoders.omnigen2 import OmniGen2, OmniGen2Config
-from diptych.recipes.bagel import load_network, plain_configs
+from diptych.recipes.bagel import load_network
+from diptych.recipes.families.bagel import plain_configs
 from diptych.systems.bagel.network import BagelNetwork, NetworkConfig
 
 

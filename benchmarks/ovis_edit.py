@@ -19,10 +19,10 @@ import time
 from typing import Any
 
 import torch
-from diptych.recipes.schema import read
 from torch import Tensor
 
 from diptych.core.sample import Batch, Sample
+from diptych.core.schema import read
 from diptych.inference.guidance import Branch, ChainGuidance, guided
 from diptych.inference.solvers import solve, times
 from diptych.recipes.build import build_system

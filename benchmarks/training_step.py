@@ -28,13 +28,13 @@ import torch
 
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Sample
+from diptych.core.schema import read
 from diptych.data.source import ItemDraws
 from diptych.data.toyworld import ToyWorldSource
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.recipes.build import build_system
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
-from diptych.recipes.schema import read
 from diptych.systems import asking
 from diptych.systems.base import System
 from diptych.training.loop import freeze

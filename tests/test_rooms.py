@@ -26,7 +26,7 @@ LEVELS = {
     "cli": 7,
     "server": 7,
 }
-FOLDERS = {"parts", "systems", "data/proxies", "evaluation/understanding"}
+FOLDERS = {"parts", "systems", "recipes/families", "data/proxies", "evaluation/understanding"}
 """Rooms, and folders of rooms, that hold folders of their own or are one."""
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "components"}
 FILES = sorted(ROOT.rglob("*.py"))

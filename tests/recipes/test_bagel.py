@@ -23,6 +23,7 @@ from diptych.core.errors import UserError
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.recipes import bagel, pack
 from diptych.recipes.build import build_system
+from diptych.recipes.families import bagel as family
 from diptych.recipes.load import load_system
 from diptych.systems.bagel.network import BagelNetwork
 from diptych.systems.bagel.system import BagelSystem
@@ -51,7 +52,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     autoencoder = KLAutoencoder.from_config(diffusers_config(**SIZES))  # type: ignore[arg-type]
     latents = {k: v.clone() for k, v in flux_published(autoencoder.model.state_dict().items(), 2)}
     save_file(latents, folder / "ae.safetensors")
-    llm, vision = bagel.plain_configs(config)
+    llm, vision = family.plain_configs(config)
     (folder / "llm_config.json").write_text(json.dumps({**llm, "attention_dropout": 0.0}))
     (folder / "vit_config.json").write_text(json.dumps({**vision, "model_type": "siglip_vision_model"}))
     own = tokenizer()
@@ -62,10 +63,10 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_release_is_loaded_and_exported_to_the_bit(release: Path, tmp_path: Path) -> None:
     system, sampling = load_system(str(release))
     assert isinstance(system, BagelSystem)
-    assert sampling == bagel.SAMPLING
+    assert sampling == family.SAMPLING
     assert system.network.dtype == torch.bfloat16
     assert system.network.config.vision.num_hidden_layers == NETWORK["vision"]["num_hidden_layers"]
-    bagel.export_bagel(system, tmp_path / "out")
+    family.Bagel().to_release(system, tmp_path / "out")
     for name in ("ema.safetensors", "ae.safetensors"):
         before, after = load_file(release / name), load_file(tmp_path / "out" / name)
         assert before.keys() == after.keys()
@@ -75,7 +76,7 @@ def test_a_release_is_loaded_and_exported_to_the_bit(release: Path, tmp_path: Pa
     for name in bagel.CONFIGS:
         assert (release / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     with pytest.raises(UserError, match="exists already"):
-        bagel.export_bagel(system, tmp_path / "out")
+        family.Bagel().to_release(system, tmp_path / "out")
 
 
 def test_saved_as_published_it_is_the_release(release: Path, tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_both_experts_start_from_a_plain_qwen(tmp_path: Path) -> None:
 
 
 def test_published_sizes_and_names() -> None:
-    system = build_system(bagel.release_spec("ByteDance-Seed/BAGEL-7B-MoT"), meta=True)
+    system = build_system(family.Bagel().sizes(Path(), "ByteDance-Seed/BAGEL-7B-MoT")[0], meta=True)
     assert isinstance(system, BagelSystem)
     network = system.network
     shapes = {name: list(tensor.shape) for name, tensor in own_tensors(network).items()}

@@ -33,9 +33,9 @@ from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
+from diptych.recipes.families.omnigen2 import OmniGen2Release
 from diptych.recipes.load import load_system
 from diptych.recipes.pack import save
-from diptych.recipes.release import export_omnigen2
 from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
 from diptych.training.loop import freeze
 
@@ -116,7 +116,7 @@ def made(**options: Any) -> OmniGen2System:
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release in the published layout."""
     folder = tmp_path_factory.mktemp("release") / "OmniGen2"
-    export_omnigen2(made(), folder, shard_bytes=20_000)
+    OmniGen2Release().to_release(made(), folder, shard_bytes=20_000)
     return folder
 
 
@@ -432,7 +432,7 @@ def test_comes_back_to_the_bit(dtype: torch.dtype, release: Path, tmp_path: Path
     source, back = release, tmp_path / "back"
     if dtype is torch.bfloat16:
         source = tmp_path / "half"
-        export_omnigen2(made(), source, dtype=dtype)
+        OmniGen2Release().to_release(made(), source, dtype=dtype)
     (source / "transformer" / "config.json").write_text((source / "transformer" / "config.json").read_text() + "\n")
     system, sampling = load_system(str(source))
     assert (sampling.guidance, sampling.timestep_shift, sampling.cfg, sampling.image_cfg) == (
@@ -441,7 +441,7 @@ def test_comes_back_to_the_bit(dtype: torch.dtype, release: Path, tmp_path: Path
         4.0,
         2.0,
     )
-    export_omnigen2(system, back, dtype=dtype)
+    OmniGen2Release().to_release(system, back, dtype=dtype)
     for part in ("transformer", "mllm", "vae"):
         one, two = tensors(source, part), tensors(back, part)
         assert one.keys() == two.keys()
@@ -549,7 +549,7 @@ def test_parts_that_do_not_fit(tmp_path: Path) -> None:
             OmniGen2System(OmniGen2Settings(), origins={}, **{**parts, **change})
     add_lora(fit.decoder, rank=1, alpha=1, dropout=0.0, targets=["to_q"])
     with pytest.raises(UserError, match="holds no adapters"):
-        export_omnigen2(fit, tmp_path / "never")
+        OmniGen2Release().to_release(fit, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 

@@ -18,8 +18,8 @@ from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.clip_text import ClipText
 from diptych.recipes import recipe as recipes
 from diptych.recipes.build import build_system
+from diptych.recipes.families.ovis_u1 import OvisU1
 from diptych.recipes.load import load_system
-from diptych.recipes.ovis import export_ovis
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import train_recipe
 from diptych.systems.ovis_u1 import OvisU1System
@@ -127,7 +127,7 @@ def test_what_it_cannot_do_is_one_line(plain: dict[str, Any], tmp_path: Path) ->
     with pytest.raises(UserError, match="T5 answers nothing"):
         system.generate_text([[Message(role="user", text="hello")]], [[]])
     with pytest.raises(UserError, match="KL autoencoder"):
-        export_ovis(system, tmp_path / "never")
+        OvisU1().to_release(system, tmp_path / "never")
     for change, words in (
         ({"pooler": None}, "one vector for the whole prompt"),
         ({"refiner": {"kind": "token_refiner"}}, "one vector for the whole prompt"),

@@ -29,8 +29,8 @@ from diptych.inference.engine import Engine, from_pil, to_pil
 from diptych.inference.sampling import Sampling
 from diptych.parts.backbones.ovis import Ovis
 from diptych.recipes.build import build_system
+from diptych.recipes.families.ovis_u1 import OvisU1
 from diptych.recipes.load import load_system
-from diptych.recipes.ovis import export_ovis
 from diptych.recipes.pack import save
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import save_model, train_recipe
@@ -376,7 +376,7 @@ def release(plain_ovis: dict[str, Any], tmp_path: Path) -> Path:
     assert isinstance(made, OvisU1System)
     kinds = ("llm", "visual_tokenizer", "vte", "visual_generator.backbone")
     made.origins["release"] = {"dtypes": dict.fromkeys(kinds, "bfloat16"), "head": True}
-    export_ovis(made, tmp_path / "release")
+    OvisU1().to_release(made, tmp_path / "release")
     return tmp_path / "release"
 
 
@@ -384,7 +384,7 @@ def test_the_published_layout_comes_back_to_the_bit(release: Path, tmp_path: Pat
     loaded, sampling = load_system(str(release))
     assert isinstance(loaded, OvisU1System)
     assert (sampling.steps, sampling.cfg, sampling.edit["image_cfg"]) == (50, 5.0, 1.5)
-    export_ovis(loaded, tmp_path / "again")
+    OvisU1().to_release(loaded, tmp_path / "again")
     one, two = (load_file(folder / "model.safetensors") for folder in (release, tmp_path / "again"))
     assert one.keys() == two.keys()
     assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)

@@ -1,11 +1,9 @@
-"""BAGEL from a specification: its published release, a plain Qwen2.5 and SigLIP, or random weights; and its export."""
+"""BAGEL from a specification: its published network, a plain Qwen2.5 and SigLIP, or random weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from diptych.checkpoints import bagel, flux_autoencoder
+from diptych.checkpoints import bagel
 from diptych.checkpoints.streaming import entries, stream
-from diptych.checkpoints.tensors import load_into, own_tensors, weight_files, write_tensors
+from diptych.checkpoints.tensors import load_into, weight_files
 from diptych.core.errors import UserError, unknown
-from diptych.core.files import write_folder
 from diptych.core.reading import read_object
 from diptych.core.schema import read
-from diptych.inference.sampling import Sampling
 from diptych.parts.autoencoders.base import Autoencoder
-from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.backbones.mot import MoTConfig
 from diptych.parts.backbones.siglip_navit import SigLIPConfig
 from diptych.parts.decoders.lora import add_lora
@@ -34,35 +29,10 @@ from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.network import BagelNetwork, NetworkConfig
 from diptych.systems.bagel.system import BagelSystem
 
-WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
+WEIGHTS = "ema.safetensors"
 CONFIGS = ("llm_config.json", "vit_config.json")
-SAMPLING = Sampling(
-    size=(1024, 1024),
-    steps=50,
-    cfg=4.0,
-    image_cfg=1.0,
-    guidance={"kind": "bagel", "interval": [0.4, 1.0], "renorm": "global"},
-    timestep_shift=3.0,
-    solver="bagel",
-    batch_size=1,
-    edit={"image_cfg": 2.0, "guidance": {"interval": [0.0, 1.0], "renorm": "text_channel"}},
-)
-"""The published settings; the release counts times, of which 50 make 49 steps, and so does solver `bagel`."""
-
 INITS = ("llm", "vision")
 _LAYER = re.compile(r"^(?:language_model\.model|vit_model\.vision_model\.encoder)\.layers\.(\d+)\.")
-
-
-def is_release(folder: Path) -> bool:
-    """Whether a folder is laid out as BAGEL's release."""
-    return all((folder / name).is_file() for name in (WEIGHTS, *CONFIGS))
-
-
-def release_spec(model: str) -> BagelSpec:
-    """The specification of a release by its name."""
-    return BagelSpec(
-        kind="bagel", network=Part(kind="bagel", weights=model), autoencoder=Part(kind="flux", weights=model)
-    )
 
 
 def build_bagel(
@@ -203,46 +173,3 @@ def _with_head(tensors: Iterator[tuple[str, Tensor]], tied: bool) -> Iterator[tu
         yield name, tensor
     if not tied and embedding is not None:
         yield "llm.lm_head.weight", embedding
-
-
-def export_bagel(system: BagelSystem, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write a system in the layout of BAGEL's release; weights that were read from one come out to the bit.
-
-    Raises:
-        UserError: another system or autoencoder, adapters that are not merged, or a folder that exists.
-    """
-    if system.origins["autoencoder"]["kind"] != "flux":
-        raise UserError(f"{folder}: BAGEL's layout holds a 'flux' autoencoder, this system has another")
-    if "lora" in system.named_parts():
-        raise UserError(f"{folder}: BAGEL's layout has no place for LoRA adapters; merge them first")
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; choose another folder")
-    assert isinstance(system.autoencoder, KLAutoencoder)
-    model = system.autoencoder.model
-    source = system.origins["network"].get("weights")
-    like = locate(source) if source else None
-
-    def write(place: Path) -> None:
-        weights = bagel.to_published(own_tensors(system.network).items())
-        write_tensors(place, weights, WEIGHTS.removesuffix(".safetensors"), dtype, shard_bytes=1 << 62)
-        levels = len(model.config.block_out_channels)
-        latents = flux_autoencoder.to_published(model.state_dict().items(), levels)
-        write_tensors(place, latents, AUTOENCODER.removesuffix(".safetensors"), shard_bytes=1 << 62)
-        llm, vision = plain_configs(system.network.config)
-        for name, values in zip(CONFIGS, (llm, vision), strict=True):
-            if like is not None:
-                shutil.copyfile(like / name, place / name)
-            else:
-                (place / name).write_text(json.dumps(values, indent=1))
-        if system.tokenizer is not None:
-            system.tokenizer.save_pretrained(str(place))
-
-    write_folder(folder, write)
-
-
-def plain_configs(config: NetworkConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """llm_config.json and vit_config.json; the latter counts the layer that the weights leave out, as published."""
-    llm = {key: value for key, value in dataclasses.asdict(config.llm).items() if key not in ("tied", "init")}
-    vision = {key: value for key, value in dataclasses.asdict(config.vision).items() if key != "init"}
-    vision["num_hidden_layers"] += 1
-    return {**llm, "tie_word_embeddings": config.llm.tied, "qk_norm": True}, {**vision, "rope": False}

@@ -82,7 +82,16 @@ AUTOENCODERS = {
     "flux": "diptych.parts.autoencoders.flux:FluxAutoencoder",
     "qwen_image": "diptych.parts.autoencoders.qwen_image:QwenImageAutoencoder",
 }
-"""Where the class of each kind is, as module:name; it is imported when it is first built."""
+FAMILIES = {
+    "bagel": "diptych.recipes.families.bagel:Bagel",
+    "ovis_u1": "diptych.recipes.families.ovis_u1:OvisU1",
+    "mllm": "diptych.recipes.families.mllm:PlainMLLM",
+    "qwen_image": "diptych.recipes.families.qwen_image:QwenImageRelease",
+    "omnigen2": "diptych.recipes.families.omnigen2:OmniGen2Release",
+    "openuni": "diptych.recipes.families.one_file:OpenUni",
+    "metaquery": "diptych.recipes.families.one_file:MetaQuery",
+}
+"""Where the class of each kind is, as module:name; it is imported when it is first needed."""
 
 
 def build_system(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,25 @@ import torch
 from torch import nn
 
 from diptych.checkpoints.finite import check_finite
-from diptych.checkpoints.metaquery import load_metaquery
-from diptych.checkpoints.omnigen2 import is_published
-from diptych.checkpoints.openuni import load_openuni
-from diptych.checkpoints.ovis_config import is_ovis
 from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, attributed_to, unknown
-from diptych.core.reading import read_object
 from diptych.core.schema import read
 from diptych.inference.engine import Engine
-from diptych.inference.sampling import Sampling, from_legacy
-from diptych.parts.backbones.internvl import InternVL
-from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
-from diptych.recipes import bagel
-from diptych.recipes.build import build_system
-from diptych.recipes.diffusers_release import diffusers_release, pipeline_of
+from diptych.inference.sampling import Sampling
+from diptych.recipes.build import FAMILIES, build_system
+from diptych.recipes.families.base import Family, read_json
+from diptych.recipes.families.mllm import MODEL_TYPES
 from diptych.recipes.legacy import read_config, with_new_names
 from diptych.recipes.names import locate
-from diptych.recipes.ovis import read_release, release_spec
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
-from diptych.recipes.release import omnigen2_release
+from diptych.recipes.tables import choose
 from diptych.systems.base import AssembledSystem, System
 from diptych.systems.composed import ComposedConfig
-from diptych.systems.hieraquery import HieraConfig, HieraQuery
-from diptych.systems.mllm import MLLMSystem
-from diptych.systems.ovis_u1 import OvisU1System
+from diptych.systems.hieraquery import HieraConfig
 from diptych.training import state
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
-
-PUBLISHED: dict[str, type[InternVL] | type[Qwen2_5VL]] = {"internvl": InternVL, "qwen2_5_vl": Qwen2_5VL}
-"""Backbones in transformers' own layout, by `model_type`."""
 
 
 def load(model: str, *, device: str = "cpu") -> Engine:
@@ -67,47 +53,46 @@ def load_system(model: str) -> tuple[System, Sampling]:
 
 def _load_system(model: str) -> tuple[System, Sampling]:
     folder = locate(model)
-    if bagel.is_release(folder):
-        return build_system(bagel.release_spec(model)), bagel.SAMPLING
-    if (folder / "config.json").is_file():
-        return _from_folder(folder, model)
-    if pipeline_of(folder) == "QwenImagePipeline":
-        spec, sampling = diffusers_release(folder, model)
-        return build_system(spec), sampling
-    if is_published(folder):
-        spec, sampling = omnigen2_release(folder, model)
-        return build_system(spec), sampling
-    if (folder / "model" / "config.json").is_file():
-        return _from_folder(folder / "model", model)
+    # A model in this folder, or as the result of the run that lies here: one that Diptych saved, or a release in the
+    # layout of its family.
+    for place in (folder, folder / "model"):
+        if "kind" in read_json(place / "config.json"):
+            return read_saved(place)
+        for family in families():
+            if family.detect(place):
+                return family.from_release(place, model)
+    # A run that has not ended, by its checkpoint.
     found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
     checkpoint = folder if state.is_checkpoint(folder) else found[-1] if found else None
     if checkpoint:
         return from_checkpoint(checkpoint, model), parse(with_new_names(state.read_recipe(checkpoint)), model).sampling
-    raise UserError(f"{model}: no model here (neither config.json nor a run's checkpoints)")
+    raise unreadable(folder, model)
 
 
-def _from_folder(folder: Path, model: str) -> tuple[System, Sampling]:
-    try:
-        config = read_object(folder / "config.json")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'}: not valid JSON (line {error.lineno})") from error
-    kind = config.get("model_type")
-    if kind in PUBLISHED:
-        backbone = PUBLISHED[kind].from_pretrained(folder)
-        origin = {"kind": kind, "weights": model, "config": backbone.plain_config()}
-        return MLLMSystem(backbone, origins={"backbone": origin}), Sampling()
-    if "kind" not in config and is_ovis(config):
-        spec = release_spec(config, str(folder / "config.json"), folder)
-        system = build_system(spec, assets=folder)
-        assert isinstance(system, OvisU1System)
-        read_release(system, folder, config)
-        return system, read(Sampling, from_legacy(spec.sampling), f"{folder / 'config.json'}: sampling")
-    if "kind" not in config:
-        if kind is None:
-            raise UserError(f"{folder / 'config.json'}: not a Diptych model (no 'kind')")
-        raise unknown("model_type", str(kind), PUBLISHED, str(folder / "config.json"))
+def families() -> list[Family]:
+    """Those whose releases are read and written, in the order in which they are asked."""
+    found: list[Any] = [choose("family", name, FAMILIES, Family) for name in FAMILIES]
+    return [family() for family in found]
+
+
+def unreadable(folder: Path, model: str) -> UserError:
+    """What is wrong with a folder that is no model."""
+    file = folder / "config.json"
+    index = read_json(folder / "model_index.json").get("_class_name")
+    if index is not None:
+        return unknown("pipeline", str(index), ["OmniGen2Pipeline", "QwenImagePipeline"], str(folder))
+    if not file.is_file():
+        return UserError(f"{model}: no model here (neither config.json nor a run's checkpoints)")
+    kind = read_json(file).get("model_type")
+    if kind is None:
+        return UserError(f"{file}: not a Diptych model (no 'kind')")
+    return unknown("model_type", str(kind), MODEL_TYPES, str(file))
+
+
+def read_saved(folder: Path) -> tuple[System, Sampling]:
+    """A system that Diptych saved."""
     where = str(folder / "config.json")
-    spec: Any = read(SystemSpec, read_config(config, where), where, VARIANTS)
+    spec: Any = read(SystemSpec, read_config(read_json(folder / "config.json"), where), where, VARIANTS)
     system = build_system(spec, assets=folder)
     load_folder_weights(system, folder)
     return system, read(Sampling, spec.sampling, f"{where}: sampling")
@@ -181,9 +166,14 @@ def start(recipe: Recipe) -> System:
         return system
     file = Path(recipe.start).expanduser()
     if file.suffix == ".safetensors" or file.suffix in PICKLES:
-        read_published = load_metaquery if isinstance(system, HieraQuery) else load_openuni
-        read_published(system, file)
-        return system
+        for family in families():
+            if family.one_file and family.holds(system):
+                family.read_weights(system, file)
+                return system
+        raise UserError(
+            f"start: {file}: single files of weights are read for systems of OpenUni's or MetaQuery's parts, as in "
+            "iomm/openuni_l_finetune_mix and metaquery/sana; this one has others"
+        )
     source, _ = load_system(recipe.start)
     check_words(system, source, recipe.start)
     copy_weights(system, source, recipe.start)
