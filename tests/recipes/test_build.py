@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.recipes import build
+from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
-from diptych.recipes.recipe import Part
+from diptych.recipes.recipe import Part, parse
+from diptych.recipes.run import check_parts
 from diptych.recipes.tables import choose
 
 
@@ -94,3 +97,14 @@ def test_what_a_random_part_needs_is_said() -> None:
         build.build_decoder(Part(kind="mmdit", config={"patch": 2}), 8, False)
     with pytest.raises(UserError, match="connector identity: the MLLM is 8 wide, the decoder takes 9"):
         build.build_connector(Part(kind="identity"), 8, 9, False)
+
+
+def test_a_mask_token_that_nothing_trains_is_refused(tiny_plain: dict[str, Any]) -> None:
+    tiny_plain["system"]["mask_mode"] = "mask_token"
+    recipe = parse(tiny_plain)
+    system = build_system(recipe.system, meta=True)
+    with pytest.raises(UserError, match=r"mask_mode 'mask_token' .* no stage trains it"):
+        check_parts(recipe, system)
+    stage = next(iter(tiny_plain["stages"].values()))
+    stage["train"] = [*stage["train"], "mask_token"]
+    check_parts(parse(tiny_plain), system)

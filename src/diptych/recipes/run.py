@@ -164,6 +164,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 def check_parts(recipe: Recipe, system: System) -> None:
     """Stages name parts and tasks that the system has."""
     parts = system.named_parts()
+    trained = {part for stage in recipe.stages.values() for part in stage.train}
+    if "mask_token" in parts and recipe.start is None and "mask_token" not in trained:
+        first = next(iter(recipe.stages))
+        raise UserError(
+            f"stages.{first}.train: mask_mode 'mask_token' hides image tokens behind a learned vector, and no stage "
+            "trains it, so that it would stay zero; add mask_token to train, or set mask_mode: zero"
+        )
     for name, stage in recipe.stages.items():
         for part in stage.train:
             if part not in parts:

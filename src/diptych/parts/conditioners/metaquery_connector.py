@@ -17,6 +17,8 @@ from diptych.core.errors import UserError
 from diptych.parts.conditioners.base import Connector
 
 EPS = 1e-6
+INIT = 0.014
+"""Standard deviation of the matrices at the start, that of the release's configuration."""
 THETA = 10_000.0
 SANA_NORM = 5.5**0.5
 """Where the last norm's scale starts for SANA, whose text embeddings have about this deviation; 1 for others."""
@@ -131,13 +133,13 @@ class MetaQueryConnector(Connector):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices normal with deviation 0.02 (Qwen2's), biases zero, norms one, the last at `norm_scale`.
+        """Matrices normal with deviation `INIT`, biases zero, norms one, the last at `norm_scale`.
 
         A no-op on the meta device.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=INIT)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, HeadNorm):
