@@ -26,7 +26,7 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix in PICKLES:
         raise UserError(
             f"{path}: pickle files can run code when opened and are not read as weights; "
-            "convert it to .safetensors (safetensors.torch.save_file) in an environment you trust"
+            "convert it to .safetensors: diptych convert FILE OUT.safetensors reads it in a process of its own"
         )
 
 

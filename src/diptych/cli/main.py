@@ -34,6 +34,7 @@ COMMANDS = {
     "index": "read the headers of data once, so that training starts at once",
     "recipes": "list the recipes, or show one",
     "save": "a model as a folder, in our layout or the published one",
+    "convert": "a published file of weights as a MODEL, or as safetensors",
     "pack": "a run's model as one small folder",
     "confusions": "how the toy world's detector reads its own images",
     "doctor": "look at this machine and this installation",
