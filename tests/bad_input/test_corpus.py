@@ -1,6 +1,6 @@
 """Every bad input of the corpus ends in one line that names it, and in its exit code: no traceback, nothing accepted.
 
-The corpus is data: the YAML files beside this one, one entry for each input.
+The corpus is data: the JSONL files beside this one, a line for each input (`world.Entry`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import world
 
-CORPUS = {path.stem: world.entries(path) for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+from bad_input import world
+
+CORPUS = {path.stem: world.entries(path) for path in sorted(Path(__file__).parent.glob("*.jsonl"))}
 EVERY = [pytest.param(entry, id=f"{name}-{entry.id}") for name, rows in CORPUS.items() for entry in rows]
 SECONDS = 20
 
