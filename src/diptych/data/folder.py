@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
+from diptych.data.caption_file import CaptionFile, Joined, join
 from diptych.data.captions import TextSetting, text_keys
 from diptych.data.columns import digest
 from diptych.data.image_metadata import NAMES, read_metadata
@@ -34,6 +36,7 @@ class FolderSource(Source, Listed):
         task: `image` or `text_to_image`.
         fit: `crop` or `letterbox`.
         text: keys of the metadata that hold captions (`captions.TextKeys`); `text` or `caption` by default.
+        captions: a file elsewhere that holds the captions, by path, with or without the suffix, or by name.
         name: defaults to the folder's own.
 
     Raises:
@@ -47,6 +50,7 @@ class FolderSource(Source, Listed):
         task: str = "image",
         fit: str = "crop",
         text: TextSetting | None = None,
+        captions: CaptionFile | None = None,
         name: str | None = None,
     ) -> None:
         self.folder = Path(folder).expanduser()
@@ -56,7 +60,11 @@ class FolderSource(Source, Listed):
         self.text = text_keys(text, self.name)
         self.paths: list[str] = []
         self._metadata: dict[str, dict[str, Any]] = {}
-        self.dropped = self._list()
+        self._places: list[int] = []
+        self._joined: Joined | None = None
+        if captions is not None and (self.task != "text_to_image" or text is not None):
+            raise UserError(f"{self.name}: captions of a file go with task text_to_image, and without `text`")
+        self.dropped = self._list(captions)
         if not self.paths:
             raise UserError(f"{self.folder}: no image found ({_counted(self.dropped)}).")
 
@@ -66,7 +74,7 @@ class FolderSource(Source, Listed):
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
         path = self.folder / self.paths[index]
         id = self._id(self.paths[index])
-        texts, weights = self._captions(self.paths[index], id) if self.task == "text_to_image" else ((), ())
+        texts, weights = self._captions(index, id) if self.task == "text_to_image" else ((), ())
         return make_sample(
             Row(target=path, texts=texts, weights=weights),
             id=id,
@@ -103,7 +111,10 @@ class FolderSource(Source, Listed):
         except BadItem:
             return None
 
-    def _captions(self, path: str, id: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    def _captions(self, index: int, id: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        path = self.paths[index]
+        if self._joined is not None:
+            return self._joined.texts(self._places[index])
         if path not in self._metadata:
             return (self._caption(self.folder / path, id),), ()
         row = self._metadata[path]
@@ -121,12 +132,12 @@ class FolderSource(Source, Listed):
             raise BadItem(id, f"caption not readable ({error.strerror})") from error
         return usable_text(text, id)
 
-    def _list(self) -> dict[str, str]:
+    def _list(self, elsewhere: CaptionFile | None) -> dict[str, str]:
         """Fills `paths`; gives what was dropped."""
         if not self.folder.is_dir():
             kind = "is a file, not a folder" if self.folder.exists() else "no such folder"
             raise UserError(f"{self.folder}: {kind}")
-        captioned = self.task == "text_to_image"
+        captioned = self.task == "text_to_image" and elsewhere is None
         files = _files(self.folder)
         rows, metadata = read_metadata(self.folder, files) if captioned else ({}, [])
         images: list[str] = []
@@ -152,6 +163,26 @@ class FolderSource(Source, Listed):
             dropped |= {self._id(stem + _CAPTION): "no image of this name" for stem in sorted(captions - stems)}
             dropped |= {self._id(path): "no image of this name" for path in rows if path not in present}
         self._metadata = {path: rows[path] for path in self.paths if path in rows}
+        return dropped if elsewhere is None else dropped | self._join(elsewhere)
+
+    def _join(self, elsewhere: CaptionFile) -> dict[str, str]:
+        """Keeps the images that have captions in a file elsewhere; gives what was dropped."""
+        paths = self.paths
+
+        def names() -> Iterator[tuple[str, ...]]:
+            for path in paths:
+                stem = os.path.splitext(path)[0]
+                yield path, stem, path.rpartition("/")[2], stem.rpartition("/")[2]
+
+        joined = join(elsewhere, digest("folder", str(self.folder.resolve()), paths), names, self.name)
+        self._joined = joined
+        matched = joined.matched
+        self._places = np.flatnonzero(matched).tolist()
+        self.paths = [paths[place] for place in self._places]
+        dropped = {self._id(paths[place]): joined.lacks(place) for place in np.flatnonzero(~matched).tolist()}
+        if joined.unmatched:
+            count = f"{joined.unmatched:,}, the first is {joined.first!r}"
+            dropped[f"{self.name}/{joined.file.name}"] = f"captions of other keys ({count})"
         return dropped
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,22 @@ from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample, Task
+from diptych.data.caption_file import CaptionFile, Joined, join
 from diptych.data.captions import TextKeys, TextSetting, lookup, text_keys
 from diptych.data.columns import derived, digest
 from diptych.data.imaging import FitMode, check_fit, read_image
 from diptych.data.left_out import LeftOut
 from diptych.data.rows import KEYS, Row, make_sample, parse_row, usable_text
 from diptych.data.shards import cache_folder, local_shards, shard_names, short_name
-from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe
+from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
 from diptych.data.tar_index import tar_index
 from diptych.data.tar_scan import IMAGE_SUFFIXES
 
 _TASKS: tuple[Task, ...] = ("image", "text_to_image", "edit", "understand")
 _APART = "members of its name stand elsewhere in the shard; those of one sample must follow each other"
-_REASONS = ("", "no image", "several images", "no caption", "no .json", "no source image")
-_NO_IMAGE, _SEVERAL, _NO_CAPTION, _NO_JSON, _NO_SOURCE = range(1, 6)
+_REASONS = ("", "no image", "several images", "no caption", "no .json", "no source image", "")
+_NO_IMAGE, _SEVERAL, _NO_CAPTION, _NO_JSON, _NO_SOURCE, _NOT_JOINED = range(1, 7)
+_REPEATED = re.compile(r"#\d+$")
 _BLOCK = 1 << 20
 _OPEN_SHARDS = 64
 
@@ -51,6 +55,7 @@ class WebDatasetSource(Source, Scored, Listed):
         fit: `crop` or `letterbox`.
         text: where captions stand: suffixes of members or keys of the .json, one, several or with weights
             (`captions.TextKeys`).
+        captions: a second file that holds the captions, by the samples' keys.
         columns: the member (by its suffix) or key of the .json that stands for one of ours, as in {image: edited.png,
             source: input.png, instruction: txt}.
         cache: folder for downloads; ~/.cache/diptych/shards by default.
@@ -67,6 +72,7 @@ class WebDatasetSource(Source, Scored, Listed):
         task: str = "text_to_image",
         fit: str = "crop",
         text: TextSetting | None = None,
+        captions: CaptionFile | None = None,
         columns: Mapping[str, str] | None = None,
         cache: str | Path | None = None,
         name: str | None = None,
@@ -85,8 +91,16 @@ class WebDatasetSource(Source, Scored, Listed):
         self._files = _Shards(self._index.meta["shards"])
         self._suffixes: list[str] = self._index.meta["suffixes"]
         self._identity = digest(self._index.meta["shards"], self.task, self.columns, repr(self.text))
+        self._joined: Joined | None = None
+        if captions is not None:
+            if self.task != "text_to_image" or self.text is not None:
+                raise UserError(f"{self.name}: captions of a file go with task text_to_image, and without `text`")
+            self._joined = join(captions, digest(self._index.meta["shards"]), self._names_of_samples, self.name)
+            self._identity = digest(self._identity, repr(captions), file_stamp(self._joined.file))
         self._chosen = derived("chosen", self._identity, self._choose)
-        dropped = LeftOut(self._left_out, len(self._chosen["lost"]) + len(self._index.meta["left_out"]))
+        lost = len(self._chosen["lost"]) + len(self._index.meta["left_out"])
+        others = self._joined is not None and self._joined.unmatched > 0
+        dropped = LeftOut(self._left_out, lost + others)
         self.dropped: Mapping[str, str] = dropped
         if not len(self):
             first = f" (first: {next(self._left_out())})" if dropped else ""
@@ -102,7 +116,7 @@ class WebDatasetSource(Source, Scored, Listed):
         def read(reference: _Member, least: Size) -> Image.Image:
             return read_image(self._files.read(reference), id, least)
 
-        parsed = self._row(members, id)
+        parsed = self._row(row, members, id)
         return make_sample(parsed, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
 
     def sizes(self) -> np.ndarray | None:
@@ -162,14 +176,14 @@ class WebDatasetSource(Source, Scored, Listed):
             return members.get(self.columns["image"])
         return next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
 
-    def _row(self, members: Mapping[str, _Member], id: str) -> Row:
+    def _row(self, row: int, members: Mapping[str, _Member], id: str) -> Row:
         """What the task reads of a sample; BadItem where it is not there or malformed."""
         image = self._image(members)
         if self.task == "image":
             return Row(target=image)
         try:
             if self.task == "text_to_image":
-                texts, weights = self._texts(members, id)
+                texts, weights = self._texts(members, id) if self._joined is None else self._joined.texts(row)
                 return Row(target=image, texts=texts, weights=weights)
             if self.task == "edit":
                 names = TextKeys((self.columns.get("instruction", "instruction"),), (1.0,), preferred=False)
@@ -245,7 +259,9 @@ class WebDatasetSource(Source, Scored, Listed):
         reason[number > 1] = _SEVERAL
         if self.task == "edit":
             reason[(reason == 0) & (has((self.columns["source"],))[0] == 0)] = _NO_SOURCE
-        if self.task in ("edit", "text_to_image"):
+        if self._joined is not None:
+            reason[(reason == 0) & ~self._joined.matched[start:stop]] = _NOT_JOINED
+        elif self.task in ("edit", "text_to_image"):
             written = has(self._text_names())[0] > 0
             reason[(reason == 0) & ~(described | written)] = _NO_CAPTION
         return reason, sides
@@ -263,7 +279,30 @@ class WebDatasetSource(Source, Scored, Listed):
             reason = _REASONS[code]
             if code == _SEVERAL:
                 reason += f" ({', '.join(suffix for suffix in self._members(row) if suffix in IMAGE_SUFFIXES)})"
-            yield self._id(row), f"{reason}; {_APART}" if again[row] and code != _SEVERAL else reason
+            if code == _NOT_JOINED:
+                assert self._joined is not None
+                reason = self._joined.lacks(row)
+            yield (
+                self._id(row),
+                f"{reason}; {_APART}" if again[row] and code < _NO_JSON and code != _SEVERAL else reason,
+            )
+        if self._joined is not None and self._joined.unmatched:
+            count, first = self._joined.unmatched, self._joined.first
+            yield f"{self.name}/{self._joined.file.name}", f"captions of other keys ({count:,}, the first is {first!r})"
+
+    def _names_of_samples(self) -> Iterator[tuple[str, ...]]:
+        """What a caption's key may call each sample of the index."""
+        keys, ends = self._index["keys"], self._index["key_end"]
+        shards = self._index["shard_first"].tolist()
+        for shard, (first, stop) in enumerate(itertools.pairwise(shards)):
+            stem = self._names[shard].removesuffix(".tar")
+            start = int(ends[first - 1]) if first else 0
+            for end, again in zip(ends[first:stop].tolist(), self._index["again"][first:stop].tolist(), strict=True):
+                key = keys[start:end].tobytes().decode()
+                start = end
+                if again:
+                    key = _REPEATED.sub("", key)  # it may be either
+                yield f"{stem}/{key}", key, key.rpartition("/")[2]
 
 
 class ChangedShard(UserError):

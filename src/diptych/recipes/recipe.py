@@ -20,6 +20,7 @@ from diptych.core.ranges import Count, NotNegative, NotNegativeInt, Positive, Sh
 from diptych.core.reading import read_text, read_yaml, yaml_value
 from diptych.core.sample import Task
 from diptych.core.schema import Variants, read
+from diptych.data.caption_file import CaptionFile
 from diptych.data.filters import Filters
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
@@ -141,8 +142,8 @@ class SourceSpec:
     task: what its samples are for. weight: its part of the mixture (the paper's mix ratio is the share of images).
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
     columns: names of its columns by our names; of tar files, suffixes of members or keys of the .json. text: where
-    captions stand, in tar files and in a folder's metadata (`data.captions.TextKeys`). filters: which items are used
-    (`data.filters.Filters`). count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy
+    captions stand, in tar files and in a folder's metadata (`data.captions.TextKeys`). captions: a second file that
+    holds them, by key (`data.caption_file.CaptionFile`). filters: which items are used (`data.filters.Filters`). count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy
     world, and of that draw. options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`);
     of proxies, see `recipes.pictures`.
     """
@@ -155,6 +156,7 @@ class SourceSpec:
     split: str | None = None
     columns: dict[str, str] = field(default_factory=dict[str, str])
     text: str | tuple[str, ...] | dict[str, float] | None = None
+    captions: CaptionFile | None = None
     filters: Filters | None = None
     control: str | None = None
     maps: str | None = None

@@ -24,9 +24,9 @@ from diptych.recipes.tables import call
 
 SOURCE_KEYS = {
     "toyworld": {"count", "seed", "options"},
-    "folder": {"path", "text", "filters", "control", "maps"},
+    "folder": {"path", "text", "captions", "filters", "control", "maps"},
     "jsonl": {"path", "ignore", "filters", "control"},
-    "webdataset": {"path", "columns", "text", "filters", "control"},
+    "webdataset": {"path", "columns", "text", "captions", "filters", "control"},
     "parquet": {"path", "columns", "split", "filters", "control"},
     "proxies": {"path", "count", "seed", "options"},
 }
@@ -77,11 +77,11 @@ def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Sour
     task = "text_to_image" if spec.control else spec.task
     given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit}
     if spec.kind == "folder":
-        return FolderSource(path, text=spec.text, **given)
+        return FolderSource(path, text=spec.text, captions=spec.captions, **given)
     if spec.kind == "jsonl":
         return JsonlSource(path, ignore=spec.ignore, **given)
     if spec.kind == "webdataset":
-        return WebDatasetSource(path, text=spec.text, columns=spec.columns, **given)
+        return WebDatasetSource(path, text=spec.text, captions=spec.captions, columns=spec.columns, **given)
     return ParquetSource(path, columns=spec.columns, split=spec.split or "train", **given)
 
 
