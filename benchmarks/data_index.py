@@ -47,16 +47,17 @@ if bucketed:
     mixture.prepare()
     mixture.size(12345)
 seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
-after = memory()
-out = {"samples": len(source), "seconds": seconds, "cpu": cpu, "listing": made, "bytes_read": read() - bytes_before,
-       "memory": {name: after[name] - before[name] for name in after}}
-print(json.dumps(out), flush=True)
 if hold:  # an epoch later: every page of the index has been used
     touched = [source._index, source._chosen, *mixture._plan.assignments[0].members]
     for part in touched:
         arrays = [part] if hasattr(part, "sum") else [part[path.stem] for path in part.folder.glob("*.npy")]
         for array in arrays:
             array.sum()
+after = memory()
+out = {"samples": len(source), "seconds": seconds, "cpu": cpu, "listing": made, "bytes_read": read() - bytes_before,
+       "memory": {name: after[name] - before[name] for name in after}}
+print(json.dumps(out), flush=True)
+if hold:
     sys.stdin.readline()
     after = memory()
     print(json.dumps({name: after[name] - before[name] for name in after}), flush=True)

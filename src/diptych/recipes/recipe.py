@@ -143,9 +143,10 @@ class SourceSpec:
     path: folder, file, pattern or URL. ignore: keys of JSONL rows that are passed over. split: of a parquet data set.
     columns: names of its columns by our names; of tar files, suffixes of members or keys of the .json. text: where
     captions stand, in tar files and in a folder's metadata (`data.captions.TextKeys`). captions: a second file that
-    holds them, by key (`data.caption_file.CaptionFile`). filters: which items are used (`data.filters.Filters`). count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy
-    world, and of that draw. options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`);
-    of proxies, see `recipes.pictures`.
+    holds them, by key (`data.caption_file.CaptionFile`). filters: which items are used (`data.filters.Filters`).
+    count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw.
+    options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`); of proxies, see
+    `recipes.pictures`.
     """
 
     kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
