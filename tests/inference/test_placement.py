@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 
 import numpy as np
@@ -15,7 +17,23 @@ from diptych.inference.engine import Engine
 from diptych.inference.placement import Offload, Placement, Quantization, blocks, cast, place, quantize
 
 SYSTEMS = ["toy/iomm", "toy/ovis-u1", "toy/omnigen2", "toy/hieraquery", "toy/bagel"]
-LIBRARY = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+LIBRARY = {"int8": "bitsandbytes", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+@functools.cache
+def loaded(name: str) -> Engine:
+    return diptych.load(name, device="cpu")
+
+
+@functools.cache
+def expected(name: str) -> tuple[np.ndarray, str]:
+    """A picture and an answer of the model as it is."""
+    engine = loaded(name)
+    return picture(engine), engine.ask(engine.generate("a red circle", steps=1)[0], "what color?")
+
+
+def fresh(name: str) -> Engine:
+    return copy.deepcopy(loaded(name))
 
 
 def picture(engine: Engine) -> np.ndarray:
@@ -25,17 +43,16 @@ def picture(engine: Engine) -> np.ndarray:
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("kept", ["model", "layers"])
 def test_offload_gives_the_same_picture_bit_for_bit(name: str, kept: Offload) -> None:
-    engine = diptych.load(name, device="cpu")
-    expected, answer = picture(engine), engine.ask(engine.generate("a red circle", steps=1)[0], "what color?")
+    engine = fresh(name)
     place(engine.system, Placement(offload=kept))
     away = [p.numel() for block in blocks(engine.system) for p in block.parameters()]
     assert not any(away), "the blocks' weights are not on the device between runs"
-    assert np.array_equal(picture(engine), expected)
-    assert engine.ask(engine.generate("a red circle", steps=1)[0], "what color?") == answer
+    assert np.array_equal(picture(engine), expected(name)[0])
+    assert engine.ask(engine.generate("a red circle", steps=1)[0], "what color?") == expected(name)[1]
 
 
 def test_layers_leave_the_device_again_and_a_part_stays() -> None:
-    by_layer, by_part = (diptych.load("toy/iomm", device="cpu") for _ in range(2))
+    by_layer, by_part = (fresh("toy/iomm") for _ in range(2))
     place(by_layer.system, Placement(offload="layers"))
     place(by_part.system, Placement(offload="model"))
     resident = []
@@ -53,8 +70,7 @@ def test_layers_leave_the_device_again_and_a_part_stays() -> None:
 @pytest.mark.parametrize("format", ["int8", "fp8", "nf4"])
 def test_quantised_weights_are_small_and_draw_nearly_the_same(name: str, format: Quantization) -> None:
     pytest.importorskip(LIBRARY[format])
-    engine = diptych.load(name, device="cpu")
-    expected = picture(engine).astype(int)
+    engine = fresh(name)
     place(engine.system, Placement(quantize=format))
     kinds = {
         type(layer.weight).__name__
@@ -63,7 +79,7 @@ def test_quantised_weights_are_small_and_draw_nearly_the_same(name: str, format:
         if isinstance(layer, nn.Linear)
     }
     assert "Parameter" not in kinds, "every linear layer of a block is quantised"
-    difference = np.abs(picture(engine).astype(int) - expected).mean()
+    difference = np.abs(picture(engine).astype(int) - expected(name)[0]).mean()
     assert 0 < difference < 4, "not bit-equal, and close"
 
 
@@ -84,9 +100,18 @@ def test_what_cannot_be_is_refused() -> None:
         Placement(quantize="int9")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"offload: unknown value 'layer'.*'layers'"):
         Placement(offload="layer")  # pyright: ignore[reportArgumentType]
-    if importlib.util.find_spec("torchao"):
-        with pytest.raises(UserError, match="layer 0 learns"):
-            quantize([nn.Sequential(nn.Linear(4, 4))], "int8")
-    else:
-        with pytest.raises(UserError, match="pip install"):
-            quantize([nn.Sequential(nn.Linear(4, 4))], "int8")
+    with pytest.raises(UserError, match="layer 0 learns"):
+        quantize([nn.Sequential(nn.Linear(4, 4))], "int8")
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(UserError, match=r"torchao is missing; pip install 'diptych\[fp8\]'"):
+            quantize([nn.Sequential(nn.Linear(4, 4))], "fp8")
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_quantised_blocks_can_be_offloaded(format: Quantization) -> None:
+    pictures = []
+    for kept in ("none", "layers"):
+        engine = fresh("toy/iomm")
+        place(engine.system, Placement(quantize=format, offload=kept))  # pyright: ignore[reportArgumentType]
+        pictures.append(picture(engine))
+    assert np.array_equal(*pictures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from diptych.core.errors import UserError, unknown
 from diptych.systems.base import System
 
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-"""Formats of the weights of linear layers inside blocks: `int8` and `fp8` (e4m3) by torchao, one scale for each output
-channel; `nf4` by bitsandbytes, one scale for each 64 weights (QLoRA, Dettmers et al. 2023, Sec. 3)."""
+"""Formats of the weights of linear layers inside blocks: `int8` by bitsandbytes, one scale for each output channel
+(LLM.int8(), Dettmers et al. 2022); `nf4` by bitsandbytes, one scale for each 64 weights (QLoRA, Dettmers et al. 2023,
+Sec. 3); `fp8` (e4m3) by torchao, one scale for each output channel."""
 
 Offload = Literal["none", "model", "layers"]
 """What stays on the device: `none` offloads nothing; `model` keeps the blocks of the part that runs (the language
@@ -24,7 +24,8 @@ model, the decoder, ...); `layers` keeps the block that runs and the next one. T
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-EXTRA = "pip install 'diptych[quantize]'"
+EXTRAS = {"int8": "quantize", "nf4": "quantize", "fp8": "fp8"}
+"""The extra of Diptych that brings the library of each format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,12 @@ def quantize(modules: Iterable[nn.Module], format: Quantization) -> int:
     Raises:
         UserError: the library is not installed, or a layer learns.
     """
-    convert = _to_nf4 if format == "nf4" else _torchao(format)
+    try:
+        convert = _to_fp8() if format == "fp8" else _by_bitsandbytes(format)
+    except ImportError as error:
+        raise UserError(
+            f"quantize {format}: {error.name} is missing; pip install 'diptych[{EXTRAS[format]}]'"
+        ) from error
     count = 0
     for module in modules:
         for parent in list(module.modules()):
@@ -112,37 +118,35 @@ def quantize(modules: Iterable[nn.Module], format: Quantization) -> int:
     return count
 
 
-def _torchao(format: Quantization) -> Callable[[nn.Linear], nn.Module]:
-    try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise UserError(f"quantize {format} needs torchao: {EXTRA}") from error
-    config = Int8WeightOnlyConfig() if format == "int8" else Float8WeightOnlyConfig()
+def _to_fp8() -> Callable[[nn.Linear], nn.Module]:
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # an extra of its own
+        Float8WeightOnlyConfig,
+        quantize_,
+    )
 
     def convert(layer: nn.Linear) -> nn.Module:
-        layer.requires_grad_(False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            quantize_(layer, config)
+        quantize_(layer, Float8WeightOnlyConfig())
         return layer
 
     return convert
 
 
-def _to_nf4(layer: nn.Linear) -> nn.Module:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(f"quantize nf4 needs bitsandbytes: {EXTRA}") from error
-    dtype = layer.weight.dtype
-    quantized: Any = bitsandbytes.nn.modules.Linear4bit(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4", compute_dtype=dtype
-    )
-    quantized.load_state_dict(layer.state_dict())
-    if layer.bias is not None:
-        quantized.bias.data = layer.bias.data
-    quantized.requires_grad_(False)
-    return quantized.to(layer.weight.device)  # the weights are quantised as they are moved
+def _by_bitsandbytes(format: Quantization) -> Callable[[nn.Linear], nn.Module]:
+    from bitsandbytes.nn import modules
+
+    def convert(layer: nn.Linear) -> nn.Module:
+        sizes: Any = (layer.in_features, layer.out_features, layer.bias is not None)
+        if format == "nf4":
+            quantized: Any = modules.Linear4bit(*sizes, quant_type="nf4", compute_dtype=layer.weight.dtype)
+        else:
+            quantized = modules.Linear8bitLt(*sizes, has_fp16_weights=False)
+        quantized.load_state_dict(layer.state_dict())
+        if layer.bias is not None:
+            quantized.bias.data = layer.bias.data  # in its own number format
+        quantized.requires_grad_(False)
+        return quantized.to(layer.weight.device)  # the weights are quantised as they are moved
+
+    return convert
 
 
 class _Streamed:
@@ -193,9 +197,10 @@ class _Streamed:
 
 
 def _in_host_memory(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in host memory, page-locked where a GPU will copy from it."""
-    stored = _like(tensor, tensor.detach().cpu())
-    return _like(tensor, stored.pin_memory()) if device.type == "cuda" else stored
+    """The tensor in host memory, page-locked where a GPU will copy from it; quantised weights keep their kind."""
+    stored = tensor.to("cpu")
+    plain = type(stored) in (Tensor, nn.Parameter)
+    return _like(tensor, stored.detach().pin_memory()) if device.type == "cuda" and plain else stored
 
 
 def _like(stored: Tensor, value: Tensor) -> Tensor:
