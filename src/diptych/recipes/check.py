@@ -197,7 +197,7 @@ def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
         tokens = rows * columns // system.decoder.patch**2 + condition
         decoder = tokens * _linear_inputs(system.decoder)
         blocks = len(system.decoder.shard_units())
-        if recipe.run.checkpointing and blocks:
+        if "decoder" in recipe.run.checkpointing and blocks:
             decoder = decoder // blocks + tokens * blocks * system.decoder.condition_width
         inputs += decoder
     return 2 * width * samples * inputs

@@ -35,6 +35,7 @@ from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
+from diptych.training.recompute import recompute_activations
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ def train_recipe(
     check_parts(recipe, system)
     trained = [name for stage in recipe.stages.values() for name in stage.train]
     system.own(dict.fromkeys(trained))
-    if recipe.run.checkpointing:
-        set_checkpointing(system)
+    recompute_activations(system, recipe.run.checkpointing)
     stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
     apply = stage_settings(system, list(recipe.stages.values()))
     if accelerator.is_main_process:
@@ -235,14 +235,6 @@ def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: Data
                 log.warning("held out: %s", error)
         batches += [Batch(tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
     return batches
-
-
-def set_checkpointing(system: System) -> None:
-    """Recompute the decoder's activations in the backward pass."""
-    decoder = system.decoder if isinstance(system, AssembledSystem) else None
-    if decoder is None or not hasattr(decoder, "checkpointing"):
-        raise UserError("run.checkpointing: this system's decoder cannot recompute its activations")
-    decoder.checkpointing = True  # type: ignore[assignment]
 
 
 def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], None] | None:

@@ -97,9 +97,9 @@ class RunConfig:
     save_every, validate_every, sample_every, score_every: steps, and at a stage's end; 0 for never, but a stage's end
     always saves. score_tasks, score_limit: what is scored then, with the averaged weights where there are any, and how
     many prompts of each task. keep_checkpoints: number of the last checkpoints that stay; keep_stages: the last one of
-    every stage stays too. num_workers: data processes. precision: `fp32` or
-    `bf16` (autocast). checkpointing: recompute activations. strategy: `auto` (one process, or DDP when started by a
-    launcher) or `fsdp`, which draws no pictures on the way.
+    every stage stays too. num_workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: parts
+    whose activations are recomputed. strategy: `auto` (one process, or DDP when started by a launcher) or `fsdp`, which
+    draws no pictures on the way.
     """
 
     log_every: int = 10
@@ -113,7 +113,7 @@ class RunConfig:
     keep_stages: bool = False
     num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpointing: bool = False
+    checkpointing: tuple[str, ...] = ()
     strategy: Literal["auto", "fsdp"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     tensorboard: bool = True

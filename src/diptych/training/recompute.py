@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diptych.core.errors import UserError, unknown
@@ -33,9 +34,14 @@ def recompute_activations(system: System, parts: Sequence[str]) -> None:
         blocks = [unit for unit in system.shard_units() if any(id(p) in inside for p in unit.parameters())]
         if not blocks:
             raise UserError(f"run.checkpointing: part {name!r} has no blocks whose activations could be recomputed")
-        for block in blocks:
-            if not isinstance(block.forward, Recomputed):
-                block.forward = Recomputed(block.forward)
+        recompute_blocks(blocks)
+
+
+def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Recompute the activations of these modules, each by itself, in place."""
+    for block in blocks:
+        if not isinstance(block.forward, Recomputed):
+            block.forward = Recomputed(block.forward)
 
 
 class Recomputed:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from diptych.core.errors import UserError
 from diptych.core.rope import line_rotation, rotate_halves
@@ -130,15 +129,11 @@ class MoTLayer(nn.Module):
 
 
 class MoT(nn.Module):
-    """The language model: embedding, layers, a final norm for each expert, scores of next tokens.
-
-    checkpointing: recompute each layer in the backward pass instead of keeping its activations.
-    """
+    """The language model: embedding, layers, a final norm for each expert, scores of next tokens."""
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -182,10 +177,7 @@ class MoT(nn.Module):
         """
         turn = line_rotation(ids, self.config.head, self.config.rope_theta)
         for number, layer in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                und, gen = checkpoint(layer, und, gen, turn, attend, number, use_reentrant=False)  # pyright: ignore
-            else:
-                und, gen = layer(und, gen, turn, attend, number)
+            und, gen = layer(und, gen, turn, attend, number)
         return self.norm(und), self.norm_gen(gen)
 
     def und_modules(self) -> nn.ModuleList:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
@@ -207,10 +205,7 @@ class SingleBlock(nn.Module):
 
 
 class MMDiT(PackingDecoder):
-    """FLUX-type decoder over padded condition tokens; any aspect ratio.
-
-    checkpointing: recompute each block in the backward pass instead of keeping its activations.
-    """
+    """FLUX-type decoder over padded condition tokens; any aspect ratio."""
 
     Config = MMDiTConfig
 
@@ -224,7 +219,6 @@ class MMDiT(PackingDecoder):
         self.patch = config.patch
         self.hidden = width
         self.pooled_width = config.pooled_width
-        self.checkpointing = False
 
         self.image_in = nn.Linear(token, width)
         self.text_in = nn.Linear(config.condition_width, width)
@@ -306,11 +300,11 @@ class MMDiT(PackingDecoder):
         states: Tensor | None = None
         length = text.shape[1]
         for number, block in enumerate(self.double_blocks, start=1):
-            image, text = self._run(block, image, text, time, turn, mask)
+            image, text = block(image, text, time, turn, mask)
             states = image if number == layer else states
         joint = torch.cat([text, image], dim=1)  # (B, T, W)
         for number, block in enumerate(self.single_blocks, start=len(self.double_blocks) + 1):
-            joint = self._run(block, joint, time, turn, mask)
+            joint = block(joint, time, turn, mask)
             states = joint[:, length:] if number == layer else states
         return joint, states
 
@@ -321,11 +315,6 @@ class MMDiT(PackingDecoder):
 
     def shard_units(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
-
-    def _run(self, block: nn.Module, *inputs: Mask) -> Any:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _time(self, t: Tensor, pooled: Tensor | None) -> Tensor:
         """SiLU of the time (and pooled) embedding, (B, 1, W)."""

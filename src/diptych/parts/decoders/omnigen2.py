@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from diptych.checkpoints.omnigen2 import load_transformer, read_transformer_config
 from diptych.core.condition import TokenCondition
@@ -229,7 +228,6 @@ class OmniGen2(Decoder):
     """See the module's docstring.
 
     The text's refiner does not depend on time: `refine` runs it once, `denoise` at every step; `forward` is both.
-    checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
     Config = OmniGen2Config
@@ -258,7 +256,6 @@ class OmniGen2(Decoder):
         self.channels = config.in_channels
         self.condition_width = config.text_feat_dim
         self.patch = config.patch_size
-        self.checkpointing = False
 
         def blocks(count: int, *, modulated: bool = True) -> nn.ModuleList:
             return nn.ModuleList(Block(config, modulated=modulated) for _ in range(count))
@@ -319,7 +316,7 @@ class OmniGen2(Decoder):
         text = self.time_caption_embed.caption_embedder(tokens.to(self.x_embedder.weight.dtype))  # (B, L, W)
         turn = rotation(torch.arange(text.shape[1], device=text.device)[None, :, None].expand(1, -1, 3), self._axes)
         for block in self.context_refiner:
-            text = self._run(block, text, turn, _keys(mask))
+            text = block(text, turn, _keys(mask))
         return replace(condition, tokens=text, mask=mask)
 
     def denoise(self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition) -> list[Tensor]:
@@ -372,7 +369,7 @@ class OmniGen2(Decoder):
         lengths = [len(turn) for turn in turns]
         turn, mask = pad_sequence(list(turns), batch_first=True), _keys(real(lengths, x.device))
         for block in blocks:
-            x = self._run(block, x, turn, mask, time)
+            x = block(x, turn, mask, time)
         return [row[:length] for row, length in zip(x, lengths, strict=True)]
 
     def _tokens(self, latents: Sequence[Tensor]) -> Tensor:
@@ -418,11 +415,6 @@ class OmniGen2(Decoder):
             with torch.inference_mode(False):  # what is kept must be fit for training as well
                 self._rotations[key] = [rotation(x[None].to(device), self._axes)[0] for x in layout.positions()]
         return self._rotations[key]
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(*inputs)
 
     def shard_units(self) -> list[nn.Module]:
         """Without the refiner of reference images, which a step without any does not run."""

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
@@ -122,10 +121,7 @@ class DoubleXBlock(nn.Module):
 
 
 class OvisU1Decoder(Decoder):
-    """See the module's docstring; any aspect ratio, any number and size of context images.
-
-    checkpointing: recompute each block in the backward pass instead of keeping its activations.
-    """
+    """See the module's docstring; any aspect ratio, any number and size of context images."""
 
     Config = OvisU1DecoderConfig
 
@@ -137,7 +133,6 @@ class OvisU1Decoder(Decoder):
         self.channels = config.channels
         self.condition_width = width
         self.patch = config.patch
-        self.checkpointing = False
 
         self.image_in = nn.Linear(token, width)
         self.time = TimeEmbedding(width)
@@ -190,10 +185,10 @@ class OvisU1Decoder(Decoder):
         turn = self._rotation(length, (rows, columns), sides, x.device)  # (B or 1, T, K / 2)
 
         for block in self.double_blocks:
-            image, text = self._run(block, image, text, vector, turn, mask)
+            image, text = block(image, text, vector, turn, mask)
         joint = torch.cat([text, image], dim=1)  # (B, T, W)
         for block in self.single_blocks:
-            joint = self._run(block, joint, vector, turn, mask)
+            joint = block(joint, vector, turn, mask)
 
         shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
         out = self.final(modulate(joint[:, length : length + count], shift, scale))  # (B, N, C patch^2)
@@ -201,11 +196,6 @@ class OvisU1Decoder(Decoder):
 
     def shard_units(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Any:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _vector(self, t: Tensor, pooled: Tensor | None) -> Tensor:
         """SiLU of the embeddings of time and of the whole condition, (B, 1, W)."""

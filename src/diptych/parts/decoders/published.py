@@ -1,4 +1,4 @@
-"""What the decoders over diffusers share: loading, saving and checkpointing."""
+"""What the decoders over diffusers share: loading and saving."""
 
 from __future__ import annotations
 
@@ -56,15 +56,3 @@ class PublishedDecoder(Decoder):
     def save_pretrained(self, folder: Path) -> None:
         """Write config.json and safetensors in diffusers' layout."""
         save(self.model, folder)
-
-    @property
-    def checkpointing(self) -> bool:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        return bool(self.model.gradient_checkpointing)
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        if on:
-            self.model.enable_gradient_checkpointing()
-        else:
-            self.model.disable_gradient_checkpointing()

@@ -98,11 +98,7 @@ class SD3(PublishedDecoder, PackingDecoder):
         time = model.time_text_embed(1000 * t, pooled)  # (B, W)
         states = image
         for number, block in enumerate(model.transformer_blocks, start=1):
-            if torch.is_grad_enabled() and model.gradient_checkpointing:
-                run = model._gradient_checkpointing_func
-                text, image = run(block, image, text, time, {"segments": segments})
-            else:
-                text, image = block(image, text, time, joint_attention_kwargs={"segments": segments})
+            text, image = block(image, text, time, joint_attention_kwargs={"segments": segments})
             states = image if number == layer else states
         out = model.proj_out(model.norm_out(image, time)).split(segments.images, dim=1)  # (B, N, C patch^2) each
         outputs = [unpatchify(x, self.patch, "pqc", *grid) for x, grid in zip(out, grids, strict=True)]
