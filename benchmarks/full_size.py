@@ -128,7 +128,7 @@ def step(system: ComposedSystem, batch: Batch, device: str) -> dict[str, float]:
     synchronize(device)
     begin = time.perf_counter()
     with precision(accelerator):
-        loss = system.losses(batch, Draws([0], device))["flow.image"].mean()
+        loss = system.losses(system.prepare(batch, Draws([0], device)), Draws([0], device))["flow.image"].mean()
     synchronize(device)
     middle = time.perf_counter()
     loss.backward()

@@ -27,7 +27,7 @@ from diptych.inference.guidance import Branch, ChainGuidance, guided
 from diptych.inference.solvers import solve, times
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
-from diptych.systems.ovis_u1 import OvisU1System
+from diptych.systems.composed import ComposedSystem
 from measure import machine, synchronize
 
 SCALES = (1.5, 6.0)
@@ -64,13 +64,13 @@ def request(side: int) -> Batch:
     return Batch((Sample(id="edit", task="edit", text="make it red", context_images=(image,), size=(side, side)),))
 
 
-def branches(system: OvisU1System, batch: Batch) -> list[Batch]:
+def branches(system: ComposedSystem, batch: Batch) -> list[Batch]:
     """Requests from the least to the most conditioned."""
     return [system.without(batch, "text_and_images"), system.without(batch, "text"), batch]
 
 
 @torch.no_grad()
-def once(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) -> Tensor:
+def once(system: ComposedSystem, batch: Batch, noise: Tensor, steps: int) -> Tensor:
     """As the engine does it."""
     names: list[Branch] = ["null", "image", "full"]
     conditions = [system.encode(branch) for branch in branches(system, batch)]
@@ -79,7 +79,7 @@ def once(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) -> Tenso
 
 
 @torch.no_grad()
-def plain_loop(system: OvisU1System, batch: Batch, noise: Tensor, steps: int) -> Tensor:
+def plain_loop(system: ComposedSystem, batch: Batch, noise: Tensor, steps: int) -> Tensor:
     """Everything anew in every step, one branch after the other."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, float]:
     plain, side = specification(size)
     torch.manual_seed(0)
     system = build_system(read(SystemSpec, plain, "", VARIANTS)).to(options.device).eval()
-    assert isinstance(system, OvisU1System)
+    assert isinstance(system, ComposedSystem)
     for parameter in [*system.decoder.parameters(), *system.refiner.parameters()]:
         torch.nn.init.normal_(parameter, std=0.02)
     batch = request(side).to(options.device)

@@ -29,7 +29,8 @@ def step(work: Training, name: str, accelerator: Accelerator) -> float:
     begin = time.perf_counter()
     fused = torch.autocast(work.device, torch.bfloat16, enabled=name != "fp32")
     with precision(accelerator) if name == "bf16" else fused:
-        loss = work.system.losses(work.batch, Draws(range(len(work.batch)), work.device))["flow.image"].float().mean()
+        draws = Draws(range(len(work.batch)), work.device)
+        loss = work.system.losses(work.system.prepare(work.batch, draws), draws)["flow.image"].float().mean()
     loss.backward()
     work.optimizer.step()
     work.optimizer.zero_grad(set_to_none=True)

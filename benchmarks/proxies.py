@@ -110,7 +110,7 @@ def training(repeats: int) -> dict[str, Any]:
     batch, keys = mixture.batch(0), mixture.keys(0)
 
     def step(number: int) -> None:
-        total = sum(values.sum() for values in system.losses(batch, Draws(keys)).values())
+        total = sum(values.sum() for values in system.losses(system.prepare(batch, Draws(keys)), Draws(keys)).values())
         assert isinstance(total, torch.Tensor)
         total.backward()
         system.zero_grad(set_to_none=True)

@@ -87,7 +87,7 @@ class Training:
     def passes(self, reuse: bool) -> float:
         draws = Draws(range(len(self.batch)), self.device)
         with prefix_reuse(reuse):
-            loss = self.system.losses(self.batch, draws)["flow.image"].mean()
+            loss = self.system.losses(self.system.prepare(self.batch, draws), draws)["flow.image"].mean()
             loss.backward()
         return float(loss.detach())
 

@@ -39,7 +39,7 @@ from diptych.recipes.recipe import (
     StageSpec,
 )
 from diptych.recipes.study import RunSpec, StudySpec, TaskSpec
-from diptych.systems.composed import Prompts
+from diptych.systems.prompts import Prompts
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 ROOT = Path(__file__).parent.parent

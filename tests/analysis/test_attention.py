@@ -21,7 +21,7 @@ from diptych.recipes import recipe as recipes
 from diptych.recipes.build import build_system
 from diptych.recipes.load import load
 from diptych.systems.bagel.system import BagelSystem
-from diptych.systems.omnigen2 import OmniGen2System
+from diptych.systems.composed import ComposedSystem
 from diptych.toyworld.samples import ToyWorld
 
 
@@ -98,8 +98,8 @@ def test_uniform_attention_counts_tokens() -> None:
                     layer.gen.q_proj.weight.zero_()
                     layer.gen.q_proj.bias.zero_()
             else:
-                assert isinstance(system, OmniGen2System)
-                for block in system.transformer.layers:
+                assert isinstance(system, ComposedSystem)
+                for block in system.decoder.layers:
                     block.get_submodule("attn.to_q").get_parameter("weight").zero_()
         [found] = word_attention.attend(engine, [prompt], steps=2)
         assert "".join(found.tokens).count(prompt.text) == 1

@@ -14,7 +14,7 @@ from diptych.core.errors import UserError
 from diptych.core.schema import read
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load
-from diptych.systems.hieraquery import HieraQuery
+from diptych.systems.composed import ComposedSystem
 
 ROWS = 330
 PLAIN: dict[str, Any] = {
@@ -65,20 +65,20 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.fixture
-def systems(monkeypatch: pytest.MonkeyPatch) -> list[HieraQuery]:
+def systems(monkeypatch: pytest.MonkeyPatch) -> list[ComposedSystem]:
     monkeypatch.setattr(
         "diptych.recipes.build.build_tokenizer", lambda name, vocabulary, assets: None
     )  # no text is read here
-    made: list[HieraQuery] = []
+    made: list[ComposedSystem] = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         system = build_system(read(SystemSpec, PLAIN, "system", VARIANTS))
-        assert isinstance(system, HieraQuery)
+        assert isinstance(system, ComposedSystem)
         made.append(system)
     return made
 
 
-def test_round_trip(systems: list[HieraQuery], tmp_path: Path) -> None:
+def test_round_trip(systems: list[ComposedSystem], tmp_path: Path) -> None:
     one, other = systems
     published = dict(metaquery_tensors(one))
     table = published["model.mllm_backbone.model.embed_tokens.weight"]
@@ -93,7 +93,7 @@ def test_round_trip(systems: list[HieraQuery], tmp_path: Path) -> None:
         assert torch.equal(before, after), name
 
 
-def test_parts_may_be_left_out_as_a_whole_and_keys_may_not(systems: list[HieraQuery], tmp_path: Path) -> None:
+def test_parts_may_be_left_out_as_a_whole_and_keys_may_not(systems: list[ComposedSystem], tmp_path: Path) -> None:
     one, other = systems
     published = {key: value.detach().clone() for key, value in metaquery_tensors(one)}
     names = [key for key in published if "decoder" not in key]

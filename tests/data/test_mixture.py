@@ -207,28 +207,77 @@ def test_pickles_for_workers() -> None:
     assert ids(copy, range(6)) == before
 
 
+class Texts(Preparer):
+    """Images stacked, and texts with a number drawn for each; `refused` texts cannot be learned from."""
+
+    def __init__(self, refused: Sequence[str] = ()) -> None:
+        self.refused = refused
+
+    def prepare(self, sample: Sample, draws: Draws) -> Prepared:
+        if sample.id in self.refused:
+            raise UserError(f"{sample.id}: too long")
+        assert sample.image is not None
+        text = f"{sample.text} {float(draws.uniform('text')[0])}"
+        return Prepared(id=sample.id, task=sample.task, inputs=(sample.image, text), counts={"flow": 1.0})
+
+    def join(self, rows: Sequence[Prepared]) -> tuple[torch.Tensor, list[str]]:
+        return torch.stack([row.inputs[0] for row in rows]), [row.inputs[1] for row in rows]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_the_model_refuses_is_a_bad_item(workers: int) -> None:
+    """It is named with its source and row, counted, and another one takes its place."""
+    mixture = Mixture([(Numbers(40, "a"), 1.0)], seed=1, batch=4, size=2, max_bad_fraction=0.1)
+    first = mixture.batch(0).ids[1]
+    (step, *_) = loader.steps(mixture, Texts([first]), 0, 3, workers=workers)
+    assert first not in step.passes[0].batch.ids
+    assert len(step.passes[0].batch) == 4
+    assert mixture.skipped == {first: "refused by the model (too long)"}
+
+
+def test_ranks_borrow_the_tasks_that_others_have() -> None:
+    parts = [(Numbers(40, "a"), 1.0), (Numbers(40, "b", task="edit"), 1.0)]
+    mixture = Mixture(parts, seed=3, batch=4, size=2)
+    ranks = [
+        list(loader.steps(mixture, Texts(), 0, 8, micro_batch_size=1, rank=rank, world=2, same_tasks=True))
+        for rank in range(2)
+    ]
+    borrowed = 0
+    for both in zip(*ranks, strict=True):
+        for passes in zip(*(step.passes for step in both), strict=True):
+            assert set(passes[0].batch.tasks) == set(passes[1].batch.tasks)
+            borrowed += sum(len(part.batch.borrowed) for part in passes)
+            assert all(len(part.keys) == len(part.batch) == 1 + len(part.batch.borrowed) for part in passes)
+        assert [step.size for step in both] == [2, 2]
+    assert borrowed > 0
+
+
 def test_loader_gives_the_same_for_any_number_of_workers() -> None:
     def run(workers: int, start: int = 2) -> tuple[list[object], dict[str, str]]:
         parts = [(Numbers(60, "a", bad=[3, 4]), 1.0), (Numbers(30, "b"), 1.0)]
         mixture = Mixture(parts, seed=1, batch=4, size=2, max_bad_fraction=0.2)
         rows: list[object] = []
-        for step, batch, keys in loader.steps(mixture, start, 20, workers=workers):
-            rows.append((step, batch.ids, batch.images().sum().item(), keys, [sample.text for sample in batch]))
+        for step in loader.steps(mixture, Texts(), start, 20, micro_batch_size=3, workers=workers):
+            assert [len(part.batch) for part in step.passes] == [3, 1]
+            assert step.size == 4
+            for part in step.passes:
+                images, texts = part.batch.inputs
+                rows.append((step.number, part.batch.ids, images.sum().item(), part.keys, texts))
         return rows, mixture.skipped
 
     plain = run(0)
-    assert [row[0] for row in plain[0]] == list(range(2, 20))  # type: ignore[index]
+    assert [row[0] for row in plain[0]] == [step for step in range(2, 20) for _ in range(2)]  # type: ignore[index]
     assert plain[1]
     assert run(2) == plain
-    assert run(0, start=11)[0] == plain[0][9:]
+    assert run(0, start=11)[0] == plain[0][18:]
 
 
 def test_loader_raises_a_workers_user_error_plainly() -> None:
     mixture = Mixture([(Numbers(3, bad=range(3)), 1.0)], seed=1, batch=2, size=1)
     with pytest.raises(UserError) as caught:
-        list(loader.steps(mixture, 0, 4, workers=1))
+        list(loader.steps(mixture, Texts(), 0, 4, workers=1))
     assert "Traceback" not in str(caught.value)
-    assert list(loader.steps(Mixture([(Numbers(3), 1.0)], seed=1, batch=2, size=1), 4, 4, workers=1)) == []
+    assert list(loader.steps(Mixture([(Numbers(3), 1.0)], seed=1, batch=2, size=1), Texts(), 4, 4, workers=1)) == []
 
 
 @given(

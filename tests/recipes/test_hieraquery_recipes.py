@@ -16,7 +16,7 @@ from diptych.recipes import recipe as recipes
 from diptych.recipes import study
 from diptych.recipes.build import build_system
 from diptych.recipes.run import check_sizes
-from diptych.systems.hieraquery import HieraQuery
+from diptych.systems.composed import ComposedSystem
 
 TOKENS = {
     "single_256": 256,
@@ -33,9 +33,9 @@ TOKENS = {
 
 
 @cache
-def built(name: str) -> HieraQuery:
+def built(name: str) -> ComposedSystem:
     system = build_system(recipes.load(name)[0].system, meta=True)
-    assert isinstance(system, HieraQuery)
+    assert isinstance(system, ComposedSystem)
     return system
 
 

@@ -15,7 +15,7 @@ from diptych.checkpoints.tensors import own_tensors
 from diptych.recipes import recipe as recipes
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import Recipe
-from diptych.systems.ovis_u1 import OvisU1System
+from diptych.systems.composed import ComposedSystem
 
 KEYS = Path(__file__).parents[1] / "golden" / "ovis_u1" / "keys.txt"
 TABLE_1 = {"llm": 1720, "decoder": 1046, "encoder": 578, "adapter": 135, "vae": 84, "refiner": 81}
@@ -30,10 +30,10 @@ TABLE_2 = {
 
 
 @cache
-def published() -> tuple[Recipe, OvisU1System]:
+def published() -> tuple[Recipe, ComposedSystem]:
     recipe = recipes.load("ovis_u1/six_stages")[0]
     system = build_system(recipe.system, meta=True)
-    assert isinstance(system, OvisU1System)
+    assert isinstance(system, ComposedSystem)
     return recipe, system
 
 

@@ -128,7 +128,7 @@ def test_each_task_has_its_own_terms(make: Callable[..., ComposedSystem]) -> Non
     system = make(cfg_dropout=0.0)
     batch = Batch((IMAGE, PAIR, TOLD, EDIT, replace(IMAGE, image=picture(7))))
     draws = Draws([1, 2, 3, 4, 5])
-    terms = system.losses(batch, draws)
+    terms = system.losses(system.prepare(batch, draws), draws)
     sizes = {name: len(values) for name, values in terms.items()}
     assert sizes == {"flow.image": 2, "flow.text_to_image": 1, "flow.edit": 1, "cross_entropy.understand": 1}
     for row, (name, place) in enumerate(
@@ -140,7 +140,7 @@ def test_each_task_has_its_own_terms(make: Callable[..., ComposedSystem]) -> Non
             ("flow.image", 1),
         ]
     ):
-        alone = system.losses(batch.take([row]), draws.take([row]))
+        alone = system.losses(system.prepare(batch.take([row]), draws.take([row])), draws.take([row]))
         assert list(alone) == [name]
         assert alone[name].item() == pytest.approx(terms[name][place].item(), rel=1e-4), name
 
@@ -155,13 +155,17 @@ def test_flow_loss_by_hand(make: Callable[..., ComposedSystem]) -> None:
     x = (1 - t) * PAIR.image + t * noise[0]
     v = system.velocity(x[None], t, system.encode(Batch((PAIR,))))
     expected = (v - (noise - PAIR.image)).square().mean()
-    assert system.losses(Batch((PAIR,)), draws)["flow.text_to_image"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert system.losses(system.prepare(Batch((PAIR,)), draws), draws)["flow.text_to_image"].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_a_cached_latent_stands_for_the_image(make: Callable[..., ComposedSystem]) -> None:
     system, draws = make(cfg_dropout=0.0), Draws([5])
     cached = replace(PAIR, image=None, latent=PAIR.image)
-    assert system.losses(Batch((cached,)), draws) == system.losses(Batch((PAIR,)), draws)
+    assert system.losses(system.prepare(Batch((cached,)), draws), draws) == system.losses(
+        system.prepare(Batch((PAIR,)), draws), draws
+    )
 
 
 def test_data_predictions_become_velocities(make: Callable[..., ComposedSystem]) -> None:
@@ -176,17 +180,17 @@ def test_understanding_is_the_backbones_own(make: Callable[..., ComposedSystem])
     alone = MLLMSystem(system.backbone, origins={})
     other = replace(TOLD, context_images=(picture(8),))
     batch, draws = Batch((TOLD, other)), Draws([1, 2])
-    ours, theirs = (one.losses(batch, draws)["cross_entropy.understand"] for one in (system, alone))
+    ours, theirs = (one.losses(one.prepare(batch, draws), draws)["cross_entropy.understand"] for one in (system, alone))
     assert torch.equal(ours, theirs)
     assert ours[0] != ours[1]  # the image is read
     freeze(system, ["llm"])
-    system.losses(batch, draws)["cross_entropy.understand"].sum().backward()
+    system.losses(system.prepare(batch, draws), draws)["cross_entropy.understand"].sum().backward()
     assert all(p.grad is not None for p in system.named_parts()["llm"].parameters())
 
 
 def gradients(system: ComposedSystem, parts: list[str]) -> dict[str, Tensor | None]:
     freeze(system, parts)
-    terms = system.losses(MIXED, DRAWS)
+    terms = system.losses(system.prepare(MIXED, DRAWS), DRAWS)
     torch.cat(list(terms.values())).sum().backward()
     return {name: parameter.grad for name, parameter in system.named_parameters()}
 
@@ -264,4 +268,4 @@ def test_parts_that_do_not_fit(options: dict[str, Any], message: str, make: Call
 )
 def test_samples_that_cannot_be_learned(sample: Sample, message: str, make: Callable[..., ComposedSystem]) -> None:
     with pytest.raises(UserError, match=message):
-        make(cfg_dropout=0.0).losses(Batch((sample,)), Draws([1]))
+        make(cfg_dropout=0.0).prepare(Batch((sample,)), Draws([1]))

@@ -31,12 +31,17 @@ from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
+from diptych.parts.conditioners.linear import IdentityConnector, LinearConfig
+from diptych.parts.conditioners.raw import Raw, RawConfig
 from diptych.parts.decoders.lora import add_lora
+from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
 from diptych.recipes.families.omnigen2 import OmniGen2Release
 from diptych.recipes.load import load_system
 from diptych.recipes.pack import save
-from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.preparing import shrunk
+from diptych.systems.presets import OmniGen2Settings
 from diptych.training.loop import freeze
 
 ROWS = 330
@@ -90,7 +95,7 @@ VAE: dict[str, Any] = {
 }
 
 
-def made(**options: Any) -> OmniGen2System:
+def made(**options: Any) -> ComposedSystem:
     """A system with random weights in every part."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer([*TEXTS, OmniGen2Settings().system], 320)
@@ -102,9 +107,12 @@ def made(**options: Any) -> OmniGen2System:
     for parameter in (*backbone.parameters(), *decoder.parameters()):
         nn.init.normal_(parameter, std=0.2)
     kinds = {"backbone": "qwen2_5_vl", "decoder": "omnigen2", "autoencoder": "kl"}
-    system = OmniGen2System(
+    system = ComposedSystem(
         OmniGen2Settings(**options),
+        kind="omnigen2",
         backbone=backbone,
+        conditioner=Raw(RawConfig()),
+        connector=IdentityConnector(LinearConfig(width=24, out=24)),
         decoder=decoder,
         autoencoder=autoencoder,
         origins={name: {"kind": kind, "weights": None} for name, kind in kinds.items()},
@@ -121,14 +129,14 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(release: Path) -> OmniGen2System:
+def loaded(release: Path) -> ComposedSystem:
     system = load_system(str(release))[0]
-    assert isinstance(system, OmniGen2System)
+    assert isinstance(system, ComposedSystem)
     return system.requires_grad_(False).eval()
 
 
 @pytest.fixture
-def system(loaded: OmniGen2System) -> OmniGen2System:
+def system(loaded: ComposedSystem) -> ComposedSystem:
     """A copy to change at will."""
     return copy.deepcopy(loaded)
 
@@ -158,7 +166,7 @@ TOLD = Sample(
 )
 
 
-def with_settings(system: OmniGen2System, **options: Any) -> OmniGen2System:
+def with_settings(system: ComposedSystem, **options: Any) -> ComposedSystem:
     system.settings = replace(system.settings, **options)
     return system
 
@@ -170,7 +178,7 @@ def row(condition: TokenCondition, index: int) -> Tensor:
 # Conditions
 
 
-def test_text_states_are_the_post_norm_states_of_the_chat(loaded: OmniGen2System) -> None:
+def test_text_states_are_the_post_norm_states_of_the_chat(loaded: ComposedSystem) -> None:
     """The released pipeline's: system and user turn through the chat template, no turn opened, every state kept."""
     backbone = loaded.backbone
     assert isinstance(backbone, Qwen2_5VL)
@@ -178,12 +186,12 @@ def test_text_states_are_the_post_norm_states_of_the_chat(loaded: OmniGen2System
     text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
     ids = torch.tensor([backbone.tokenizer(text, add_special_tokens=False)["input_ids"]])
     states = backbone.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-    expected = loaded.transformer.refine(TokenCondition(tokens=states)).tokens[0]
+    expected = loaded.decoder.refine(TokenCondition(tokens=states)).tokens[0]
     condition = loaded.encode(Batch((PAIR, EDIT)))
     torch.testing.assert_close(row(condition, 1), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_prompt_is_worded_for_its_mllm(system: OmniGen2System) -> None:
+def test_the_prompt_is_worded_for_its_mllm(system: ComposedSystem) -> None:
     plain = system.encode(Batch((replace(PAIR, text=f"draw: {TEXTS[0]}."),)))
     with_settings(system, prompt="draw: {text}.")
     assert isinstance(plain, TokenCondition)
@@ -195,7 +203,7 @@ def test_the_prompt_is_worded_for_its_mllm(system: OmniGen2System) -> None:
     assert dropped.tokens.shape[1] < worded.tokens.shape[1]
 
 
-def test_an_opening_begins_the_assistants_turn(system: OmniGen2System) -> None:
+def test_an_opening_begins_the_assistants_turn(system: ComposedSystem) -> None:
     plain = row(system.encode(Batch((PAIR,))), 0)
     opened = row(with_settings(system, assistant_prefix="how many circles").encode(Batch((PAIR,))), 0)
     backbone = system.backbone
@@ -204,23 +212,23 @@ def test_an_opening_begins_the_assistants_turn(system: OmniGen2System) -> None:
     assert len(opened) == len(plain) + len(turn)
 
 
-def test_edits_may_have_words_of_their_own(system: OmniGen2System) -> None:
+def test_edits_may_have_words_of_their_own(system: ComposedSystem) -> None:
     plain = system.encode(Batch((PAIR, replace(EDIT, text=f"two. {TEXTS[1]}"))))
     worded = with_settings(system, edit_prompt="two. {text}").encode(Batch((PAIR, EDIT)))
     torch.testing.assert_close(worded.tokens, plain.tokens)
 
 
-def test_a_thought_is_drawn_in_the_captions_place(system: OmniGen2System) -> None:
+def test_a_thought_is_drawn_in_the_captions_place(system: ComposedSystem) -> None:
     batch = Batch((PAIR,))
     with pytest.raises(UserError, match="cannot expand prompts"):
         Engine(system, Sampling(size=(16, 16), steps=1)).generate("two", prompt_expansion=3)
-    thought, (said,) = with_settings(system, expansion="how many? {text}").think(batch, 3)
+    thought, (said,) = with_settings(system, expansion="how many? {text}").expand(batch, 3)
     asked = [Message(role="user", text=f"how many? {PAIR.text}")]
     assert said == system.generate_text([asked], [[]], max_new_tokens=3)[0]
     assert thought.samples == (replace(PAIR, text=said),)
 
 
-def test_reference_latents_are_the_autoencoders_at_whole_patches(system: OmniGen2System) -> None:
+def test_reference_latents_are_the_autoencoders_at_whole_patches(system: ComposedSystem) -> None:
     latents = system.encode(Batch((PAIR, EDIT))).context_latents
     assert latents is not None
     assert [[tuple(x.shape) for x in images] for images in latents] == [[], [(4, 8, 8), (4, 4, 10)]]
@@ -233,7 +241,7 @@ def test_reference_latents_are_the_autoencoders_at_whole_patches(system: OmniGen
     assert with_settings(system, reference_latents=False).encode(Batch((EDIT,))).context_latents == ((),)
 
 
-def test_what_the_mllm_sees(system: OmniGen2System) -> None:
+def test_what_the_mllm_sees(system: ComposedSystem) -> None:
     """Image states may be left out after they were read: as many tokens as text alone, but other ones."""
     text = row(system.encode(Batch((EDIT,))), 0)
     kept = row(with_settings(system, mllm_images="kept").encode(Batch((EDIT,))), 0)
@@ -247,7 +255,7 @@ def test_what_the_mllm_sees(system: OmniGen2System) -> None:
     assert not torch.allclose(left, changed)
 
 
-def test_drops(system: OmniGen2System) -> None:
+def test_drops(system: ComposedSystem) -> None:
     batch, draws = Batch((PAIR, EDIT)), Draws([1, 2])
     plain = system.encode(batch)
     never = with_settings(system, cfg_dropout=0.0).encode(batch, draws)
@@ -262,7 +270,7 @@ def test_drops(system: OmniGen2System) -> None:
     torch.testing.assert_close(row(null, 0), row(texts, 0))
 
 
-def test_without(system: OmniGen2System) -> None:
+def test_without(system: ComposedSystem) -> None:
     batch = Batch((PAIR, EDIT))
     assert [(s.text, len(s.context_images)) for s in system.without(batch, "text")] == [("", 0), ("", 2)]
     assert {(s.task, s.text, s.context_images) for s in system.without(batch, "text_and_images")} == {
@@ -273,7 +281,7 @@ def test_without(system: OmniGen2System) -> None:
 # Drawing and answering
 
 
-def test_answers_with_several_images_and_turns(loaded: OmniGen2System) -> None:
+def test_answers_with_several_images_and_turns(loaded: ComposedSystem) -> None:
     engine = Engine(loaded, Sampling(size=(16, 16), steps=1))
     images = [Image.new("RGB", (16, 8), "red"), Image.new("RGB", (8, 8), "blue")]
     assert isinstance(engine.ask(images, "how many?", max_new_tokens=3), str)
@@ -287,7 +295,7 @@ def test_answers_with_several_images_and_turns(loaded: OmniGen2System) -> None:
     assert batch[1] == alone[0]
 
 
-def test_edits_with_several_references_in_one_batch(loaded: OmniGen2System, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_with_several_references_in_one_batch(loaded: ComposedSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(
         size=(16, 24), steps=2, cfg=3.0, image_cfg=1.5, guidance="omnigen2", timestep_shift="root", batch_size=4
     )
@@ -327,43 +335,41 @@ def pixels(image: Tensor) -> Any:
     return ((image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.int16)
 
 
-def test_velocity_takes_the_projects_time(loaded: OmniGen2System) -> None:
+def test_velocity_takes_the_projects_time(loaded: ComposedSystem) -> None:
     x, t = torch.randn(2, 4, 8, 12), torch.tensor([0.25, 0.75])
     condition = loaded.encode(Batch((PAIR, EDIT)))
     v = loaded.velocity(x, t, condition)
-    torch.testing.assert_close(v, torch.stack(loaded.transformer.denoise(list(x), t, condition)))
+    torch.testing.assert_close(v, torch.stack(loaded.decoder.denoise(list(x), t, condition)))
     assert loaded.latent_shape(16, 24) == (4, 8, 12)
 
 
 # Training
 
 
-def test_losses_of_a_mixture(system: OmniGen2System) -> None:
+def test_losses_of_a_mixture(system: ComposedSystem) -> None:
     """Sizes and numbers of references differ; each sample's term is its own, but for its weight."""
     with_settings(system, cfg_dropout=0.0, flow=FlowMatching(timestep_shift="flux"))
     batch, draws = Batch((TOLD, EDIT, PAIR, replace(EDIT, context_images=EDIT.context_images[:1]))), Draws([1, 2, 3, 4])
-    terms = system.losses(batch, draws)
+    terms = system.losses(system.prepare(batch, draws), draws)
     assert {name: len(values) for name, values in terms.items()} == {
         "flow.text_to_image": 1, "flow.edit": 2, "cross_entropy.understand": 1,
     }  # fmt: skip
     for place, (name, index) in enumerate(
         [("cross_entropy.understand", 0), ("flow.edit", 0), ("flow.text_to_image", 0), ("flow.edit", 1)]
     ):
-        alone = system.losses(batch.take([place]), draws.take([place]))
+        alone = system.losses(system.prepare(batch.take([place]), draws.take([place])), draws.take([place]))
         assert alone[name].item() == pytest.approx(terms[name][index].item(), rel=1e-4)
-    by_elements = with_settings(system, flow=FlowMatching(timestep_shift="flux", weighting="element")).losses(
-        batch, draws
-    )
-    counts = {"flow.edit": 4 * 4 * 8, "flow.text_to_image": 4 * 8 * 12}
-    mean = (2 * counts["flow.edit"] + counts["flow.text_to_image"]) / 3
-    for name, count in counts.items():
-        torch.testing.assert_close(by_elements[name], terms[name] * count / mean)
+    with_settings(system, flow=FlowMatching(timestep_shift="flux", weighting="element"))
+    weights = system.prepare(batch, draws).weights
+    assert weights["flow.edit"] == [4 * 4 * 8] * 2
+    assert weights["flow.text_to_image"] == [4 * 8 * 12]
+    assert weights["cross_entropy.understand"] == [1]
 
 
-def test_flow_loss_by_hand(system: OmniGen2System) -> None:
+def test_flow_loss_by_hand(system: ComposedSystem) -> None:
     with_settings(system, cfg_dropout=0.0, flow=FlowMatching(timestep_shift="root", logit_mean=0.3))
     draws = Draws([5])
-    (loss,) = system.losses(Batch((PAIR,)), draws)["flow.text_to_image"]
+    (loss,) = system.losses(system.prepare(Batch((PAIR,)), draws), draws)["flow.text_to_image"]
     assert PAIR.image is not None
     data = system.to_latents(PAIR.image[None])  # (1, 4, 8, 12): 24 tokens
     noise, s = draws.normal("noise", 4, 8, 12), 24**0.5 / 20
@@ -372,20 +378,24 @@ def test_flow_loss_by_hand(system: OmniGen2System) -> None:
     v = system.velocity((1 - t) * data + t * noise, t, system.encode(Batch((PAIR,))))
     assert loss.item() == pytest.approx((v - (noise - data)).square().mean().item(), rel=1e-5)
     cached = replace(PAIR, image=None, latent=data[0])
-    assert system.losses(Batch((cached,)), draws)["flow.text_to_image"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert system.losses(system.prepare(Batch((cached,)), draws), draws)["flow.text_to_image"].item() == pytest.approx(
+        loss.item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("parts", [["decoder"], ["llm"], ["vision", "projector"]])
-def test_any_part_learns_alone(parts: list[str], system: OmniGen2System) -> None:
+def test_any_part_learns_alone(parts: list[str], system: ComposedSystem) -> None:
     with_settings(system, cfg_dropout=0.0, mllm_images="kept")
     freeze(system, parts)
-    torch.cat(list(system.losses(Batch((PAIR, EDIT)), Draws([1, 2])).values())).sum().backward()
+    torch.cat(
+        list(system.losses(system.prepare(Batch((PAIR, EDIT)), Draws([1, 2])), Draws([1, 2])).values())
+    ).sum().backward()
     owned = {id(p) for name in parts for p in system.named_parts()[name].parameters()}
     for name, parameter in system.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in owned), name
 
 
-def test_adapters_are_a_part(system: OmniGen2System) -> None:
+def test_adapters_are_a_part(system: ComposedSystem) -> None:
     add_lora(system.decoder, rank=2, alpha=2, dropout=0.0, targets=LORA_TARGETS)
     parts = system.named_parts()
     assert set(parts) == {"llm", "vision", "projector", "decoder", "lora", "autoencoder"}
@@ -393,7 +403,7 @@ def test_adapters_are_a_part(system: OmniGen2System) -> None:
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(p) for p in system.parameters()}
     freeze(system, ["lora"])
-    system.losses(Batch((PAIR,)), Draws([1]))["flow.text_to_image"].sum().backward()
+    system.losses(system.prepare(Batch((PAIR,)), Draws([1])), Draws([1]))["flow.text_to_image"].sum().backward()
     learned = [name for name, p in system.named_parameters() if p.grad is not None]
     assert learned
     assert all(".lora_" in name for name in learned)
@@ -467,10 +477,10 @@ def test_saved_as_published_each_part_keeps_its_number_format(release: Path, tmp
         assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one), part
 
 
-def test_saved_again_it_refers_to_the_release(release: Path, system: OmniGen2System, tmp_path: Path) -> None:
+def test_saved_again_it_refers_to_the_release(release: Path, system: ComposedSystem, tmp_path: Path) -> None:
     system.own(["decoder"])
     with torch.no_grad():
-        system.transformer.x_embedder.weight.add_(1)
+        system.decoder.x_embedder.weight.add_(1)
     system.save_pretrained(tmp_path)
     names = set(load_file(tmp_path / "model.safetensors"))
     assert names
@@ -522,31 +532,35 @@ SIX = tuple(picture(8, 8, seed) for seed in range(6))
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        (replace(EDIT, context_images=SIX), "edit: 6 reference images, OmniGen2 takes at most 5"),
+        (replace(EDIT, context_images=SIX), "edit: 6 reference images, the decoder takes at most 5"),
         (replace(EDIT, context_images=()), "edit: task 'edit' needs an image to edit"),
         (replace(PAIR, image=None), "pair: task 'text_to_image' needs a target image"),
-        (replace(PAIR, task="image"), "pair: task 'image' makes no image with OmniGen2"),
+        (replace(PAIR, task="image"), "pair: task 'image' is none of this system's"),
         (replace(PAIR, text="two " * 60), "pair: .* text tokens and images of 4x6 tokens need .* positions"),
         (replace(PAIR, text="two " * 300), "the model takes 256"),
         (replace(PAIR, image=picture(16, 152)), "pair: .* need 38 positions on the column axis"),
     ],
 )
-def test_samples_that_cannot_be_learned(sample: Sample, message: str, system: OmniGen2System) -> None:
+def test_samples_that_cannot_be_learned(sample: Sample, message: str, system: ComposedSystem) -> None:
     with_settings(system, cfg_dropout=0.0)
-    system.transformer.config = replace(SIZES, axes_lens=(60, 100, 36))
+    system.decoder.config = replace(SIZES, axes_lens=(60, 100, 36))
     with pytest.raises(UserError, match=message):
-        system.losses(Batch((sample,)), Draws([1]))
+        system.losses(system.prepare(Batch((sample,)), Draws([1])), Draws([1]))
+
+
+TINY = MMDiTConfig(channels=4, patch=2, hidden=16, heads=2, double=1, single=1, axes=(2, 2, 4), condition_width=24)
 
 
 def test_parts_that_do_not_fit(tmp_path: Path) -> None:
     fit = made()
     parts: dict[str, Any] = {"backbone": fit.backbone, "decoder": fit.decoder, "autoencoder": fit.autoencoder}
+    parts |= {"conditioner": fit.conditioner, "connector": fit.connector, "kind": "omnigen2"}
     for change, message in (
         ({"autoencoder": PixelAutoencoder()}, "takes 4 latent channels, the autoencoder gives 3"),
-        ({"decoder": OmniGen2(replace(SIZES, text_feat_dim=8))}, "the MLLM is 24 wide, the decoder takes 8"),
+        ({"settings": OmniGen2Settings(), "decoder": MMDiT(TINY)}, "the decoder MMDiT reads no context images"),
     ):
         with pytest.raises(UserError, match=message):
-            OmniGen2System(OmniGen2Settings(), origins={}, **{**parts, **change})
+            ComposedSystem(**{"settings": OmniGen2Settings(), "origins": {}, **parts, **change})
     add_lora(fit.decoder, rank=1, alpha=1, dropout=0.0, targets=["to_q"])
     with pytest.raises(UserError, match="holds no adapters"):
         OmniGen2Release().to_release(fit, tmp_path / "never")
@@ -556,11 +570,7 @@ def test_parts_that_do_not_fit(tmp_path: Path) -> None:
 @settings(max_examples=10, deadline=None)
 @given(height=st.integers(4, 60), width=st.integers(4, 60), most=st.integers(64, 2000))
 def test_references_fit_their_area(height: int, width: int, most: int) -> None:
-    system = object.__new__(OmniGen2System)
-    nn.Module.__init__(system)
-    system.settings = OmniGen2Settings(max_pixels=most)
-    system.autoencoder, system.decoder = PixelAutoencoder(), OmniGen2(replace(SIZES, in_channels=3, patch_size=4))
-    fitted = system._fitted(torch.zeros(3, height, width))
+    fitted = shrunk(torch.zeros(3, height, width), 4, most)
     assert fitted.shape[1] % 4 == fitted.shape[2] % 4 == 0
     assert fitted.shape[1] <= height
     assert fitted.shape[2] <= width

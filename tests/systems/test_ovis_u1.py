@@ -34,7 +34,7 @@ from diptych.recipes.load import load_system
 from diptych.recipes.pack import save
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import save_model, train_recipe
-from diptych.systems.ovis_u1 import OvisU1System
+from diptych.systems.composed import ComposedSystem
 from diptych.toyworld.samples import ToyWorld
 from diptych.training import loop, state
 from diptych.training.metrics import read_metrics
@@ -125,10 +125,10 @@ def plain_ovis(tiny_mllm: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def system(plain_ovis: dict[str, Any]) -> OvisU1System:
+def system(plain_ovis: dict[str, Any]) -> ComposedSystem:
     torch.manual_seed(0)
     made = build_system(parse(plain_ovis).system)
-    assert isinstance(made, OvisU1System)
+    assert isinstance(made, ComposedSystem)
     for parameter in [*made.decoder.parameters(), *made.refiner.parameters()]:  # both start as the identity
         nn.init.normal_(parameter, std=0.2)
     return made.eval()
@@ -139,7 +139,7 @@ def edits(count: int = 2) -> Batch:
 
 
 @torch.no_grad()
-def test_three_branches_as_one_batch_are_three_passes(system: OvisU1System) -> None:
+def test_three_branches_as_one_batch_are_three_passes(system: ComposedSystem) -> None:
     batch = edits()
     full = system.encode(batch)
     silent, null = (system.encode(system.without(batch, what)) for what in ("text", "text_and_images"))
@@ -159,19 +159,22 @@ def test_an_opening_follows_the_request_and_is_never_learned(plain_ovis: dict[st
     without = build_system(parse(plain).system)
     plain["system"]["prompts"] = {**plain["system"].get("prompts", {}), "assistant_prefix": "how many circles"}
     made = build_system(parse(plain).system)
-    assert isinstance(without, OvisU1System)
-    assert isinstance(made, OvisU1System)
+    assert isinstance(without, ComposedSystem)
+    assert isinstance(made, ComposedSystem)
     made.load_state_dict(without.state_dict())
     backbone = made.backbone
     assert isinstance(backbone, Ovis)
     turn = backbone.tokenizer("<|im_start|>assistant\nhow many circles<|im_end|>\n", add_special_tokens=False)
     before, after = (system.encode(batch.take([0])).tokens for system in (without, made))
     assert after.shape[1] == before.shape[1] + len(turn["input_ids"])
-    told = [system.losses(batch, Draws([0, 1, 2]))["cross_entropy.understand"] for system in (without, made)]
+    told = [
+        system.losses(system.prepare(batch, Draws([0, 1, 2])), Draws([0, 1, 2]))["cross_entropy.understand"]
+        for system in (without, made)
+    ]
     torch.testing.assert_close(*told)
 
 
-def test_condition_is_computed_once_and_not_per_step(system: OvisU1System) -> None:
+def test_condition_is_computed_once_and_not_per_step(system: ComposedSystem) -> None:
     calls: dict[str, int] = {"refiner": 0, "llm": 0, "decoder": 0}
 
     def count(name: str) -> Callable[..., None]:
@@ -195,7 +198,7 @@ def test_condition_is_computed_once_and_not_per_step(system: OvisU1System) -> No
     assert calls == {"refiner": 3, "llm": 3, "decoder": 5}  # once a branch; guidance in one batch
 
 
-def test_an_edit_has_the_shape_of_its_image(system: OvisU1System) -> None:
+def test_an_edit_has_the_shape_of_its_image(system: ComposedSystem) -> None:
     """As in the reference, unless a size is asked for; each image is the one that it is by itself."""
     engine = Engine(system, Sampling(size=(32, 32), steps=2, cfg=2.0, edit={"image_cfg": 1.5}))
     pictures = [Image.new("RGB", size, "red") for size in ((30, 18), (24, 40), (31, 17))]
@@ -213,25 +216,25 @@ def test_an_edit_has_the_shape_of_its_image(system: OvisU1System) -> None:
         assert abs(np.asarray(one, dtype=int) - np.asarray(to_pil(again), dtype=int)).max() <= 1
 
 
-def test_one_batch_of_all_tasks_gives_the_terms_of_each(system: OvisU1System) -> None:
+def test_one_batch_of_all_tasks_gives_the_terms_of_each(system: ComposedSystem) -> None:
     world = ToyWorld(seed=0)
     samples = [world.sample(task, i) for i in range(2) for task in ("understand", "text_to_image", "edit")]
     draws = Draws(range(len(samples)))
-    terms = system.losses(Batch(tuple(samples)), draws)
+    terms = system.losses(system.prepare(Batch(tuple(samples)), draws), draws)
     assert {name: len(values) for name, values in terms.items()} == {
         "cross_entropy.understand": 2,
         "flow.text_to_image": 2,
         "flow.edit": 2,
     }
     for row, sample in enumerate(samples):
-        alone = system.losses(Batch((sample,)), draws.take([row]))
+        alone = system.losses(system.prepare(Batch((sample,)), draws.take([row])), draws.take([row]))
         for name, values in alone.items():
             torch.testing.assert_close(values[0], terms[name][row // 3], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="task 'image'"):
-        system.losses(Batch((world.sample("image", 0),)), Draws([0]))
+        system.losses(system.prepare(Batch((world.sample("image", 0),)), Draws([0])), Draws([0]))
 
 
-def test_conversations_with_several_images_and_turns(system: OvisU1System) -> None:
+def test_conversations_with_several_images_and_turns(system: ComposedSystem) -> None:
     talk = [
         Message(role="user", text="<image><image> which?"),
         Message(role="assistant", text="this"),
@@ -255,13 +258,13 @@ def test_too_long_is_an_error_or_cut_when_asked_for(plain_ovis: dict[str, Any]) 
     )
     made = build_system(parse(plain).system)
     with pytest.raises(UserError, match="would be cut"):
-        made.losses(Batch((told,)), Draws([0]))
+        made.losses(made.prepare(Batch((told,)), Draws([0])), Draws([0]))
     with pytest.raises(UserError, match="would be cut"):
         made.generate_text([talk[:1]], [[image]], max_new_tokens=2)
     plain["system"]["too_long"] = "cut"
     made = build_system(parse(plain).system)
-    assert isinstance(made, OvisU1System)
-    values = made.losses(Batch((told, late)), Draws([0, 1]))["cross_entropy.understand"]
+    assert isinstance(made, ComposedSystem)
+    values = made.losses(made.prepare(Batch((told, late)), Draws([0, 1])), Draws([0, 1]))["cross_entropy.understand"]
     assert values[0] == 0  # its answer lies beyond what is kept
     assert values[1] > 0
     values.sum().backward()
@@ -271,7 +274,7 @@ def test_too_long_is_an_error_or_cut_when_asked_for(plain_ovis: dict[str, Any]) 
     assert made.encode(Batch((request,))).tokens.shape[1] == 48
 
 
-def test_bad_requests_are_one_clear_line(system: OvisU1System) -> None:
+def test_bad_requests_are_one_clear_line(system: ComposedSystem) -> None:
     thin = torch.zeros(3, 1, 5000)
     for sample, words in (
         (Sample(id="e", task="edit", text="more red"), "e: task 'edit' needs an image"),
@@ -373,7 +376,7 @@ def release(plain_ovis: dict[str, Any], tmp_path: Path) -> Path:
     plain["system"]["decoder"]["config"] |= {"channels": 4, "patch": 2}
     torch.manual_seed(0)
     made = build_system(parse(plain).system).to(torch.bfloat16).float()
-    assert isinstance(made, OvisU1System)
+    assert isinstance(made, ComposedSystem)
     kinds = ("llm", "visual_tokenizer", "vte", "visual_generator.backbone")
     made.origins["release"] = {"dtypes": dict.fromkeys(kinds, "bfloat16"), "head": True}
     OvisU1().to_release(made, tmp_path / "release")
@@ -382,7 +385,7 @@ def release(plain_ovis: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_the_published_layout_comes_back_to_the_bit(release: Path, tmp_path: Path) -> None:
     loaded, sampling = load_system(str(release))
-    assert isinstance(loaded, OvisU1System)
+    assert isinstance(loaded, ComposedSystem)
     assert (sampling.steps, sampling.cfg, sampling.edit["image_cfg"]) == (50, 5.0, 1.5)
     OvisU1().to_release(loaded, tmp_path / "again")
     one, two = (load_file(folder / "model.safetensors") for folder in (release, tmp_path / "again"))
@@ -434,7 +437,7 @@ def test_bad_releases_are_one_clear_line(release: Path, tmp_path: Path) -> None:
     refused(config, "no generator")
 
 
-def test_saved_runs_load_again(system: OvisU1System, plain_ovis: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_runs_load_again(system: ComposedSystem, plain_ovis: dict[str, Any], tmp_path: Path) -> None:
     save_model(system, parse(plain_ovis), tmp_path / "model")
     back, sampling = load_system(str(tmp_path / "model"))
     assert sampling.edit == {"image_cfg": 1.5}

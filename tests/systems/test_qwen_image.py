@@ -20,7 +20,9 @@ from diptych.parts.conditioners.raw import Raw
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.qwen_image import LORA_TARGETS, QwenImage
 from diptych.recipes import recipe as recipes
-from diptych.systems.composed import ComposedConfig, ComposedSystem, Prompts
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.presets import ComposedConfig
+from diptych.systems.prompts import Prompts
 
 CAPTIONS = ["a red circle", "a red circle left of a blue square, on grey", ""]
 TEMPLATE = (
@@ -121,7 +123,7 @@ def test_lora_trains_alone_on_images_and_pairs_and_is_saved_alone(system: Compos
     parts = system.named_parts()
     system.requires_grad_(False)
     parts["lora"].requires_grad_(True)
-    losses = system.losses(batch, Draws([1, 2]))
+    losses = system.losses(system.prepare(batch, Draws([1, 2])), Draws([1, 2]))
     assert losses.keys() == {"flow.image", "flow.text_to_image"}
     torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
     learned = {name for name, parameter in system.named_parameters() if parameter.grad is not None}

@@ -57,7 +57,7 @@ def test_ovis_learns_each_answer_from_what_stands_before_it() -> None:
     )
     vision = system.backbone.vision_tokens([image for sample in batch for image in sample.context_images])
     embeddings = system.backbone.place(system.backbone.embed(sequences.ids), sequences.images, vision)
-    states = system.backbone.states(embeddings, sequences.mask, 1, 0)[0]
+    states = system.backbone.run(embeddings, sequences.mask).hidden
     expected: list[float] = []
     for row in range(len(batch)):
         costs = [
@@ -66,7 +66,7 @@ def test_ovis_learns_each_answer_from_what_stands_before_it() -> None:
             if sequences.learned[row, place]
         ]
         expected.append(sum(costs) / len(costs))
-    found = system.losses(batch, Draws([1, 2]))["cross_entropy.understand"]
+    found = system.losses(system.prepare(batch, Draws([1, 2])), Draws([1, 2]))["cross_entropy.understand"]
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_an_answer_that_comes_later_changes_no_earlier_loss() -> None:
                 for answer in ("a red circle", "square square square square")
             )
         )
-        found = system.losses(batch, Draws([1, 2]))["cross_entropy.understand"]
+        found = system.losses(system.prepare(batch, Draws([1, 2])), Draws([1, 2]))["cross_entropy.understand"]
         assert found[1] > 3, f"{name} is not surprised by nonsense"
 
 
@@ -121,7 +121,7 @@ def test_bagel_s_training_times_are_shifted(shift: float) -> None:
     t = time_of(draws, 0.3, 0.8, shift)
     velocity = system.velocity((1 - t) * data + t * noise, t, system.encode(batch))
     expected = error(velocity, data, noise, t, "data")
-    found = system.losses(batch, draws)["flow.text_to_image"]
+    found = system.losses(system.prepare(batch, draws), draws)["flow.text_to_image"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_bagel_drops_the_reading_that_its_options_say(options: tuple[str, ...], 
     batch = samples("edit", 1)
     looked: list[int] = []
     system.network.vision.register_forward_hook(lambda *_: looked.append(1))
-    system.losses(batch, Draws([1]))
+    system.losses(system.prepare(batch, Draws([1])), Draws([1]))
     assert bool(looked) == looks
     looked.clear()
     system.encode(batch, Draws([1]))
@@ -150,7 +150,7 @@ def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
     assert shift != pytest.approx(flow_matching.resolution_shift(1), rel=1e-3)
     t = time_of(draws, system.settings.flow.logit_mean, system.settings.flow.logit_std, shift)
     condition, data = system.encode(batch), system.scale_latents(batch)
-    found = system.losses(batch, draws)
+    found = system.losses(system.prepare(batch, draws), draws)
     wide = t[:, None, None, None]
     for k, name in enumerate(system.scales):
         noise = draws.normal(f"noise.{name}", *data[k].shape[1:])
@@ -177,7 +177,7 @@ def test_training_times_are_shifted(name: str, options: dict[str, Any], shift: f
     t = time_of(draws, 0.3, 0.8, shift)
     wide = t[:, None, None, None]
     velocity = system.velocity((1 - wide) * data + wide * noise, t, system.encode(batch))
-    found = system.losses(batch, draws)["flow.text_to_image"]
+    found = system.losses(system.prepare(batch, draws), draws)["flow.text_to_image"]
     torch.testing.assert_close(found, error(velocity, data, noise, wide, "data"), rtol=1e-3, atol=1e-4)
 
 

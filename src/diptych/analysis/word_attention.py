@@ -37,12 +37,13 @@ from diptych.inference.solvers import times
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
+from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.decoders.zimage import ZImage
-from diptych.systems.asking import AskingSystem
 from diptych.systems.bagel.context import CacheCondition
 from diptych.systems.bagel.system import BagelSystem
 from diptych.systems.base import AssembledSystem, System
-from diptych.systems.hieraquery import HieraQuery
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.presets import HieraConfig
 
 STEPS = 3
 """Of sampling, the first ones (App. 7.5)."""
@@ -223,16 +224,18 @@ def read(system: AssembledSystem, batch: Batch) -> Request:
         return Request(condition, ids, torch.eye(condition.length))
     assert isinstance(condition, TokenCondition)
     length, count = len(ids), condition.tokens.shape[1]
-    if isinstance(system, HieraQuery):
-        reading = query_reading(calls, system.conditioner.count, length)
-        scales = [own[0] for own in system.hierarchy.split(reading[None])]  # (N_k, L) each, markers left out
-        spread = torch.cat(scales) if system.settings.scale_condition == "cumulative" else scales[-1]
+    assert isinstance(system, ComposedSystem)
+    options, conditioner, queries = system.options, system.conditioner, system.conditioner.count
+    if isinstance(options, HieraConfig) and isinstance(conditioner, HierarchicalQueries):
+        reading = query_reading(calls, queries, length)
+        scales = [own[0] for own in conditioner.split(reading[None])]  # (N_k, L) each, markers left out
+        spread = torch.cat(scales) if options.scale_condition == "cumulative" else scales[-1]
         return Request(condition, ids, spread)
-    if isinstance(system, AskingSystem):
-        skip, queries = system.settings.prompt_skip, system.conditioner.count
+    if queries or options.condition == "queries":
+        skip = options.prompt_skip
         kept = min(queries, count)
         spread = torch.zeros(count, length)
-        if system.settings.condition == "all" and count > kept:
+        if options.condition == "all" and count > kept:
             spread[: length - skip] = torch.eye(length)[skip:]
         if kept:
             spread[count - kept :] = query_reading(calls, queries, length)[-kept:]

@@ -1,36 +1,67 @@
-"""Steps of a mixture in order, loaded ahead by worker processes or not; the same either way."""
+"""Steps of a mixture in order, prepared for a system's losses; the same with worker processes as without."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Batch
+from diptych.core.prepared import Prepared, PreparedBatch, Preparer, map_tensors
+from diptych.core.sample import Sample, Task
 from diptych.data.mixture import Drawn, Mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """The samples of one forward pass and their keys, those of borrowed ones last."""
+
+    batch: PreparedBatch
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of one process. size: its samples, without borrowed ones."""
+
+    number: int
+    passes: tuple[Pass, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(len(part.batch) - len(part.batch.borrowed) for part in self.passes)
 
 
 def steps(
     mixture: Mixture,
+    preparer: Preparer,
     start: int,
     stop: int,
     *,
+    micro_batch_size: int | None = None,
     workers: int = 0,
     ahead: int = 2,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[tuple[int, Batch, list[int]]]:
-    """Gives (step, batch, keys) for every step in [start, stop).
+    same_tasks: bool = False,
+) -> Iterator[Step]:
+    """Gives every step in [start, stop).
 
     Args:
-        workers: processes that load; 0 loads in this one.
+        preparer: makes tensors of samples; a sample that it refuses is a bad item of its source.
+        micro_batch_size: samples of a pass; None for all of a step.
+        workers: processes that load and prepare; 0 does it in this one.
         ahead: steps that each worker prepares in advance.
         rank, world: as of `Mixture.batch`.
+        same_tasks: every rank has the same tasks in each pass: a task that a rank has none of is borrowed from
+            another's samples. Sharded systems, whose passes wait for each other, need that.
 
     Raises:
         UserError: as `Mixture.batch`, from a worker too.
@@ -38,13 +69,17 @@ def steps(
     if workers < 0:
         raise UserError(f"workers {workers} must be at least 0")
     mixture.prepare()
+    data = _Steps(mixture, preparer, micro_batch_size, rank, world, same_tasks)
     if workers == 0:
-        for step in range(start, stop):
-            yield step, mixture.batch(step, rank, world), mixture.keys(step, rank, world)
+        for number in range(start, stop):
+            drawn = data.draw(number)
+            mixture.record(drawn)
+            yield drawn.made[0]
         return
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' threads do not survive a fork
     loader = DataLoader(
-        _Steps(mixture, rank, world),
+        data,
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
@@ -52,32 +87,64 @@ def steps(
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
     )
-    for step, drawn in zip(range(start, stop), loader, strict=True):
+    for drawn in loader:
         if isinstance(drawn, UserError):
             raise drawn
-        drawn = _changed(drawn, torch.from_numpy)
         mixture.record(drawn)
-        yield step, drawn.batch, drawn.keys
+        yield map_tensors(drawn.made[0], torch.from_numpy, np.ndarray)
 
 
-class _Steps(Dataset[Drawn | UserError]):
-    """Steps by number, images as arrays: each tensor would take a shared file of its own to the training process.
+@dataclass(frozen=True)
+class _Steps(Dataset[Drawn[Step] | UserError]):
+    """Steps by number, tensors as arrays: each tensor would take a shared file of its own to the training process.
 
     A user's mistake is returned, for a worker would wrap what it raises in a traceback.
     """
 
-    def __init__(self, mixture: Mixture, rank: int, world: int) -> None:
-        self.mixture, self.rank, self.world = mixture, rank, world
+    mixture: Mixture
+    preparer: Preparer
+    micro_batch_size: int | None
+    rank: int
+    world: int
+    same_tasks: bool
 
-    def __getitem__(self, index: int) -> Drawn | UserError:
+    def __getitem__(self, index: int) -> Drawn[Step] | UserError:
         try:
-            return _changed(self.mixture.draw(index, self.rank, self.world), torch.Tensor.numpy)
+            drawn = self.draw(index)
         except UserError as error:
             return error
+        return replace(drawn, made=[map_tensors(drawn.made[0], torch.Tensor.numpy)])
 
+    def draw(self, number: int) -> Drawn[Step]:
+        """A step, and the items that were met on the way to it."""
+        slots = self.mixture.slots(self.rank, self.world)
+        size = self.micro_batch_size or len(slots)
+        tried: tuple[Any, ...] = ()
+        bad: tuple[Any, ...] = ()
+        passes: list[Pass] = []
+        for start in range(0, len(slots), size):
+            own = slots[start : start + size]
+            borrowed = self._borrowed(number, start, size) if self.same_tasks else {}
+            drawn = self.mixture.draw_slots(number, [*own, *borrowed.values()], self._prepare)
+            batch = self.preparer.collate(drawn.made, tuple(borrowed))
+            passes.append(Pass(batch=batch, keys=tuple(drawn.keys)))
+            tried, bad = tried + drawn.tried, bad + drawn.bad
+        return Drawn([Step(number=number, passes=tuple(passes))], [], tried, bad)
 
-def _changed(drawn: Drawn, change: Callable[[Any], Any]) -> Drawn:
-    return replace(drawn, batch=Batch(tuple(sample.mapped(change) for sample in drawn.batch)))
+    def _prepare(self, sample: Sample, key: int) -> Prepared:
+        return self.preparer.prepare(sample, Draws([key]))
+
+    def _borrowed(self, number: int, start: int, size: int) -> dict[Task, int]:
+        """A slot of another rank for each task that others have in this pass and this one has not."""
+        each: list[dict[Task, int]] = []
+        for rank in range(self.world):
+            slots: Sequence[int] = self.mixture.slots(rank, self.world)[start : start + size]
+            each.append({self.mixture.task(number, slot): slot for slot in reversed(slots)})
+        known: dict[Task, int] = {}
+        for tasks in reversed(each):
+            known |= tasks
+        missing: list[Task] = [task for task in known if task not in each[self.rank]]
+        return {task: known[task] for task in sorted(missing)}
 
 
 def _as_is(drawn: Any) -> Any:

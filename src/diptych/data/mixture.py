@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.image_sizes import SizeRule
-from diptych.core.sample import Batch, Sample
+from diptych.core.sample import Batch, Sample, Task
 from diptych.data.bucket_plan import BucketPlan
 from diptych.data.buckets import Assignment, planned
 from diptych.data.permutation import Permutation
@@ -31,14 +32,18 @@ _NAMED = 5
 _ORDERS_KEPT = 256
 
 
+Made = TypeVar("Made")
+
+
 @dataclass(frozen=True)
-class Drawn:
-    """What a step drew, and what it met on the way. Worker processes send it to the one that keeps count.
+class Drawn(Generic[Made]):
+    """What was made of a step's samples, and what was met on the way. Worker processes send it to the one that keeps
+    count.
 
     tried: items loaded or found unreadable. bad: the unreadable ones, with id and reason.
     """
 
-    batch: Batch
+    made: list[Made]
     keys: list[int]
     tried: tuple[Item, ...]
     bad: tuple[tuple[Item, BadItem], ...]
@@ -151,7 +156,7 @@ class Mixture:
         """The samples of `step`; of several ranks, those of `rank`. UserError when too many items are unreadable."""
         drawn = self.draw(step, rank, world)
         self.record(drawn)
-        return drawn.batch
+        return Batch(tuple(drawn.made))
 
     def keys(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
         """`key(seed, step, slot)` of each sample of `batch(step, rank, world)`."""
@@ -161,20 +166,37 @@ class Mixture:
         """(height, width) of the targets of `step`."""
         return self.buckets[self._plan.steps.at(step)[0]]
 
-    def draw(self, step: int, rank: int = 0, world: int = 1) -> Drawn:
+    def draw(self, step: int, rank: int = 0, world: int = 1) -> Drawn[Sample]:
         """`batch` without keeping count of bad items; a worker process calls it and its parent records the result."""
+        return self.draw_slots(step, self._slots(rank, world), lambda sample, _: sample)
+
+    def draw_slots(self, step: int, slots: Sequence[int], make: Callable[[Sample, int], Made]) -> Drawn[Made]:
+        """What `make` gives for the sample of each of these slots of a step, and its key.
+
+        An item of which it refuses to make anything (UserError) is as bad as an unreadable one.
+        """
         bucket, ordinal = self._plan.steps.at(step)
-        samples: list[Sample] = []
-        keys = self.keys(step, rank, world)
+        made: list[Made] = []
+        keys = [key(self.seed, step, slot) for slot in slots]
         tried: list[Item] = []
         bad: list[tuple[Item, BadItem]] = []
-        for slot, slot_key in zip(self._slots(rank, world), keys, strict=True):
+        for slot, slot_key in zip(slots, keys, strict=True):
             place = self._choose(self._point(step, slot, slot_key), self._plan.chances[bucket])
             counter = ordinal * self.batch_size + slot
-            samples.append(self._load(place, bucket, counter, ItemDraws(slot_key), tried, bad))
-        return Drawn(Batch(tuple(samples)), keys, tuple(tried), tuple(bad))
+            made.append(self._load(place, bucket, counter, slot_key, make, tried, bad))
+        return Drawn(made, keys, tuple(tried), tuple(bad))
 
-    def record(self, drawn: Drawn) -> None:
+    def task(self, step: int, slot: int) -> Task:
+        """The task of a slot's sample; nothing is loaded."""
+        bucket, _ = self._plan.steps.at(step)
+        point = self._point(step, slot, key(self.seed, step, slot))
+        return self.sources[self._choose(point, self._plan.chances[bucket])].task
+
+    def slots(self, rank: int = 0, world: int = 1) -> range:
+        """The slots of a step that are a rank's; UserError where the batch does not divide among the ranks."""
+        return self._slots(rank, world)
+
+    def record(self, drawn: Drawn[Any]) -> None:
         """Counts, logs once and keeps the bad items of `drawn`; UserError when they are too many."""
         self._tried.update(drawn.tried)
         for item, error in drawn.bad:
@@ -228,11 +250,12 @@ class Mixture:
         place: int,
         bucket: int,
         counter: int,
-        draws: ItemDraws,
+        slot_key: int,
+        make: Callable[[Sample, int], Made],
         tried: list[Item],
         bad: list[tuple[Item, BadItem]],
-    ) -> Sample:
-        """The item at `counter`, or the next readable one."""
+    ) -> Made:
+        """What is made of the item at `counter`, or of the next one that is good."""
         source, assignment = self.sources[place], self._plan.assignments[place]
         members = None if assignment is None else assignment.members[bucket]
         count = len(source) if members is None else len(members)
@@ -246,7 +269,12 @@ class Mixture:
             if error is None:
                 tried.append(item)
                 try:
-                    return source.load(item[1], draws, self._target_size(item, bucket))
+                    sample = source.load(item[1], ItemDraws(slot_key), self._target_size(item, bucket))
+                    try:
+                        return make(sample, slot_key)
+                    except UserError as refusal:
+                        reason = str(refusal).removeprefix(f"{sample.id}: ")
+                        raise BadItem(sample.id, f"refused by the model ({reason})") from refusal
                 except BadItem as found:
                     error = self._bad[item] = found
             bad.append((item, error))

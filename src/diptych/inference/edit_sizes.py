@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from diptych.systems.base import AssembledSystem, ImageSized, System
+from diptych.systems.base import AssembledSystem, System
 
 FACTOR = 2
 """An image whose area is within this factor of the usual one keeps its size; any other takes the usual area."""
@@ -26,9 +26,7 @@ def edit_size(system: System, images: Sequence[tuple[int, int]], usual: tuple[in
     if not images or (system.edit_follows == "only" and len(images) > 1):
         return usual
     image = images[-1] if system.edit_follows == "last" else images[0]
-    if isinstance(system, ImageSized):
-        return system.edit_size(*image)
-    return near(system, image, usual)
+    return system.edit_size(*image) or near(system, image, usual)
 
 
 def near(system: System, image: tuple[int, int], usual: tuple[int, int]) -> tuple[int, int]:

@@ -21,7 +21,8 @@ from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, scale_names, views
 from diptych.inference.solvers import Solver, span
-from diptych.systems.base import Dropped, Reasoner, System, Thinker
+from diptych.systems.base import System
+from diptych.systems.presets import Dropped
 
 
 class Engine:
@@ -112,7 +113,7 @@ class Engine:
             for text, group in zip(questions, groups, strict=True)
         ]
         if think:
-            conversations = [self._reasoner().reasoning(conversation) for conversation in conversations]
+            conversations = [self._reasoned(conversation) for conversation in conversations]
         device = self.system.device
         tensors = [[from_pil(picture).to(device) for picture in group] for group in groups]
         answers: list[str] = []
@@ -233,18 +234,19 @@ class Engine:
     def _expand(self, batch: Batch, keys: Sequence[int], settings: Sampling) -> tuple[Batch, list[str]]:
         """Requests with what the model writes about each image before it draws it, by these keys; and these texts."""
         system = self.system
-        if not isinstance(system, Thinker) or not system.thinks:
+        if not system.expands:
             raise UserError(f"{self.name}: this model cannot expand prompts; leave prompt_expansion at 0")
         if not settings.prompt_expansion_temperature:
-            return system.think(batch, settings.prompt_expansion)
+            return system.expand(batch, settings.prompt_expansion)
         uniform = Draws(keys, system.device).uniform("thought", settings.prompt_expansion + 1)
         choose = drawn_token(settings.prompt_expansion_temperature, uniform)
-        return system.think(batch, settings.prompt_expansion, choose)
+        return system.expand(batch, settings.prompt_expansion, choose)
 
-    def _reasoner(self) -> Reasoner:
-        if not isinstance(self.system, Reasoner):
+    def _reasoned(self, conversation: Sequence[Message]) -> list[Message]:
+        """A conversation with the request to reason first."""
+        if not self.system.reasons:
             raise UserError(f"{self.name}: this model has no thinking mode for questions; leave think off")
-        return self.system
+        return self.system.reasoning(conversation)
 
 
 Progress = Callable[[int, int], None]

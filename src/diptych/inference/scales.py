@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diptych.core.condition import Condition, ScaleConditions
 from diptych.core.errors import UserError, unknown
-from diptych.systems.base import MultiScaleSystem, System
+from diptych.systems.base import System
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def scale_names(system: System, wanted: str) -> tuple[str, ...]:
     Raises:
         UserError: a scale that the system does not have.
     """
-    if not isinstance(system, MultiScaleSystem):
+    if not system.scales:
         if wanted not in ("last", "all"):
             raise UserError(f"scales {wanted!r}: this model makes images at one scale; leave out --scales")
         return ("",)
@@ -51,7 +51,7 @@ def scale_names(system: System, wanted: str) -> tuple[str, ...]:
 def views(system: System, size: tuple[int, int], wanted: str) -> list[View]:
     """The scales to make of an image of `size` (height, width); UserError where one does not divide."""
     names = scale_names(system, wanted)
-    if not isinstance(system, MultiScaleSystem):
+    if not system.scales:
         return [View(index=None, noise="noise", shape=system.latent_shape(*size))]
     sizes = system.scale_sizes(*size)
     last = len(sizes) - 1

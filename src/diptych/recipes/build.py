@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
-from diptych.core.errors import UserError, attributed_to, unknown
+from diptych.core.errors import UserError, attributed_to
 from diptych.parts.autoencoders.base import Autoencoder
-from diptych.parts.backbones.base import Backbone, LayeredBackbone
+from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner, Connector
 from diptych.parts.conditioners.clip_text import ClipText
@@ -28,7 +28,6 @@ from diptych.recipes.published import folder_config, published_config
 from diptych.recipes.recipe import (
     BagelSpec,
     ComposedSpec,
-    HieraQuerySpec,
     MLLMSpec,
     OmniGen2Spec,
     OvisU1Spec,
@@ -37,11 +36,9 @@ from diptych.recipes.recipe import (
 )
 from diptych.recipes.tables import choose
 from diptych.systems.base import System
-from diptych.systems.composed import ComposedConfig, ComposedSystem
-from diptych.systems.hieraquery import HieraConfig, HieraQuery
+from diptych.systems.composed import ComposedSystem
 from diptych.systems.mllm import MLLMSystem
-from diptych.systems.omnigen2 import OmniGen2Settings, OmniGen2System
-from diptych.systems.ovis_u1 import OvisU1Config, OvisU1System
+from diptych.systems.presets import ComposedConfig, HieraConfig, OmniGen2Settings, OvisU1Config, Preset
 from diptych.toyworld.samples import ToyWorld
 
 BACKBONES = {
@@ -93,6 +90,8 @@ FAMILIES = {
 }
 """Where the class of each kind is, as module:name; it is imported when it is first needed."""
 
+PRESETS: tuple[type, ...] = (HieraConfig, ComposedConfig, OmniGen2Settings, OvisU1Config)
+
 
 def build_system(
     spec: SystemSpec | ComposedSpec | MLLMSpec | BagelSpec | OmniGen2Spec | OvisU1Spec,
@@ -109,100 +108,68 @@ def build_system(
     if isinstance(spec, MLLMSpec):
         backbone, origin = build_backbone(spec.backbone, meta, assets)
         return MLLMSystem(backbone, origins={"backbone": origin})
-    if isinstance(spec, OmniGen2Spec):
-        return build_omnigen2(spec, meta, assets)
-    if isinstance(spec, OvisU1Spec):
-        return build_ovis_u1(spec, meta, assets)
     if isinstance(spec, BagelSpec):
         return build_bagel(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=build_tokenizer)
-    assert isinstance(spec, ComposedSpec)
+    assert isinstance(spec, ComposedSpec | OmniGen2Spec | OvisU1Spec)
+    return build_composed(spec, meta, assets)
+
+
+def build_composed(spec: ComposedSpec | OmniGen2Spec | OvisU1Spec, meta: bool, assets: Path | None) -> ComposedSystem:
+    """A composed system, or one of its presets; UserError where its parts cannot meet."""
+    settings = preset(spec)
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
-    conditioner, conditioner_origin = build_conditioner(spec.conditioner, backbone, meta)
+    width = settings.common().layers * backbone.width
+    own, nothing = isinstance(spec, ComposedSpec), Part(kind="identity")
+    asks = spec.conditioner if isinstance(spec, ComposedSpec) else Part(kind="raw")
+    conditioner, conditioner_origin = build_conditioner(asks, backbone, meta)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
+    refiner_part: Part | None = getattr(spec, "refiner", None)
+    pooler_part: Part | None = getattr(spec, "pooler", None)
+    refiner, refiner_origin = build_refiner(refiner_part, width, decoder, meta) if refiner_part else (None, None)
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
-    connector, connector_origin = build_connector(spec.connector, backbone.width, decoder.condition_width, meta)
-    origins = {
-        "backbone": backbone_origin,
-        "conditioner": conditioner_origin,
-        "connector": connector_origin,
-        "decoder": decoder_origin,
-        "autoencoder": autoencoder_origin,
-        "sampling": spec.sampling,
-    }
-    modules: dict[str, Any] = {
-        "backbone": backbone,
-        "conditioner": conditioner,
-        "connector": connector,
-        "decoder": decoder,
-        "autoencoder": autoencoder,
-    }
-    if isinstance(spec, HieraQuerySpec):
-        system: System = HieraQuery(HieraConfig(**_settings(spec, HieraConfig)), **modules, origins=origins)
-    else:
-        system = ComposedSystem(ComposedConfig(**_settings(spec, ComposedConfig)), **modules, origins=origins)
-    if meta:
-        system.to("meta")
-    return system
-
-
-def _settings(spec: object, config: type[Any]) -> dict[str, Any]:
-    """The fields that a system's settings share with its specification."""
-    return {field.name: getattr(spec, field.name) for field in dataclasses.fields(config)}
-
-
-def build_omnigen2(spec: OmniGen2Spec, meta: bool, assets: Path | None) -> OmniGen2System:
-    """An OmniGen2 from its parts."""
-    backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
-    decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
-    autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
-    origins = {"backbone": backbone_origin, "decoder": decoder_origin, "autoencoder": autoencoder_origin}
-    system = OmniGen2System(
-        OmniGen2Settings(**_settings(spec, OmniGen2Settings)),
+    pooler, pooler_origin = build_pooler(pooler_part, meta) if pooler_part else (None, None)
+    between = spec.connector if isinstance(spec, ComposedSpec) else nothing
+    if refiner is not None and between.kind != "identity":
+        raise UserError("refiner: it takes the MLLM's states itself; leave out the connector")
+    out = width if refiner is not None else decoder.condition_width
+    connector, connector_origin = build_connector(between, width, out, meta)
+    origins: dict[str, Any] = {"backbone": backbone_origin}
+    if own:
+        origins |= {"conditioner": conditioner_origin, "connector": connector_origin}
+    if not isinstance(spec, OmniGen2Spec):
+        origins |= {"refiner": refiner_origin, "pooler": pooler_origin}
+    origins |= {"decoder": decoder_origin, "autoencoder": autoencoder_origin, "sampling": spec.sampling}
+    if isinstance(spec, OvisU1Spec):
+        origins["release"] = spec.release
+    system = ComposedSystem(
+        settings,
+        kind=spec.kind,
         backbone=backbone,
-        decoder=decoder,
-        autoencoder=autoencoder,
-        origins={**origins, "sampling": spec.sampling},
-    )
-    if meta:
-        system.to("meta")
-    return system
-
-
-def build_ovis_u1(spec: OvisU1Spec, meta: bool, assets: Path | None) -> OvisU1System:
-    """An Ovis-U1 from its parts; the refiner takes as many layers of the MLLM as the system reads."""
-    if not issubclass(choose("backbone", spec.backbone.kind, BACKBONES, Backbone), LayeredBackbone):
-        raise unknown("backbone", spec.backbone.kind, ["ovis", "t5"])
-    backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
-    assert isinstance(backbone, LayeredBackbone)
-    decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
-    if not isinstance(decoder, OvisU1Decoder):
-        raise unknown("decoder", spec.decoder.kind, ["ovis_u1"])
-    known = {"context_width": spec.layers * backbone.width, "hidden": decoder.config.hidden}
-    known["heads"] = 2 * decoder.config.heads
-    refiner, refiner_origin = build_part("refiner", spec.refiner, REFINERS, TokenRefiner, known, meta)
-    autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
-    pooler, pooler_origin = build_pooler(spec.pooler, meta) if spec.pooler else (None, None)
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(OvisU1Config)}
-    system = OvisU1System(
-        OvisU1Config(**fields),
-        backbone=backbone,
+        conditioner=conditioner,
+        connector=connector,
         refiner=refiner,
+        pooler=pooler,
         decoder=decoder,
         autoencoder=autoencoder,
-        pooler=pooler,
-        origins={
-            "backbone": backbone_origin,
-            "pooler": pooler_origin,
-            "refiner": refiner_origin,
-            "decoder": decoder_origin,
-            "autoencoder": autoencoder_origin,
-            "sampling": spec.sampling,
-            "release": spec.release,
-        },
+        origins=origins,
     )
     if meta:
         system.to("meta")
     return system
+
+
+def preset(spec: ComposedSpec | OmniGen2Spec | OvisU1Spec) -> Preset:
+    """The settings of a specification, without its parts."""
+    cls = next(cls for cls in type(spec).__mro__ if cls in PRESETS)
+    return cls(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(cls)})
+
+
+def build_refiner(part: Part, width: int, decoder: Decoder, meta: bool) -> tuple[TokenRefiner, dict[str, Any]]:
+    """A refiner of states of this width for a decoder; its attention has twice the heads of Ovis-U1's decoder."""
+    known = {"context_width": width, "hidden": decoder.condition_width}
+    if isinstance(decoder, OvisU1Decoder):
+        known["heads"] = 2 * decoder.config.heads
+    return build_part("refiner", part, REFINERS, TokenRefiner, known, meta)
 
 
 # Parts

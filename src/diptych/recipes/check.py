@@ -21,8 +21,8 @@ from diptych.recipes.load import start
 from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, check_sizes, image_step, stage_settings
 from diptych.recipes.sources import build_data, build_source
-from diptych.systems.asking import AskingSystem
 from diptych.systems.base import AssembledSystem, System
+from diptych.systems.composed import ComposedSystem
 from diptych.systems.mllm import MLLMSystem
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
@@ -180,7 +180,7 @@ def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
     if isinstance(system, MLLMSystem):
         inputs = (PROMPT_TOKENS + _vision_tokens(system.backbone)) * _linear_inputs(system)
         return 2 * width * samples * inputs
-    if not isinstance(system, AskingSystem):
+    if not isinstance(system, ComposedSystem):
         return 0
     tasks = {source.task for source in spec.data.sources.values()}
     queries = system.conditioner.count
@@ -193,7 +193,7 @@ def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
     if tasks - {"understand"}:
         side = spec.data.size
         _, rows, columns = system.latent_shape(*((side, side) if isinstance(side, int) else side))
-        condition = queries if system.settings.condition == "queries" else prompt + queries
+        condition = queries if system.options.condition == "queries" else prompt + queries
         tokens = rows * columns // system.decoder.patch**2 + condition
         decoder = tokens * _linear_inputs(system.decoder)
         blocks = len(system.decoder.shard_units())
@@ -282,7 +282,8 @@ def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
             clock = time.perf_counter()
         batch, keys = stage.data.batch(step), stage.data.keys(step)
         with torch.autocast(device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-            terms = system.losses(batch.to(device), Draws(keys, device))
+            draws = Draws(keys, device)
+            terms = system.losses(system.prepare(batch, draws), draws)
         total = sum(values.sum() for values in terms.values())
         assert isinstance(total, torch.Tensor)
         total.backward()

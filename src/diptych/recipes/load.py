@@ -25,8 +25,7 @@ from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.tables import choose
 from diptych.systems.base import AssembledSystem, System
-from diptych.systems.composed import ComposedConfig
-from diptych.systems.hieraquery import HieraConfig
+from diptych.systems.presets import ComposedConfig, HieraConfig
 from diptych.training import state
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from diptych.core.errors import UserError, unknown
 from diptych.recipes.recipe import StageSpec
-from diptych.systems.base import MultiScaleSystem, System
-from diptych.systems.hieraquery import HieraQuery
+from diptych.systems.base import System
+from diptych.systems.composed import ComposedSystem
 
 ANSWERS = "cross_entropy"
 
@@ -16,9 +16,8 @@ def loss_terms(system: System, spec: StageSpec) -> set[str]:
     families: set[str] = set()
     if tasks - {"understand"}:
         families.add("flow")
-        if isinstance(system, MultiScaleSystem):
-            families |= {f"flow_{name}" for name in system.scales}
-        if isinstance(system, HieraQuery) and system.projector is not None:
+        families |= {f"flow_{name}" for name in system.scales}
+        if isinstance(system, ComposedSystem) and system.projector is not None:
             families |= {"align", *(f"align_{name}" for name in system.scales)}
     terms = {f"{family}.{task}" for family in families for task in tasks - {"understand"}}
     if "understand" in tasks:

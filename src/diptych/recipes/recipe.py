@@ -25,10 +25,7 @@ from diptych.data.filters import Filters
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
 from diptych.systems.bagel.config import BagelConfig
-from diptych.systems.composed import ComposedConfig
-from diptych.systems.hieraquery import HieraConfig
-from diptych.systems.omnigen2 import OmniGen2Settings
-from diptych.systems.ovis_u1 import OvisU1Config
+from diptych.systems.presets import ComposedConfig, HieraConfig, OmniGen2Settings, OvisU1Config
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
@@ -84,6 +81,8 @@ class ComposedSpec(ComposedConfig):
     decoder: Part
     autoencoder: Part
     connector: Part = field(default_factory=lambda: Part(kind="identity"))
+    refiner: Part | None = None
+    pooler: Part | None = None
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

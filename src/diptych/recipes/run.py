@@ -31,7 +31,7 @@ from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
-from diptych.systems.base import AssembledSystem, MultiScaleSystem, System
+from diptych.systems.base import AssembledSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
@@ -209,8 +209,7 @@ def check_sizes(system: System, data: DataSpec) -> None:
         sizes = make_buckets(data.size, image_step(system, True), data.buckets)
     for size in sizes:
         system.latent_shape(*size)
-        if isinstance(system, MultiScaleSystem):
-            system.scale_sizes(*size)
+        system.scale_sizes(*size)
 
 
 def image_step(system: System, images: bool) -> int:

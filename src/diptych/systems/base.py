@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.prepared import PreparedBatch, Preparer
 from diptych.core.sample import Batch, Message, Task
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
-
-Dropped = Literal["text", "images", "text_and_images"]
-"""What guidance removes from a request: its text, its context images (where a system guides by that), or both."""
+from diptych.systems.preparing import LatentGrid
+from diptych.systems.presets import Dropped
 
 FORMAT_VERSION = 2
 """Of a saved system's config.json; what version 1 called otherwise stands in `recipes.legacy`."""
@@ -39,12 +39,22 @@ class System(nn.Module, abc.ABC):
     convert inside `velocity`.
     """
 
-    kind: ClassVar[str]
-    tasks: ClassVar[tuple[Task, ...]]
-    edit_follows: ClassVar[Literal["first", "last", "only"]] = "first"
+    kind: str
+    tasks: tuple[Task, ...]
+    edit_follows: Literal["first", "last", "only"] = "first"
     """Which of several images gives an edit its shape; `only`: none does where there are several."""
     alike: ClassVar[bool] = True
     """Whether `losses` runs the same passes of the sharded units for any two batches that have the same tasks."""
+
+    @abc.abstractmethod
+    def preparer(self) -> Preparer:
+        """What makes tensors of samples for `losses`, in the workers of a loader; of the settings of this moment."""
+
+    def prepare(self, batch: Batch, draws: Draws) -> PreparedBatch:
+        """Samples as the workers of a loader prepare them, on the system's device."""
+        preparer = self.preparer()
+        rows = [preparer.prepare(sample, draws.take([row])) for row, sample in enumerate(batch)]
+        return preparer.collate(rows).to(self.device)
 
     @abc.abstractmethod
     def encode(self, batch: Batch, draws: Draws | None = None) -> Condition:
@@ -58,8 +68,11 @@ class System(nn.Module, abc.ABC):
         """Velocity noise - data at `x` (B, C, h, w) and time `t` (B,) in [0, 1]; (B, C, h, w)."""
 
     @abc.abstractmethod
-    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Unweighted per-sample terms, keyed "term.task" ("flow.image"): one value per sample of that task."""
+    def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
+        """Unweighted per-sample terms, keyed "term.task" ("flow.image"): one value per sample of that task.
+
+        A value is a mean over the sample's own elements; `batch.weights` says how much it counts in a mean of several.
+        """
 
     @abc.abstractmethod
     def without(self, batch: Batch, dropped: Dropped) -> Batch:
@@ -122,37 +135,49 @@ class System(nn.Module, abc.ABC):
         """Side of a latent token in latent pixels, for guidance that works token by token."""
         return 1
 
-
-class Reasoner(abc.ABC):
-    """A system that can write down its reasons before it answers."""
-
-    @abc.abstractmethod
-    def reasoning(self, conversation: Sequence[Message]) -> list[Message]:
-        """The conversation with the request to reason first."""
-
-
-class Thinker(abc.ABC):
-    """A system that can write down a thought before it makes an image, unless it was given no words to ask for it."""
+    # What a system may be able to do besides; these say that it is not.
 
     @property
-    @abc.abstractmethod
-    def thinks(self) -> bool:
-        """Whether it can."""
+    def scales(self) -> tuple[str, ...]:
+        """Names of the scales at which it makes an image, coarse before fine ("4x4", "8x8"), the last being the image
+        itself; empty where it makes the image alone. Its condition is then a `ScaleConditions`; `velocity` takes the
+        TokenCondition of one scale, or all of them for the last."""
+        return ()
 
-    @abc.abstractmethod
-    def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
-        """Requests for images, each with a thought of at most `most` tokens of the model's; and these thoughts.
+    def scale_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels at each scale of an image of this size; UserError when one does not divide."""
+        return ()
 
-        BAGEL's thought follows the request (its last assistant message), others' stands in place of the request's text.
+    def edit_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """(height, width) of the edit of an image of this size, where edits have the shape of their image; UserError
+        for one that no size suits."""
+        return None
+
+    @property
+    def expands(self) -> bool:
+        """Whether it can write down what is to be in an image before it makes it."""
+        return False
+
+    def expand(self, batch: Batch, max_tokens: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
+        """Requests for images, each with a text of at most `max_tokens` tokens of the model's; and these texts.
+
+        BAGEL's text is a thought that follows the request (its last assistant message); others' stands in place of the
+        request's text.
         """
+        raise UserError("this model cannot expand prompts")
 
+    @property
+    def reasons(self) -> bool:
+        """Whether it can write down its reasons before it answers."""
+        return False
 
-class ImageSized(abc.ABC):
-    """A system whose edits have the shape of the image that they edit."""
+    def reasoning(self, conversation: Sequence[Message]) -> list[Message]:
+        """The conversation with the request to reason first."""
+        raise UserError("this model has no thinking mode for questions")
 
-    @abc.abstractmethod
-    def edit_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the edit of an image of this size; UserError for one that no size suits."""
+    def cannot(self, what: str) -> NoReturn:
+        """UserError for something that this kind of system does not do."""
+        raise UserError(f"a system of kind {self.kind!r} {what}")
 
 
 class AssembledSystem(System):
@@ -162,7 +187,7 @@ class AssembledSystem(System):
     `weights`, a name, as long as they are what was read from it), and the sampling defaults.
     """
 
-    components: ClassVar[tuple[str, ...]]
+    components: tuple[str, ...]
     """Attributes that hold the parts that `origins` tells of."""
 
     settings: Any
@@ -172,23 +197,22 @@ class AssembledSystem(System):
     autoencoder: Autoencoder
 
     @property
-    def image_step(self) -> int:
-        """Image sides must be multiples of this."""
-        return self.autoencoder.factor * self.decoder.patch
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        step = self.image_step
-        if height % step or width % step or height <= 0 or width <= 0:
-            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
-        rows, columns = height // self.autoencoder.factor, width // self.autoencoder.factor
-        if self.decoder.longest is not None and max(rows, columns) > self.decoder.longest:
-            most = self.decoder.longest * self.autoencoder.factor
-            raise UserError(f"size {height}x{width}: the decoder's position grid ends at {most} pixels a side")
-        return self.autoencoder.channels, rows, columns
+    def grid(self) -> LatentGrid:
+        """How images become latents and tokens."""
+        return LatentGrid(
+            channels=self.autoencoder.channels,
+            factor=self.autoencoder.factor,
+            patch=self.decoder.patch,
+            longest=self.decoder.longest,
+        )
 
     @property
-    def token_side(self) -> int:
-        return self.decoder.patch
+    def image_step(self) -> int:
+        """Image sides must be multiples of this."""
+        return self.grid.step
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return self.grid.shape(height, width)
 
     def to_latents(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -197,11 +221,6 @@ class AssembledSystem(System):
     def to_images(self, latents: Tensor) -> Tensor:
         with torch.no_grad():
             return self.autoencoder.decode(latents)
-
-    def target_latents(self, batch: Batch) -> Tensor:
-        """Latents of the target images (B, C, h, w): those of a cache where every sample brings its own."""
-        cached = [sample.latent for sample in batch if sample.latent is not None]
-        return torch.stack(cached) if len(cached) == len(batch) else self.to_latents(batch.images())
 
     def config(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.settings), **self.origins}
@@ -243,17 +262,3 @@ class AssembledSystem(System):
 def trains(module: nn.Module) -> bool:
     """Whether any parameter of a module learns."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-class MultiScaleSystem(System):
-    """A system that makes an image at several resolutions, coarse before fine. Its condition is a `ScaleConditions`;
-    `velocity` takes the TokenCondition of one scale, or all of them for the last."""
-
-    @property
-    @abc.abstractmethod
-    def scales(self) -> tuple[str, ...]:
-        """Names of the scales ("4x4", "8x8"), the last being the image itself."""
-
-    @abc.abstractmethod
-    def scale_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels at each scale of an image of this size; UserError when one does not divide."""

@@ -1,59 +1,371 @@
-"""One composable system: an MLLM, a conditioner that asks it, a connector, a decoder, an autoencoder.
+"""One system for models in which an MLLM conditions a diffusion transformer; its presets are IOMM, OpenUni, Qwen-Image,
+OmniGen2, Ovis-U1, MetaQuery and HieraQuery.
 
-IOMM, OpenUni and Qwen-Image are presets of it (see the recipes).
+    prompt and images ++ conditioner's tokens -> MLLM -> connector -> (refiner) -> tokens, vector -> decoder
+                                                          context images -> autoencoder -> latents -^
 
-    prompt (+ image tokens, masked) ++ conditioner's tokens -> MLLM -> connector -> condition -> decoder
+Samples become tensors in `preparing.py`; this file runs the networks.
 
-Shapes: B batch, L prompt tokens, Q appended tokens, D MLLM width, C latent channels, h and w latent sides.
+B samples, L prompt tokens, Q appended tokens, D MLLM width, C latent channels, h and w latent sides.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from diptych.core.condition import Condition, TokenCondition
+from diptych.core.condition import Condition, ScaleConditions, TokenCondition
 from diptych.core.draws import Draws
-from diptych.core.sample import Batch
+from diptych.core.errors import UserError
+from diptych.core.image_sizes import AreaCap
+from diptych.core.prepared import PreparedBatch, map_tensors, size_groups
+from diptych.core.sample import Batch, Message, Task
+from diptych.core.tokens import NextToken, likeliest
+from diptych.objectives import masked_image
 from diptych.objectives.flow_matching import interpolate
-from diptych.systems.asking import AskingSystem, ComposedConfig, Prompts
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.backbones.causal import cut
+from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.conditioners.clip_text import ClipText
+from diptych.parts.conditioners.prefix import condition_states
+from diptych.parts.conditioners.token_refiner import TokenRefiner
+from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.projector import AlignmentProjector
+from diptych.systems import conversation, scaled
+from diptych.systems.base import AssembledSystem, trains
+from diptych.systems.meeting import check_parts
+from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Scales, Targets, canvas_size
+from diptych.systems.preparing import without as without_parts
+from diptych.systems.presets import ComposedConfig, Dropped, HieraConfig, Preset, ResolvedConfig
 
-__all__ = ["ComposedConfig", "ComposedSystem", "Prompts"]
+PARTS = ("backbone", "conditioner", "connector", "refiner", "pooler", "decoder", "autoencoder")
+"""Attributes that hold the parts that have an origin of their own."""
 
 
-class ComposedSystem(AskingSystem):
-    """See the module's docstring."""
+class ComposedSystem(AssembledSystem):
+    """See the module's docstring.
 
-    kind: ClassVar[str] = "composed"
+    settings: a preset. refiner: turns the connector's tokens into others and a vector for the whole. pooler: gives that
+    vector instead (CLIP). origins: the configuration of each part, kept to write `config()`.
 
-    # Conditions
+    A decoder with a pooled input gets the vector of the pooler, else the refiner's, else a two-layer MLP of the mean
+    condition token, over all scales where there are several. With several scales the terms of the losses are named by
+    scale: `flow_4x4.text_to_image`, `align_4x4.text_to_image`; a stage weights them by `flow_4x4` and `align_4x4`.
 
-    def encode(self, batch: Batch, draws: Draws | None = None) -> TokenCondition:
-        states, mask = self._states(batch, draws)
-        states, mask = states[:, self.settings.prompt_skip :], mask[:, self.settings.prompt_skip :]
-        if self.settings.condition == "queries":
+    Raises:
+        UserError: parts that cannot meet, with the reason.
+    """
+
+    mask_token: nn.Parameter | None
+
+    def __init__(
+        self,
+        settings: Preset,
+        *,
+        kind: str = "composed",
+        backbone: Backbone,
+        conditioner: Conditioner,
+        connector: nn.Module,
+        decoder: Decoder,
+        autoencoder: Autoencoder,
+        refiner: TokenRefiner | None = None,
+        pooler: ClipText | None = None,
+        origins: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.settings: Preset = settings
+        self.backbone, self.conditioner, self.connector = backbone, conditioner, connector
+        self.refiner, self.pooler = refiner, pooler
+        self.decoder, self.autoencoder = decoder, autoencoder
+        self.origins = origins
+        self.components = tuple(name for name in PARTS if origins.get(name))
+        config = self.options
+        check_parts(self, config)
+        learned = config.mask_mode == "mask_token"
+        self.mask_token = nn.Parameter(torch.zeros(backbone.width)) if learned else None
+        given = pooler is not None or (refiner is not None and refiner.config.pool != "none")
+        width, inner = decoder.pooled_width, decoder.condition_width
+        self.pooled = None
+        if width is not None and not given:
+            self.pooled = nn.Sequential(nn.Linear(inner, width), nn.SiLU(), nn.Linear(width, width))
+        self.projector: AlignmentProjector | None = scaled.projector(decoder, backbone, config)
+
+    @property
+    def options(self) -> ComposedConfig:
+        """Every option, from the preset that the settings are."""
+        return self.settings.common()
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return tasks_of(self.options, self.backbone)
+
+    # Requests
+
+    def preparer(self) -> ConditionedPreparer:
+        processor, config = self.backbone.processor, self.options
+        return ConditionedPreparer(
+            config=config,
+            tasks=self.tasks,
+            processor=processor,
+            grid=self.grid,
+            room=self.backbone.max_length,
+            queries=self.conditioner.count,
+            image_step=self.image_step,
+            max_context=self.decoder.max_context if config.reference_latents else None,
+            scales=self._scales(),
+            pooler=None if self.pooler is None else self.pooler.tokens,
+        )
+
+    def encode(self, batch: Batch, draws: Draws | None = None) -> Condition:
+        preparer = self.preparer()
+        rows = [
+            preparer.request(sample, None if draws is None else draws.take([row])) for row, sample in enumerate(batch)
+        ]
+        requests: Requests = map_tensors(preparer.requests(rows), lambda tensor: tensor.to(self.device))
+        return self.condition(requests)
+
+    def without(self, batch: Batch, dropped: Dropped) -> Batch:
+        return Batch(tuple(without_parts(sample, dropped) for sample in batch))
+
+    def condition(self, requests: Requests) -> Condition:
+        """What the decoder sees of requests, whatever the time."""
+        config = self.options
+        states, mask = self.states(requests)
+        # Which states, and of which tokens.
+        if config.mllm_images == "dropped":
+            images = requests.inputs.sequences.images
+            keep = torch.ones_like(mask)
+            keep[:, : images.shape[1]] = ~images
+            states, mask = masked_image.drop(states, mask, keep)
+        states, mask = states[:, config.prompt_skip :], mask[:, config.prompt_skip :]
+        if isinstance(config, HieraConfig):
+            return scaled.conditions(self, states[:, -self.conditioner.count :])
+        if config.condition == "queries":
             states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
-        everything = bool(mask.all())
-        return TokenCondition(tokens=self.connector(states), mask=None if everything else mask)
+
+        # Tokens for the decoder, and a vector for the whole.
+        full = None if bool(mask.all()) else mask
+        tokens, vector = self.connector(states), None
+        if self.refiner is not None:
+            tokens, vector = self.refiner(tokens, full)
+        if self.pooler is not None:
+            assert requests.words is not None, "prepared with the pooler's tokens"
+            vector = self.pooler(requests.words)
+        if self.pooled is not None:
+            vector = self.pooled(masked_mean(tokens, full))
+        condition = TokenCondition(
+            tokens=tokens, mask=full, pooled=vector, context_latents=self.context_latents(requests)
+        )
+        return self.decoder.refine(condition)
+
+    def states(self, requests: Requests) -> tuple[Tensor, Tensor]:
+        """States (B, L + Q, layers D) of prompts and appended tokens, and their mask."""
+        config, sequences = self.options, requests.inputs.sequences
+        frozen = not trains(self.backbone)
+        with torch.no_grad() if frozen else nullcontext():
+            embeddings = self.backbone.embeddings(requests.inputs)  # (B, L, D)
+            if config.too_long == "cut":
+                kept = "first" if self.training else "last"
+                sequences, embeddings = cut(sequences, embeddings, self.backbone.max_length, kept)
+        mask, positions = sequences.mask, sequences.positions
+        # Hidden image tokens.
+        if requests.keep is not None and config.mask_mode == "drop":
+            if positions is not None:
+                positions, _ = masked_image.drop(positions, mask, requests.keep)
+            embeddings, mask = masked_image.drop(embeddings, mask, requests.keep)
+        elif requests.keep is not None:
+            embeddings = masked_image.hide(embeddings, requests.keep, self.mask_token)
+        # The MLLM.
+        if config.pack and self.training:
+            with torch.no_grad() if frozen else nullcontext():
+                run = self.backbone.run(embeddings, mask, layers=config.layers, pack=config.pack)
+            return run.hidden, mask
+        return condition_states(
+            self.backbone,
+            self.conditioner,
+            embeddings,
+            mask,
+            positions=positions,
+            places=self.conditioner.places(),
+            layers=config.layers,
+            reuse=frozen and self.mask_token is None,
+        )
+
+    def context_latents(self, requests: Requests) -> tuple[tuple[Tensor, ...], ...] | None:
+        """Latents of each request's context images, each (C, h, w); None where the decoder is given none."""
+        if not self.options.reference_latents:
+            return None
+        latents = iter(requests.references.each(self.to_latents))
+        return tuple(tuple(next(latents) for _ in range(count)) for count in requests.counts)
 
     # Decoding
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert isinstance(condition, TokenCondition)
-        return self.settings.flow.to_velocity(self.decoder(x, t, condition), x, t)
+        seen = condition.scales[-1] if isinstance(condition, ScaleConditions) else condition
+        assert isinstance(seen, TokenCondition)
+        output = torch.stack(self.decoder.denoise(list(x), t, seen))
+        return self.options.flow.to_velocity(output, x, t)
 
     # Training
 
-    def _flow(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        condition = self.encode(batch, draws)
-        data = self.target_latents(batch)  # (B, C, h, w)
-        noise = draws.normal("noise", *data.shape[1:])
-        flow = self.settings.flow
-        t = flow.times(draws, self.decoder.tokens(data))
-        x = interpolate(data, noise, t)
-        loss = flow.loss(self.decoder(x, t, condition), data, noise, x, t)
-        return {f"flow.{task}": loss[rows] for task in self.tasks if (rows := batch.rows(task))}
+    def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
+        inputs: ConditionedInputs = batch.inputs
+        terms: dict[str, Tensor] = {}
+        if inputs.requests is not None and inputs.targets is not None:
+            rows = [row for row, task in enumerate(batch.tasks) if task != "understand"]
+            condition = self.condition(inputs.requests)
+            if isinstance(condition, ScaleConditions):
+                values = scaled.losses(self, condition, inputs.targets, draws.take(rows), inputs.names)
+            else:
+                assert isinstance(condition, TokenCondition)
+                data = self.target_latents(inputs.targets, inputs.names)
+                values = {"flow": self.flow_losses(condition, data, draws.take(rows), inputs.names)}
+            for name, value in values.items():
+                for task in self.tasks:
+                    places = [row for row, own in enumerate(inputs.drawn) if own == task]
+                    if places:
+                        terms[f"{name}.{task}"] = value[places]
+        if inputs.answers is not None:
+            config = self.options
+            cut_to = self.backbone.max_length if config.too_long == "cut" else None
+            pack = config.pack if self.training else 0
+            terms["cross_entropy.understand"] = conversation.answer_loss(
+                self.backbone, inputs.answers, cut_to=cut_to, pack=pack
+            )
+        return terms
+
+    def flow_losses(
+        self, condition: TokenCondition, data: Sequence[Tensor], draws: Draws, names: Sequence[str] = ()
+    ) -> Tensor:
+        """Squared velocity error of each sample, (B,).
+
+        Args:
+            condition: of `condition`. data: latents, each (C, h, w). names: of the samples, for errors.
+        """
+        flow = self.options.flow
+        self.decoder.check(data, condition, names)
+        t = flow.times(draws, [self.decoder.tokens(latent) for latent in data])  # (B,)
+        clean = size_groups(data)
+        noise = [draws.take(rows).normal("noise", *stack.shape[1:]) for rows, stack in clean.items()]
+        noisy = [interpolate(x, n, t[list(rows)]) for (rows, x), n in zip(clean.items(), noise, strict=True)]
+        output = self.decoder.denoise(clean.like(noisy).each(), t, condition)
+        loss = data[0].new_zeros(len(data), dtype=torch.float32)
+        for (rows, x), n, at in zip(clean.items(), noise, noisy, strict=True):
+            places = list(rows)
+            made = torch.stack([output[row] for row in places])
+            loss[places] = flow.loss(made, x, n, at, t[places])
+        return loss
+
+    def target_latents(self, targets: Targets, names: Sequence[str]) -> list[Tensor]:
+        """Latents of the images to make, each (C, h, w); those of a cache where samples bring them."""
+        made, cached = iter(targets.images.each(self.to_latents)), iter(targets.latents.each())
+        data = [next(cached) if known else next(made) for known in targets.cached]
+        for latent, name in zip(data, names, strict=True):
+            if not self.decoder.ragged and latent.shape != data[0].shape:
+                factor = self.autoencoder.factor
+                shown, first = (f"{x.shape[1] * factor}x{x.shape[2] * factor}" for x in (latent, data[0]))
+                raise UserError(f"{name}: image of size {shown} in a batch of size {first}; use one bucket per batch")
+        return data
+
+    # Text
+
+    def generate_text(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Tensor]],
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        too_long = self.options.too_long == "cut"
+        return conversation.answer(self.backbone, conversations, images, max_new_tokens, too_long=too_long)
+
+    @property
+    def expands(self) -> bool:
+        return bool(self.options.prompts.expansion)
+
+    def expand(self, batch: Batch, max_tokens: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
+        def write(asked: Sequence[Sequence[Message]]) -> list[str]:
+            return conversation.answer(self.backbone, asked, [[] for _ in asked], max_tokens, choose)
+
+        return conversation.expand_captions(batch, self.options.prompts.expansion, write)
+
+    # Sizes
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        scales = self._scales()
+        return () if scales is None else scales.names
+
+    def scale_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        scales = self._scales()
+        return () if scales is None else scales.sizes(height, width, self.grid, self.image_step)
+
+    @property
+    def image_step(self) -> int:
+        scales = self._scales()
+        if scales is None or scales.smart:
+            return self.grid.step
+        last = scales.sides[-1]
+        return self.grid.step * math.lcm(*(last // math.gcd(side, last) for side in scales.sides))
+
+    @property
+    def edit_follows(self) -> Literal["first", "last", "only"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        options = self.options
+        return "only" if isinstance(options, ResolvedConfig) and options.edits_fit else "first"
+
+    def edit_size(self, height: int, width: int) -> tuple[int, int] | None:
+        config = self.options
+        if isinstance(config, ResolvedConfig) and config.edits_fit:
+            return AreaCap(max_pixels=config.max_pixels).fit(height, width, self.image_step)
+        return None if config.canvas is None else canvas_size(config, height, width)
+
+    def _scales(self) -> Scales | None:
+        return scaled.scales(self.options, self.conditioner)
+
+    # Structure
 
     def named_parts(self) -> dict[str, nn.Module]:
-        return self.shared_parts()
+        """Parts by the names that stages train, those without parameters left out."""
+        parts = dict(self.backbone.named_parts())
+        kind = self.origins.get("conditioner", {}).get("kind", "raw")
+        name = {"residual_query_adapter": "adapter", "raw": "raw"}.get(kind, "queries")
+        parts |= {name: self.conditioner, "connector": self.connector, **self.decoder_parts()}
+        parts["autoencoder"] = self.autoencoder
+        optional = {
+            "refiner": self.refiner,
+            "pooler": self.pooler,
+            "pooled": self.pooled,
+            "alignment": self.projector,
+            "mask_token": None if self.mask_token is None else nn.ParameterList([self.mask_token]),
+        }
+        parts |= {name: part for name, part in optional.items() if part is not None}
+        return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        return [*self.backbone.shard_units(), *self.decoder.shard_units()]
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "kind": self.kind}
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean (B, D) of the real tokens (B, L, D)."""
+    if mask is None:
+        return tokens.mean(1)
+    weights = mask[..., None].to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def tasks_of(config: ComposedConfig, backbone: Backbone) -> tuple[Task, ...]:
+    """The tasks of a system with these options."""
+    tasks: list[Task] = ["text_to_image"]
+    if backbone.processor.sees_images:
+        tasks = [*(["image"] if config.prompts.image else []), "text_to_image", "edit"]  # type: ignore[list-item]
+    return (*tasks, "understand") if backbone.causal else tuple(tasks)

@@ -2,77 +2,35 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message
 from diptych.core.tokens import NextToken, likeliest
-from diptych.objectives.cross_entropy import next_token_loss
+from diptych.objectives.cross_entropy import chosen_token_loss
 from diptych.parts.backbones.base import Backbone
-from diptych.systems.base import System, Thinker
+from diptych.parts.backbones.causal import cut
+from diptych.parts.backbones.processor import ModelInputs
 
 
-class Answering(System):
-    """A system that answers as its MLLM does by itself."""
+def answer_loss(backbone: Backbone, inputs: ModelInputs, *, cut_to: int | None = None, pack: int = 0) -> Tensor:
+    """Mean cross-entropy of the assistant turns of each conversation, (B,).
 
-    backbone: Backbone
-
-    def generate_text(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[Tensor]],
-        *,
-        max_new_tokens: int = 64,
-    ) -> list[str]:
-        return answer(self.backbone, conversations, images, max_new_tokens)
-
-
-class Imagining(Thinker):
-    """A system whose MLLM can write out what a caption leaves open; that is then drawn in the caption's place."""
-
-    backbone: Backbone
-
-    @property
-    @abc.abstractmethod
-    def thought_prompt(self) -> str:
-        """The user turn that asks for it, `{text}` the caption; "" for none."""
-
-    @property
-    def thinks(self) -> bool:
-        return bool(self.thought_prompt)
-
-    def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
-        return imagine(
-            batch, self.thought_prompt, lambda asked: answer(self.backbone, asked, [[] for _ in asked], most, choose)
-        )
-
-
-def imagine(batch: Batch, prompt: str, write: Callable[[list[list[Message]]], list[str]]) -> tuple[Batch, list[str]]:
-    """Requests whose captions are replaced by what `write` answers to `prompt`, and these answers.
-
-    Requests with images are left as they are, without an answer, and so is a caption whose answer is empty.
+    Args:
+        cut_to: longer conversations are cut to so many first tokens. pack: as of `Backbone.run`.
     """
-    captions = set(batch.rows("text_to_image"))
-    if not captions:
-        return batch, [""] * len(batch)
-    written = write([[Message(role="user", text=prompt.replace("{text}", sample.text))] for sample in batch])
-    thoughts = [text if row in captions else "" for row, text in enumerate(written)]
-    pairs = zip(batch, thoughts, strict=True)
-    return Batch(tuple(replace(sample, text=text) if text else sample for sample, text in pairs)), thoughts
-
-
-def learn(backbone: Backbone, batch: Batch, device: torch.device) -> Tensor:
-    """Cross-entropy of the assistant turns of `understand` samples, (B,)."""
-    images = [sample.context_images for sample in batch]
-    sequences = backbone.tokenize([sample.messages for sample in batch], images=images).to(device)
-    vision = backbone.vision_tokens([image for row in images for image in row])
-    embeddings = backbone.place(backbone.embed(sequences.ids), sequences.images, vision)
-    hidden = backbone.run(embeddings, sequences.mask, positions=sequences.positions).hidden
-    return next_token_loss(backbone.logits(hidden), sequences.ids, sequences.loss_mask)
+    sequences, embeddings = inputs.sequences, backbone.embeddings(inputs)
+    if cut_to is not None:
+        sequences, embeddings = cut(sequences, embeddings, cut_to, "first")
+    hidden = backbone.run(embeddings, sequences.mask, positions=sequences.positions, pack=pack).hidden
+    # The state before each learned token says it.
+    rows, places = sequences.loss_mask[:, 1:].nonzero(as_tuple=True)
+    targets = sequences.ids[rows, places + 1]
+    return chosen_token_loss(backbone.logits(hidden[rows, places]), targets, rows, len(hidden))
 
 
 @torch.no_grad()
@@ -82,8 +40,33 @@ def answer(
     images: Sequence[Sequence[Tensor]],
     max_new_tokens: int,
     choose: NextToken = likeliest,
+    *,
+    too_long: bool = False,
 ) -> list[str]:
-    """The assistant's next turn of each conversation."""
-    sequences = backbone.tokenize(conversations, images=images, generate=True)
+    """The assistant's next turn of each conversation.
+
+    Args:
+        too_long: whether conversations may be longer than the model takes; their last tokens are then read.
+    """
+    keep_last = backbone.max_length - max_new_tokens if too_long else None
+    if keep_last is not None and keep_last < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: the MLLM takes {backbone.max_length} tokens in all")
+    sequences = backbone.tokenize(conversations, images=images, generate=True, whole=not too_long)
     vision = backbone.vision_tokens([image for row in images for image in row])
-    return backbone.generate(sequences, vision, max_new_tokens=max_new_tokens, choose=choose)
+    return backbone.generate(sequences, vision, max_new_tokens=max_new_tokens, choose=choose, keep_last=keep_last)
+
+
+def expand_captions(
+    batch: Batch, prompt: str, write: Callable[[list[list[Message]]], list[str]]
+) -> tuple[Batch, list[str]]:
+    """Captions replaced by the answers to `prompt`, in which `{text}` is the caption; and these answers.
+
+    Requests with images are left as they are, without an answer, and so is a caption whose answer is empty.
+    """
+    captions = set(batch.rows("text_to_image"))
+    if not captions:
+        return batch, [""] * len(batch)
+    written = write([[Message(role="user", text=prompt.replace("{text}", sample.text))] for sample in batch])
+    texts = [text if row in captions else "" for row, text in enumerate(written)]
+    pairs = zip(batch, texts, strict=True)
+    return Batch(tuple(replace(sample, text=text) if text else sample for sample, text in pairs)), texts

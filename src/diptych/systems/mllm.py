@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +13,56 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Batch, Task
+from diptych.core.prepared import Prepared, PreparedBatch, Preparer
+from diptych.core.sample import Batch, Message, Sample
 from diptych.parts.backbones.base import Backbone
+from diptych.parts.backbones.processor import ModelInputs, Processor
 from diptych.systems import conversation
-from diptych.systems.base import Dropped
+from diptych.systems.base import System
+from diptych.systems.preparing import prepare_answer
+from diptych.systems.presets import Dropped
 
 
-class MLLMSystem(conversation.Answering):
+@dataclass(frozen=True)
+class ConversationPreparer(Preparer):
+    """Conversations as a backbone reads them."""
+
+    processor: Processor
+
+    def prepare(self, sample: Sample, draws: Draws) -> Prepared:
+        if sample.task != "understand":
+            raise UserError(f"{sample.id}: task {sample.task!r} cannot train an MLLM by itself; use 'understand'")
+        return prepare_answer(self.processor, sample)
+
+    def join(self, rows: Sequence[Prepared]) -> ModelInputs:
+        return self.processor.collate([row.inputs for row in rows])
+
+
+class MLLMSystem(System):
     """Wraps a backbone; saved in the backbone's own published layout, so that other tools read it too."""
 
-    kind: ClassVar[str] = "mllm"
-    tasks: ClassVar[tuple[Task, ...]] = ("understand",)
+    kind = "mllm"
+    tasks = ("understand",)
 
     def __init__(self, backbone: Backbone, *, origins: dict[str, Any]) -> None:
         super().__init__()
         self.backbone = backbone
         self.origins = origins
 
-    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        others = [sample for sample in batch if sample.task != "understand"]
-        if others:
-            raise UserError(f"{others[0].id}: task {others[0].task!r} cannot train an MLLM by itself; use 'understand'")
-        return {"cross_entropy.understand": conversation.learn(self.backbone, batch, self.device)}
+    def preparer(self) -> ConversationPreparer:
+        return ConversationPreparer(self.backbone.processor)
+
+    def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
+        return {"cross_entropy.understand": conversation.answer_loss(self.backbone, batch.inputs)}
+
+    def generate_text(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Tensor]],
+        *,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
 
     def named_parts(self) -> dict[str, nn.Module]:
         return dict(self.backbone.named_parts())

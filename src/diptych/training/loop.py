@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from diptych.core import stopping
 from diptych.core.draws import Draws, key
@@ -133,19 +134,30 @@ def train_stage(
         )
         saved = progress.total
 
-    steps = loader.steps(stage.data, progress.step, config.steps, rank=rank, world=world, workers=often.num_workers)
+    steps = loader.steps(
+        stage.data,
+        system.preparer(),
+        progress.step,
+        config.steps,
+        micro_batch_size=config.micro_batch_size,
+        workers=often.num_workers,
+        rank=rank,
+        world=world,
+        same_tasks=isinstance(system, FSDPModule),
+    )
     with progress_bar(config.name, "step", total=config.steps, initial=progress.step, disable=not main) as bar:
-        for step, batch, keys in steps:
-            torch.manual_seed(key(run.seed, config.name, step, rank))
-            rate = config.optimizer.lr * factor(config.schedule, step, config.steps)
+        for step in steps:
+            torch.manual_seed(key(run.seed, config.name, step.number, rank))
+            rate = config.optimizer.lr * factor(config.schedule, step.number, config.steps)
             set_rate(optimizers, rate)
-            terms = backward(model, batch.to(accelerator.device), keys, config, accelerator)
+            terms = backward(model, step, config, accelerator)
             norm = clip(list(parameters.values()), config.max_grad_norm)
-            reports = exchange(terms, batch, stopped())
+            reports = exchange(terms, step, stopped())
             if bad := not_finite(reports, norm):
                 if saved != progress.total:
                     save()
-                raise UserError(f"stage {config.name!r}, step {step}: {bad}; saved in {run.folder / 'checkpoints'}")
+                where = f"stage {config.name!r}, step {step.number}"
+                raise UserError(f"{where}: {bad}; saved in {run.folder / 'checkpoints'}")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -209,15 +221,19 @@ def set_modes(system: System, parts: Sequence[str]) -> None:
 @torch.no_grad()
 def validate(system: System, batches: Sequence[Batch], seed: int, accelerator: Accelerator) -> dict[str, float]:
     """Mean held-out loss of each term, with the same draws every time; every process measures all of it."""
-    found: dict[str, list[Tensor]] = {}
+    sums: dict[str, list[Tensor]] = {}
+    weights: dict[str, list[float]] = {}
     system.eval()
     for number, batch in enumerate(batches):
         draws = Draws([key(seed, number, row) for row in range(len(batch))], accelerator.device)
+        prepared = system.prepare(batch, draws)
         with precision(accelerator):
-            terms = system.losses(batch.to(accelerator.device), draws)
+            terms = system.losses(prepared, draws)
         for name, values in terms.items():
-            found.setdefault(name, []).append(values.float())
-    return {f"held_out/{name}": float(torch.cat(values).mean()) for name, values in found.items()}
+            counts = prepared.weights[name]
+            sums.setdefault(name, []).append(values.float() * torch.tensor(counts, device=values.device))
+            weights.setdefault(name, []).extend(counts)
+    return {f"held_out/{name}": float(torch.cat(x).sum()) / (sum(weights[name]) or 1.0) for name, x in sums.items()}
 
 
 @contextmanager

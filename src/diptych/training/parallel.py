@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Batch, Task
+from diptych.core.prepared import PreparedBatch
+from diptych.core.sample import Task
 from diptych.systems.base import System
 from diptych.training.state import whole
 from diptych.training.step import LossStep
@@ -61,7 +62,7 @@ def touch_everything(system: System) -> None:
     """
     plain = system.losses
 
-    def losses(batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def losses(batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
         terms = plain(batch, draws)
         if not torch.is_grad_enabled():
             return terms

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from diptych.core.draws import Draws
-from diptych.core.sample import Batch, Sample
+from diptych.core.prepared import PreparedBatch
+from diptych.data.loader import Step
 from diptych.systems.base import System
 from diptych.training.attention import WrittenOut
 from diptych.training.config import StageConfig
@@ -30,7 +30,7 @@ class LossStep(nn.Module):
         super().__init__()
         self.system = system
 
-    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def forward(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
         return self.system.losses(batch, draws)
 
 
@@ -38,11 +38,12 @@ class LossStep(nn.Module):
 class Report:
     """What one process says of a step.
 
-    losses: values of each term, one per sample of its task. ids: samples by task, in the same order. stop: whether a
-    signal asks this process to stop.
+    losses: values of each term, one per sample of its task. weights: how much each counts in their mean. ids: samples
+    by task, in the same order. stop: whether a signal asks this process to stop.
     """
 
     losses: dict[str, list[float]]
+    weights: dict[str, list[float]]
     ids: dict[str, list[str]]
     stop: bool
 
@@ -60,57 +61,51 @@ def attention(accelerator: Accelerator) -> AbstractContextManager[object]:
     return WrittenOut() if plain else nullcontext()
 
 
-def backward(
-    model: nn.Module, batch: Batch, keys: Sequence[int], config: StageConfig, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Gradients of the weighted mean loss over this process's samples; unweighted terms, detached.
+def backward(model: nn.Module, step: Step, config: StageConfig, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Gradients of the weighted mean loss over the step's samples on all processes; unweighted terms, detached.
 
-    Sharded, all processes run the same tasks in each pass: `lent`.
+    A value counts by its weight in the mean over all values of its family ("flow") in the step, however these are cut
+    into passes and divided among processes.
     """
-    shards = isinstance(model, LossStep) and isinstance(model.system, FSDPModule)
-    size = config.micro_batch_size or len(batch)
-    starts = range(0, len(batch), size)
-    found: dict[str, list[Tensor]] = {}
-    for start in starts:
-        rows = list(range(start, min(start + size, len(batch))))
-        own, own_keys = batch.take(rows), [keys[row] for row in rows]
-        more, more_keys = lent(own, own_keys) if shards else ((), ())
-        draws = Draws([*own_keys, *more_keys], accelerator.device)
-        with nullcontext() if start == starts[-1] else accelerator.no_sync(model):
+    scales = family_scales(step)
+    values: dict[str, list[Tensor]] = {}
+    for number, part in enumerate(step.passes):
+        batch = part.batch.to(accelerator.device)
+        with nullcontext() if number + 1 == len(step.passes) else accelerator.no_sync(model):
             with precision(accelerator):
-                terms = model(Batch((*own.samples, *(one.to(accelerator.device) for one in more))), draws)
-            strange = {one.task for one in more}
-            counts = {name: 0.0 if task_of(name) in strange else weight(config.loss_weights, name) for name in terms}
-            weighted = [counts[name] * values.float().sum() for name, values in terms.items()]
+                terms = model(batch, Draws(part.keys, accelerator.device))
+            weighted: list[Tensor] = []
+            for name, losses in terms.items():
+                counts = torch.tensor(batch.weights[name], device=losses.device) * scales[family_of(name)]
+                factor = 0.0 if task_of(name) in batch.borrowed else weight(config.loss_weights, name)
+                weighted.append(factor * (losses.float() * counts).sum())
             with attention(accelerator):
-                accelerator.backward(torch.stack(weighted).sum() / len(batch))
-        for name, values in terms.items():
-            if task_of(name) not in strange:
-                found.setdefault(name, []).append(values.detach().float())
-    return {name: torch.cat(values) for name, values in found.items()}
+                accelerator.backward(torch.stack(weighted).sum() / step.size)
+        for name, losses in terms.items():
+            if task_of(name) not in batch.borrowed:
+                values.setdefault(name, []).append(losses.detach().float())
+    return {name: torch.cat(parts) for name, parts in values.items()}
 
 
-def lent(batch: Batch, keys: Sequence[int]) -> tuple[tuple[Sample, ...], tuple[int, ...]]:
-    """Samples (and their keys) of tasks that other processes have in this pass and this one has not.
+def family_scales(step: Step) -> dict[str, float]:
+    """For each family of terms, what its values' weights are multiplied by so that their mean over the samples of all
+    processes is 1."""
+    own: dict[str, tuple[int, float]] = {}
+    for part in step.passes:
+        for name, weights in part.batch.weights.items():
+            if task_of(name) not in part.batch.borrowed:
+                count, total = own.get(family_of(name), (0, 0.0))
+                own[family_of(name)] = (count + len(weights), total + math.fsum(weights))
+    names = {family_of(name) for part in step.passes for name in part.batch.weights}
+    everywhere: list[dict[str, tuple[int, float]]] = gather_object([own])
+    counts = {name: sum(row.get(name, (0, 0.0))[0] for row in everywhere) for name in names}
+    totals = {name: math.fsum(row.get(name, (0, 0.0))[1] for row in everywhere) for name in names}
+    return {name: counts[name] / totals[name] if totals[name] else 0.0 for name in names}
 
-    Each brings the first of its own; all know then which tasks there are, and run the same passes in the same order,
-    which sharded modules wait for. What is lent counts nothing.
-    """
-    first: dict[str, tuple[Sample, int]] = {}
-    for sample, own in zip(batch, keys, strict=True):
-        first.setdefault(sample.task, (sample, own))
-    present: list[list[str]] = gather_object([sorted(first)])
-    wanted = sorted({task for row in present for task in row if any(task not in other for other in present)})
-    if not wanted:
-        return (), ()
-    rank = torch.distributed.get_rank()
-    giver = {task: next(place for place, row in enumerate(present) if task in row) for task in wanted}
-    mine = {task: (first[task][0].to("cpu"), first[task][1]) for task in wanted if giver[task] == rank}
-    given: dict[str, tuple[Sample, int]] = {}
-    for row in gather_object([mine]):
-        given |= row
-    missing = [given[task] for task in wanted if task not in first]
-    return tuple(sample for sample, _ in missing), tuple(key for _, key in missing)
+
+def family_of(term: str) -> str:
+    """A term's name without its task ("flow")."""
+    return term.rpartition(".")[0]
 
 
 def task_of(term: str) -> str:
@@ -125,21 +120,30 @@ def weight(weights: dict[str, float], name: str) -> float:
     return weights.get(name, weights.get(family, weights.get(family.partition("_")[0], 1.0)))
 
 
-def exchange(terms: dict[str, Tensor], batch: Batch, stop: bool) -> list[Report]:
+def exchange(terms: dict[str, Tensor], step: Step, stop: bool) -> list[Report]:
     """The reports of all processes, in order; the same list on each."""
     ids: dict[str, list[str]] = {}
-    for sample in batch:
-        ids.setdefault(sample.task, []).append(sample.id)
-    return gather_object([Report(losses={name: x.tolist() for name, x in terms.items()}, ids=ids, stop=stop)])
+    weights: dict[str, list[float]] = {}
+    for part in step.passes:
+        for name, values in part.batch.weights.items():
+            if task_of(name) not in part.batch.borrowed:
+                weights.setdefault(name, []).extend(values)
+        for id, task in zip(part.batch.ids, part.batch.tasks, strict=True):
+            if task not in part.batch.borrowed:
+                ids.setdefault(task, []).append(id)
+    losses = {name: x.tolist() for name, x in terms.items()}
+    return gather_object([Report(losses=losses, weights=weights, ids=ids, stop=stop)])
 
 
 def mean_losses(reports: Sequence[Report]) -> dict[str, float]:
-    """Mean of each term over the samples of all processes, as "loss/flow.image"."""
-    found: dict[str, list[float]] = {}
+    """Mean of each term over the samples of all processes, each by its weight, as "loss/flow.image"."""
+    sums: dict[str, list[float]] = {}
+    weights: dict[str, list[float]] = {}
     for report in reports:
         for name, values in report.losses.items():
-            found.setdefault(name, []).extend(values)
-    return {f"loss/{name}": math.fsum(found[name]) / len(found[name]) for name in sorted(found)}
+            sums.setdefault(name, []).extend(x * w for x, w in zip(values, report.weights[name], strict=True))
+            weights.setdefault(name, []).extend(report.weights[name])
+    return {f"loss/{name}": math.fsum(sums[name]) / (math.fsum(weights[name]) or 1.0) for name in sorted(sums)}
 
 
 def not_finite(reports: Sequence[Report], norm: float) -> str:

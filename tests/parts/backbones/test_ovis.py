@@ -15,9 +15,11 @@ from diptych.checkpoints.tensors import load_into
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
 from diptych.objectives.cross_entropy import chosen_token_loss
+from diptych.parts.backbones.causal import cut
 from diptych.parts.backbones.native_resolution import Pixels, from_levels, pack_images
-from diptych.parts.backbones.ovis import Ovis, cut, first_fit
+from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.ovis_chat import OvisChat, padded
+from diptych.parts.backbones.packed_rows import first_fit
 from diptych.parts.backbones.processor import Sequences
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.backbones.visual_tokenizer import IMAGE, expand
@@ -93,7 +95,7 @@ def test_conditions_are_the_references(
 ) -> None:
     tensors = golden[1]
     sequences, embeddings = merged(ovis, tensors, case)
-    states = torch.cat(ovis.states(embeddings, sequences.mask, 2, pack), dim=-1)
+    states = ovis.run(embeddings, sequences.mask, layers=2, pack=pack).hidden
     real = tensors[f"steps.{case}.attention_mask"]
     for row, mask in enumerate(sequences.mask):
         wanted = tensors[f"steps.{case}.inputs_embeds"][row][real[row]]
@@ -125,7 +127,7 @@ def test_a_prompt_cut_to_its_last_tokens_is_the_references(
 def test_logits_and_loss_are_the_references(ovis: Ovis, golden: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
     tensors = golden[1]
     sequences, embeddings = merged(ovis, tensors, "train")
-    logits = ovis.logits(ovis.states(embeddings, sequences.mask, 1)[0])
+    logits = ovis.logits(ovis.run(embeddings, sequences.mask).hidden)
     real, labels = tensors["steps.train.attention_mask"], tensors["steps.train.labels"]
     rows, places, targets = [], [], []
     for row, mask in enumerate(sequences.mask):

@@ -52,11 +52,13 @@ def with_settings(system: BagelSystem, **values: Any) -> BagelSystem:
 def test_packed_and_unpacked_losses_are_equal(prediction: Any) -> None:
     system = with_settings(build(), mean="sample", flow=FlowMatching(prediction=prediction))
     everything, draws = batch(), Draws([11, 12, 13, 14, 15])
-    packed = system.losses(everything, draws)
+    packed = system.losses(system.prepare(everything, draws), draws)
     rows = with_settings(system, row_tokens=40, sample_tokens=40).losses(everything, draws)
     alone: dict[str, list[Tensor]] = {}
     for row in range(len(everything)):
-        for name, values in system.losses(everything.take([row]), draws.take([row])).items():
+        for name, values in system.losses(
+            system.prepare(everything.take([row]), draws.take([row])), draws.take([row])
+        ).items():
             alone.setdefault(name, []).append(values)
     assert packed.keys() == alone.keys() == {"flow.text_to_image", "flow.edit", "cross_entropy.understand"}
     for name, values in packed.items():
@@ -153,14 +155,14 @@ def test_a_caption_may_be_imagined_whole(system: BagelSystem, monkeypatch: pytes
     wording = dataclasses.replace(system.settings.wording, think_image="{text}?")
     monkeypatch.setattr(system, "settings", dataclasses.replace(system.settings, wording=wording))
     asked = Batch((Sample(id="a", task="text_to_image", text="a red circle"),))
-    imagined, (said,) = system.think(asked, 3)
+    imagined, (said,) = system.expand(asked, 3)
     assert said == system.generate_text([[Message(role="user", text="a red circle?")]], [[]], max_new_tokens=3)[0]
     assert imagined.samples == (dataclasses.replace(asked.samples[0], text=said or "a red circle"),)
 
 
 def test_thinking_puts_a_thought_behind_the_request(system: BagelSystem) -> None:
     asked = Batch((Sample(id="a", task="text_to_image", text="a red circle"),))
-    thought, said = system.think(asked, 3)
+    thought, said = system.expand(asked, 3)
     roles = [message.role for message in thought.samples[0].messages]
     assert roles == ["system", "assistant"]
     assert said == [thought.samples[0].messages[-1].text]
@@ -210,7 +212,7 @@ def test_mistakes_are_named(
     given: dict[str, Any] = {"id": "x", "task": "text_to_image", "image": picture(0), **values}
     system.settings = dataclasses.replace(system.settings, row_tokens=64, sample_tokens=64, **settings)
     with pytest.raises(UserError, match=message):
-        system.losses(Batch((Sample(**given),)), Draws([1]))
+        system.losses(system.prepare(Batch((Sample(**given),)), Draws([1])), Draws([1]))
     system.settings = TINY
 
 

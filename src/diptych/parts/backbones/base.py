@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.processor import Processor, Sequences, VisionInputs
+from diptych.parts.backbones.processor import ModelInputs, Processor, Sequences, VisionInputs
 
 
 @dataclass
@@ -45,6 +45,10 @@ class Backbone(nn.Module, abc.ABC):
     """Longest sequence the language model takes, in tokens."""
     position_axes: int = 1
     """3 where rotary positions are by time, row and column."""
+    causal: bool = True
+    """Whether a token sees those before it alone, so that others can follow and answers be written."""
+    packs: bool = False
+    """Whether `run` can pack the texts of a batch into longer rows."""
 
     @classmethod
     @abc.abstractmethod
@@ -103,6 +107,8 @@ class Backbone(nn.Module, abc.ABC):
         *,
         positions: Tensor | None = None,
         cache: bool = False,
+        layers: int = 1,
+        pack: int = 0,
     ) -> Prefix:
         """Causal run over embeddings (B, L, D) with mask (B, L); post-norm last hidden states.
 
@@ -113,6 +119,11 @@ class Backbone(nn.Module, abc.ABC):
 
         `positions` (B, P, 3), P <= L, are those of `Sequences` for the first P tokens, or, with `prefix`, counted from
         the prefix's next position; what follows, in this run or in one that continues it, counts on from the largest.
+
+        With `layers` above 1 the states of so many last layers stand side by side, the last one (normed) first:
+        (B, L, layers D). With `pack`, in a run without prefix and cache, rows are put one behind the other, without
+        their padding, into rows of at most that many tokens (NaViT's packing); each still sees itself alone, and the
+        states are the same, with zeros at padding.
         """
 
     @abc.abstractmethod
@@ -127,8 +138,12 @@ class Backbone(nn.Module, abc.ABC):
         *,
         max_new_tokens: int,
         choose: NextToken = likeliest,
+        keep_last: int | None = None,
     ) -> list[str]:
-        """Continuation of each sequence, decoded without special tokens, cut at the end of the turn."""
+        """Continuation of each sequence, decoded without special tokens, cut at the end of the turn.
+
+        keep_last: of a longer prompt, so many last tokens are read.
+        """
 
     @abc.abstractmethod
     def named_parts(self) -> dict[str, nn.Module]:
@@ -172,6 +187,14 @@ class Backbone(nn.Module, abc.ABC):
         """Images (3, H, W) in [-1, 1], any size, to projected vision tokens, each (N, D)."""
         return self.vision_features(self.processor.pixels(images).to(self.device)) if images else []
 
+    def embeddings(self, inputs: ModelInputs) -> Tensor:
+        """Input embeddings (B, L, D) of what is to be read, vision tokens in their slots; on the inputs' device."""
+        vision: list[Tensor] = []
+        if inputs.vision is not None:
+            tokens = self.vision_features(inputs.vision)
+            vision = [tokens[place] for place in inputs.shown]
+        return self.place(self.embed(inputs.sequences.ids), inputs.sequences.images, vision)
+
     def place(self, embeddings: Tensor, slots: Tensor, vision: Sequence[Tensor]) -> Tensor:
         """Embeddings (B, L, D) with vision tokens written into the image slots (B, L), in reading order."""
         if not vision:
@@ -180,27 +203,3 @@ class Backbone(nn.Module, abc.ABC):
         tokens = torch.cat(list(vision)).to(embeddings.dtype)  # (sum N, D)
         assert int(slots.sum()) == tokens.shape[0], "image slots and vision tokens differ in number"
         return embeddings.masked_scatter(slots[..., None], tokens)
-
-
-class LayeredBackbone(Backbone, abc.ABC):
-    """A backbone whose states of several layers can be had, as Ovis-U1's refiner takes them."""
-
-    @abc.abstractmethod
-    def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
-        """States of the last `layers` layers, the last one first (and normed), each (B, L, D).
-
-        With `pack`, rows are put one behind the other, without their padding, into rows of at most that many tokens
-        (NaViT's packing); each still sees itself alone, and the states are the same. Padding then has zeros.
-        """
-
-    @abc.abstractmethod
-    def generate(
-        self,
-        sequences: Sequences,
-        vision: Sequence[Tensor],
-        *,
-        max_new_tokens: int,
-        choose: NextToken = likeliest,
-        most: int | None = None,
-    ) -> list[str]:
-        """As `Backbone.generate`; `most`: of a longer prompt, so many last tokens are read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ def run_causal(
     *,
     positions: Tensor | None = None,
     cache: bool = False,
+    layers: int = 1,
 ) -> Prefix:
     """`Backbone.run` for a decoder-only model of transformers (Qwen2, Qwen3, Llama and their like).
 
@@ -76,6 +77,7 @@ def run_causal(
         positions: (B, P, 3) positions of the first P tokens, where they do not count real tokens; with a prefix they
             are counted from the prefix's next position.
         cache: return keys and values of all tokens, those of the prefix included.
+        layers: so many last layers' states stand side by side, the last one first.
 
     Raises:
         UserError: gradient checkpointing is on in training mode, where transformers drops the cache.
@@ -92,13 +94,15 @@ def run_causal(
     earlier = 0 if past is None else past.mask.sum(1, keepdim=True)
     places, offset = _places(count, mask, positions, None if past is None else past.offset, earlier)
     written = past.writable() if past is not None else DynamicCache() if cache else None
-    hidden = language_model(
+    out = language_model(
         inputs_embeds=embeddings,
         attention_mask=seen,
         position_ids=places,
         past_key_values=written,
         use_cache=written is not None,
-    ).last_hidden_state  # (B, L, D)
+        output_hidden_states=layers > 1,
+    )
+    hidden = last_layers(out, layers)  # (B, L, layers D)
 
     kept = None
     if cache and written is not None:
@@ -121,6 +125,34 @@ def _places(
     offset = positions.amax((1, 2))[:, None] + 1 - mask[:, :given].sum(1, keepdim=True) - earlier  # (B, 1)
     rest = (count[:, given:] + offset)[..., None].expand(-1, -1, 3)  # (B, L - P, 3)
     return torch.cat([positions, rest], dim=1).permute(2, 0, 1), offset
+
+
+def last_layers(out: Any, layers: int) -> Tensor:
+    """States of the last layers of a transformers model side by side, the last one (normed) first, (B, L, layers D)."""
+    return out.last_hidden_state if layers == 1 else torch.cat(out.hidden_states[: -layers - 1 : -1], dim=-1)
+
+
+def cut(
+    sequences: Sequences, embeddings: Tensor, length: int, kept: Literal["first", "last"]
+) -> tuple[Sequences, Tensor]:
+    """Rows (B, L) and their embeddings (B, L, D), of each row at most its first or last `length` tokens.
+
+    The embeddings have their images placed, so that an image may be cut in two. Ovis-U1's reference does this to
+    whatever is longer than `multimodal_max_length`: it keeps the first tokens in training and the last ones of a
+    prompt.
+    """
+    lengths = sequences.mask.sum(1)  # (B,)
+    rest = (lengths - length).clamp(min=0)
+    if not rest.any():
+        return sequences, embeddings
+    assert sequences.positions is None, "only positions that count tokens can be cut"
+    within = torch.arange(min(length, sequences.mask.shape[1]), device=lengths.device)[None]
+    mask = within < (lengths - rest)[:, None]
+    starts = rest if kept == "last" else torch.zeros_like(rest)
+    places = (within + starts[:, None]).clamp(max=sequences.mask.shape[1] - 1)
+    ids, images, loss_mask = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.loss_mask))
+    shorter = Sequences(ids=ids, mask=mask, images=images & mask, loss_mask=loss_mask & mask)
+    return shorter, embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))
 
 
 @torch.no_grad()

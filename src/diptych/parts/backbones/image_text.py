@@ -17,7 +17,7 @@ from diptych.core.errors import UserError
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import Backbone
-from diptych.parts.backbones.causal import continued
+from diptych.parts.backbones.causal import continued, cut
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.processor import Processor, Sequences
 from diptych.parts.backbones.published import check_rows, without_origin, write_model
@@ -75,12 +75,10 @@ class ImageTextProcessor(Processor):
 class ImageTextBackbone(Backbone, abc.ABC):
     """A transformers `...ForConditionalGeneration` with its processor."""
 
-    processor: ImageTextProcessor  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
-
     def __init__(self, model: Any, processor: ImageTextProcessor) -> None:
         super().__init__()
         self.model: Any = model
-        self.processor = processor
+        self.processor: ImageTextProcessor = processor  # pyright: ignore[reportIncompatibleVariableOverride]
         self.width = model.config.text_config.hidden_size
         self.max_length = processor.max_length
 
@@ -110,8 +108,11 @@ class ImageTextBackbone(Backbone, abc.ABC):
         *,
         max_new_tokens: int,
         choose: NextToken = likeliest,
+        keep_last: int | None = None,
     ) -> list[str]:
         embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
+        if keep_last is not None:
+            sequences, embeddings = cut(sequences, embeddings, keep_last, "last")
         ends = self.chat.end_ids
         ids = continued(self, embeddings, sequences, ends=ends, max_new_tokens=max_new_tokens, choose=choose)
         return [self.chat.decode(row) for row in ids]

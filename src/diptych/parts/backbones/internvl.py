@@ -126,9 +126,12 @@ class InternVL(ImageTextBackbone):
         *,
         positions: Tensor | None = None,
         cache: bool = False,
+        layers: int = 1,
+        pack: int = 0,
     ) -> Prefix:
         assert positions is None, "InternVL's positions count real tokens"
-        return run_causal(self.model.model.language_model, embeddings, mask, prefix, cache=cache)
+        assert not pack, "InternVL's texts are not packed"
+        return run_causal(self.model.model.language_model, embeddings, mask, prefix, cache=cache, layers=layers)
 
     def named_parts(self) -> dict[str, nn.Module]:
         """`llm` (with the output head, tied or not), `vision`, `projector`."""

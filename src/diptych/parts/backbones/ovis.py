@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,11 +25,12 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.aimv2 import AIMv2Config
-from diptych.parts.backbones.base import LayeredBackbone, Prefix
-from diptych.parts.backbones.causal import continued, run_causal
+from diptych.parts.backbones.base import Backbone, Prefix
+from diptych.parts.backbones.causal import continued, cut, run_causal
 from diptych.parts.backbones.native_resolution import Pixels
 from diptych.parts.backbones.ovis_chat import NO_THOUGHTS, OvisChat
 from diptych.parts.backbones.ovis_processor import OvisProcessor
+from diptych.parts.backbones.packed_rows import run_packed
 from diptych.parts.backbones.processor import Sequences, VisionInputs
 from diptych.parts.backbones.published import without_origin
 from diptych.parts.backbones.visual_tokenizer import IMAGE_START, SPECIAL, VisualEmbedding, VisualTokenizer
@@ -61,10 +62,10 @@ class OvisConfig:
     std: tuple[float, ...] = field(default=Pixels.std)
 
 
-class Ovis(LayeredBackbone):
+class Ovis(Backbone):
     """See the module's docstring. Use `from_config` or `from_pretrained`. Attention is PyTorch's SDPA."""
 
-    processor: OvisProcessor  # pyright: ignore[reportIncompatibleVariableOverride]  # never set again
+    packs = True
 
     def __init__(self, config: OvisConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Ovis(LayeredBackbone):
         self.max_length = min(config.max_length, text.max_position_embeddings)
         self.visual_tokenizer = VisualTokenizer(tower, config.visual_vocab_size)
         self.vte = VisualEmbedding(config.visual_vocab_size, self.width)
-        self.processor = OvisProcessor(
+        self.processor: OvisProcessor = OvisProcessor(  # pyright: ignore[reportIncompatibleVariableOverride]
             None if tokenizer is None else OvisChat(tokenizer, config.preface),
             Pixels(
                 patch=tower.patch_size,
@@ -196,58 +197,14 @@ class Ovis(LayeredBackbone):
         *,
         positions: Tensor | None = None,
         cache: bool = False,
+        layers: int = 1,
+        pack: int = 0,
     ) -> Prefix:
         assert positions is None, "Ovis's positions count real tokens"
-        return run_causal(self.llm.model, embeddings, mask, prefix, cache=cache)
-
-    def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
-        if not pack:
-            return self._last(embeddings, mask, (mask.long().cumsum(1) - 1).clamp(min=0), layers)
-        lengths = mask.sum(1).tolist()
-        bins = first_fit(lengths, pack)
-        length = max(sum(lengths[row] for row in one) for one in bins)
-        owners: list[tuple[int, int, int, int]] = []  # row, bin, start and stop in it
-        segments = torch.full((len(bins), length), -1, device=mask.device)
-        places = torch.zeros_like(segments)
-        for number, one in enumerate(bins):
-            start = 0
-            for row in one:
-                stop = start + lengths[row]
-                segments[number, start:stop], places[number, start:stop] = row, torch.arange(lengths[row])
-                owners.append((row, number, start, stop))
-                start = stop
-        joined = torch.stack(
-            [
-                nn.functional.pad(
-                    torch.cat([embeddings[row, : lengths[row]] for row in one]),
-                    (0, 0, 0, length - sum(lengths[row] for row in one)),
-                )
-                for one in bins
-            ]
-        )
-        same = segments[:, :, None] == segments[:, None, :]
-        found = self._last(joined, (same & torch.ones_like(same).tril())[:, None], places, layers)
-        return [
-            torch.stack(
-                [
-                    nn.functional.pad(state[number, start:stop], (0, 0, 0, mask.shape[1] - (stop - start)))
-                    for _, number, start, stop in sorted(owners)
-                ]
-            )
-            for state in found
-        ]
-
-    def _last(self, embeddings: Tensor, mask: Tensor, places: Tensor, layers: int) -> list[Tensor]:
-        out = self.llm.model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=places,
-            use_cache=False,
-            output_hidden_states=layers > 1,
-        )
-        if layers == 1:
-            return [out.last_hidden_state]
-        return list(out.hidden_states[: -layers - 1 : -1])
+        if pack:
+            assert prefix is None and not cache, "packed rows neither continue a prefix nor are continued"  # noqa: PT018
+            return run_packed(self.llm.model, embeddings, mask, layers=layers, pack=pack)
+        return run_causal(self.llm.model, embeddings, mask, prefix, cache=cache, layers=layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.llm.lm_head(hidden)
@@ -260,11 +217,11 @@ class Ovis(LayeredBackbone):
         *,
         max_new_tokens: int,
         choose: NextToken = likeliest,
-        most: int | None = None,
+        keep_last: int | None = None,
     ) -> list[str]:
         embeddings = self.place(self.embed(sequences.ids), sequences.images, vision)
-        if most is not None:
-            sequences, embeddings = cut(sequences, embeddings, most, "last")
+        if keep_last is not None:
+            sequences, embeddings = cut(sequences, embeddings, keep_last, "last")
         ends = self.chat.end_ids
         ids = continued(self, embeddings, sequences, ends=ends, max_new_tokens=max_new_tokens, choose=choose)
         return [self.chat.decode(row) for row in ids]
@@ -294,28 +251,6 @@ class Ovis(LayeredBackbone):
         cast = {name: x.to("cpu", dtype).contiguous() for name, x in tensors.items()}
         save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
         self.save_assets(folder)
-
-
-Kept = Literal["first", "last"]
-
-
-def cut(sequences: Sequences, embeddings: Tensor, most: int, kept: Kept) -> tuple[Sequences, Tensor]:
-    """Rows (B, L) and their embeddings (B, L, D), of each row at most its first or last `most` tokens.
-
-    The embeddings have their images placed, so that an image may be cut in two. The reference does this to whatever is
-    longer than `multimodal_max_length`: it keeps the first tokens in training and the last ones of a prompt.
-    """
-    lengths = sequences.mask.sum(1)  # (B,)
-    rest = (lengths - most).clamp(min=0)
-    if not rest.any():
-        return sequences, embeddings
-    within = torch.arange(min(most, sequences.mask.shape[1]), device=lengths.device)[None]
-    mask = within < (lengths - rest)[:, None]
-    starts = rest if kept == "last" else torch.zeros_like(rest)
-    places = (within + starts[:, None]).clamp(max=sequences.mask.shape[1] - 1)
-    ids, images, loss_mask = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.loss_mask))
-    shorter = Sequences(ids=ids, mask=mask, images=images & mask, loss_mask=loss_mask & mask)
-    return shorter, embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))
 
 
 def language_model(config: Mapping[str, Any]) -> Any:
@@ -352,19 +287,3 @@ def vision_config(values: Mapping[str, Any]) -> AIMv2Config:
         return AIMv2Config(**values)
     except TypeError as error:
         raise UserError(f"ovis: vision: {error}") from error
-
-
-def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Rows by bin, each of at most `limit` tokens (a longer row has one alone): longest first, into the first that has
-    room."""
-    bins: list[list[int]] = []
-    left: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        place = next((number for number, room in enumerate(left) if room >= lengths[row]), None)
-        if place is None:
-            bins.append([])
-            left.append(limit)
-            place = len(bins) - 1
-        bins[place].append(row)
-        left[place] -= lengths[row]
-    return bins

@@ -75,6 +75,24 @@ class VisionInputs:
         return VisionInputs(values=self.values.to(device), grids=self.grids)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """All that an MLLM reads: token sequences, and the images that stand in their slots.
+
+    vision: the images, each once; None where there are none. shown: for every image of the conversations, in reading
+    order, its place among `vision`.
+    """
+
+    sequences: Sequences
+    vision: VisionInputs | None = None
+    shown: tuple[int, ...] = ()
+
+    def to(self, device: torch.device | str) -> ModelInputs:
+        """The same inputs on `device`."""
+        vision = None if self.vision is None else self.vision.to(device)
+        return ModelInputs(sequences=self.sequences.to(device), vision=vision, shown=self.shown)
+
+
 class Processor(abc.ABC):
     """Tokenizer, chat template and image processor of an MLLM."""
 
@@ -120,6 +138,28 @@ class Processor(abc.ABC):
     @abc.abstractmethod
     def vision_grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of the vision tokens of an image (3, H, W); UserError where they lie on no single grid."""
+
+    def prepare(self, messages: Sequence[Message], images: Sequence[Tensor], *, whole: bool = True) -> ModelInputs:
+        """One conversation with its images; arguments and errors as of `tokenize`."""
+        sequences = self.tokenize([messages], images=[images], whole=whole)
+        vision = self.pixels(images) if images else None
+        return ModelInputs(sequences=sequences, vision=vision, shown=tuple(range(len(images))))
+
+    def collate(self, rows: Sequence[ModelInputs]) -> ModelInputs:
+        """Conversations as one batch. What is the same object in several of them is read once by the vision tower."""
+        once: dict[int, tuple[int, VisionInputs]] = {}  # by identity: the place of its first image, and the inputs
+        count = 0
+        shown: list[int] = []
+        for row in rows:
+            if row.vision is None:
+                continue
+            if id(row.vision) not in once:
+                once[id(row.vision)] = (count, row.vision)
+                count += len(row.vision.grids)
+            first, _ = once[id(row.vision)]
+            shown += [first + place for place in row.shown]
+        vision = join_inputs([inputs for _, inputs in once.values()]) if once else None
+        return ModelInputs(sequences=self.pad([row.sequences for row in rows]), vision=vision, shown=tuple(shown))
 
     def pad(self, rows: Sequence[Sequences]) -> Sequences:
         """Sequences of any lengths as one right-padded batch."""

@@ -132,9 +132,12 @@ class Qwen2_5VL(ImageTextBackbone):
         *,
         positions: Tensor | None = None,
         cache: bool = False,
+        layers: int = 1,
+        pack: int = 0,
     ) -> Prefix:
+        assert not pack, "Qwen2.5-VL's texts are not packed"
         language_model = self.model.model.language_model
-        return run_causal(language_model, embeddings, mask, prefix, positions=positions, cache=cache)
+        return run_causal(language_model, embeddings, mask, prefix, positions=positions, cache=cache, layers=layers)
 
     def named_parts(self) -> dict[str, nn.Module]:
         """`llm` (with the output head, tied or not), `vision`, `projector` (the merger)."""

@@ -20,7 +20,8 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import LayeredBackbone, Prefix
+from diptych.parts.backbones.base import Backbone, Prefix
+from diptych.parts.backbones.causal import last_layers
 from diptych.parts.backbones.processor import Processor, Sequences, VisionInputs
 from diptych.parts.backbones.published import without_bars, without_origin, write_model
 
@@ -89,11 +90,12 @@ def refuse(what: str) -> NoReturn:
     raise UserError(f"T5 {what}; use a multimodal language model as the backbone")
 
 
-class T5(LayeredBackbone):
+class T5(Backbone):
     """See the module's docstring. Use `from_config` or `from_pretrained`. Turns are read one after another as plain
     text, without marks of who speaks."""
 
     max_length = MAX_LENGTH
+    causal = False
 
     def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
@@ -136,17 +138,16 @@ class T5(LayeredBackbone):
         *,
         positions: Tensor | None = None,
         cache: bool = False,
+        layers: int = 1,
+        pack: int = 0,
     ) -> Prefix:
         """As `Backbone.run`, but every token sees all of them, so that nothing can follow."""
         if prefix is not None or cache or positions is not None:
             refuse("reads a text as a whole; nothing can follow it")
-        return Prefix(hidden=self.states(embeddings, mask, 1)[0], mask=mask, cache=None)
-
-    def states(self, embeddings: Tensor, mask: Tensor, layers: int = 2, pack: int = 0) -> list[Tensor]:
         if pack:
-            raise UserError("T5 reads each text in a row of its own; leave pack at 0")
+            refuse("reads each text in a row of its own")
         out = self.encoder.encoder(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=layers > 1)
-        return [out.last_hidden_state] if layers == 1 else list(out.hidden_states[: -layers - 1 : -1])
+        return Prefix(hidden=last_layers(out, layers), mask=mask, cache=None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         refuse("answers nothing")
@@ -158,7 +159,7 @@ class T5(LayeredBackbone):
         *,
         max_new_tokens: int,
         choose: NextToken = likeliest,
-        most: int | None = None,
+        keep_last: int | None = None,
     ) -> list[str]:
         refuse("answers nothing")
 

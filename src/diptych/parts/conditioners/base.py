@@ -20,6 +20,10 @@ class Conditioner(Part, abc.ABC):
 
     count: int
 
+    def places(self) -> Tensor | None:
+        """Rotary positions (Q, 3) of the appended tokens, counted from the first; None where they count on."""
+        return None
+
     @abc.abstractmethod
     def forward(self, sequence: Tensor, mask: Tensor) -> Tensor:
         """Input embeddings of the prompt (B, L, D) and mask (B, L) to the tokens to append (B, Q, D)."""

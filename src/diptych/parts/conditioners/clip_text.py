@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,28 @@ from diptych.core.errors import UserError, unknown
 from diptych.parts.backbones.published import without_origin
 from diptych.parts.backbones.t5 import read_encoder, read_tokenizer
 from diptych.parts.part import Part
+
+
+class ClipTokens:
+    """CLIP's tokenizer, without weights. A text is (1, 2, L) int64: its ids, and 1 where a token is real."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
+
+    def __call__(self, text: str) -> Tensor:
+        ids: list[int] = self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]  # type: ignore[assignment]
+        return torch.stack([torch.tensor(ids), torch.ones(len(ids), dtype=torch.long)])[None]
+
+    def pad(self, texts: Sequence[Tensor]) -> Tensor:
+        """Texts as one batch, (B, 2, L)."""
+        length = max(text.shape[2] for text in texts)
+        pad = float(str(self.tokenizer.pad_token_id))
+        rows: list[Tensor] = []
+        for text in texts:
+            missing = length - text.shape[2]
+            ids, mask = text[0]
+            rows.append(torch.stack([F.pad(ids, (0, missing), value=pad), F.pad(mask, (0, missing))]))
+        return torch.stack(rows)
 
 
 class ClipText(Part):
@@ -28,7 +51,7 @@ class ClipText(Part):
     def __init__(self, model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
+        self._tokens = None if tokenizer is None else ClipTokens(tokenizer, model.config.max_position_embeddings)
         self.width: int = model.config.hidden_size
 
     @classmethod
@@ -53,15 +76,16 @@ class ClipText(Part):
         """What `from_config` takes, in plain JSON values."""
         return without_origin(self.model.config.to_dict())
 
-    @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        if self.tokenizer is None:
+    @property
+    def tokens(self) -> ClipTokens:
+        """What makes tokens of texts; UserError where the encoder was built without a tokenizer."""
+        if self._tokens is None:
             raise UserError("this CLIP text encoder was built without a tokenizer")
+        return self._tokens
+
+    @torch.no_grad()
+    def forward(self, words: Tensor) -> Tensor:
+        """Texts as `ClipTokens.pad` gives them, (B, 2, L), to (B, width)."""
         self.model.eval()
-        longest = self.model.config.max_position_embeddings
-        found = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        device = self.model.device
-        return self.model(
-            input_ids=found["input_ids"].to(device),  # type: ignore[union-attr]
-            attention_mask=found["attention_mask"].to(device),  # type: ignore[union-attr]
-        ).pooler_output
+        ids, mask = words.to(self.model.device).unbind(1)
+        return self.model(input_ids=ids, attention_mask=mask).pooler_output

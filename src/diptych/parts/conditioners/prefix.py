@@ -18,6 +18,7 @@ def condition_states(
     *,
     positions: Tensor | None = None,
     places: Tensor | None = None,
+    layers: int = 1,
     reuse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states of prompt and appended tokens.
@@ -35,11 +36,12 @@ def condition_states(
         positions: (B, L, 3) as `Sequences` has them, where the language model needs them.
         places: (Q, 3) positions of the appended tokens, counted from the prompt's next one, for language models whose
             positions have axes; None where they count on.
+        layers: so many last layers' states stand side by side, the last one first.
         reuse: False for one plain run over L + Q tokens, through which gradients also reach `embeddings` and the
             language model where they are wanted.
 
     Returns:
-        States (B, L + Q, D) and their mask (B, L + Q).
+        States (B, L + Q, layers D) and their mask (B, L + Q).
 
     Raises:
         UserError: `reuse` while gradients of the language model or of the embeddings are wanted; they would be lost.
@@ -53,16 +55,17 @@ def condition_states(
         if places is not None:
             positions = _whole_positions(mask, positions, places)
         appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
-        return backbone.run(torch.cat([embeddings, appended], dim=1), whole, positions=positions).hidden, whole
+        sequence = torch.cat([embeddings, appended], dim=1)
+        return backbone.run(sequence, whole, positions=positions, layers=layers).hidden, whole
 
     _refuse_lost_gradients(backbone, embeddings)
     with torch.no_grad():
-        prefix = backbone.run(embeddings, mask, positions=positions, cache=count > 0)
+        prefix = backbone.run(embeddings, mask, positions=positions, cache=count > 0, layers=layers)
     if count == 0:
         return prefix.hidden, whole
 
     appended = conditioner(embeddings, mask).to(embeddings.dtype)  # (B, Q, D)
-    states = backbone.run(appended, added, prefix, positions=places).hidden
+    states = backbone.run(appended, added, prefix, positions=places, layers=layers).hidden
     return torch.cat([prefix.hidden, states], dim=1), whole
 
 

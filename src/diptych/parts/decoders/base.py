@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
@@ -26,6 +28,12 @@ class Decoder(Part, abc.ABC):
     """Longest latent side that its position grid holds; None for any."""
     pooled_width: int | None = None
     """Width of the pooled vector that it needs beside the tokens; None for none."""
+    reads_context: bool = False
+    """Whether it reads latents of context images beside the noise."""
+    max_context: int | None = None
+    """Largest number of context images of a sample; None for any."""
+    ragged: bool = False
+    """Whether the images of a batch may have different sizes."""
 
     @abc.abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
@@ -34,6 +42,20 @@ class Decoder(Part, abc.ABC):
         What the output means (velocity noise - data, or data) is the objective's choice; a decoder whose published
         weights use another time or sign converts here, so that velocity-trained weights give noise - data.
         """
+
+    def refine(self, condition: TokenCondition) -> TokenCondition:
+        """What it makes of a condition before the first step, whatever the time: once per image, not per step."""
+        return condition
+
+    def denoise(self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition) -> list[Tensor]:
+        """As `forward`, for latents (C, h, w) by sample and a condition of `refine`.
+
+        Their sizes may differ where the decoder is `ragged`.
+        """
+        return list(self(torch.stack(list(x)), t, condition).unbind())
+
+    def check(self, targets: Sequence[Tensor], condition: TokenCondition, names: Sequence[str]) -> None:
+        """UserError naming the sample whose latents and condition this decoder has no positions for."""
 
     def tokens(self, latents: Tensor) -> int:
         """Image tokens of a latent (..., C, h, w)."""

@@ -256,6 +256,7 @@ class OmniGen2(Decoder):
         self.channels = config.in_channels
         self.condition_width = config.text_feat_dim
         self.patch = config.patch_size
+        self.reads_context, self.max_context, self.ragged = True, MOST_REFERENCES, True
 
         def blocks(count: int, *, modulated: bool = True) -> nn.ModuleList:
             return nn.ModuleList(Block(config, modulated=modulated) for _ in range(count))
@@ -392,6 +393,9 @@ class OmniGen2(Decoder):
             references=tuple(tuple(self._grid(image) for image in row) for row in references),
             targets=tuple(self._grid(image) for image in x),
         )
+
+    def check(self, targets: Sequence[Tensor], condition: TokenCondition, names: Sequence[str]) -> None:
+        self.layout(targets, condition).check(self.config.axes_lens, names)
 
     def _grid(self, latent: Tensor) -> Grid:
         channels, height, width = latent.shape

@@ -133,6 +133,8 @@ class OvisU1Decoder(Decoder):
         self.channels = config.channels
         self.condition_width = width
         self.patch = config.patch
+        self.pooled_width = config.pooled_width or width
+        self.reads_context = True
 
         self.image_in = nn.Linear(token, width)
         self.time = TimeEmbedding(width)

@@ -13,11 +13,13 @@ from diptych.checkpoints.tensors import SHARD_BYTES, weight_files
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.inference.sampling import Sampling
+from diptych.parts.autoencoders.published import PublishedAutoencoder
 from diptych.recipes.families.base import Family, refuse_existing
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import OmniGen2Spec, Part
 from diptych.systems.base import System
-from diptych.systems.omnigen2 import OmniGen2System
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.presets import OmniGen2Settings
 
 OMNIGEN2_KINDS = {"backbone": "qwen2_5_vl", "decoder": "omnigen2", "autoencoder": "kl"}
 
@@ -43,7 +45,7 @@ class OmniGen2Release(Family):
         return OmniGen2Spec(kind="omnigen2", **parts), sampling
 
     def holds(self, system: System) -> bool:
-        return isinstance(system, OmniGen2System)
+        return isinstance(system, ComposedSystem) and isinstance(system.settings, OmniGen2Settings)
 
     def to_release(
         self,
@@ -53,7 +55,7 @@ class OmniGen2Release(Family):
         dtype: torch.dtype | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        assert isinstance(system, OmniGen2System)
+        assert isinstance(system, ComposedSystem)
         for part, kind in OMNIGEN2_KINDS.items():
             have = system.origins[part]["kind"]
             if have != kind:
@@ -62,6 +64,8 @@ class OmniGen2Release(Family):
         source = system.origins["autoencoder"].get("weights")
         like = locate(source) if source else None
 
+        decoder, autoencoder = system.decoder, system.autoencoder
+        assert isinstance(autoencoder, PublishedAutoencoder)  # its kind was checked
         formats = {part: release_format(system, part) for part in OMNIGEN2_KINDS}
 
         def save_mllm(place: Path) -> None:
@@ -74,11 +78,11 @@ class OmniGen2Release(Family):
         def write(place: Path) -> None:
             omnigen2_files.write_release(
                 place,
-                transformer=system.decoder,
-                sizes=system.transformer.plain_config(),
+                transformer=decoder,
+                sizes=decoder.plain_config(),
                 save_mllm=save_mllm,
                 save_processor=system.backbone.save_assets,
-                save_vae=lambda place: system.save_autoencoder(place, formats["autoencoder"]),
+                save_vae=lambda place: autoencoder.save_pretrained(place, formats["autoencoder"]),
                 like=like if like is not None and omnigen2_files.is_published(like) else None,
                 dtype=dtype or formats["decoder"],
                 shard_bytes=shard_bytes,
@@ -87,7 +91,7 @@ class OmniGen2Release(Family):
         write_folder(folder, write)
 
 
-def release_format(system: OmniGen2System, part: str) -> torch.dtype | None:
+def release_format(system: ComposedSystem, part: str) -> torch.dtype | None:
     """The number format of a part in the release that it was read from; None for a part of no release, or of several
     formats."""
     origin = system.origins[part]

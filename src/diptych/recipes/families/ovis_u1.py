@@ -19,11 +19,13 @@ from diptych.core.files import write_folder
 from diptych.core.schema import read
 from diptych.inference.sampling import Sampling, from_legacy
 from diptych.parts.backbones.ovis import Ovis
+from diptych.parts.decoders.ovis_u1 import OvisU1Decoder
 from diptych.recipes.build import build_system
 from diptych.recipes.families.base import Family, read_json, refuse_existing
 from diptych.recipes.recipe import OvisU1Spec, Part
 from diptych.systems.base import System
-from diptych.systems.ovis_u1 import OvisU1System
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.presets import OvisU1Config
 
 
 def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = None) -> OvisU1Spec:
@@ -51,9 +53,9 @@ def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = No
 PIXELS = {"image_mean": "mean", "image_std": "std", "min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 
 
-def read_release(system: OvisU1System, folder: Path, config: Mapping[str, Any]) -> None:
+def read_release(system: ComposedSystem, folder: Path, config: Mapping[str, Any]) -> None:
     """The weights of a published folder into a system of its sizes; what an export needs is kept in `origins`."""
-    hidden = system.decoder.config.hidden
+    hidden = system.decoder.condition_width
     dtypes: dict[str, str] = {}
     tied = False
     generator = False
@@ -104,30 +106,33 @@ class OvisU1(Family):
     def from_release(self, folder: Path, model: str) -> tuple[System, Sampling]:
         spec, sampling = self.sizes(folder, model)
         system = build_system(spec, assets=folder)
-        assert isinstance(system, OvisU1System)
+        assert isinstance(system, ComposedSystem)
         read_release(system, folder, read_json(folder / "config.json"))
         return system, sampling
 
     def holds(self, system: System) -> bool:
-        return isinstance(system, OvisU1System)
+        return isinstance(system, ComposedSystem) and isinstance(system.settings, OvisU1Config)
 
     def to_release(self, system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-        assert isinstance(system, OvisU1System)
+        assert isinstance(system, ComposedSystem)
         if system.origins["autoencoder"]["kind"] != "kl":
             raise UserError(f"{folder}: Ovis-U1's layout holds an Ovis-U1 with a KL autoencoder, and nothing else")
         if not isinstance(system.backbone, Ovis):
             raise UserError(
                 f"{folder}: Ovis-U1's layout holds an Ovis MLLM, not {system.origins['backbone']['kind']!r}"
             )
-        if system.refiner.config.pool != "cls" or system.settings.layers != 2 or system.refiner.config.blocks != 2:
+        refiner, decoder = system.refiner, system.decoder
+        assert refiner is not None  # parts of this preset
+        assert isinstance(decoder, OvisU1Decoder)
+        if refiner.config.pool != "cls" or system.options.layers != 2 or refiner.config.blocks != 2:
             raise UserError(f"{folder}: Ovis-U1's layout holds a refiner of two layers' states with a CLS token only")
         refuse_existing(folder)
         published = system.origins.get("release") or {}
         config = published.get("config") or write_config(
             {
                 "backbone": system.backbone.plain_config(),
-                "refiner": dataclasses.asdict(system.refiner.config),
-                "decoder": dataclasses.asdict(system.decoder.config),
+                "refiner": dataclasses.asdict(refiner.config),
+                "decoder": dataclasses.asdict(decoder.config),
                 "autoencoder": {
                     k: v for k, v in system.origins["autoencoder"]["config"].items() if not k.startswith("_")
                 },

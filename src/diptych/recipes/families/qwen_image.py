@@ -12,7 +12,7 @@ from diptych.inference.sampling import Sampling
 from diptych.recipes.families.base import Family, read_json
 from diptych.recipes.recipe import ComposedSpec, Part
 from diptych.systems.base import System
-from diptych.systems.composed import Prompts
+from diptych.systems.prompts import Prompts
 
 INDEX = "model_index.json"
 

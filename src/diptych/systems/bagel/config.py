@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,16 +77,6 @@ class BagelConfig:
 def token_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
     """Sums of values (E,) by owner (E,) into (count,)."""
     return values.new_zeros(count).index_add(0, owner, values)
-
-
-def per_sample(sums: Tensor, weights: Tensor, way: Literal["token", "sample", "root"]) -> Tensor:
-    """One value for each sample from its sum (B,) and its weight (B,), its number of tokens.
-
-    `sample`: the mean over its tokens. Otherwise scaled so that the mean over samples is the mean over all tokens.
-    """
-    if way == "sample":
-        return sums / weights.clamp_min(1)
-    return sums * (len(sums) / weights.sum().clamp_min(math.ulp(1.0)))
 
 
 def owners(places: Tensor, samples: tuple[int, ...]) -> Tensor:

@@ -46,6 +46,11 @@ class Text:
         """Tokens in a row."""
         return 0 if self.drop else len(self.ids) + 2
 
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: its ids and eos."""
+        return len(self.ids) + 1 if self.learned and not self.drop else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:

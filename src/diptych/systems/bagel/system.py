@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +29,32 @@ from diptych.core.errors import UserError
 from diptych.core.packing import rows_within
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import grid_ids, stretched_ids
-from diptych.core.sample import Batch, Message, Sample, Task
+from diptych.core.prepared import PreparedBatch
+from diptych.core.sample import Batch, Message, Sample
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.mot import MoT
 from diptych.systems.bagel.answer import write
-from diptych.systems.bagel.config import BagelConfig, Wording, owners, per_sample, token_sums
+from diptych.systems.bagel.config import BagelConfig, Wording, owners, token_sums
 from diptych.systems.bagel.context import CacheCondition, ContextStore, Piece, condition, read
 from diptych.systems.bagel.examples import Example, Reader, encode_by_shape, find_markers, split
 from diptych.systems.bagel.items import Markers, Pack, pack
 from diptych.systems.bagel.network import BagelNetwork, States
-from diptych.systems.base import LORA, AssembledSystem, Dropped, ImageSized, Reasoner, Thinker
-from diptych.systems.conversation import imagine
+from diptych.systems.bagel.prepare import BagelPreparer
+from diptych.systems.base import LORA, AssembledSystem
+from diptych.systems.conversation import expand_captions
+from diptych.systems.preparing import LatentGrid
+from diptych.systems.presets import Dropped
 
 
-class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
+class BagelSystem(AssembledSystem):
     """See the module's docstring. `origins` holds the configuration of `network` and `autoencoder`."""
 
-    kind: ClassVar[str] = "bagel"
-    edit_follows: ClassVar[Literal["first", "last", "only"]] = "last"
-    tasks: ClassVar[tuple[Task, ...]] = ("text_to_image", "edit", "understand")
+    kind = "bagel"
+    edit_follows = "last"
+    tasks = ("text_to_image", "edit", "understand")
     alike: ClassVar[bool] = False  # samples share packed rows, whose number differs
-    components: ClassVar[tuple[str, ...]] = ("network", "autoencoder")
+    components = ("network", "autoencoder")
 
     def __init__(
         self,
@@ -83,16 +87,14 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
         return self.network.config.latent_patch
 
     @property
-    def image_step(self) -> int:
-        return self.autoencoder.factor * self.token_side
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        step, side = self.image_step, self.network.config.latent_side
-        if height % step or width % step or height <= 0 or width <= 0:
-            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
-        if max(height, width) > step * side and not self.network.config.stretched:
-            raise UserError(f"size {height}x{width} is more than this model's {step * side} pixels along a side")
-        return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
+    def grid(self) -> LatentGrid:
+        config = self.network.config
+        return LatentGrid(
+            channels=self.autoencoder.channels,
+            factor=self.autoencoder.factor,
+            patch=self.token_side,
+            longest=None if config.stretched else config.latent_side * self.token_side,
+        )
 
     def edit_size(self, height: int, width: int) -> tuple[int, int]:
         """That of the image as the autoencoder reads it, as the released inferencer does: 512 to 1,024 pixels a side.
@@ -114,6 +116,9 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
         return Reader(self.tokenizer, self._markers[1], self.network.config, self.image_step)
 
     # Requests
+
+    def preparer(self) -> BagelPreparer:
+        return BagelPreparer(self.reader, self.settings, self.tasks)
 
     def encode(self, batch: Batch, draws: Draws | None = None) -> CacheCondition:
         reader = self.reader
@@ -221,16 +226,22 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
         return [Message(role="system", text=self.settings.wording.think_answer), *conversation]
 
     @property
-    def thinks(self) -> bool:
+    def reasons(self) -> bool:
         return True
 
-    def think(self, batch: Batch, most: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
+    @property
+    def expands(self) -> bool:
+        return True
+
+    def expand(self, batch: Batch, max_tokens: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
         wording = self.settings.wording.think_image
         if "{text}" in wording:
-            return imagine(batch, wording, lambda asked: self._answer(asked, [[] for _ in asked], most, choose))
+            return expand_captions(
+                batch, wording, lambda asked: self._answer(asked, [[] for _ in asked], max_tokens, choose)
+            )
         plan = Message(role="system", text=wording)
         asked = [replace(sample, messages=(plan, *sample.messages)) for sample in batch]
-        thoughts = self._write(self._pieces(asked), most, choose)
+        thoughts = self._write(self._pieces(asked), max_tokens, choose)
         told = tuple(
             replace(sample, messages=(*sample.messages, Message(role="assistant", text=thought)))
             for sample, thought in zip(asked, thoughts, strict=True)
@@ -239,9 +250,9 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
 
     # Training
 
-    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        reader, settings = self.reader, self.settings
-        examples = [reader.example(sample, settings, draws.take([i])) for i, sample in enumerate(batch)]
+    def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
+        settings = self.settings
+        examples: Sequence[Example] = batch.inputs
         latents = self._latents(examples)
         rows = rows_within([example.cost for example in examples], settings.row_tokens)
         flow, flow_weight, told, told_weight = (torch.zeros(len(batch), device=self.device) for _ in range(4))
@@ -253,15 +264,11 @@ class BagelSystem(AssembledSystem, ImageSized, Reasoner, Thinker):
             told = told.index_add(0, where, sums[2])
             told_weight = told_weight.index_add(0, where, sums[3])
         terms: dict[str, Tensor] = {}
-        drawn = batch.rows("text_to_image", "edit")
-        if drawn:
-            values = per_sample(flow[drawn], flow_weight[drawn], "sample" if settings.mean == "sample" else "token")
-            place = {row: number for number, row in enumerate(drawn)}
-            for task in ("text_to_image", "edit"):
-                if found := [place[row] for row in batch.rows(task)]:
-                    terms[f"flow.{task}"] = values[found]
+        for task in ("text_to_image", "edit"):
+            if found := batch.rows(task):
+                terms[f"flow.{task}"] = flow[found] / flow_weight[found].clamp_min(1)
         if asked := batch.rows("understand"):
-            terms["cross_entropy.understand"] = per_sample(told[asked], told_weight[asked], settings.mean)
+            terms["cross_entropy.understand"] = told[asked] / told_weight[asked].clamp_min(1)
         return terms
 
     def _latents(self, examples: Sequence[Example]) -> list[list[Tensor]]:

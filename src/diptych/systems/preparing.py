@@ -1,0 +1,424 @@
+"""From samples to tensors: what a conditioned system's loader workers do (tokens, pixel values, sizes, dropouts).
+
+B samples, L prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.core.image_sizes import AreaCap
+from diptych.core.prepared import Prepared, Preparer, SizeGroups, size_groups
+from diptych.core.sample import Message, Sample, Task
+from diptych.objectives.masked_image import keep_tokens
+from diptych.parts.backbones.native_resolution import covering, resized, whole_size
+from diptych.parts.backbones.processor import ModelInputs, Processor, VisionInputs, join_inputs
+from diptych.parts.conditioners.clip_text import ClipTokens
+from diptych.systems.presets import ComposedConfig, Dropped
+from diptych.systems.prompts import without_placeholders
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentGrid:
+    """How images become latents. channels: C. factor: pixels of a latent pixel. patch: latent pixels of a token.
+
+    longest: longest latent side that the decoder's position grid holds; None for any.
+    """
+
+    channels: int
+    factor: int
+    patch: int
+    longest: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Image sides must be multiples of this."""
+        return self.factor * self.patch
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of an image of this size; UserError when the size does not divide."""
+        step = self.step
+        if height % step or width % step or height <= 0 or width <= 0:
+            raise UserError(f"size {height}x{width} is not divisible by {step} (autoencoder factor times patch)")
+        rows, columns = height // self.factor, width // self.factor
+        if self.longest is not None and max(rows, columns) > self.longest:
+            limit = self.longest * self.factor
+            raise UserError(f"size {height}x{width}: the decoder's position grid ends at {limit} pixels a side")
+        return self.channels, rows, columns
+
+    def tokens(self, height: int, width: int) -> int:
+        """Tokens of an image of this size."""
+        return (height // self.step) * (width // self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request for an image. keep: (1, L) bool, image tokens that training does not hide. references: context images
+    whose latents the decoder reads, each (3, H, W). words: of the text, for a pooler."""
+
+    inputs: ModelInputs
+    keep: Tensor | None
+    references: tuple[Tensor, ...]
+    words: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The image to make. image: (3, H, W), or its latent (C, h, w) from a cache. smaller: the images of the smaller
+    scales. features: the image as the MLLM's vision tower reads it, with rows and columns of its tokens."""
+
+    image: Tensor
+    cached: bool
+    smaller: tuple[Tensor, ...] = ()
+    features: VisionInputs | None = None
+    grid: Size = (0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Requests of a batch; B of them. counts: of each, its number of references."""
+
+    inputs: ModelInputs
+    keep: Tensor | None
+    references: SizeGroups
+    counts: tuple[int, ...]
+    words: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Their images. images, latents: of the samples `drawn` and `cached`. smaller: by scale. grids: of the features."""
+
+    images: SizeGroups
+    latents: SizeGroups
+    cached: tuple[bool, ...]
+    smaller: tuple[SizeGroups, ...]
+    features: VisionInputs | None
+    grids: tuple[Size, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedInputs:
+    """A training batch. requests and targets: of the samples that make an image, in order, whose tasks are `drawn`.
+    answers: of the conversations to learn."""
+
+    drawn: tuple[Task, ...]
+    names: tuple[str, ...]
+    requests: Requests | None
+    targets: Targets | None
+    answers: ModelInputs | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """The scales of an image, coarse before fine: sides of the grids of queries, and how smaller images are rounded.
+
+    features: whether the MLLM looks at the target too, for alignment.
+    """
+
+    names: tuple[str, ...]
+    sides: tuple[int, ...]
+    smart: bool
+    features: bool = False
+
+    def sizes(self, height: int, width: int, grid: LatentGrid, step: int) -> tuple[Size, ...]:
+        """(height, width) in pixels of each scale of an image; UserError where one does not divide.
+
+        Args:
+            step: image sides that always divide are multiples of this, for the message.
+        """
+        grid.shape(height, width)
+        sizes: list[Size] = []
+        for side, name in zip(self.sides, self.names, strict=True):
+            exact = [pixels * side / self.sides[-1] for pixels in (height, width)]
+            rounded = [grid.step * round(pixels / grid.step) for pixels in exact]
+            if min(rounded) < grid.step or (not self.smart and rounded != exact):
+                shown = "x".join(f"{pixels:g}" for pixels in exact)
+                raise UserError(
+                    f"scale {name} of an image of {height}x{width} is {shown} pixels, which does not divide into "
+                    f"patches of {grid.step} pixels; use sides that are multiples of {step}, other scales, or "
+                    "scale_rounding: smart"
+                )
+            sizes.append((rounded[0], rounded[1]))
+        return tuple(sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedPreparer(Preparer):
+    """Prepares samples for a `ConditionedSystem`.
+
+    room: longest sequence that the MLLM takes. queries: tokens that the conditioner appends. image_step: image sides
+    that always divide are multiples of it. max_context: largest number of context images, None for any. pooler: words
+    for CLIP's text encoder, where there is one.
+    """
+
+    config: ComposedConfig
+    tasks: tuple[Task, ...]
+    processor: Processor
+    grid: LatentGrid
+    room: int
+    queries: int
+    image_step: int
+    max_context: int | None = None
+    scales: Scales | None = None
+    pooler: ClipTokens | None = None
+    _blanks: dict[Size, tuple[Tensor, VisionInputs]] = field(default_factory=dict[Size, tuple[Tensor, VisionInputs]])
+
+    # Training samples
+
+    def prepare(self, sample: Sample, draws: Draws) -> Prepared:
+        if sample.task not in self.tasks:
+            raise UserError(
+                f"{sample.id}: task {sample.task!r} is none of this system's; it has {', '.join(self.tasks)}"
+            )
+        if sample.task == "understand":
+            return prepare_answer(self.processor, sample, whole=self.config.too_long == "error")
+        target = self._target(sample)
+        height, width = self._pixels(sample, target)
+        count = self.grid.tokens(height, width)
+        counts = {"flow": float(count)}
+        if self.scales is not None:
+            sizes = self.scales.sizes(height, width, self.grid, self.image_step)
+            tokens = [float(self.grid.tokens(*size)) for size in sizes]
+            counts = {f"flow_{name}": number for name, number in zip(self.scales.names, tokens, strict=True)}
+            if self.scales.features:
+                counts |= {f"align_{name}": number for name, number in zip(self.scales.names, tokens, strict=True)}
+        weights: dict[str, float] = {}
+        if self.config.flow.weighting == "element":
+            weights = {family: tokens * self.grid.patch**2 * self.grid.channels for family, tokens in counts.items()}
+        inputs = (self.request(sample, draws), target)
+        return Prepared(id=sample.id, task=sample.task, inputs=inputs, counts=counts, weights=weights)
+
+    def join(self, rows: Sequence[Prepared]) -> ConditionedInputs:
+        drawn = [row for row in rows if row.task != "understand"]
+        answers = [row.inputs for row in rows if row.task == "understand"]
+        targets: list[Target] = [row.inputs[1] for row in drawn]
+        return ConditionedInputs(
+            drawn=tuple(row.task for row in drawn),
+            names=tuple(row.id for row in drawn),
+            requests=self.requests([row.inputs[0] for row in drawn]) if drawn else None,
+            targets=self._targets(targets) if drawn else None,
+            answers=self.processor.collate(answers) if answers else None,
+        )
+
+    # Requests
+
+    def request(self, sample: Sample, draws: Draws | None = None) -> Request:
+        """What is read for an image; with `draws` (training) the dropout of conditions and the masking are applied."""
+        config, name = self.config, sample.id
+        if sample.task == "edit" and not sample.context_images:
+            raise UserError(f"{name}: task 'edit' needs an image to edit")
+        if self.max_context is not None and len(sample.context_images) > self.max_context:
+            raise UserError(
+                f"{name}: {len(sample.context_images)} reference images, the decoder takes at most {self.max_context}"
+            )
+        # What training removes, so that guidance has something to compare with.
+        dropped = None if draws is None else config.dropout.of(draws)
+        asked = sample if dropped is None else without(sample, dropped)
+
+        # The images that the MLLM is shown, and the words around them.
+        blank = not asked.context_images and config.blank
+        shown, vision = self._blank(asked) if blank else (self._shown(asked), None)
+        messages = config.prompts.conversation(asked, len(shown), dropped=dropped is not None)
+        inputs = self._inputs(messages, shown, name, vision)
+
+        # The image tokens of unlabelled images that are hidden (IOMM, Sec. 3.4).
+        slots, keep = inputs.sequences.images, None
+        if draws is not None and config.mask_ratio > 0:
+            keep = torch.ones_like(slots)
+            if asked.task == "image":
+                keep[slots] = keep_tokens(draws.uniform("image_mask", int(slots.sum()))[0], config.mask_ratio)
+
+        references = tuple(self._reference(image, asked) for image in asked.context_images)
+        return Request(
+            inputs=inputs,
+            keep=keep,
+            references=references if config.reference_latents else (),
+            words=None if self.pooler is None else self.pooler(without_placeholders(asked.text)),
+        )
+
+    def requests(self, rows: Sequence[Request]) -> Requests:
+        """Requests as one batch."""
+        inputs = self.processor.collate([row.inputs for row in rows])
+        keep = None
+        if any(row.keep is not None for row in rows):
+            keep = torch.ones_like(inputs.sequences.images)
+            for number, row in enumerate(rows):
+                if row.keep is not None:
+                    keep[number, : row.keep.shape[1]] = row.keep[0]
+        words = [row.words for row in rows if row.words is not None]
+        return Requests(
+            inputs=inputs,
+            keep=keep,
+            references=size_groups([image for row in rows for image in row.references]),
+            counts=tuple(len(row.references) for row in rows),
+            words=None if self.pooler is None else self.pooler.pad(words),
+        )
+
+    def _inputs(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Tensor],
+        name: str,
+        vision: VisionInputs | None = None,
+    ) -> ModelInputs:
+        """A request as the MLLM reads it, `vision` its images where they are known; UserErrors name the sample."""
+        prompts = self.config.prompts
+        try:
+            sequences = self.processor.tokenize(
+                [messages],
+                images=[images],
+                generate=prompts.opens,
+                opening=prompts.opening,
+                whole=self.config.too_long == "error",
+            )
+            vision = self.processor.pixels(images) if images and vision is None else vision
+            inputs = ModelInputs(sequences=sequences, vision=vision, shown=tuple(range(len(images))))
+        except UserError as error:
+            raise UserError(f"{name}: {str(error).removeprefix('conversation 0: ')}") from error
+        length = inputs.sequences.ids.shape[1]
+        if self.queries and length + self.queries > self.room:
+            raise UserError(
+                f"{name}: a prompt of {length} tokens and {self.queries} queries need {length + self.queries}, but the "
+                f"MLLM takes {self.room}; shorten the text or use fewer queries"
+            )
+        return inputs
+
+    def _shown(self, sample: Sample) -> tuple[Tensor, ...]:
+        """The images that the MLLM sees of a request."""
+        if sample.task == "image":
+            if sample.image is None:
+                raise UserError(f"{sample.id}: task 'image' needs an image")
+            return (sample.image,)
+        if self.config.mllm_images == "none":
+            return ()
+        return tuple(self._readable(image, sample) for image in sample.context_images)
+
+    def _blank(self, sample: Sample) -> tuple[tuple[Tensor, ...], VisionInputs]:
+        """A white image of the size of the image to make, and the vision tower's inputs of it; made once for a size."""
+        size = target_size(sample) or self._largest()
+        if size not in self._blanks:
+            image = self._readable(torch.ones(3, *size), sample)
+            self._blanks[size] = (image, self.processor.pixels([image]))
+        image, vision = self._blanks[size]
+        return (image,), vision
+
+    def _readable(self, image: Tensor, sample: Sample) -> Tensor:
+        """A context image (3, H, W) as the MLLM's own resizing gets it: on its canvas, then within `read_pixels`."""
+        if self.config.canvas is None:
+            return image
+        image = self._reference(image, sample)
+        if self.config.read_pixels is None:
+            return image
+        low, high = self.config.read_pixels
+        return resized(image, whole_size(image.shape[1], image.shape[2], self.processor.image_step, low, high))
+
+    def _reference(self, image: Tensor, sample: Sample) -> Tensor:
+        """A context image whose latent the decoder reads.
+
+        On a canvas; one of the very size of the image to make stays as it is, since its places must agree with those
+        of the target. Without a canvas, of at most `max_pixels`, with sides of whole patches.
+        """
+        if self.config.canvas is None:
+            return shrunk(image, self.grid.step, self.config.max_pixels)
+        wanted = sample.image.shape[-2:] if sample.image is not None else sample.size
+        if wanted is not None and tuple(image.shape[-2:]) == tuple(wanted):
+            return image
+        return covering(image, canvas_size(self.config, *image.shape[-2:]))
+
+    def _largest(self) -> Size:
+        """The square canvas of greatest area, for requests that do not say their size."""
+        step = self.config.canvas or self.grid.step
+        side = int(self.config.canvas_pixels[1] ** 0.5) // step * step
+        return side, side
+
+    # Targets
+
+    def _pixels(self, sample: Sample, target: Target) -> Size:
+        """Size of the image to make."""
+        height, width = target.image.shape[-2:]
+        return (height * self.grid.factor, width * self.grid.factor) if target.cached else (height, width)
+
+    def _target(self, sample: Sample) -> Target:
+        if sample.latent is not None and self.scales is None:
+            return Target(image=sample.latent, cached=True)
+        if sample.image is None:
+            raise UserError(f"{sample.id}: task {sample.task!r} needs a target image")
+        image = sample.image if sample.latent is None else sample.latent
+        made = Target(image=image, cached=sample.latent is not None)
+        if self.scales is None:
+            return made
+        sizes = self.scales.sizes(sample.image.shape[1], sample.image.shape[2], self.grid, self.image_step)
+        made = replace(made, smaller=tuple(resample(sample.image, size) for size in sizes[:-1]))
+        if not self.scales.features:
+            return made
+        return replace(
+            made, features=self.processor.pixels([sample.image]), grid=self.processor.vision_grid(sample.image)
+        )
+
+    def _targets(self, rows: Sequence[Target]) -> Targets:
+        features = [row.features for row in rows if row.features is not None]
+        return Targets(
+            images=size_groups([row.image for row in rows if not row.cached]),
+            latents=size_groups([row.image for row in rows if row.cached]),
+            cached=tuple(row.cached for row in rows),
+            smaller=tuple(size_groups(list(images)) for images in zip(*(row.smaller for row in rows), strict=True)),
+            features=join_inputs(features) if features else None,
+            grids=tuple(row.grid for row in rows),
+        )
+
+
+def prepare_answer(processor: Processor, sample: Sample, *, whole: bool = True) -> Prepared:
+    """A conversation to learn; UserErrors name the sample. `whole`: as of `Processor.tokenize`."""
+    try:
+        inputs = processor.prepare(sample.messages, sample.context_images, whole=whole)
+    except UserError as error:
+        raise UserError(f"{sample.id}: {str(error).removeprefix('conversation 0: ')}") from error
+    learned = int(inputs.sequences.loss_mask[:, 1:].sum())
+    return Prepared(id=sample.id, task=sample.task, inputs=inputs, counts={"cross_entropy": float(learned)})
+
+
+def without(sample: Sample, dropped: Dropped) -> Sample:
+    """A request without its text, its context images, or both."""
+    if dropped == "text":
+        return replace(sample, text="")
+    text = without_placeholders(sample.text) if dropped == "images" else ""
+    return replace(sample, task="text_to_image", text=text, context_images=(), size=target_size(sample))
+
+
+def target_size(sample: Sample) -> Size | None:
+    """(height, width) of the image to make, where the sample says; else of its first context image."""
+    if sample.size is not None:
+        return sample.size
+    images = (sample.image, *sample.context_images)
+    return next(((image.shape[1], image.shape[2]) for image in images if image is not None), None)
+
+
+def canvas_size(config: ComposedConfig, height: int, width: int) -> Size:
+    """The canvas of an image: its sides are whole multiples, its area within the limits, its shape the image's."""
+    assert config.canvas is not None, "no canvas"
+    return whole_size(height, width, config.canvas, *config.canvas_pixels)
+
+
+def shrunk(image: Tensor, step: int, max_pixels: int) -> Tensor:
+    """An image (3, H, W) of at most `max_pixels` and 2,048 pixels a side, in whole steps (`align_res` of OmniGen2's
+    released pipeline); resized only where it must be."""
+    return resample(image, AreaCap(max_pixels=max_pixels).fit(image.shape[1], image.shape[2], step))
+
+
+def resample(image: Tensor, size: Size) -> Tensor:
+    """An image (3, H, W) in [-1, 1] resized to (height, width), bicubic and antialiased; itself where it has it."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    small = F.interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False, antialias=True)
+    return small[0].clamp(-1, 1).to(image.dtype)

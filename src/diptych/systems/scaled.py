@@ -1,0 +1,130 @@
+"""HieraQuery (Sec. 3): an image of its own resolution from the queries of each scale, features aligned across scales.
+
+    states of [START_1, Q_1, END_1, ..., END_K] -> connector, scale by scale -> K conditions -> decoder
+
+With one scale and no grid positions it is MetaQuery, the baseline (see the recipes).
+
+B batch, K scales, N_k queries of scale k, D MLLM width, C latent channels, h_k and w_k latent sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diptych.core.condition import ScaleConditions, TokenCondition
+from diptych.core.draws import Draws
+from diptych.core.prepared import SizeGroups
+from diptych.objectives.alignment import alignment_loss, resample
+from diptych.objectives.flow_matching import interpolate
+from diptych.parts.backbones.base import Backbone
+from diptych.parts.conditioners.base import Conditioner
+from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
+from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.packing import Packed, PackingDecoder, check_layer
+from diptych.parts.decoders.projector import AlignmentProjector
+from diptych.systems.preparing import Scales, Targets
+from diptych.systems.presets import ComposedConfig, HieraConfig
+
+if TYPE_CHECKING:
+    from diptych.systems.composed import ComposedSystem
+
+
+def scales(config: ComposedConfig, conditioner: Conditioner) -> Scales | None:
+    """The scales of a system; None for one that makes its image alone."""
+    if not isinstance(config, HieraConfig):
+        return None
+    assert isinstance(conditioner, HierarchicalQueries), "checked when built"
+    return Scales(
+        names=conditioner.names,
+        sides=conditioner.scales,
+        smart=config.scale_rounding == "smart",
+        features=config.alignment is not None,
+    )
+
+
+def projector(decoder: Decoder, backbone: Backbone, config: ComposedConfig) -> AlignmentProjector | None:
+    """The projector of the alignment that a configuration asks for."""
+    if not isinstance(config, HieraConfig) or config.alignment is None:
+        return None
+    assert isinstance(decoder, PackingDecoder), "checked when built"
+    check_layer(decoder, config.alignment.layer)
+    return AlignmentProjector(decoder.hidden, backbone.width, config.alignment.hidden)
+
+
+def conditions(system: ComposedSystem, states: Tensor) -> ScaleConditions:
+    """Conditions of all scales from the states (B, Q, D) of the appended tokens."""
+    config, conditioner = system.options, system.conditioner
+    assert isinstance(config, HieraConfig)
+    assert isinstance(conditioner, HierarchicalQueries)
+    own = [system.connector(scale) for scale in conditioner.split(states)]  # (B, N_k, C) each
+    pooled = None if system.pooled is None else system.pooled(torch.cat(own, dim=1).mean(1))  # (B, P)
+    if config.scale_condition == "cumulative":
+        own = [torch.cat(own[: k + 1], dim=1) for k in range(len(own))]
+    return ScaleConditions(scales=tuple(TokenCondition(tokens=tokens, pooled=pooled) for tokens in own))
+
+
+def losses(
+    system: ComposedSystem, condition: ScaleConditions, targets: Targets, draws: Draws, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Values (B,) of `flow_SCALE`, and with alignment of `align_SCALE`, for each scale."""
+    config = system.options
+    assert isinstance(config, HieraConfig)
+    data = scale_latents(system, targets, names)
+    noise = [draws.normal(f"noise.{name}", *x.shape[1:]) for name, x in zip(system.scales, data, strict=True)]
+    # Times (B,) of each scale, the same for all where they are shared.
+    flow, tokens = config.flow, system.decoder.tokens
+    if config.shared_timestep:
+        t = [flow.times(draws, tokens(data[-1]))] * len(data)
+    else:
+        t = [flow.times(draws, tokens(x), f"time.{name}") for name, x in zip(system.scales, data, strict=True)]
+    xs = [interpolate(*three) for three in zip(data, noise, t, strict=True)]
+    packed = decode(system, config, xs, t, condition.scales)
+    values: dict[str, Tensor] = {}
+    for k, name in enumerate(system.scales):
+        values[f"flow_{name}"] = flow.loss(packed.outputs[k], data[k], noise[k], xs[k], t[k])
+    if system.projector is not None:
+        # Minus cosine between the decoder's states and the MLLM's features of the whole image.
+        features = image_features(system, targets)
+        for name, state, x in zip(system.scales, packed.states, xs, strict=True):
+            rows, columns = x.shape[-2] // system.decoder.patch, x.shape[-1] // system.decoder.patch
+            wanted = torch.cat([resample(image[None], rows, columns) for image in features])  # (B, N_k, D)
+            values[f"align_{name}"] = alignment_loss(system.projector(state), wanted)
+    return values
+
+
+def scale_latents(system: ComposedSystem, targets: Targets, names: Sequence[str]) -> list[Tensor]:
+    """Latents of the images at every scale, (B, C, h_k, w_k) each; smaller images are resized ones."""
+    smaller = [system.target_latents(whole(images), names) for images in targets.smaller]
+    return [torch.stack(x) for x in [*smaller, system.target_latents(targets, names)]]
+
+
+def decode(
+    system: ComposedSystem, config: HieraConfig, xs: list[Tensor], t: list[Tensor], seen: tuple[TokenCondition, ...]
+) -> Packed:
+    """All scales through the decoder: in one pass where they share their time, else one after the other."""
+    decoder = system.decoder
+    assert isinstance(decoder, PackingDecoder)
+    layer = None if config.alignment is None else config.alignment.layer
+    if config.shared_timestep:
+        return decoder.pack(xs, t[-1], seen, layer)
+    each = [decoder.pack([x], now, [condition], layer) for x, now, condition in zip(xs, t, seen, strict=True)]
+    return Packed([made.outputs[0] for made in each], [state for made in each for state in made.states])
+
+
+@torch.no_grad()
+def image_features(system: ComposedSystem, targets: Targets) -> list[Tensor]:
+    """Vision tokens of each target image as the MLLM reads them, (D, rows, columns) each."""
+    assert targets.features is not None, "prepared for alignment"
+    tokens = system.backbone.vision_features(targets.features)
+    return [x.T.unflatten(1, grid) for x, grid in zip(tokens, targets.grids, strict=True)]
+
+
+def whole(images: SizeGroups) -> Targets:
+    """Images alone as targets."""
+    return Targets(
+        images=images, latents=SizeGroups(), cached=(False,) * len(images), smaller=(), features=None, grids=()
+    )
