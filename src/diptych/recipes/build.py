@@ -190,7 +190,8 @@ def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
     tokenizer = part.tokenizer or (None if assets else cls.tokenizer_of(part.config))
     with torch.device("meta" if meta else "cpu"):
         read_by = None if meta else build_tokenizer(tokenizer, cls.vocabulary(config), assets)
-        backbone = cls.from_config(config, read_by)
+        images = None if meta or assets is None else cls.read_image_processor(assets)
+        backbone = cls.from_config(config, read_by, images)
     if not meta:
         backbone.read_named(part.config, locate)
     named = cls.tokenizer_of(part.config) is not None

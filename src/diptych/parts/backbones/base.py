@@ -52,13 +52,24 @@ class Backbone(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Self:
-        """Random weights; under `torch.device("meta")` without memory. UserError for a key or value that is wrong."""
+    def from_config(
+        cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, image_processor: Any = None
+    ) -> Self:
+        """Random weights; under `torch.device("meta")` without memory. UserError for a key or value that is wrong.
+
+        Args:
+            image_processor: as of `read_image_processor`; None for the backbone's defaults.
+        """
 
     @classmethod
     @abc.abstractmethod
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
         """Weights, tokenizer and image processor from a folder or a hub id; safetensors only, no remote code."""
+
+    @classmethod
+    def read_image_processor(cls, folder: Path) -> Any:
+        """What `save_assets` wrote of the image processor; None where the configuration says all of it."""
+        return None
 
     @abc.abstractmethod
     def plain_config(self) -> dict[str, Any]:

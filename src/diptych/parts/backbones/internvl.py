@@ -27,6 +27,7 @@ from diptych.parts.backbones.internvl_processor import InternVLProcessor
 from diptych.parts.backbones.processor import VisionInputs
 from diptych.parts.backbones.published import (
     check_keys,
+    image_processor,
     matching_chat,
     read_config,
     read_model,
@@ -114,6 +115,10 @@ class InternVL(ImageTextBackbone):
             raise unreadable(source, error) from error
         return cls(model, tokenizer, processor, max_tiles=max_tiles)
 
+    @classmethod
+    def read_image_processor(cls, folder: Path) -> GotOcr2ImageProcessorPil | None:
+        return image_processor(GotOcr2ImageProcessorPil, folder)
+
     def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
         features = self.model.get_image_features(inputs.values).pooler_output  # (tiles, N, D)
         return [part.flatten(0, 1) for part in features.split(inputs.counts)]
@@ -147,10 +152,15 @@ class InternVL(ImageTextBackbone):
         return [*inner.vision_tower.encoder.layer, *inner.language_model.layers]
 
 
-def load_assets(source: str | Path) -> tuple[PreTrainedTokenizerBase, GotOcr2ImageProcessorPil]:
+def load_assets(source: str | Path) -> tuple[PreTrainedTokenizerBase, GotOcr2ImageProcessorPil | None]:
     """Tokenizer and image processor as `InternVL.save_assets` wrote them, from a folder or a hub id."""
     tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    processor = GotOcr2ImageProcessorPil.from_pretrained(str(source))
+    local = Path(source).is_dir()
+    processor = (
+        image_processor(GotOcr2ImageProcessorPil, Path(source))
+        if local
+        else GotOcr2ImageProcessorPil.from_pretrained(str(source))
+    )
     return tokenizer, processor
 
 

@@ -91,7 +91,9 @@ class Ovis(Backbone):
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Ovis:
+    def from_config(
+        cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, image_processor: Any = None
+    ) -> Ovis:
         """Random weights; under `torch.device("meta")` without memory.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import read_object
 from diptych.parts.backbones.chat import Chat
+
+log = logging.getLogger(__name__)
 
 _OLD_KEYS = {"torch_dtype", "use_bfloat16", "rope_theta", "rope_scaling", "auto_map", "head_dim", "tie_word_embeddings"}
 """Keys of published text and vision configs that current config classes no longer list."""
@@ -46,6 +50,33 @@ def check_keys(values: Mapping[str, Any], text: PreTrainedConfig, whole: PreTrai
         for key in given:
             if key not in choices | _OLD_KEYS:
                 raise unknown("key", key, choices, place)
+
+
+IMAGE_SETTINGS = "preprocessor_config.json"
+PROCESSOR_SETTINGS = "processor_config.json"
+"""What processors of transformers 5 write alone; the image processor's settings are inside."""
+
+
+def image_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of an image processor in a folder, from the file of either kind; None where there are none."""
+    if (folder / IMAGE_SETTINGS).is_file():
+        return read_object(folder / IMAGE_SETTINGS)
+    if (folder / PROCESSOR_SETTINGS).is_file():
+        return read_object(folder / PROCESSOR_SETTINGS).get("image_processor")
+    return None
+
+
+def image_processor(cls: type[Any], folder: Path) -> Any:
+    """The image processor of a folder; None, which a line of the log says, where it has no settings for one.
+
+    Args:
+        cls: an image processor of transformers.
+    """
+    if image_settings(folder) is None:
+        log.warning("%s: no settings of an image processor (%s, %s); the defaults of %s are used",
+                    folder, IMAGE_SETTINGS, PROCESSOR_SETTINGS, cls.__name__)  # fmt: skip
+        return None
+    return cls.from_pretrained(str(folder))
 
 
 def read_config(
@@ -115,13 +146,13 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """transformers' progress bars off inside the block; the setting is put back."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def matching_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, config: Any) -> Chat:

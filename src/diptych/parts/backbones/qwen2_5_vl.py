@@ -25,6 +25,7 @@ from diptych.parts.backbones.image_text import ImageTextBackbone
 from diptych.parts.backbones.processor import VisionInputs
 from diptych.parts.backbones.published import (
     check_keys,
+    image_processor,
     matching_chat,
     read_config,
     read_model,
@@ -99,7 +100,7 @@ class Qwen2_5VL(ImageTextBackbone):
 
         A folder inside a pipeline (`text_encoder`, `mllm`) may have neither tokenizer nor image processor: the
         tokenizer is then read from the folder `tokenizer` or `processor` beside it, and the image processor from
-        `processor`, or it is Qwen2-VL's own.
+        `processor`. Where no file has its settings it is Qwen2-VL's own, which the log says.
 
         Raises:
             UserError: unreachable hub id, a folder that is no Qwen2.5-VL, no safetensors, or missing, unexpected or
@@ -114,11 +115,18 @@ class Qwen2_5VL(ImageTextBackbone):
             words = words if words.is_dir() else pictures
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(words), trust_remote_code=False)
-            there = not folder.is_dir() or (pictures / "preprocessor_config.json").is_file()
-            processor = Qwen2VLImageProcessorPil.from_pretrained(str(pictures)) if there else None
+            processor = (
+                image_processor(Qwen2VLImageProcessorPil, pictures)
+                if folder.is_dir()
+                else Qwen2VLImageProcessorPil.from_pretrained(name)
+            )
         except (OSError, ValueError) as error:
             raise unreadable(source, error) from error
         return cls(model, tokenizer, processor)
+
+    @classmethod
+    def read_image_processor(cls, folder: Path) -> Qwen2VLImageProcessorPil | None:
+        return image_processor(Qwen2VLImageProcessorPil, folder)
 
     def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
         grids = torch.tensor(inputs.grids, device=inputs.values.device)

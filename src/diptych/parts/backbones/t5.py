@@ -104,7 +104,9 @@ class T5(Backbone):
         self.width: int = encoder.config.d_model
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> T5:
+    def from_config(
+        cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, image_processor: Any = None
+    ) -> T5:
         """Random weights; under `torch.device("meta")` without memory. UserError for an unknown key."""
         return cls(T5EncoderModel(t5_config(config)), tokenizer)
 

@@ -19,6 +19,7 @@ from diptych.core.files import write_folder
 from diptych.core.schema import read
 from diptych.inference.sampling import Sampling, from_legacy
 from diptych.parts.backbones.ovis import Ovis
+from diptych.parts.backbones.published import image_settings
 from diptych.parts.decoders.ovis_u1 import OvisU1Decoder
 from diptych.recipes.build import build_system
 from diptych.recipes.families.base import Family, read_json, refuse_existing
@@ -32,14 +33,12 @@ def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = No
     """The specification of a published config.json; its parts have their own configurations, not names.
 
     Args:
-        folder: where `preprocessor_config.json` may tell the channels' mean and deviation.
+        folder: where the image processor's settings may give the channels' mean and deviation.
     """
     parts = read_config(config, where)
     backbone = parts["backbone"]
-    file = None if folder is None else folder / "preprocessor_config.json"
-    if file is not None and file.is_file():
-        told = read_json(file)
-        backbone |= {ours: told[key] for key, ours in PIXELS.items() if key in told}
+    pixels = None if folder is None else image_settings(folder)
+    backbone |= {ours: pixels[key] for key, ours in PIXELS.items() if pixels and key in pixels}
     return OvisU1Spec(
         kind="ovis_u1",
         backbone=Part(kind="ovis", config=backbone),
