@@ -32,9 +32,10 @@ class ResidualQueryAdapterConfig:
 class ResidualQueryAdapter(Conditioner):
     """One pre-norm block: cross-attention of the queries over the masked prompt, then a GELU MLP, both residual.
 
-    The output projections start at zero, so an untrained adapter gives its queries. The paper states 29M parameters
-    at D=1536, Q=256 and 24 heads (IOMM, Sec. 3.1); this block has 28.73M. The paper gives no further detail: the
-    order of norms, the MLP's factor and the zero start are ours.
+    The output projections start at zero, so an untrained adapter gives its queries. The paper says that it
+    uses cross-attention, that it has 29M parameters and that Q is 256 (IOMM, Sec. 3.3); this block has 28.73M at
+    InternVL3-2B's width of 1,536. All else is chosen here: one block, 24 heads, the order of norms, the MLP's factor
+    and the zero start.
     """
 
     Config = ResidualQueryAdapterConfig
