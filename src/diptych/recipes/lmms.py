@@ -20,6 +20,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
 from diptych.data.rows import ROLES
 from diptych.inference.engine import from_pil
+from diptych.recipes.lmms_tasks import refuse_drawing
 from diptych.recipes.load import load
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class DiptychModel(lmms):
         batch_size: conversations that are answered together.
 
     Raises:
-        UserError: videos or audio in a question, scoring by likelihood, or conversations of several rounds.
+        UserError: videos or audio in a question, scoring by likelihood, conversations of several rounds, or a task
+            whose replies are pictures.
     """
 
     is_simple = False
@@ -63,6 +65,9 @@ class DiptychModel(lmms):
         """Replies in the order of the requests, each cut before its task's first stop text."""
         replies: dict[int, str] = {}
         by_length: dict[int, list[int]] = {}
+        for name, to_messages in {request.args[4]: request.args[1] for request in requests}.items():
+            owner = getattr(to_messages, "__self__", None)  # the task, whose method this is
+            refuse_drawing(name, getattr(getattr(owner, "config", None), "process_results", None))
         for at, request in enumerate(requests):
             by_length.setdefault(self._length(request.args[2]), []).append(at)
         for length, places in by_length.items():
