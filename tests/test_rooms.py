@@ -20,11 +20,12 @@ LEVELS = {
     "systems": 3,
     "training": 4,
     "inference": 4,
-    "evaluation": 5,
-    "analysis": 5,
-    "recipes": 6,
-    "cli": 7,
-    "server": 7,
+    "reports": 5,
+    "evaluation": 6,
+    "analysis": 6,
+    "recipes": 7,
+    "cli": 8,
+    "server": 8,
 }
 FOLDERS = {"parts", "systems", "recipes/families", "data/proxies", "evaluation/understanding"}
 """Rooms, and folders of rooms, that hold folders of their own or are one."""

@@ -7,6 +7,7 @@ import pytest
 from diptych.analysis import words
 from diptych.core.errors import UserError
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
+from diptych.reports import analysis as reports
 
 
 def kinds(line: str) -> dict[str, str]:
@@ -63,3 +64,7 @@ def test_tokens_belong_to_words() -> None:
     assert owners[-1] is None
     with pytest.raises(UserError, match="is not in what the model reads"):
         words.places(ids, decode, words.parse("another prompt"))
+
+
+def test_reports_know_the_categories() -> None:
+    assert reports.CATEGORIES == words.CATEGORIES

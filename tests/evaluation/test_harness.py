@@ -91,7 +91,7 @@ def test_geneval_from_prompts_to_results(
     samples = [json.loads(line) for line in (out / "samples_geneval.jsonl").read_text().splitlines()]
     assert len(samples) == 12
     assert {"prompt", "score", "digest", "detail"} <= set(samples[0])
-    assert "| colors |" in (out / "results.md").read_text()
+    assert "| colors " in (out / "results.md").read_text()
     assert "IOMM-B 512" in (out / "results.md").read_text()
     assert (out / "report.html").read_text().count("data:image/png") >= 6
 

@@ -27,7 +27,7 @@ def test_drawing_tasks_are_refused_by_name(name: str) -> None:
 
 
 def test_drawing_tasks_are_refused_by_what_their_scorer_reads() -> None:
-    with pytest.raises(UserError, match="would score 0.0"):
+    with pytest.raises(UserError, match=r"would score 0\.0"):
         refuse_drawing("my_edits", opens_pictures)
 
 

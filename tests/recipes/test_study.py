@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diptych.core.errors import UserError
-from diptych.recipes import clock, study, study_report, study_run
+from diptych.recipes import clock, study, study_results, study_run
 from diptych.recipes.study import StudySpec, asked, load, plan
 from diptych.recipes.study_run import run_study
+from diptych.reports import study as reports
 from diptych.training import loop
 
 PLAIN: dict[str, Any] = {
@@ -130,19 +131,19 @@ def test_table_has_every_seed_and_their_spread(tiny_study: StudySpec) -> None:
         found = {"tasks": {"toyeval": scores}, "asked": asked(tiny_study), "hardware": "abacus", "versions": {"x": "1"}}
         (run.folder / "eval").mkdir(parents=True)
         (run.folder / "eval" / "results.json").write_text(json.dumps(found))
-    found = study_report.collect(tiny_study, runs)
+    found = study_results.collect(tiny_study, runs)
     row = found["runs"]["second"]["tasks"]["toyeval"]
     assert (row["mean"], row["lowest"], row["highest"], row["interval"]) == (0.5, 0.25, 0.75, [0.25, 0.5])
     assert row["deviation"] == pytest.approx(0.3536, abs=1e-4)
-    assert study_report.table(found, "toyeval")[1] == [
+    assert reports.table(found, "toyeval")[1] == [
         *("0.5", "mix", "0.500", "0.250-0.500", "0.250 0.750 (sd 0.354)", "2 x 4 + 2 x 2", "12", "-")
     ]
     assert found["complete"]
     assert found["hardware"] == ["abacus"]
-    other = study_report.collect(load("study.yaml", limit=3), runs)
+    other = study_results.collect(load("study.yaml", limit=3), runs)
     assert not other["complete"]
-    assert study_report.table(other, "toyeval")[1][2] == "-"
-    assert study_report.category_table(other, "toyeval") == []
+    assert reports.table(other, "toyeval")[1][2] == "-"
+    assert reports.category_table(other, "toyeval") == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 from diptych.core.errors import UserError
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import train_recipe
-from diptych.training import curves, state
+from diptych.reports import curves
+from diptych.training import state
 from diptych.training.config import RunConfig
 from diptych.training.metrics import read_metrics
 

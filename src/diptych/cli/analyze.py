@@ -96,8 +96,9 @@ def _write(args: argparse.Namespace, output: Path, found: dict[str, Any], lines:
 
 
 def _features(args: argparse.Namespace, output: Path) -> list[str]:
-    from diptych.analysis import features, writing
+    from diptych.analysis import features
     from diptych.cli.progress import bars
+    from diptych.reports import analysis as reports
 
     engines = _engines(args)
     first = next(iter(engines.values()))
@@ -121,17 +122,18 @@ def _features(args: argparse.Namespace, output: Path) -> list[str]:
             "labels": labelled.labels,
             "plane": planes[name].tolist(),
         }
-    lines = writing.feature_tables(found)
+    lines = reports.feature_tables(found)
     _write(args, output, found, lines)
-    writing.feature_plot(found, planes, labelled.labels, output / "features.png")
+    reports.feature_plot(found, planes, labelled.labels, output / "features.png")
     return lines
 
 
 def _looking(args: argparse.Namespace, output: Path) -> list[str]:
-    from diptych.analysis import looking, writing
+    from diptych.analysis import looking
     from diptych.cli.progress import bars
     from diptych.data.jsonl import JsonlSource
     from diptych.data.source import ItemDraws
+    from diptych.reports import analysis as reports
     from diptych.toyworld.samples import ToyWorld
 
     engines = _engines(args)
@@ -147,17 +149,18 @@ def _looking(args: argparse.Namespace, output: Path) -> list[str]:
         with bars("question") as told:
             shares = looking.look(engine, samples, lambda done, of, name=name: told(name, done, of))
         found[name] = looking.summary(shares)
-    lines = writing.looking_tables(found)
+    lines = reports.looking_tables(found)
     _write(args, output, found, lines)
-    writing.looking_plot(found, output / "looking.png")
+    reports.looking_plot(found, output / "looking.png")
     return lines
 
 
 def _words(args: argparse.Namespace, output: Path) -> list[str]:
-    from diptych.analysis import word_attention, words, writing
+    from diptych.analysis import word_attention, words
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError
     from diptych.core.files import write_text
+    from diptych.reports import analysis as reports
 
     engines = _engines(args)
     if args.prompts is None:
@@ -179,8 +182,8 @@ def _words(args: argparse.Namespace, output: Path) -> list[str]:
                 engine, prompts, steps=steps, seed=args.seed, progress=lambda done, of, name=name: told(name, done, of)
             )
         found[name] = word_attention.summary(each)
-    lines = writing.word_tables(found)
+    lines = reports.word_tables(found)
     _write(args, output, found, lines)
-    writing.word_plots(found, output / "words.png")
-    write_text(output / "words.html", writing.prompt_page(found))
+    reports.word_plots(found, output / "words.png")
+    write_text(output / "words.html", reports.prompt_page(found))
     return lines

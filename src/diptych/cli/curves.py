@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from diptych.training.curves import plot, read
+    from diptych.reports.curves import plot, read
 
     folders = [Path(name).expanduser() for name in args.runs]
     output = Path(args.output).expanduser()

@@ -9,7 +9,7 @@ GOOD, NOTE, BAD = "ok", "note", "FAIL"
 Finding = tuple[str, str, str]
 """(verdict, what, what was found)."""
 
-EXTRAS = {"data": ["datasets"], "eval": ["matplotlib"], "dev": ["pytest", "ruff"]}
+EXTRAS = {"data": ["datasets"], "eval": ["sklearn"], "dev": ["pytest", "ruff"]}
 LEAST_MEMORY, LEAST_DISK = 4.0, 2.0
 """GiB that the quick start wants."""
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.core import stopping
     from diptych.core.errors import UserError
     from diptych.recipes.quickstart import MODEL, RECIPE, quickstart
-    from diptych.recipes.quickstart_report import next_commands
+    from diptych.reports.quickstart import next_commands
 
     transformers_logging.disable_progress_bar()
     for name in ("steps", "limit"):

@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; continue with: {shlex.join(words)}")
         return stopping.exit_code()
     print("\n".join(summary(found)))
-    files = ["table.md", "results.json", *(["plot.png"] if found["plot"] == "plot.png" else [])]
+    files = ["table.md", "results.json", "plot.png"]
     print(f"{out}: {', '.join(files)}")
     return 0
 
 
 def summary(found: dict[str, Any]) -> list[str]:
     """The tables of a study as lines."""
-    from diptych.recipes.study_report import rows, table
+    from diptych.reports.study import rows, table
 
     return [line for task in found["tasks"] for line in rows(table(found, task))]

@@ -67,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
             **settings,
         )
     print(markdown(found))
-    print(f"{output}: sweep.json, table.md, {found['plot']}")
+    print(f"{output}: sweep.json, table.md, plot.png")
     return 0

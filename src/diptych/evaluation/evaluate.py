@@ -12,7 +12,7 @@ from typing import Any
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.locks import only_writer
-from diptych.evaluation import harness, results, tables
+from diptych.evaluation import cards, harness, results
 from diptych.evaluation.download import Data, default_folder
 from diptych.evaluation.edit_tasks import GEdit, ImgEdit
 from diptych.evaluation.feature_tasks import MJHQ, ClipScore
@@ -29,6 +29,7 @@ from diptych.evaluation.toyvqa import ToyVQA
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS as UNDERSTANDING
 from diptych.evaluation.understanding.task import Understanding
 from diptych.inference.engine import Engine
+from diptych.reports import evaluation as reports
 
 TOYS: dict[str, type[Task]] = {each.name: each for each in (ToyEval, ToyEdit, ToyVQA, ToyFeatures, ToyScales)}
 """Tasks of the toy world, scored as a model draws or answers; they need no folder."""
@@ -145,7 +146,8 @@ def evaluate(
         if place is not None and done:
             summary = keep_others(place, summary)
             results.write(place, done, summary, samples=log_samples)
-            tables.write(place, summary, done)
+            papers = {task: cards.card(task, scores, summary["model"]) for task, scores in summary["tasks"].items()}
+            reports.write(place, summary, papers, {result.task: results.gallery(result) for result in done})
     return summary
 
 

@@ -18,9 +18,10 @@ from PIL import Image
 from diptych.core.errors import UserError
 from diptych.core.files import write_file, write_json, write_text
 from diptych.evaluation.intervals import Bounds, Weights
-from diptych.evaluation.pictures import grid
 from diptych.evaluation.task import Item, Row, Task
 from diptych.inference.engine import Engine
+from diptych.reports.evaluation import categories, figure
+from diptych.reports.pictures import grid
 
 Picture = Path | Image.Image
 SMALL = 256
@@ -127,11 +128,6 @@ def averaged(values: Sequence[Any]) -> Any:
     return sum(values) / len(values)
 
 
-def categories(scores: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The categories among a task's scores: the entries that have a score of their own."""
-    return {name: value for name, value in scores.items() if isinstance(value, dict) and "score" in value}
-
-
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
     names = ("diptych", "torch", "transformers", "diffusers", "numpy")
@@ -215,6 +211,15 @@ def file_of(folder: Path, result: TaskResult, row: Mapping[str, Any]) -> str | N
         write_file(path, lambda temporary: picture.save(temporary, "PNG"))
         return str(path.relative_to(folder))
     return str(picture.relative_to(folder) if picture.is_relative_to(folder) else picture)
+
+
+def gallery(result: TaskResult) -> list[tuple[Picture, str]]:
+    """The pictures of a task (of the last seed) with their prompts and scores."""
+    return [
+        (result.pictures[row["key"]], f"{row['prompt'][:80]} ({row['failure'] or figure(row['score'])})")
+        for row in result.rows
+        if row["key"] in result.pictures
+    ]
 
 
 def overview(folder: Path, result: TaskResult) -> None:

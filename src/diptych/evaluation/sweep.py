@@ -1,6 +1,6 @@
 """A model scored at every point of a grid of sampling settings, as Ovis-U1's tables 13 and 14 do with two guidances.
 
-A sweep's folder holds `sweep.json` (every point's scores), `table.md`, `plot.png` where matplotlib is installed, and a
+A sweep's folder holds `sweep.json` (every point's scores), `table.md`, `plot.png`, and a
 folder for each point with what `evaluate` writes. What is finished is kept, so that a sweep goes on where it stopped.
 """
 
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError, unknown
-from diptych.core.files import write_figure, write_text
+from diptych.core.files import write_json, write_text
 from diptych.evaluation.evaluate import evaluate
-from diptych.evaluation.results import categories
 from diptych.inference.engine import Engine
+from diptych.reports.evaluation import figure
+from diptych.reports.sweep import markdown, plot
 
 SWEPT = ("cfg", "image_cfg", "steps", "timestep_shift", "renorm_min")
 """Fields of `Sampling` that are numbers, and whose pictures a sweep may compare."""
@@ -83,7 +84,7 @@ def sweep(
         axes: the last one is the plot's horizontal axis, the others tell its lines apart.
         output: the sweep's folder; given again, what is there is not made anew, and axes may have more values.
         others: further arguments of `evaluate` that change no score (tools, log_samples).
-        say: told of each point that was finished.
+        say: called with a line for each point that was finished.
         options: fields of `Sampling` that are the same at every point.
 
     Returns:
@@ -124,15 +125,15 @@ def sweep(
             **{**options, **setting(at)},
         )
         points.append({"at": at, "tasks": found["tasks"], "failed": found["failed"]})
-        write_text(place / "sweep.json", json.dumps({**head, "points": points}, indent=1) + "\n")
+        write_json(place / "sweep.json", {**head, "points": points})
         if say is not None:
-            told = ", ".join(f"{task} {figure(found['tasks'][task]['overall'])}" for task in found["tasks"])
-            say(f"{folder(at)}: {told}")
+            scores = ", ".join(f"{task} {figure(found['tasks'][task]['overall'])}" for task in found["tasks"])
+            say(f"{folder(at)}: {scores}")
     points.sort(key=lambda point: list(point["at"].values()))
     whole = {**head, "points": points}
-    write_text(place / "sweep.json", json.dumps(whole, indent=1) + "\n")
+    write_json(place / "sweep.json", whole)
     write_text(place / "table.md", markdown(whole))
-    whole["plot"] = "plot.png" if plot(whole, place / "plot.png") else "no plot: matplotlib is not installed"
+    plot(whole, place / "plot.png")
     return whole
 
 
@@ -157,63 +158,3 @@ def earlier(file: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 def folder(at: dict[str, float]) -> str:
     """The name of a point: "cfg-5_image_cfg-1.5"."""
     return "_".join(f"{name}-{value:g}" for name, value in at.items())
-
-
-def figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def measures(scores: dict[str, Any]) -> dict[str, float | None]:
-    """A point's numbers by name: categories, overall, and how much stayed untouched where that is known."""
-    found: dict[str, float | None] = {name: each["score"] for name, each in categories(scores).items()}
-    found["overall"] = scores["overall"]
-    if "preserved" in scores:
-        found["preserved"] = scores["preserved"]
-    return found
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """A table for each task, a row for each point."""
-    lines = [f"# {found['model']}: {' x '.join(found['axes'])}", ""]
-    for task in found["tasks"]:
-        rows = [(point["at"], measures(point["tasks"][task])) for point in found["points"]]
-        heads = list(dict.fromkeys(name for _, row in rows for name in row))
-        header = [*found["axes"], *heads]
-        lines += [f"## {task}", "", f"| {' | '.join(header)} |", f"|{'---:|' * len(header)}"]
-        for at, row in rows:
-            cells = [f"{value:g}" for value in at.values()] + [figure(row.get(name)) for name in heads]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(found: dict[str, Any], path: Path) -> bool:
-    """Overall scores (and what stayed untouched) along the last axis, a line for each value of the others; False
-    without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return False
-    *others, last = found["axes"]
-    panels = [
-        (task, name)
-        for task in found["tasks"]
-        for name in ("overall", "preserved")
-        if any(name in point["tasks"][task] for point in found["points"])
-    ]
-    drawn = Figure(figsize=(5.5, 3.6 * len(panels)), layout="constrained")
-    for (task, name), axes in zip(panels, drawn.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for point in found["points"]:
-            value = point["tasks"][task].get(name)
-            if value is not None:
-                label = ", ".join(f"{other} {point['at'][other]:g}" for other in others)
-                lines.setdefault(label, []).append((point["at"][last], value))
-        for label, row in lines.items():
-            axes.plot(*zip(*sorted(row), strict=True), marker="o", label=label or None)
-        axes.set(title=f"{task}: {name}", xlabel=last, ylabel=name)
-        axes.grid(alpha=0.3)
-        if others and lines:
-            axes.legend()
-    write_figure(drawn, path)
-    return True

@@ -1,4 +1,4 @@
-"""Which tasks of lmms-eval want pictures for replies: those would score a text 0.0, so that they are refused by name."""
+"""Tasks of lmms-eval that want pictures for replies: they would score a text 0.0, and so they are refused by name."""
 
 from __future__ import annotations
 

@@ -16,16 +16,16 @@ import torch
 
 from diptych.core.files import write_text
 from diptych.evaluation import evaluate, toyeval
-from diptych.evaluation.pictures import grid
 from diptych.evaluation.results import TaskResult, versions
 from diptych.inference.engine import Engine, from_pil, to_pil
-from diptych.recipes import quickstart_report
 from diptych.recipes.load import load
 from diptych.recipes.quickstart_folder import check_room, clear, marked
-from diptych.recipes.quickstart_report import Shown, Story
-from diptych.recipes.recipe import Recipe, parse, set_value
+from diptych.recipes.recipe import Recipe, StageSpec, parse, set_value
 from diptych.recipes.recipe import load_plain as load_recipe
 from diptych.recipes.run import train_recipe
+from diptych.reports import quickstart as reports
+from diptych.reports.pictures import grid
+from diptych.reports.quickstart import Shown, Story
 from diptych.toyworld.editjudge import judge_edit
 from diptych.toyworld.edits import Edit
 from diptych.toyworld.samples import ToyWorld
@@ -159,6 +159,7 @@ def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine
         flat = [shown for row in one.shown for shown in row]
         sheet = grid([shown.image for shown in flat], columns=SHOWN_IMAGES * 3, marks=[shown.correct for shown in flat])
         sheet.save(folder / f"{name}.png")
+    stage = next(iter(recipe.stages.values()))
     story = Story(
         folder=folder,
         found=found,
@@ -168,14 +169,27 @@ def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine
         rows=read_metrics(folder / "metrics.jsonl"),
         answers=answers(engine),
         edits=edits(engine),
-        recipe=recipe,
+        batch_size=stage.batch_size,
+        trained=stage.train,
+        mixture=mixture(stage),
     )
-    write_text(folder / "curves.svg", quickstart_report.curves_file(story.rows))
-    quickstart_report.save(story, folder / "report.html")
+    reports.write_curves(story.rows, folder / "curves.svg")
+    reports.write(story, folder / "report.html")
     write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
 
 
-def answers(engine: Engine, count: int = 4) -> list[quickstart_report.Answer]:
+def mixture(stage: StageSpec) -> list[str]:
+    """The sources of a stage in words, each with its share of the samples."""
+    total = sum(source.weight for source in stage.data.sources.values())
+    kinds = {"image": "unlabelled images", "text_to_image": "text-image pairs"}
+    words: list[str] = []
+    for source in stage.data.sources.values():
+        number = f"{source.count:,} " if source.count else ""
+        words.append(f"{source.weight / total:.0%} {number}{kinds.get(source.task, source.task)}")
+    return words
+
+
+def answers(engine: Engine, count: int = 4) -> list[reports.Answer]:
     """Questions about new scenes, the model's answers and the true ones."""
     world = ToyWorld(EXAMPLES_SEED, engine.sampling.size[0], text_only=0.0, captions=0.0)
     asked = [world.sample("understand", index) for index in range(count)]
@@ -183,18 +197,18 @@ def answers(engine: Engine, count: int = 4) -> list[quickstart_report.Answer]:
     questions = [sample.messages[0].text.replace("<image>", "").strip() for sample in asked]
     given = engine.ask(images, questions, max_new_tokens=16)
     return [
-        quickstart_report.Answer(image=image, question=question, given=answer, truth=sample.messages[1].text)
+        reports.Answer(image=image, question=question, given=answer, truth=sample.messages[1].text)
         for sample, image, question, answer in zip(asked, images, questions, given, strict=True)
     ]
 
 
-def edits(engine: Engine, count: int = 3) -> list[quickstart_report.EditShown]:
+def edits(engine: Engine, count: int = 3) -> list[reports.EditShown]:
     """Edits of new scenes, asked of a model that was never trained to edit."""
     world = ToyWorld(EXAMPLES_SEED, engine.sampling.size[0])
     asked = [world.sample("edit", index) for index in range(count)]
     images = engine.tensors(asked, n=1, seed=SEED)
     return [
-        quickstart_report.EditShown(
+        reports.EditShown(
             before=to_pil(sample.context_images[0]),
             after=to_pil(image),
             instruction=sample.text,

@@ -24,13 +24,13 @@ from diptych.core.sample import Batch
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation import evaluate
-from diptych.evaluation.pictures import grid
 from diptych.inference.engine import Engine
 from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import from_checkpoint, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
+from diptych.reports.pictures import grid
 from diptych.systems.base import AssembledSystem, System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig

@@ -1,7 +1,7 @@
 """A study: recipes run at equal budget with one or more seeds, scored alike, and set beside each other in a table.
 
 A study is a YAML file, read as strictly as a recipe. `plan` turns it into runs; `study_run` performs them, and
-`study_report` tabulates them.
+`study_results` gathers them.
 """
 
 from __future__ import annotations

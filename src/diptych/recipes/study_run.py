@@ -21,7 +21,7 @@ from diptych.core.errors import UserError
 from diptych.core.files import write_text
 from diptych.core.reading import read_object, read_yaml
 from diptych.evaluation import evaluate, results
-from diptych.recipes import study_report
+from diptych.recipes import study_results
 from diptych.recipes.clock import clock, seconds
 from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import load
@@ -83,10 +83,10 @@ def run_study(
             say(f"run {runs.index(run) + 1} of {len(runs)}: {run.title}")
             if not perform(run, tasks, say=say, progress=progress):
                 return None
-            study_report.write(study, runs, out)
-    elif not at_once(waiting, tasks, jobs, say, lambda: study_report.write(study, runs, out)):
+            study_results.write(study, runs, out)
+    elif not at_once(waiting, tasks, jobs, say, lambda: study_results.write(study, runs, out)):
         return None
-    return study_report.write(study, runs, out, draw=True)
+    return study_results.write(study, runs, out, draw=True)
 
 
 def holds_others(out: Path) -> bool:

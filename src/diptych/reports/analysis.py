@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,35 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.analysis.words import CATEGORIES
-from diptych.core.errors import UserError
-from diptych.core.files import write_figure
+from diptych.reports import figures
+from diptych.reports.figures import COLOURS
+from diptych.reports.markdown import table
+from diptych.reports.page import render
 
-COLOURS = ("#3b5bdb", "#d9822b", "#0f9960", "#c23030", "#7157d9", "#1c2330", "#b83280", "#728c00")
 TINT = {"object": "59,91,219", "position": "217,130,43", "color": "15,153,96", "other": "114,124,140"}
 """Red, green and blue of a category's words."""
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, aligned as text too."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def figure(columns: int, rows: int = 1, wide: float = 4.6, tall: float = 3.8) -> tuple[Any, Any]:
-    """A figure and its panels (rows, columns).
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("plots need matplotlib: pip install 'diptych[eval]'") from error
-    made = Figure(figsize=(wide * columns, tall * rows), layout="constrained")
-    return made, made.subplots(rows, columns, squeeze=False)
+CATEGORIES = tuple(TINT)
+"""As of `diptych.analysis.words`, in the order of the columns."""
 
 
 # Words
@@ -83,13 +62,13 @@ def word_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def word_plots(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A bar for each category and model, and each category along the layers."""
-    made, panels = figure(3, wide=5.2)
+    made, panels = figures.figure(3, wide=5.2)
     bars, lines, heads = panels[0]
     for number, (name, each) in enumerate(found.items()):
         offsets = np.arange(len(CATEGORIES)) + (number - (len(found) - 1) / 2) * 0.38
         values = [each["overall"][c] for c in CATEGORIES]
         errors = [each["deviation"][c] for c in CATEGORIES]
-        bars.bar(offsets, values, 0.36, yerr=errors, capsize=3, color=COLOURS[number], label=name)
+        bars.bar(offsets, values, 0.36, yerr=errors, capsize=3, color=COLOURS[number % len(COLOURS)], label=name)
         for at, category in enumerate(CATEGORIES):
             line = [row[category] for row in each["by_layer"]]
             lines.plot(line, "-o" if number else "--o", color=COLOURS[at], markersize=3, label=f"{category}, {name}")
@@ -106,40 +85,31 @@ def word_plots(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     lines.legend(fontsize=6, frameon=False, ncols=len(found), loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axis in (lines.xaxis, heads.xaxis, heads.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    write_figure(made, path)
+    figures.write(made, path)
 
 
 def prompt_page(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Each prompt with its words coloured by category, the deeper the more attention; as HTML."""
-    most = max(word["share"] for each in found.values() for row in each["words"] for word in row["words"])
+    greatest = max(word["share"] for each in found.values() for row in each["words"] for word in row["words"])
     names = list(found)
-    parts = [
-        "<!doctype html><meta charset='utf-8'><title>Attention to words</title>",
-        "<style>body{font:16px/1.9 system-ui,sans-serif;margin:2em;max-width:64em;color:#1c2330}"
-        "span.w{padding:.15em .35em;border-radius:.3em;margin-right:.25em;display:inline-block;line-height:1.3}"
-        "small{display:block;font-size:.7em;color:#444}td,th{padding:.2em .8em;vertical-align:top;text-align:left}"
-        "tr:nth-child(odd){background:#f6f7f9}</style>",
-        "<h1>Attention to the words of a prompt</h1><p>Share of the attention that the image's latents give to the "
-        "prompt, over the first steps of sampling; mean of layers and heads.</p><p>",
-        *(f"<span class=w style='background:rgba({TINT[c]},.45)'>{c}</span>" for c in CATEGORIES),
-        "</p><table>",
-        "<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>",
-    ]
-    for number in range(len(found[names[0]]["words"])):
-        parts.append("<tr>")
+    rows: list[list[list[dict[str, Any]]]] = []
+    for number, first in enumerate(found[names[0]]["words"]):
+        rows.append([])
         for name in names:
-            base = found[names[0]]["words"][number]["words"]
-            parts.append("<td>")
-            for at, word in enumerate(found[name]["words"][number]["words"]):
-                change = "" if name == names[0] else f" ({100 * (word['share'] - base[at]['share']):+.2f})"
-                strength = 0.08 + 0.82 * word["share"] / most if most > 0 else 0.08
-                parts.append(
-                    f"<span class=w style='background:rgba({TINT[word['category']]},{strength:.2f})'>"
-                    f"{html.escape(word['word'])}<small>{100 * word['share']:.2f}%{change}</small></span>"
+            words: list[dict[str, Any]] = []
+            for word, base in zip(found[name]["words"][number]["words"], first["words"], strict=True):
+                share = word["share"]
+                words.append(
+                    {
+                        "word": word["word"],
+                        "category": word["category"],
+                        "percent": 100 * share,
+                        "change": None if name == names[0] else 100 * (share - base["share"]),
+                        "strength": 0.08 + 0.82 * share / greatest if greatest > 0 else 0.08,
+                    }
                 )
-            parts.append("</td>")
-        parts.append("</tr>")
-    return "".join([*parts, "</table>\n"])
+            rows[-1].append(words)
+    return render("words.html", names=names, rows=rows, tints=TINT)
 
 
 # Images
@@ -170,7 +140,7 @@ def looking_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A line for each model along the layers, its spread over questions as a band."""
-    made, panels = figure(1, wide=5.6)
+    made, panels = figures.figure(1, wide=5.6)
     panel = panels[0, 0]
     for colour, (name, each) in zip(COLOURS, found.items(), strict=False):
         layers, mean, spread = range(len(each["by_layer"])), np.array(each["by_layer"]), np.array(each["deviation"])
@@ -179,7 +149,7 @@ def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panel.set(xlabel="layer", ylabel="attention to vision tokens", title="band: spread over questions")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(fontsize=8, frameon=False)
-    write_figure(made, path)
+    figures.write(made, path)
 
 
 # Features
@@ -210,7 +180,7 @@ def feature_plot(
     path: Path,
 ) -> None:
     """The maps side by side, classes in colours."""
-    made, panels = figure(len(planes))
+    made, panels = figures.figure(len(planes))
     names = sorted(set(labels))
     for panel, (model, points) in zip(panels[0], planes.items(), strict=True):
         for number, name in enumerate(names):
@@ -218,4 +188,4 @@ def feature_plot(
             panel.scatter(points[rows, 0], points[rows, 1], s=12, color=COLOURS[number % len(COLOURS)], label=name)
         panel.set(xticks=[], yticks=[], title=f"{model}\nlinear probe {found[model]['probe']['mean']:.3f}")
     panels[0, 0].legend(fontsize=8, frameon=False)
-    write_figure(made, path)
+    figures.write(made, path)

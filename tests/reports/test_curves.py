@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diptych.core.errors import UserError
-from diptych.training.curves import losses, plot, points, read, starts
+from diptych.reports.curves import losses, plot, points, read, starts
 
 ROWS = [
     {"step": 10, "stage": "read", "loss/cross_entropy.understand": 2.0, "lr": 0.1},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
-from diptych.core.files import write_figure
+from diptych.reports import figures
 from diptych.training.metrics import read_metrics
 
 TRAINED, HELD_OUT, SCORED = "loss/", "held_out/", "score/"
@@ -59,18 +59,11 @@ def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     runs: rows by label. Stages are marked where there is one run.
 
     Raises:
-        UserError: matplotlib is not installed, or the file's type is not one that it writes.
+        UserError: the file's type is not one that matplotlib writes.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError("matplotlib is not installed; pip install 'diptych[eval]'") from error
     terms = list(dict.fromkeys(term for rows in runs.values() for term in losses(rows)))
-    figure = Figure(figsize=(9, 2.6 * len(terms)), layout="constrained")
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise UserError(f"{path}: not a picture that can be written; choices: {', '.join(sorted(known))}")
-    panels = figure.subplots(len(terms), 1, squeeze=False, sharex=True)[:, 0]
+    made, grid = figures.figure(1, len(terms), wide=9, tall=2.6, sharex=True)
+    panels = grid[:, 0]
     for term, panel in zip(terms, panels, strict=True):
         for number, (label, rows) in enumerate(runs.items()):
             begins = starts(rows)
@@ -112,4 +105,4 @@ def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     panels[-1].set_xlabel("step (line: training, points: held out)", fontsize=8)
     if len(runs) > 1:
         panels[0].legend(fontsize=7)
-    write_figure(figure, path, dpi=130)
+    figures.write(made, path, dpi=130)

@@ -1,112 +1,16 @@
-"""What a study found: results.json, table.md and plot.png, from the runs that are scored so far."""
+"""A study's tables and plots, from what its results.json holds."""
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.core.files import write_figure, write_text
-from diptych.core.reading import read_object
-from diptych.evaluation.results import categories
-from diptych.recipes.clock import seconds
-from diptych.recipes.study import Planned, StudySpec, asked
+from diptych.reports import figures
+from diptych.reports import markdown as md
 
 NONE_YET = "-"
-BAR, POINT, INK = "#3b5bdb", "#d9822b", "#1c2330"
-
-
-def write(study: StudySpec, runs: Sequence[Planned], out: Path, *, draw: bool = False) -> dict[str, Any]:
-    """Write the study's files as far as its runs are scored; what results.json holds.
-
-    draw: also plot.png, where matplotlib (extra `eval`) is installed; `plot` names the file, or says why there is none.
-    """
-    found = collect(study, runs)
-    found["plot"] = None
-    if draw:
-        found["plot"] = "plot.png" if plot(found, out / "plot.png") else "none: pip install 'diptych[eval]'"
-        if found["curve"] is not None:
-            curve(found, out / "curve.png")
-    write_text(out / "table.md", "\n".join(markdown(found)) + "\n")
-    write_text(out / "results.json", json.dumps(found, indent=1) + "\n")
-    return found
-
-
-def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
-    """All figures: of each run and seed, and over the seeds."""
-    tasks = asked(study)
-    scores = {(run.name, run.seed): _scores(run, tasks) for run in runs}
-    seeds = list(dict.fromkeys(run.seed for run in runs))
-    rows: dict[str, Any] = {}
-    for name, spec in study.runs.items():
-        same = [run for run in runs if run.name == name]
-        each = {str(run.seed): one for run in same if (one := scores[name, run.seed]) is not None}
-        rows[name] = {
-            "recipe": spec.recipe,
-            "set": list(spec.set),
-            "start": spec.start,
-            "model": spec.model,
-            "reported": spec.report,
-            "labels": dict(spec.labels),
-            "budget": [list(part) for part in same[0].chain],
-            "samples": same[0].samples,
-            "training_seconds": _mean([_seconds(run) for run in same if _seconds(run)]),
-            "tasks": {task: _over_seeds([one["tasks"][task] for one in each.values()]) for task in tasks if each},
-            "seeds": each,
-        }
-    reported = [row for row in rows.values() if row["reported"]]
-    every = [one for one in scores.values() if one is not None]
-    return {
-        "title": study.title,
-        "text": study.text,
-        "curve": None if study.curve is None else list(study.curve),
-        "complete": all(len(row["seeds"]) == len(seeds) for row in reported),
-        "equal_budget": len({row["samples"] for row in reported}) == 1,
-        "seeds": seeds,
-        "tasks": tasks,
-        "runs": rows,
-        "hardware": sorted({one["hardware"] for one in every}),
-        "versions": every[0]["versions"] if every else {},
-    }
-
-
-def _scores(run: Planned, tasks: dict[str, Any]) -> dict[str, Any] | None:
-    """A run's eval/results.json, None where it is not scored as `tasks` asks."""
-    path = run.folder / "eval" / "results.json"
-    if not run.spec.report or not path.is_file():
-        return None
-    found = read_object(path)
-    return found if found.get("asked") == tasks else None
-
-
-def _seconds(run: Planned) -> float:
-    """Training time of a run and of those it starts from."""
-    return sum(seconds(one.folder) for one in run.lineage)
-
-
-def _over_seeds(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """mean: over seeds. lowest, highest, deviation: of the seeds. interval: mean of the seeds' 95% intervals, which are
-    over prompts."""
-    overall = [one["overall"] for one in scores]
-    return {
-        "mean": statistics.fmean(overall),
-        "interval": [statistics.fmean(one["interval"][side] for one in scores) for side in (0, 1)],
-        "lowest": min(overall),
-        "highest": max(overall),
-        "deviation": statistics.stdev(overall) if len(overall) > 1 else None,
-        "categories": {
-            name: statistics.fmean(one[name]["score"] for one in scores) for name in (categories(scores[0]))
-        },
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(statistics.fmean(values), 1) if values else None
-
-
-# Text
+BAR, POINT, INK = figures.COLOURS[0], figures.COLOURS[1], figures.INK
 
 
 def markdown(found: dict[str, Any]) -> list[str]:
@@ -174,10 +78,8 @@ def _labels(runs: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def rows(cells: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, its columns aligned as text too."""
-    widths = [max(len(row[at]) for row in cells) for at in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    """A header and rows as Markdown."""
+    return md.table(cells[0], cells[1:])
 
 
 def facts(found: dict[str, Any]) -> list[str]:
@@ -189,7 +91,7 @@ def facts(found: dict[str, Any]) -> list[str]:
     lines = [
         f"- Seeds: {seeds}. A seed sets the first weights, the data order, and all noise of training and sampling.",
         f"- Budget and time include the runs that a run starts from. {equal}{apart}",
-        "- Intervals are bootstrapped over prompts"
+        "- Intervals are over prompts (docs/evaluation.md)"
         + (", and averaged over the seeds." if len(found["seeds"]) > 1 else "; they say nothing of other seeds."),
     ]
     for task, options in found["tasks"].items():
@@ -201,19 +103,12 @@ def facts(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-# Picture
-
-
-def plot(found: dict[str, Any], path: Path) -> bool:
-    """A bar for each reported run with its interval, and a point for each seed; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def plot(found: dict[str, Any], path: Path) -> None:
+    """A bar for each reported run with its interval, and a point for each seed."""
     reported = {name: row for name, row in found["runs"].items() if row["reported"] and row["tasks"]}
     columns, names = _labels(reported)
-    figure = Figure(figsize=(max(5.0, 1.0 + 1.1 * len(reported)), 3.8 * len(found["tasks"])), layout="constrained")
-    panels = figure.subplots(len(found["tasks"]), 1, squeeze=False)[:, 0]
+    made, grid = figures.figure(1, len(found["tasks"]), wide=max(5.0, 1.0 + 1.1 * len(reported)))
+    panels = grid[:, 0]
     for panel, task in zip(panels, found["tasks"], strict=True):
         for at, row in enumerate(reported.values()):
             score = row["tasks"][task]
@@ -232,25 +127,20 @@ def plot(found: dict[str, Any], path: Path) -> bool:
         if all(row["tasks"][task]["highest"] <= 1 for row in reported.values()):  # a share, and no distance
             panel.set_ylim(0, 1.08)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(found["title"], fontsize=10)
-    write_figure(figure, path)
-    return True
+    made.suptitle(found["title"], fontsize=10)
+    figures.write(made, path)
 
 
-def curve(found: dict[str, Any], path: Path) -> bool:
-    """Scores along a numeric label, a line for each value of another, intervals as bands; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def curve(found: dict[str, Any], path: Path) -> None:
+    """Scores along a numeric label, a line for each value of another, intervals as bands."""
     along, by = found["curve"]
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for row in found["runs"].values():
         labels = row["labels"]
         if row["reported"] and row["tasks"] and along in labels and by in labels:
             lines.setdefault(str(labels[by]), []).append((float(labels[along]), row["tasks"]))
-    figure = Figure(figsize=(5.5, 3.6 * len(found["tasks"])), layout="constrained")
-    panels = figure.subplots(len(found["tasks"]), 1, squeeze=False)[:, 0]
+    made, grid = figures.figure(1, len(found["tasks"]), wide=5.5, tall=3.6)
+    panels = grid[:, 0]
     for panel, task in zip(panels, found["tasks"], strict=True):
         for colour, (name, points) in zip((BAR, POINT, INK) * len(lines), lines.items(), strict=False):
             points = sorted(points, key=lambda point: point[0])
@@ -262,6 +152,5 @@ def curve(found: dict[str, Any], path: Path) -> bool:
         panel.set_ylabel(task)
         panel.legend(title=by, fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(found["title"], fontsize=10)
-    write_figure(figure, path)
-    return True
+    made.suptitle(found["title"], fontsize=10)
+    figures.write(made, path)

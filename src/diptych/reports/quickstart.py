@@ -1,4 +1,4 @@
-"""The quick start's report: what was done, in words, pictures and numbers of this very run."""
+"""The quick start's page: what was done, in words, pictures and numbers of this very run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
-from diptych.evaluation import report
-from diptych.evaluation.report import Interval, Strip
-from diptych.evaluation.results import categories
-from diptych.recipes.recipe import Recipe
+from diptych.reports import figures, page
+from diptych.reports.evaluation import categories
+from diptych.reports.figures import Interval
+from diptych.reports.page import Strip
 
 TITLES = {
     "single": "one object",
@@ -53,7 +54,11 @@ class EditShown:
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """All that the report tells. found: what results.json holds. rows: of metrics.jsonl."""
+    """All that the report says.
+
+    found: what results.json holds. rows: of metrics.jsonl. batch_size, trained, mixture: of the stage that was run; the
+    mixture is its sources in words.
+    """
 
     folder: Path
     found: dict[str, Any]
@@ -63,12 +68,14 @@ class Story:
     rows: Sequence[dict[str, Any]]
     answers: Sequence[Answer]
     edits: Sequence[EditShown]
-    recipe: Recipe
+    batch_size: int
+    trained: Sequence[str]
+    mixture: Sequence[str]
 
 
-def save(story: Story, path: Path) -> None:
-    """Write report.html."""
-    report.save(path, html(story))
+def write(story: Story, path: Path) -> None:
+    """Write page.html."""
+    page.write(path, html(story))
 
 
 def html(story: Story) -> str:
@@ -81,21 +88,21 @@ def html(story: Story) -> str:
         "training steps": f"{found['steps']:,}",
         "for everything": duration(found["seconds"]),
     }
-    sections: list[tuple[str, Sequence[str]]] = [
-        ("", [report.facts(facts)]),
-        ("What happened", [report.text(words) for words in explained(story)]),
+    sections: list[tuple[str, Sequence[Markup]]] = [
+        ("", [page.facts(facts)]),
+        ("What happened", [page.text(words) for words in explained(story)]),
         ("The same prompts, before and after", [pictures(story)]),
-        ("Scores", [scores(before, after), report.text(judged(found, before))]),
+        ("Scores", [*scores(before, after), page.text(judged(found, before))]),
         ("Learning", loss_charts(story.rows)),
         ("Asked about a picture", [answered(story.answers)]),
-        ("Asked to edit one", [report.text(EDITING), edited(story.edits)]),
-        ("Try next", [report.commands(next_commands(story.folder))]),
+        ("Asked to edit one", [page.text(EDITING), edited(story.edits)]),
+        ("Try next", [page.commands(next_commands(story.folder))]),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     parts = ", ".join(f"{name} {duration(value)}" for name, value in found["seconds_of"].items() if name != "total")
     footer = f"{found['hardware']}. {parts}. {versions}. Recipe {found['recipe']}, seed {found['seed']}."
     lead = "A generator that learned from images alone is taught to follow text with a few hundred captions."
-    return report.page("Diptych quick start", lead, sections, footer)
+    return page.page("Diptych quick start", lead, sections, footer)
 
 
 EDITING = (
@@ -106,13 +113,7 @@ EDITING = (
 
 def explained(story: Story) -> list[str]:
     """What was done, from the recipe that was run."""
-    found, (stage, *_) = story.found, story.recipe.stages.values()
-    sources: list[str] = []
-    total = sum(source.weight for source in stage.data.sources.values())
-    for source in stage.data.sources.values():
-        kind = {"image": "unlabelled images", "text_to_image": "text-image pairs"}.get(source.task, source.task)
-        number = f"{source.count:,} " if source.count else ""
-        sources.append(f"{source.weight / total:.0%} {number}{kind}")
+    found = story.found
     first = story.after[0][0].expansion if story.after and story.after[0] else ""
     thinking = (
         [
@@ -127,9 +128,9 @@ def explained(story: Story) -> list[str]:
         f"The starting point, {found['model']}, joins a frozen multimodal language model to a small diffusion "
         "transformer. Until now the transformer was trained on unlabelled pictures only: it drew what the language "
         "model saw in a partly hidden picture. It has never met a caption.",
-        f"This run continued for {found['steps']:,} steps of {stage.batch_size} samples: {', '.join(sources)}. The "
-        f"language "
-        f"model stayed frozen; what learned was: {', '.join(stage.train)}.",
+        f"This run continued for {found['steps']:,} steps of {story.batch_size} samples: {', '.join(story.mixture)}. "
+        "The language "
+        f"model stayed frozen; what learned was: {', '.join(story.trained)}.",
         "Both models then drew the same prompts from the same noise. No prompt below was in the training captions.",
         *thinking,
     ]
@@ -144,14 +145,14 @@ def judged(found: dict[str, Any], scores: dict[str, Any]) -> str:
     )
 
 
-def pictures(story: Story) -> str:
+def pictures(story: Story) -> Markup:
     """A card for each prompt."""
-    made: list[str] = []
+    made: list[Markup] = []
     for prompt, before, after in zip(story.prompts, story.before, story.after, strict=True):
         strips = [_strip("before", prompt, before), _strip("after", prompt, after)]
         right = [sum(shown.correct for shown in row) for row in (before, after)]
-        made.append(report.card(prompt, strips, f"right: {right[0]} of {len(before)}, then {right[1]} of {len(after)}"))
-    return report.cards(made)
+        made.append(page.card(prompt, strips, f"right: {right[0]} of {len(before)}, then {right[1]} of {len(after)}"))
+    return page.cards(made)
 
 
 def _strip(label: str, prompt: str, row: Sequence[Shown]) -> Strip:
@@ -160,7 +161,7 @@ def _strip(label: str, prompt: str, row: Sequence[Shown]) -> Strip:
     return Strip(label=label, images=[shown.image for shown in row], alts=alts)
 
 
-def scores(before: dict[str, Any], after: dict[str, Any]) -> str:
+def scores(before: dict[str, Any], after: dict[str, Any]) -> list[Markup]:
     """A chart and a table of both sides."""
     rows: list[list[str]] = []
     chart: dict[str, dict[str, Interval]] = {}
@@ -177,8 +178,8 @@ def scores(before: dict[str, Any], after: dict[str, Any]) -> str:
         for label, side in sides.items()
     }
     rows.append(["overall", _ranged(before, "overall"), _ranged(after, "overall")])
-    drawing = report.interval_chart(chart, title="Share of right pictures by category, with 95% intervals")
-    return drawing + report.table(["category", "before", "after"], rows, total=True)
+    drawing = figures.interval_chart(chart, title="Share of right pictures by category, with 95% intervals")
+    return [drawing, page.table(["category", "before", "after"], rows, total=True)]
 
 
 def _ranged(score: dict[str, Any], key: str) -> str:
@@ -196,41 +197,39 @@ def curves(rows: Sequence[dict[str, Any]], prefix: str) -> dict[str, list[tuple[
     return found
 
 
-def loss_charts(rows: Sequence[dict[str, Any]]) -> list[str]:
+def loss_charts(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     """Training and held-out losses."""
-    charts = [report.line_chart(curves(rows, "loss/"), x="step", y="loss", title="Training loss by kind of data")]
+    charts = [figures.line_chart(curves(rows, "loss/"), x="step", y="loss", title="Training loss by kind of data")]
     held_out = curves(rows, "held_out/")
     if held_out:
         title = "Held-out loss: samples that are never trained on"
-        charts.append(report.line_chart(held_out, x="step", y="loss", title=title))
+        charts.append(figures.line_chart(held_out, x="step", y="loss", title=title))
     return charts
 
 
-def curves_file(rows: Sequence[dict[str, Any]]) -> str:
-    """The training curves as an SVG file of its own."""
-    chart = report.line_chart(curves(rows, "loss/"), x="step", y="loss", title="Training loss by kind of data")
-    start, end = chart.find("<svg"), chart.find("</svg>")
-    colours = "svg{--s0:#3b5bdb;--s1:#d9822b;--s2:#2e9e5b;--s3:#b4508c;--s4:#0d9aa8;--s5:#8a6d3b;background:#fff;"
-    style = f"<style>{colours}font:12px sans-serif}}.axis{{stroke:#e1e5eb}}text{{fill:#5c6675}}</style>"
-    drawing = chart[start:end] + "</svg>\n" if start >= 0 else '<svg xmlns="http://www.w3.org/2000/svg"></svg>\n'
-    return drawing.replace("<title>", f"{style}<title>", 1)
+def write_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The training losses as a picture of its own."""
+    made = figures.line_figure(curves(rows, "loss/"), x="step", y="loss")
+    if made is not None:
+        made.suptitle("Training loss by kind of data", fontsize=10)
+        figures.write(made, path)
 
 
-def answered(answers: Sequence[Answer]) -> str:
+def answered(answers: Sequence[Answer]) -> Markup:
     """Questions with the answers given, and the true ones where they differ."""
     captions = [
         f"{one.question} — {one.given.strip() or '(nothing)'}"
         + ("" if one.given.strip() == one.truth else f" (true: {one.truth})")
         for one in answers
     ]
-    return report.gallery([one.image for one in answers], captions)
+    return page.gallery([one.image for one in answers], captions)
 
 
-def edited(edits: Sequence[EditShown]) -> str:
+def edited(edits: Sequence[EditShown]) -> Markup:
     """A card for each edit."""
-    return report.cards(
+    return page.cards(
         [
-            report.card(
+            page.card(
                 edit.instruction,
                 [
                     Strip(
