@@ -60,7 +60,7 @@ def test_a_page(tmp_path: Path) -> None:
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in parser.images)
     assert "<a>" not in html
     assert "&lt;a&gt;" in html
-    outside = re.findall(r'(?:src|href)="(?!data:)[^"]*"|url\((?!#)|@import|<script', html)
+    outside = re.findall(r'(?:src|href)="(?!data:|#)[^"]*"|url\((?!#)|@import|<script', html)
     assert not outside
     assert "prefers-color-scheme:dark" in html
 
