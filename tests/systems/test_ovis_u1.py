@@ -398,6 +398,35 @@ def test_the_published_layout_comes_back_to_the_bit(release: Path, tmp_path: Pat
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), back.state_dict().values(), strict=True))
 
 
+def test_fields_that_the_visual_tokenizers_class_writes_beside_the_towers(release: Path, tmp_path: Path) -> None:
+    """They count where they mean something, are passed over where the tower says otherwise, and come back exactly."""
+    file = release / "config.json"
+    config = json.loads(file.read_text())
+    tokenizer = config["visual_tokenizer_config"]
+    tower = tokenizer["backbone_config"]
+    del tower["window_size"]
+    tokenizer |= {"min_pixels": 3136, "max_pixels": 1003520, "image_processor_new_kwargs": {"max_pixels": 802816}}
+    tokenizer |= {"patch_size": tower["patch_size"] + 2, "temporal_patch_size": 1, "window_size": 56}
+    tokenizer |= {"fullatt_block_indexes": None, "preserve_original_pe": True, "interpolate_pe_method": "two_dim"}
+    tokenizer |= {"later_option": False}  # of a later version of the class, and off
+    file.write_text(json.dumps(config, indent=2))
+    (release / "preprocessor_config.json").unlink(missing_ok=True)
+    loaded, _ = load_system(str(release))
+    assert isinstance(loaded, OvisU1System)
+    made = loaded.config()["backbone"]["config"]
+    assert (made["min_pixels"], made["max_pixels"]) == (3136, 802816)
+    assert (made["vision"]["window_size"], made["vision"]["patch_size"]) == (56, tower["patch_size"])
+    OvisU1().to_release(loaded, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    for wrong, message in (
+        ({"image_processor_new_kwargs": {"max_pixel": 1}}, "image_processor_new_kwargs: unknown field 'max_pixel'"),
+        ({"later_option": 3}, "unknown field 'later_option'"),
+    ):
+        file.write_text(json.dumps({**config, "visual_tokenizer_config": {**tokenizer, **wrong}}))
+        with pytest.raises(UserError, match=message):
+            load_system(str(release))
+
+
 def test_saved_as_published_by_either_way_it_is_the_release(release: Path, tmp_path: Path) -> None:
     """Straight, and by way of our own layout: the same names, number formats and bits."""
     save(str(release), tmp_path / "published", layout="published")

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, is_off, unknown
+
+log = logging.getLogger(__name__)
 
 SECTIONS = ("llm_config", "visual_tokenizer_config", "visual_generator_config")
 
 TOP = {*SECTIONS, "hidden_size", "multimodal_max_length", "conversation_formatter_class", "llm_attn_implementation"}
 TOKENIZER = {"vocab_size", "tokenize_function", "hidden_stride", "backbone_config", "tau", "depths", "drop_cls_token",
-             "backbone_kwargs", "use_indicators"}  # fmt: skip
+             "backbone_kwargs", "use_indicators", "image_processor_new_kwargs"}  # fmt: skip
+PIXELS = ("min_pixels", "max_pixels")
+"""Limits of an image's area; the image processor is configured with them, and `image_processor_new_kwargs` may change
+them."""
 GENERATOR = {"in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "mlp_ratio", "num_heads",
              "depth", "depth_single_blocks", "axes_dim", "theta", "qkv_bias", "guidance_embed", "txt_type",
              "timestep_shift", "base_shift", "max_shift", "vae_config", "checkpoint"}  # fmt: skip
 TOWER = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
          "patch_size", "rms_norm_eps", "qkv_bias", "use_bias", "hidden_stride", "window_size", "temporal_patch_size",
          "fullatt_block_indexes", "preserve_original_pe", "interpolate_pe_method", "disable_rope"}  # fmt: skip
+SHARED = ("patch_size", "window_size", "temporal_patch_size", "fullatt_block_indexes", "preserve_original_pe",
+          "interpolate_pe_method")  # fmt: skip
+"""Fields that the visual tokenizer's configuration class writes beside the tower's own; those of the tower decide."""
 DROPOUT = {"attention_dropout", "projection_dropout"}
 """Of the tower; nothing here is trained with it, so that other values than 0 are refused."""
 
@@ -55,7 +64,7 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, dict[str, An
     if not config.get("visual_generator_config"):
         raise UserError(f"{where}: no visual_generator_config: this checkpoint has no generator; it only understands")
     check(config, TOP, where)
-    tokenizer = section(config, "visual_tokenizer_config", TOKENIZER, where)
+    tokenizer = section(config, "visual_tokenizer_config", {*TOKENIZER, *SHARED, *PIXELS}, where)
     tower = section(tokenizer, "backbone_config", TOWER | DROPOUT, f"{where}: visual_tokenizer_config")
     generator = section(config, "visual_generator_config", GENERATOR, where)
     place = f"{where}: visual_generator_config"
@@ -77,6 +86,12 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, dict[str, An
     if patch * patch * channels != tokens or generator.get("out_channels", tokens) != tokens:
         raise UserError(f"{place}: in_channels {tokens} is no square patch of the VAE's {channels} latent channels")
     llm = need(config, "llm_config", where)
+    beside = {key: tokenizer[key] for key in SHARED if tokenizer.get(key) is not None}
+    for key, value in beside.items():
+        if tower.get(key, value) != value:
+            log.info(
+                "%s: visual_tokenizer_config: %s %s is passed over: the tower has %s", where, key, value, tower[key]
+            )
     sampling: dict[str, Any] = {"size": [1024, 1024], "steps": 50, "cfg": 5.0}
     sampling["edit"] = {"cfg": 6.0, "image_cfg": 1.5}
     if generator.get("timestep_shift"):
@@ -85,7 +100,9 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         "backbone": {
             "llm": {key: value for key, value in llm.items() if key not in STRIP and not key.startswith("_")},
             "vision": {"hidden_stride": tokenizer.get("hidden_stride", 2)}
+            | beside
             | {key: value for key, value in tower.items() if key in TOWER},
+            **pixel_limits(tokenizer, f"{where}: visual_tokenizer_config"),
             "visual_vocab_size": need(tokenizer, "vocab_size", f"{where}: visual_tokenizer_config"),
             "max_length": config.get("multimodal_max_length", llm.get("max_position_embeddings", 32768)),
         },
@@ -106,6 +123,14 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, dict[str, An
         "autoencoder": vae,
         "sampling": sampling,
     }
+
+
+def pixel_limits(tokenizer: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Limits of an image's area that the visual tokenizer's configuration says."""
+    limits = {key: tokenizer[key] for key in PIXELS if tokenizer.get(key) is not None}
+    changed = tokenizer.get("image_processor_new_kwargs") or {}
+    check(changed, set(PIXELS), f"{where}: image_processor_new_kwargs")
+    return {**limits, **{key: value for key, value in changed.items() if value is not None}}
 
 
 def write_config(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -158,9 +183,12 @@ def section(owner: Mapping[str, Any], name: str, known: set[str], where: str) ->
 
 
 def check(values: Mapping[str, Any], known: set[str], where: str) -> None:
-    """UserError for a field that is neither known nor empty."""
-    for key, value in values.items():
-        if key in known or key in ORIGIN or value in (None, False, "", [], {}):
+    """UserError for a field that is neither known nor switched off; those that are off are listed in the log."""
+    off = [key for key, value in values.items() if key not in known and key not in ORIGIN and is_off(value)]
+    if off:
+        log.info("%s: not known here, and off: %s", where, ", ".join(off))
+    for key in values:
+        if key in known or key in ORIGIN or key in off:
             continue
         error = unknown("field", key, known, where)
         raise UserError(f"{error} Where it changes nothing in the model, take it out of a local copy of the file.")

@@ -20,6 +20,12 @@ def nearest(value: str, choices: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def is_off(value: object) -> bool:
+    """Whether a field of a configuration that is not known asks for nothing: None, False, or empty, as classes have the
+    options by default that later versions gave them."""
+    return value is None or value is False or value in ("", [], {}, ())
+
+
 def unknown(what: str, value: str, choices: Iterable[str], where: str = "") -> UserError:
     """An error for a name that is not among `choices`; names the nearest and lists them all."""
     listed = sorted(str(choice) for choice in choices)

@@ -13,7 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, is_off, unknown
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -26,10 +28,15 @@ def build(architecture: type[Model], config: Mapping[str, Any]) -> Model:
         config: its arguments, as in its published config.json; names that begin with "_" are skipped.
 
     Raises:
-        UserError: a key the architecture does not have, or values it refuses.
+        UserError: a key the architecture does not have and that asks for something, or values it refuses.
     """
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     known = [name for name in inspect.signature(architecture.__init__).parameters if name != "self"]
+    off = [key for key, value in given.items() if key not in known and is_off(value)]
+    if off:
+        log.info("%s: not known here, and off: %s", architecture.__name__, ", ".join(off))
+    for key in off:
+        del given[key]
     for key in given:
         if key not in known:
             raise unknown("key", key, known, where=architecture.__name__)
