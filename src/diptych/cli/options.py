@@ -90,16 +90,12 @@ def open_model(args: argparse.Namespace) -> Engine:
 
 def device(name: str) -> str:
     """`auto` as the best device there is; UserError for one that is not there."""
-    import torch
+    from diptych.inference.placement import device_named
 
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "auto":
-        return best
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here; the best there is: {best}") from error
-    return name
+        return device_named(name)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
 
 
 def read_picture(path: str) -> Image.Image:

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws, key
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
 from diptych.data.imaging import AnyImage, as_image, to_tensor
 from diptych.inference.edit_sizes import edit_size
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
+from diptych.inference.placement import cast, check_dtype, device_named, number_format
+from diptych.inference.progress import OnDrawingStep, Progress, StepCounter
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, scale_names, views
 from diptych.inference.solvers import Solver, span
 from diptych.systems.base import System
 from diptych.systems.presets import Dropped
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def in_its_format(
+    method: Callable[Concatenate[Any, Arguments], Result],
+) -> Callable[Concatenate[Any, Arguments], Result]:
+    """A method of the engine without gradients, and in the number format that the weights were cast to."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        dtype = self.computes_in
+        precision = nullcontext() if dtype is None else torch.autocast(self.system.device.type, dtype)
+        with torch.no_grad(), precision:
+            return method(self, *args, **kwargs)
+
+    return called
 
 
 class Engine:
@@ -38,31 +62,68 @@ class Engine:
         self.system = system.eval()
         self.sampling = sampling
         self.name = name
+        self.computes_in: torch.dtype | None = None  # where weights were cast: inputs are cast beside them
+
+    def __repr__(self) -> str:
+        """Its name, system, size, device and how it samples."""
+        parameters = list(self.system.parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        formats = " and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}))
+        tasks = ", ".join(self.system.tasks)
+        height, width = self.sampling.size
+        sampling = f"{height}x{width}, {self.sampling.steps} steps of {self.sampling.solver}, cfg {self.sampling.cfg:g}"
+        return (
+            f"{type(self).__name__}({self.name!r}: {self.system.kind}, {count / 1e6:,.1f}M parameters in {formats} on "
+            f"{self.system.device}; {tasks}; {sampling})"
+        )
+
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
+        """The same model on another device ("auto" for the best there is), or with weights of another number format.
+
+        Raises:
+            UserError: a device that is not there, or a format that it does not compute in.
+        """
+        if dtype is not None:
+            wanted = number_format(dtype)
+            check_dtype(str(device or self.system.device), wanted)
+            cast(self.system, wanted)
+            self.computes_in = None if wanted == torch.float32 else wanted
+        if device is not None:
+            self.system.to(device_named(str(device)))
+        return self
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        generator: torch.Generator | None = None,
         progress: Progress | None = None,
+        on_step: OnDrawingStep | None = None,
         expansions: list[str] | None = None,
+        output_type: OutputType = "pil",
         **options: Any,
-    ) -> list[Image.Image]:
+    ) -> Any:
         """Images for one prompt or several, n each, prompt by prompt.
 
         A model of several scales makes the last one, or those of `scales` ("all", or names as in "4x4,8x8"), which then
         follow each other, coarse before fine. Other `options` are fields of `Sampling` (`size` may be one number).
         The same (seed, prompt position, image position) gives the same noise for any batch size. A list given as
         `expansions` is extended by the text that the model wrote before each image, where it was asked to.
+
+        Args:
+            seed: one for all, or a list of seeds; see `tensors`. generator: draws the seeds of all images instead.
+            on_step: called after every step, with a preview on demand.
+            output_type: a list of pictures ("pil"), of arrays (H, W, 3) uint8 ("np"), or of tensors (3, H, W) in
+                [-1, 1] ("pt").
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         empty = [i for i, text in enumerate(prompts) if not text.strip()]
         if empty:
             raise UserError(f"prompt {empty[0]} is empty")
         samples = [Sample(id=f"prompt {i}", task="text_to_image", text=text) for i, text in enumerate(prompts)]
-        made = self.tensors(samples, n=n, seed=seed, progress=progress, expansions=expansions, **options)
-        return [to_pil(x) for x in made]
+        return self._drawn(samples, n, seed, generator, output_type, progress, on_step, expansions, options)
 
     def edit(
         self,
@@ -70,13 +131,16 @@ class Engine:
         instruction: str | Sequence[str],
         *,
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        generator: torch.Generator | None = None,
         progress: Progress | None = None,
+        on_step: OnDrawingStep | None = None,
+        output_type: OutputType = "pil",
         **options: Any,
-    ) -> list[Image.Image]:
+    ) -> Any:
         """Edited images. An image is what `diptych.data.imaging.as_image` takes: a Pillow image, a path, a file's
         bytes, an array or a tensor. One instruction goes with one image, or with several that it refers to; a list of
-        instructions goes with a list of as many images (or lists of images)."""
+        instructions goes with a list of as many images (or lists of images). The other arguments are `generate`'s."""
         if isinstance(instruction, str):
             texts = [instruction]
             groups = [image_list(image)]
@@ -89,8 +153,35 @@ class Engine:
             Sample(id=f"edit {i}", task="edit", text=text, context_images=tuple(from_pil(picture) for picture in group))
             for i, (group, text) in enumerate(zip(groups, texts, strict=True))
         ]
-        return [to_pil(x) for x in self.tensors(samples, n=n, seed=seed, progress=progress, **options)]
+        return self._drawn(samples, n, seed, generator, output_type, progress, on_step, None, options)
 
+    def _drawn(
+        self,
+        samples: Sequence[Sample],
+        n: int,
+        seed: int | Sequence[int],
+        generator: torch.Generator | None,
+        output_type: OutputType,
+        progress: Progress | None,
+        on_step: OnDrawingStep | None,
+        expansions: list[str] | None,
+        options: Mapping[str, Any],
+    ) -> list[Any]:
+        """Images of requests in the form that the caller wants."""
+        if output_type not in get_args(OutputType):
+            raise unknown("output_type", output_type, get_args(OutputType))
+        if generator is not None:
+            if seed != 0:
+                raise UserError("give a seed or a generator, not both")
+            seed = torch.randint(1 << 62, (len(samples) * max(n, 1),), generator=generator).tolist()
+        told: dict[str, Any] = {"progress": progress, "on_step": on_step, "expansions": expansions}
+        images = self.tensors(samples, n=n, seed=seed, **told, **options)
+        if output_type == "pt":
+            return images
+        pictures = [to_pil(image) for image in images]
+        return pictures if output_type == "pil" else [np.asarray(picture) for picture in pictures]
+
+    @in_its_format
     def ask(
         self,
         image: AnyImage | Sequence[AnyImage] | None,
@@ -123,16 +214,17 @@ class Engine:
             answers += self.system.generate_text(conversations[rows], tensors[rows], max_new_tokens=max_new_tokens)
         return answers[0] if isinstance(question, str) else answers
 
-    @torch.no_grad()
+    @in_its_format
     def tensors(
         self,
         samples: Sequence[Sample],
         *,
         n: int,
-        seed: int,
+        seed: int | Sequence[int],
         scales: str = "last",
         positions: Sequence[int] | None = None,
         progress: Progress | None = None,
+        on_step: OnDrawingStep | None = None,
         expansions: list[str] | None = None,
         **options: Any,
     ) -> list[Tensor]:
@@ -143,7 +235,10 @@ class Engine:
         of its image (`inference.edit_sizes`), unless `size` is among the options.
 
         Args:
+            seed: one, from which every image has noise of its own; or a list of one for each image, or for each of
+                the n images of a request. An image has the same noise wherever its own seed stands.
             positions: of the requests in a longer list, by which their noise is drawn; their own places when None.
+            on_step: called after every step of the solver.
             expansions: extended by the text that the model wrote before each image, where it was asked to.
         """
         if n < 1:
@@ -152,19 +247,24 @@ class Engine:
         edits = all(sample.task == "edit" for sample in samples)
         settings = self.settings(options, edits=edits)
         samples = [replace(sample, size=self._size(sample, settings, "size" in options)) for sample in samples]
-        places = range(len(samples)) if positions is None else positions
+        keys = noise_keys(seed, range(len(samples)) if positions is None else positions, n)
         device, capacity = self.system.device, settings.batch_size
         total = len(samples) * n * len(scale_names(self.system, scales))
         images: list[list[Tensor]] = [[] for _ in samples]
         texts: list[list[str]] = [[] for _ in samples]
         # Requests of one size share batches, guidance's null condition and the schedule of each scale.
-        for size, rows in by_size(samples).items():
-            passes = [(view, *self._plan(view, settings)) for view in views(self.system, size, scales)]
+        sizes = by_size(samples)
+        plans = {
+            size: [(view, *self._plan(view, settings)) for view in views(self.system, size, scales)] for size in sizes
+        }
+        counter = None if on_step is None else StepCounter(on_step, count_steps(sizes, plans, n, capacity))
+        for size, rows in sizes.items():
+            passes = plans[size]
             null: Condition | None = None
             for group in cut(rows, capacity):
                 batch = Batch(tuple(samples[row] for row in group)).to(device)
                 # Every image is of a request, by its place in the batch, and has a key for its noise.
-                jobs = [(place, key(seed, places[row], k)) for place, row in enumerate(group) for k in range(n)]
+                jobs = [(place, keys[row][k]) for place, row in enumerate(group) for k in range(n)]
                 owners = [row for row in group for _ in range(n)]
                 if settings.prompt_expansion:  # each image is drawn from a text of its own, and so from a condition
                     asked = batch.take([place for place, _ in jobs])
@@ -188,11 +288,12 @@ class Engine:
                     chosen = [place for (place, _), _ in block]
                     draws = Draws([noise for (_, noise), _ in block], device)
                     shared = {branch: conditions[branch].take(chosen) for branch in branches}
+                    watch = None if counter is None else counter.watch(tuple(row for _, row in block), self._pictures)
                     drawn: list[Tensor] = []
                     for view, solver, guidance in passes:
                         seen: dict[Branch, Condition] = {name: view.of(shared[name]) for name in branches}
                         velocity = guided(self.system.velocity, seen, guidance)
-                        latents = solver.solve(velocity, draws.normal(view.noise, *view.shape))
+                        latents = solver.solve(velocity, draws.normal(view.noise, *view.shape), watch)
                         drawn.append(self.system.to_images(latents).clamp(-1, 1).float().cpu())  # (B, 3, H, W)
                     for place, (_, row) in enumerate(block):
                         images[row] += [scale[place] for scale in drawn]
@@ -206,6 +307,10 @@ class Engine:
         """The model's own settings (for edits, with those of `edit`), and `options` in their place."""
         defaults = self.sampling.over(self.sampling.edit) if edits else self.sampling
         return defaults.over(options)
+
+    def _pictures(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (B, C, h, w) as pictures."""
+        return [to_pil(image) for image in self.system.to_images(latents).float().cpu()]
 
     def _plan(self, view: View, settings: Sampling) -> tuple[Solver, Guidance]:
         """The solver that draws a scale, and the guidance at its times."""
@@ -249,11 +354,8 @@ class Engine:
         return self.system.reasoning(conversation)
 
 
-Progress = Callable[[int, int], None]
-"""Told (images made, images asked for)."""
-
-
 Item = TypeVar("Item")
+OutputType = Literal["pil", "np", "pt"]
 
 DROPPED: dict[Branch, Dropped] = {"null": "text_and_images", "image": "text", "text": "images"}
 """What each branch of guidance leaves out of a request."""
@@ -269,6 +371,34 @@ def by_size(samples: Sequence[Sample]) -> dict[tuple[int, int], list[int]]:
         assert sample.size is not None, "every request has its size here"
         rows.setdefault(sample.size, []).append(row)
     return rows
+
+
+def noise_keys(seed: int | Sequence[int], places: Sequence[int], n: int) -> list[list[int]]:
+    """The key of the noise of each of the n images of every request; see `Engine.tensors`."""
+    if isinstance(seed, int):
+        return [[key(seed, place, k) for k in range(n)] for place in places]
+    seeds = list(seed)
+    if len(seeds) == n and len(places) != 1:
+        seeds = seeds * len(places)
+    if len(seeds) != n * len(places):
+        raise UserError(
+            f"{len(seeds)} seeds for {len(places)} requests of {n} images; give one a request's image, or {n}"
+        )
+    return [[key(own, 0, 0) for own in seeds[row * n : (row + 1) * n]] for row in range(len(places))]
+
+
+def count_steps(
+    sizes: Mapping[tuple[int, int], Sequence[int]],
+    plans: Mapping[tuple[int, int], Sequence[tuple[View, Solver, Guidance]]],
+    n: int,
+    capacity: int,
+) -> int:
+    """Solver steps of a call: those of every scale, for every batch of at most `capacity` images."""
+    total = 0
+    for size, rows in sizes.items():
+        batches = sum(math.ceil(len(group) * n / capacity) for group in cut(rows, capacity))
+        total += batches * sum(len(solver.times) for _, solver, _ in plans[size])
+    return total
 
 
 def cut(items: Sequence[Item], length: int) -> Iterator[Sequence[Item]]:

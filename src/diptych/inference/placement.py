@@ -66,6 +66,28 @@ def place(system: System, placement: Placement) -> None:
         offload(system, torch.device(placement.device), by_part=placement.offload == "model")
 
 
+def device_named(name: str) -> str:
+    """`auto` as the best device there is; UserError for one that is not there."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        return best
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: not available here; the best there is: {best}") from error
+    return name
+
+
+def number_format(dtype: str | torch.dtype) -> torch.dtype:
+    """A number format by its name ("bfloat16"); UserError for one that weights are not kept in."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
 def check_dtype(device: str, dtype: torch.dtype | None) -> None:
     """UserError where a device does not compute in a number format."""
     if dtype == torch.bfloat16 and device.startswith("cuda") and not torch.cuda.is_bf16_supported():

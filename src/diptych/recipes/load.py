@@ -15,12 +15,12 @@ from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight
 from diptych.core.draws import key
 from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.schema import read
-from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.recipes.build import FAMILIES, build_system
 from diptych.recipes.families.base import Family, read_json
 from diptych.recipes.families.mllm import MODEL_TYPES
 from diptych.recipes.legacy import read_config, with_new_names
+from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.tables import choose
@@ -31,15 +31,16 @@ from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
 
 
-def load(model: str, *, device: str = "cpu") -> Engine:
+def load(model: str, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> Model:
     """A model that generates, edits and answers.
 
     Args:
         model: a shipped name (`toy/iomm`), a run folder or one of its checkpoints, a folder in save_pretrained layout,
             or a hub id.
+        device: "cpu", "cuda", "cuda:1", "mps"; the best there is for "auto".
+        dtype: number format of the weights; that of the files when None.
     """
-    system, sampling = load_system(model)
-    return Engine(system.to(device), sampling, model)
+    return Model.from_pretrained(model, device=device, dtype=dtype)
 
 
 def load_system(model: str) -> tuple[System, Sampling]:

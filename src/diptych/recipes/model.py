@@ -1,0 +1,130 @@
+"""A model as its ecosystem expects one: from_pretrained, save_pretrained, push_to_hub, and a card beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import HfApi
+
+from diptych.core.errors import UserError
+from diptych.core.files import write_folder
+from diptych.inference.engine import Engine
+from diptych.inference.placement import number_format
+from diptych.systems.base import AssembledSystem
+
+CARD = "README.md"
+
+
+class Model(Engine):
+    """An engine that can be saved and shared; `diptych.load` gives one."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> Self:
+        """The model of a name, a run folder, a saved folder or a hub id; see `diptych.load`."""
+        from diptych.recipes.load import load_system
+
+        system, sampling = load_system(name)
+        return cls(system, sampling, name).to(device, dtype)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        data: str = "",
+        scores: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write the model into a new folder: config.json with the sampling settings, safetensors, assets and a card.
+
+        Parts that still are those of a name are referred to, not written again.
+
+        Args:
+            dtype: number format of the weights. data: what it learned from, for the card. scores: by benchmark, too.
+
+        Raises:
+            UserError: a folder that exists and is not empty.
+        """
+        place = Path(folder).expanduser()
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"{place}: exists already; choose another folder")
+        if place.exists():
+            place.rmdir()
+        if isinstance(self.system, AssembledSystem):
+            self.system.origins["sampling"] = dataclasses.asdict(self.sampling)
+
+        def write(temporary: Path) -> None:
+            self.system.save_pretrained(temporary, None if dtype is None else number_format(dtype))
+            (temporary / CARD).write_text(self.card(data=data, scores=scores), encoding="utf-8")
+
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(place, write)
+        return place
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        message: str = "Diptych model",
+        dtype: str | torch.dtype | None = None,
+        data: str = "",
+        scores: Mapping[str, float] | None = None,
+    ) -> str:
+        """Upload the model and its card to a hub repository, which is made where there is none; the commit's address.
+
+        The token is the one that `hf auth login` left.
+        """
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            place = self.save_pretrained(Path(folder) / "model", dtype=dtype, data=data, scores=scores)
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            done = api.upload_folder(repo_id=repo_id, folder_path=place, commit_message=message)
+        return str(done.commit_url)
+
+    def card(self, *, data: str = "", scores: Mapping[str, float] | None = None) -> str:
+        """The model card, Markdown with the metadata that the hub reads."""
+        bases = self.bases()
+        head = ["---", "library_name: diptych", "pipeline_tag: any-to-any"]
+        if bases:
+            head += ["base_model:", *(f"- {base}" for base in bases)]
+        head += ["tags:", "- diptych", f"- {self.system.kind}", "---", ""]
+        sampling = {name: value for name, value in dataclasses.asdict(self.sampling).items() if value not in ("", {})}
+        body = [
+            f"# {self.name}",
+            "",
+            f"A unified multimodal model of kind `{self.system.kind}`: {', '.join(self.system.tasks)}.",
+            "",
+            "```python",
+            "import diptych",
+            "",
+            'model = diptych.load("OWNER/NAME")  # this repository, or the folder',
+            'images = model.generate("a red circle left of a blue square")',
+            "```",
+            "",
+            "## Data",
+            "",
+            data or "Not stated.",
+            "",
+            "## Scores",
+            "",
+            *([f"- {name}: {value:g}" for name, value in scores.items()] if scores else ["Not stated."]),
+            "",
+            "## Sampling",
+            "",
+            *(f"- `{name}`: {value}" for name, value in sampling.items()),
+            "",
+        ]
+        return "\n".join(head + body)
+
+    def bases(self) -> list[str]:
+        """Hub ids of the models whose weights parts of this one are."""
+        origins: dict[str, Any] = getattr(self.system, "origins", {})
+        named = [origin.get("weights") for origin in origins.values() if isinstance(origin, dict)]
+        hub = [str(name) for name in named if name and str(name).count("/") == 1 and not Path(str(name)).exists()]
+        return [name for name in dict.fromkeys(hub) if not name.startswith(("toy/", ".", "/", "~"))]
