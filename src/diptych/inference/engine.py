@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, get_args
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.core.condition import Condition
-from diptych.core.draws import Draws, key
+from diptych.core.draws import Draws
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
@@ -24,6 +23,7 @@ from diptych.inference.edit_sizes import edit_size
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
 from diptych.inference.placement import cast, check_dtype, device_named, number_format
 from diptych.inference.progress import OnDrawingStep, Progress, StepCounter
+from diptych.inference.requests import by_size, count_steps, cut, noise_keys
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, scale_names, views
 from diptych.inference.solvers import Solver, span
@@ -354,7 +354,6 @@ class Engine:
         return self.system.reasoning(conversation)
 
 
-Item = TypeVar("Item")
 OutputType = Literal["pil", "np", "pt"]
 
 DROPPED: dict[Branch, Dropped] = {"null": "text_and_images", "image": "text", "text": "images"}
@@ -362,48 +361,6 @@ DROPPED: dict[Branch, Dropped] = {"null": "text_and_images", "image": "text", "t
 
 ENCODED: tuple[Branch, ...] = ("null", "full", "image", "text")
 """The order in which the branches of guidance are encoded: a cache may continue what another branch read."""
-
-
-def by_size(samples: Sequence[Sample]) -> dict[tuple[int, int], list[int]]:
-    """Rows of requests by the size of their images, in the order in which sizes first occur."""
-    rows: dict[tuple[int, int], list[int]] = {}
-    for row, sample in enumerate(samples):
-        assert sample.size is not None, "every request has its size here"
-        rows.setdefault(sample.size, []).append(row)
-    return rows
-
-
-def noise_keys(seed: int | Sequence[int], places: Sequence[int], n: int) -> list[list[int]]:
-    """The key of the noise of each of the n images of every request; see `Engine.tensors`."""
-    if isinstance(seed, int):
-        return [[key(seed, place, k) for k in range(n)] for place in places]
-    seeds = list(seed)
-    if len(seeds) == n and len(places) != 1:
-        seeds = seeds * len(places)
-    if len(seeds) != n * len(places):
-        raise UserError(
-            f"{len(seeds)} seeds for {len(places)} requests of {n} images; give one a request's image, or {n}"
-        )
-    return [[key(own, 0, 0) for own in seeds[row * n : (row + 1) * n]] for row in range(len(places))]
-
-
-def count_steps(
-    sizes: Mapping[tuple[int, int], Sequence[int]],
-    plans: Mapping[tuple[int, int], Sequence[tuple[View, Solver, Guidance]]],
-    n: int,
-    capacity: int,
-) -> int:
-    """Solver steps of a call: those of every scale, for every batch of at most `capacity` images."""
-    total = 0
-    for size, rows in sizes.items():
-        batches = sum(math.ceil(len(group) * n / capacity) for group in cut(rows, capacity))
-        total += batches * sum(len(solver.times) for _, solver, _ in plans[size])
-    return total
-
-
-def cut(items: Sequence[Item], length: int) -> Iterator[Sequence[Item]]:
-    """Consecutive pieces of at most `length` items."""
-    return (items[start : start + length] for start in range(0, len(items), length))
 
 
 def image_list(images: AnyImage | Sequence[AnyImage | Sequence[AnyImage]]) -> list[AnyImage]:
