@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.core.draws import key
+from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
+from diptych.core.prepared import Prepared, Preparer
 from diptych.core.sample import Sample, Task
 from diptych.data import loader
 from diptych.data.buckets import buckets
