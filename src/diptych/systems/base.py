@@ -207,6 +207,10 @@ class AssembledSystem(System):
         )
 
     @property
+    def token_side(self) -> int:
+        return self.decoder.patch
+
+    @property
     def image_step(self) -> int:
         """Image sides must be multiples of this."""
         return self.grid.step
