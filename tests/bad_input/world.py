@@ -89,7 +89,7 @@ def make(path: Path, content: Any, places: dict[str, str]) -> None:
 
 def decoded(value: Any, places: dict[str, str]) -> Any:
     """A value with what stands for bytes ({hex: ...}, {image: ...}) as bytes."""
-    if isinstance(value, dict) and {*value} & {"hex", "image"}:
+    if isinstance(value, dict) and (isinstance(value.get("hex"), str) or isinstance(value.get("image"), dict)):
         return data_of(value, places)
     if isinstance(value, dict):
         return {name: decoded(each, places) for name, each in value.items()}

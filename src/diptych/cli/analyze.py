@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _engines(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
     from transformers.utils import logging as transformers_logging
 
+    from diptych.cli import options
     from diptych.recipes.load import load
 
     transformers_logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device(args.device or "auto")
     return {name: load(name, device=device) for name in args.models}
 
 
@@ -160,6 +160,7 @@ def _words(args: argparse.Namespace, output: Path) -> list[str]:
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError
     from diptych.core.files import write_text
+    from diptych.core.reading import read_text
     from diptych.reports import analysis as reports
 
     engines = _engines(args)
@@ -170,7 +171,7 @@ def _words(args: argparse.Namespace, output: Path) -> list[str]:
         file = Path(args.prompts).expanduser()
         if not file.is_file():
             raise UserError(f"{args.prompts}: no such file of prompts")
-        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line.strip() for line in read_text(file, args.prompts).splitlines() if line.strip()]
         if not texts:
             raise UserError(f"{args.prompts}: holds no prompt")
     prompts = [words.parse(text) for text in texts[: args.limit]]

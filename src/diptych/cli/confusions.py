@@ -20,8 +20,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
-    if args.noise < 0:
-        raise UserError(f"--noise must not be negative, not {args.noise}")
+    if not 0 <= args.noise < 100:
+        raise UserError(f"--noise must be from 0 to below 100, not {args.noise}")
+    if not 8 <= args.size <= 4096:
+        raise UserError(f"--size must be from 8 to 4096, not {args.size}")
     found = confusions(args.count, args.seed, size=args.size, noise=args.noise)
     for title, names, counts in (
         ("shapes", found.shape_names, found.shapes),

@@ -95,6 +95,18 @@ def surroundings(error: Exception) -> str | None:
         if error.filename is not None and not str(error.filename).startswith(PACKAGE):
             return f"{place}cannot be read or written ({error.strerror})"
         return f"too many files are open ({error.strerror})" if error.errno in (errno.EMFILE, errno.ENFILE) else None
+    if isinstance(error, ValueError) and ("null byte" in str(error) or "null character" in str(error)):
+        return "the name of a file holds a null character"
+    if "TextEncodeInput" in str(error):  # what tokenizers say of a lone surrogate
+        return "a text is not valid UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the text {error.object!r} is not valid UTF-8"
+    if type(error).__module__.startswith("jinja2"):
+        return f"the model's chat template cannot be used ({error})"
+    if type(error).__name__ == "BadItem":  # of diptych.data.source, which is not imported here
+        return str(error)
+    if "does not require grad" in str(error):
+        return "the losses of a stage depend on nothing that it trains; name other parts under train, or other tasks"
     words = f"{type(error).__name__} {error}".lower()
     if isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words:
         return "not enough memory; ask for smaller or fewer images, or a smaller batch"
@@ -152,6 +164,9 @@ def dispatch(argv: list[str]) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     log_to_stderr(args.verbose)
+    for option in ("out", "output"):
+        if getattr(args, option, None) == "":
+            raise UserError(f"--{option} is empty; name a folder or a file")
     return module.run(args)
 
 

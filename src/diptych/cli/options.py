@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_file
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def device(name: str) -> str:
     """`auto` as the best device there is; UserError for one that is not there."""
     from diptych.inference.placement import device_named
 
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps", "xpu"), "--device")
     try:
         return device_named(name)
     except UserError as error:

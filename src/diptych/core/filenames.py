@@ -51,5 +51,5 @@ def member_path(name: str, where: str) -> PurePosixPath:
     path = PurePosixPath(name)
     unsafe = any(letter in '\\:"<>|?*' or ord(letter) < 32 or 0xD800 <= ord(letter) <= 0xDFFF for letter in name)
     if not path.parts or path.is_absolute() or ".." in path.parts or unsafe:
-        raise UserError(f"{where}: the name {name!r} would be written outside its folder or is no file name")
+        raise UserError(f"{where}: the name {name!r} leads outside its folder or is no file name")
     return path

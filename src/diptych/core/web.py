@@ -79,6 +79,11 @@ def shown_url(url: str) -> str:
     return redacted(f"{parts.scheme}://{host}{port}{parts.path}{hidden}")
 
 
+def shown_name(name: str) -> str:
+    """A name of a file as it is, and an address as `shown_url` shows it."""
+    return shown_url(name) if "://" in name else name
+
+
 def checked_url(url: str, option: str) -> str:
     """An http or https address with a host and without user, password or fragment.
 

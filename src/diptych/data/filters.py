@@ -167,8 +167,12 @@ def _scored(score: Callable[[str], object], id: str, filters: Filters) -> str:
         field_name, sign = SCORES[name]
         limit = getattr(filters, field_name)
         value = score(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            what = "is NaN" if isinstance(value, float) else f"is {value!r}, not a number"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            what = (
+                ("is NaN" if math.isnan(value) else "is infinite")
+                if isinstance(value, float)
+                else f"is {value!r}, not a number"
+            )
             fault = f"no {name} score" if value is None else f"the {name} score {what},"
             raise UserError(f"{id}: {fault} in {filters.scores or 'its row'}")
         if sign * (value - limit) > 0:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import http.client
 import itertools
+import math
 import os
 import re
 import urllib.error
@@ -15,11 +16,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diptych.core import web
 from diptych.core.errors import UserError
+from diptych.core.filenames import file_name
 from diptych.core.files import write_bytes
 
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60
+MOST = 1_000_000
+"""Shards that a pattern may name."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -27,15 +32,19 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 def expand(pattern: str) -> list[str]:
     """`{000..012}` and `{a,b}` written out, in order; other text unchanged."""
     pieces = _BRACES.split(pattern)  # text, inside, text, inside, ..., text
-    choices = [[piece] if place % 2 == 0 else _choices(piece) for place, piece in enumerate(pieces)]
+    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    if math.prod(len(each) for each in choices) > MOST:
+        raise UserError(f"{web.shown_name(pattern)}: names more than {MOST:,} shards")
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
-def _choices(inside: str) -> list[str]:
+def _choices(inside: str, pattern: str) -> list[str]:
     span = _RANGE.fullmatch(inside)
     if span is None:
         return inside.split(",") if "," in inside else ["{" + inside + "}"]
     first, last = span.groups()
+    if max(len(first), len(last)) > 18 or int(last) - int(first) >= MOST:
+        raise UserError(f"{web.shown_name(pattern)}: names more than {MOST:,} shards")
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
@@ -46,7 +55,7 @@ def local_shards(shard: str, cache: Path) -> Iterator[Path]:
             yield _download(name, cache)
             continue
         if "://" in name:
-            raise UserError(f"{name}: only http and https shards can be downloaded")
+            raise UserError(f"{web.shown_name(name)}: only http and https shards can be downloaded")
         path = os.path.expanduser(name)
         matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
@@ -56,18 +65,19 @@ def local_shards(shard: str, cache: Path) -> Iterator[Path]:
 
 def _download(url: str, cache: Path) -> Path:
     """The shard's copy in `cache`, fetched when it is not there yet."""
-    base = os.path.basename(urllib.parse.urlsplit(url).path) or "shard.tar"
+    base = file_name(os.path.basename(urllib.parse.urlsplit(url).path) or "shard.tar")
     path = cache / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / base
     if path.is_file():
         return path
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+        with web.opener(redirects=True).open(url, timeout=_TIMEOUT_SECONDS) as response:
             write_bytes(path, _whole(response, url))
     except urllib.error.HTTPError as error:
         with error:
-            raise UserError(f"{url}: the server answered {error.code} {error.reason}") from error
+            raise UserError(f"{web.shown_name(url)}: the server answered {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise UserError(f"{url}: cannot be downloaded ({getattr(error, 'reason', error)})") from error
+        reason = getattr(error, "reason", None) or type(error).__name__
+        raise UserError(f"{web.shown_name(url)}: cannot be downloaded ({reason})") from error
     return path
 
 

@@ -286,6 +286,8 @@ def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
             terms = system.losses(system.prepare(batch, draws), draws)
         total = sum(values.sum() for values in terms.values())
         assert isinstance(total, torch.Tensor)
+        if not total.requires_grad:
+            raise UserError(f"stages.{name}: its losses depend on nothing that it trains ({', '.join(spec.train)})")
         total.backward()
         system.zero_grad(set_to_none=True)
         if device == "cuda":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, TextIO
 
 from diptych.core.files import write_text
+from diptych.core.reading import read_text
+
+log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -22,7 +26,11 @@ class Metrics:
         if not main:
             return
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= start] if path.exists() else []
+        kept = (
+            [row for row in read_metrics(path) if isinstance(row.get("step"), int) and row["step"] <= start]
+            if path.exists()
+            else []
+        )
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -47,11 +55,19 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that was cut off while being written is left out."""
+    """The rows of a metrics file. Lines that are no row are left out, with a warning: a disk that was full, or a last
+    line that was cut off while being written."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    broken: list[int] = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = number
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None or line.strip():
+            broken.append(number)
+    if broken:
+        log.warning("%s: %d lines are no rows and are left out, the first is line %d", path, len(broken), broken[0])
     return rows

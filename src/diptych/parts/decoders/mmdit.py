@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
-from diptych.core.ranges import Count, NotNegativeInt, check_ranges
+from diptych.core.ranges import Count, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.packing import Packed, PackingDecoder, Segments, check_layer
@@ -46,8 +48,8 @@ class MMDiTConfig:
     condition_width: int
     hidden: Count
     heads: Count
-    double: NotNegativeInt
-    single: NotNegativeInt
+    double: Annotated[int, Interval(ge=0, le=1000)]
+    single: Annotated[int, Interval(ge=0, le=1000)]
     mlp_ratio: Count = 4
     axes: tuple[int, int, int] = (16, 56, 56)
     pooled_width: int | None = None
