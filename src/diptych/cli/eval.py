@@ -75,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     output = None if args.output is None else Path(args.output).expanduser()
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: a file, not a folder")
+    if args.score_batch < 1:
+        raise UserError(f"--score-batch must be at least 1, not {args.score_batch}")
+    if args.dpg_scoring not in ("official", "fixed"):
+        raise unknown("scoring", args.dpg_scoring, ("official", "fixed"), "--dpg-scoring")
     if args.only not in (None, "generate", "score"):
         raise unknown("step", args.only, ("generate", "score"), "--only")
     toys = [task for task in tasks if task in TOYS]
@@ -141,9 +145,9 @@ def seeds_of(args: argparse.Namespace) -> list[int] | None:
 
 def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tools:
     """Data, judge and weights as the options name them."""
-    import json
 
     from diptych.core.errors import UserError, unknown
+    from diptych.core.reading import read_object
     from diptych.evaluation.download import Data, default_folder
     from diptych.evaluation.judge import CachedJudge
     from diptych.evaluation.judge_prompts import PROMPTS
@@ -157,13 +161,12 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
         data = Data(folder=folder, online=False, allow_unpinned=args.allow_unpinned)
     prompts: dict[str, str] = {}
     if args.judge_prompts is not None:
-        try:
-            prompts = json.loads(Path(args.judge_prompts).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--judge-prompts {args.judge_prompts}: not a readable JSON file") from error
-        for name in prompts:
+        prompts = read_object(Path(args.judge_prompts).expanduser(), f"--judge-prompts {args.judge_prompts}")
+        for name, text in prompts.items():
             if name not in PROMPTS:
                 raise unknown("prompt", name, PROMPTS, "--judge-prompts")
+            if not isinstance(text, str):
+                raise UserError(f"--judge-prompts {args.judge_prompts}: {name} needs text, not {text!r}")
     judge = judge_of(args, device)
     if judge is not None and output is not None:
         rank = os.environ.get("RANK", "0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -192,6 +193,11 @@ def _load(
         import datasets
     except ImportError as error:
         raise UserError("parquet sources need the extra `data`: pip install 'diptych[data]'") from error
+    if files and split != "train":
+        raise UserError(f"{files[0]}: split {split!r} is of data sets on the hub; leave it out for files")
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it logs of a broken file is said below, in one line
     try:
         if files:
             return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
@@ -202,6 +208,8 @@ def _load(
         detail = " ".join(str(error.__cause__ or error).split())
         kind = "not readable as parquet" if files else "no such file, and not loaded from the hub"
         raise UserError(f"{files[0] if files else hub}: {kind} ({detail})") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _undecoded(data: Any, column: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
+from diptych.core.reading import json_value, read_text
 from diptych.evaluation import intervals, results
 from diptych.evaluation.intervals import Bounds, Weights
 
@@ -58,14 +59,17 @@ def read_scores(folder: Path, task: str) -> Scores:
     scores: Scores = {}
     for path in paths:
         latest: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-            row = json.loads(line)
-            if "made_with" not in row:
-                latest[str(row.get("key", number))] = row
+        for number, line in enumerate(read_text(path).split("\n")):
+            row = json_value(line, f"{path}:{number + 1}") if line else {"made_with": None}
+            with attributed_to(f"{path}:{number + 1}: not a row of an evaluation"):
+                if "made_with" not in row:
+                    score = row["score"] if "score" in row else float(row["correct"])
+                    if score is not None and not math.isfinite(score):
+                        raise ValueError(f"the score is {score}")
+                    latest[str(row.get("key", number))] = {"score": score, "of": (row["category"], str(row["id"]))}
         for row in latest.values():
-            score = row["score"] if "score" in row else float(row["correct"])
-            if score is not None:
-                scores.setdefault((row["category"], str(row["id"])), []).append(float(score))
+            if row["score"] is not None:
+                scores.setdefault(row["of"], []).append(float(row["score"]))
     return scores
 
 

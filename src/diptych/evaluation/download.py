@@ -140,7 +140,7 @@ def pinned_model(name: str, option: str, *, allow_unpinned: bool = False) -> tup
     Raises:
         UserError: no such folder, or a hub id whose commit is neither given nor known, without `allow_unpinned`.
     """
-    if Path(name).expanduser().is_dir():
+    if name and Path(name).expanduser().is_dir():
         return str(Path(name).expanduser()), None
     hub_id, _, commit = name.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.locks import only_writer
 from diptych.evaluation import cards, harness, results
 from diptych.evaluation.download import Data, default_folder
@@ -52,10 +52,11 @@ def task_of(name: str, tools: Tools) -> Task:
     Raises:
         UserError: there is none, or its data are not there.
     """
-    if name in UNDERSTANDING:
-        return Understanding(UNDERSTANDING[name], tools)
-    if name in TOYS or name in DRAWN:
-        return {**TOYS, **DRAWN}[name](tools)
+    with attributed_to(f"{name}: its data"):
+        if name in UNDERSTANDING:
+            return Understanding(UNDERSTANDING[name], tools)
+        if name in TOYS or name in DRAWN:
+            return {**TOYS, **DRAWN}[name](tools)
     raise unknown("task", name, names())
 
 

@@ -63,11 +63,15 @@ class Journal:
     def _lines(self, data: bytes) -> Iterator[Row]:
         for number, line in enumerate(data.splitlines(), start=1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{self.path}: line {number} is not JSON; remove it, or choose another --output"
                 ) from error
+            name, kind = ("made_with", dict) if number == 1 else ("key", str)
+            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                raise UserError(f"{self.path}: line {number} is no row of a journal; choose another --output")
+            yield row
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in sorted({*before, *now}):
@@ -89,7 +93,7 @@ class Journal:
         if self.path is None:
             return
         with self.path.open("ab") as file:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

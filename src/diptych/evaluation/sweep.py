@@ -144,7 +144,7 @@ def earlier(file: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         points = list(before["points"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not readable as a sweep") from error
     for key, value in head.items():
         if before.get(key) != value:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
 from diptych.core.filenames import relative_name
 from diptych.core.sample import Message, Sample
 from diptych.evaluation import intervals
@@ -161,7 +161,8 @@ class Task(abc.ABC):
 
     def chosen(self, limit: int | None) -> list[Item]:
         """The items of a run: all, or at most `limit`, taken from the categories in turn, in their own order."""
-        return in_turn(self.items(), limit)
+        with attributed_to(f"{self.name}: its data"):
+            return in_turn(self.items(), limit)
 
     @abc.abstractmethod
     def requests(self, items: Sequence[Item]) -> list[Sample]:
