@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import types
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from diptych.core.errors import UserError, unknown
 from diptych.core.ranges import check_ranges
 
-Variants = Mapping[str, type]
-"""Dataclasses by the `kind` that chooses among them."""
+Variants = Mapping[str, type | str]
+"""Dataclasses by the `kind` that chooses among them, or where they are, as module:name."""
 
 
 def read(cls: Any, value: Any, where: str, variants: Mapping[type, Variants] | None = None) -> Any:
@@ -93,7 +94,15 @@ def _read_variant(cls: type, value: Any, where: str, variants: Mapping[type, Var
         raise UserError(f"{where}: 'kind' is missing. Choices: {', '.join(sorted(choices))}.")
     if kind not in choices:
         raise unknown("kind", kind, choices, where)
-    return read_dataclass(choices[kind], rows, where, variants)
+    return read_dataclass(resolved(choices[kind]), rows, where, variants)
+
+
+def resolved(row: type | str) -> Any:
+    """A row of a table: a class, or where it is, as module:name, so that it is imported when it is needed."""
+    if not isinstance(row, str):
+        return row
+    module, _, name = row.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _read_union(cls: Any, value: Any, where: str, variants: Mapping[type, Variants]) -> Any:

@@ -27,6 +27,7 @@ from diptych.recipes.names import locate, shipped
 from diptych.recipes.published import folder_config, published_config
 from diptych.recipes.recipe import (
     BagelSpec,
+    BuiltSpec,
     ComposedSpec,
     MLLMSpec,
     OmniGen2Spec,
@@ -110,6 +111,8 @@ def build_system(
         return MLLMSystem(backbone, origins={"backbone": origin})
     if isinstance(spec, BagelSpec):
         return build_bagel(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=build_tokenizer)
+    if isinstance(spec, BuiltSpec):
+        return spec.build(meta=meta, assets=assets)
     assert isinstance(spec, ComposedSpec | OmniGen2Spec | OvisU1Spec)
     return build_composed(spec, meta, assets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -152,9 +153,11 @@ def _origin(recipe: Recipe, system: System, part: nn.Module) -> str:
         owned = set(part.parameters())
         for component in system.components:
             if not owned.isdisjoint(getattr(system, component).parameters()):
-                origin: Part = getattr(spec, component)
-                weights = f"{origin.weights}/{origin.subfolder}" if origin.subfolder else origin.weights
-                return weights or "random"
+                # A specification that builds its system itself need not have a part of this name.
+                stated: Part | None = getattr(spec, component, None)
+                origin = dataclasses.asdict(stated) if stated is not None else system.origins[component]
+                weights, subfolder = origin.get("weights"), origin.get("subfolder")
+                return f"{weights}/{subfolder}" if subfolder else weights or "random"
     return "random"
 
 

@@ -6,6 +6,7 @@ this one says nothing: mappings are merged, all else is replaced.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from diptych.data.filters import Filters
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
 from diptych.systems.bagel.config import BagelConfig
+from diptych.systems.base import System
 from diptych.systems.presets import ComposedConfig, HieraConfig, OmniGen2Settings, OvisU1Config
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
@@ -71,6 +73,15 @@ class SystemSpec:
     """Stands for the kinds of systems."""
 
     kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltSpec(SystemSpec, abc.ABC):
+    """A specification that builds its system itself, in a file of its own; `VARIANTS` has its name."""
+
+    @abc.abstractmethod
+    def build(self, *, meta: bool, assets: Path | None) -> System:
+        """Arguments as of `recipes.build.build_system`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +142,15 @@ class MLLMSpec:
     backbone: Part
 
 
+FILE_SOURCES = ("folder", "jsonl", "webdataset", "parquet")
+"""Kinds of sources that read files."""
+DRAWN_SOURCES = {
+    "toyworld": "diptych.data.toyworld:ToyWorldSource",
+}
+"""Kinds of sources that draw their items, and where their class is, as module:name. It is called with `task`, `name`,
+`count`, `seed`, `size` (side in pixels) and the recipe's `options`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
     """A source of samples.
@@ -148,7 +168,7 @@ class SourceSpec:
     `recipes.pictures`.
     """
 
-    kind: Literal["toyworld", "folder", "jsonl", "webdataset", "parquet", "proxies"]
+    kind: str
     task: Task
     weight: NotNegative = 1.0
     path: str | None = None
@@ -163,6 +183,11 @@ class SourceSpec:
     count: NotNegativeInt = 0
     seed: Seed = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        kinds = [*FILE_SOURCES, *DRAWN_SOURCES, "proxies"]
+        if self.kind not in kinds:
+            raise unknown("kind", self.kind, kinds)
 
 
 @dataclass(frozen=True, kw_only=True)

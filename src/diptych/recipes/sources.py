@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from diptych.core.errors import UserError, attributed_to
+from diptych.core.schema import resolved
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.filters import filtered
 from diptych.data.folder import FolderSource
@@ -15,15 +16,15 @@ from diptych.data.mixture import Mixture
 from diptych.data.parquet import ParquetSource
 from diptych.data.source import Source
 from diptych.data.subset import hold_out
-from diptych.data.toyworld import ToyWorldSource
 from diptych.data.webdataset import WebDatasetSource
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.recipes.pictures import ENDLESS, build_proxies
-from diptych.recipes.recipe import DataSpec, SourceSpec
+from diptych.recipes.recipe import DRAWN_SOURCES, DataSpec, SourceSpec
 from diptych.recipes.tables import call
 
+DRAWN_KEYS = {"count", "seed", "options"}
 SOURCE_KEYS = {
-    "toyworld": {"count", "seed", "options"},
+    **dict.fromkeys(DRAWN_SOURCES, DRAWN_KEYS),
     "folder": {"path", "text", "captions", "filters", "control", "maps"},
     "jsonl": {"path", "ignore", "filters", "control"},
     "webdataset": {"path", "columns", "text", "captions", "filters", "control"},
@@ -46,10 +47,12 @@ def _build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
         if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "weight"}:
             reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
             raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
-    if spec.kind == "toyworld":
+    if spec.kind in DRAWN_SOURCES:
         size = data.size if isinstance(data.size, int) else data.size[0]
         options = {**spec.options, "count": spec.count or ENDLESS, "seed": spec.seed, "size": size}
-        return call(ToyWorldSource, f"sources.{name}.options", {**options, "task": spec.task, "name": name})
+        return call(
+            resolved(DRAWN_SOURCES[spec.kind]), f"sources.{name}.options", {**options, "task": spec.task, "name": name}
+        )
     if spec.kind == "proxies":
         chosen = {"path": spec.path, "count": spec.count, "seed": spec.seed, "options": spec.options}
         return build_proxies(name, task=spec.task, fit=data.fit, **chosen)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.schema import resolved
 
 Kind = TypeVar("Kind")
 
@@ -20,8 +20,7 @@ def choose(what: str, kind: str, table: Mapping[str, str], base: type[Kind]) -> 
     """
     if kind not in table:
         raise unknown(what, kind, table)
-    module, _, name = table[kind].partition(":")
-    cls = getattr(importlib.import_module(module), name)
+    cls = resolved(table[kind])
     assert issubclass(cls, base), f"{table[kind]} is no {base.__name__}"
     return cls
 
