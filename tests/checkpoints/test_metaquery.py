@@ -83,9 +83,9 @@ def test_round_trip(systems: list[ComposedSystem], tmp_path: Path) -> None:
     published = dict(metaquery_tensors(one))
     table = published["model.mllm_backbone.model.embed_tokens.weight"]
     assert table.shape[0] == ROWS + 2 + 4
-    assert one.hierarchy.starts is not None
-    assert torch.equal(table[ROWS], one.hierarchy.starts[0])
-    assert torch.equal(table[ROWS + 2 :], one.hierarchy.queries[0])
+    assert one.conditioner.starts is not None
+    assert torch.equal(table[ROWS], one.conditioner.starts[0])
+    assert torch.equal(table[ROWS + 2 :], one.conditioner.queries[0])
     assert {"model.connector.0.layers.0.self_attn.q_norm.gamma", "model.connector.4.weight"} <= set(published)
     save_file({key: value.detach().clone() for key, value in published.items()}, tmp_path / "model.safetensors")
     load_metaquery(other, tmp_path / "model.safetensors")

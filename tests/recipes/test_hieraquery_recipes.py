@@ -46,7 +46,7 @@ def millions(module: nn.Module) -> float:
 def test_full_size_is_the_papers() -> None:
     sd3, sana = built("hieraquery/sd3"), built("hieraquery/sana")
     for system in (sd3, sana):
-        assert sum(len(rows) for rows in system.hierarchy.queries) == 336
+        assert sum(len(rows) for rows in system.conditioner.queries) == 336
         assert system.conditioner.count == 336 + 6
         assert isinstance(system.connector, Qwen2Connector)
         assert millions(system.connector.body) == pytest.approx(357.9, abs=0.05)

@@ -145,7 +145,7 @@ def test_the_packed_step_is_that_of_each_scale_alone(make: Callable[..., Compose
     system = make(cfg_dropout=0.0, alignment=None)
     packed = system.losses(system.prepare(MIXED, DRAWS), DRAWS)
     condition, data = system.encode(MIXED, DRAWS), scale_latents(system, MIXED)
-    t = system._times(data, DRAWS)[0]
+    t = system.options.flow.times(DRAWS, system.decoder.tokens(data[-1]))
     for k, name in enumerate(NAMES):
         noise = DRAWS.normal(f"noise.{name}", *data[k].shape[1:])
         x = (1 - t[:, None, None, None]) * data[k] + t[:, None, None, None] * noise

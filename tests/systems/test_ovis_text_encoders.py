@@ -86,6 +86,7 @@ def test_states_and_vector_are_those_of_transformers(encoders: Path) -> None:
     texts = ["a red circle", "two blue squares left of a red circle"]
     sequences = t5.tokenize([[Message(role="user", text=text)] for text in texts])
     states = t5.run(t5.embed(sequences.ids), sequences.mask, layers=2).hidden.chunk(2, dim=-1)
+    words = clip.tokens.pad([clip.tokens(text) for text in texts])
     plain_t5 = T5EncoderModel.from_pretrained(encoders / "text_encoder_2").eval()
     plain_clip = CLIPTextModel.from_pretrained(encoders / "text_encoder").eval()
     for row, text in enumerate(texts):
@@ -94,7 +95,7 @@ def test_states_and_vector_are_those_of_transformers(encoders: Path) -> None:
         for found, wanted in zip(states, (out.last_hidden_state, out.hidden_states[-2]), strict=True):
             torch.testing.assert_close(found[row, sequences.mask[row]], wanted[0], rtol=1e-5, atol=1e-5)
         wanted = plain_clip(input_ids=ids).pooler_output  # type: ignore[arg-type]
-        torch.testing.assert_close(clip(texts)[row], wanted[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(clip(words)[row], wanted[0], rtol=1e-5, atol=1e-5)
 
 
 def test_it_trains_is_saved_and_comes_back(plain: dict[str, Any], tmp_path: Path) -> None:
@@ -131,7 +132,8 @@ def test_what_it_cannot_do_is_one_line(plain: dict[str, Any], tmp_path: Path) ->
     for change, words in (
         ({"pooler": None}, "one vector for the whole prompt"),
         ({"refiner": {"kind": "token_refiner"}}, "one vector for the whole prompt"),
-        ({"backbone": {"kind": "internvl"}}, "unknown backbone 'internvl'"),
+        ({"blank": True}, "blank: T5 sees no images"),
+        ({"pack": 64}, "pack: packed rows need an MLLM that reads them"),
         ({"pooler": {"kind": "clip_text", "config": CLIP_SIZES}}, "needs `weights`"),
         ({"pooler": {**plain["system"]["pooler"], "subfolder": "text_encoder_2"}}, "a 't5' model"),
     ):

@@ -18,6 +18,7 @@ from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Message, Sample
 from diptych.objectives import flow_matching
 from diptych.recipes.load import load_system
+from diptych.systems.scaled import scale_latents
 from diptych.toyworld.samples import ToyWorld
 
 
@@ -149,7 +150,10 @@ def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
     shift = flow_matching.resolution_shift(16)  # 4 x 4 patches of the 32 px image
     assert shift != pytest.approx(flow_matching.resolution_shift(1), rel=1e-3)
     t = time_of(draws, system.settings.flow.logit_mean, system.settings.flow.logit_std, shift)
-    condition, data = system.encode(batch), system.scale_latents(batch)
+    condition, data = (
+        system.encode(batch),
+        scale_latents(system, system.prepare(batch, draws).inputs.targets, batch.ids),
+    )
     found = system.losses(system.prepare(batch, draws), draws)
     wide = t[:, None, None, None]
     for k, name in enumerate(system.scales):

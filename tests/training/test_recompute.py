@@ -34,7 +34,8 @@ def forward(system: System) -> Tensor:
     wanted: tuple[Task, ...] = ("text_to_image", "understand")
     tasks: list[Task] = [task for task in wanted if task in system.tasks]
     batch = Batch(tuple(world.sample(task, index) for task in tasks for index in range(2)))
-    terms = system.losses(batch, Draws(range(len(batch)), "cpu"))
+    draws = Draws(range(len(batch)), "cpu")
+    terms = system.losses(system.prepare(batch, draws), draws)
     return torch.stack([values.float().sum() for values in terms.values()]).sum()
 
 

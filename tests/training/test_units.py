@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.sample import Batch
+from diptych.core.prepared import PreparedBatch
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import train_recipe
@@ -132,12 +132,24 @@ def test_weights_of_terms() -> None:
 
 
 def test_losses_are_means_over_all_processes() -> None:
-    one = Report(losses={"flow.image": [1.0, 2.0]}, ids={"image": ["a", "b"]}, stop=False)
-    two = Report(losses={"flow.image": [6.0], "flow.edit": [4.0]}, ids={"image": ["c"], "edit": ["d"]}, stop=True)
-    assert mean_losses([one, two]) == {"loss/flow.edit": 4.0, "loss/flow.image": 3.0}
+    one = Report(
+        losses={"flow.image": [1.0, 2.0]}, weights={"flow.image": [1.0, 3.0]}, ids={"image": ["a", "b"]}, stop=False
+    )
+    two = Report(
+        losses={"flow.image": [6.0], "flow.edit": [4.0]},
+        weights={"flow.image": [1.0], "flow.edit": [1.0]},
+        ids={"image": ["c"], "edit": ["d"]},
+        stop=True,
+    )
+    assert mean_losses([one, two]) == {"loss/flow.edit": 4.0, "loss/flow.image": (1 + 3 * 2 + 6) / 5}
     assert not_finite([one, two], 1.0) == ""
     assert "samples a, b, c, d" in not_finite([one, two], float("inf"))
-    bad = Report(losses={"flow.edit": [1.0, float("nan")]}, ids={"edit": ["e", "f"]}, stop=False)
+    bad = Report(
+        losses={"flow.edit": [1.0, float("nan")]},
+        weights={"flow.edit": [1.0, 1.0]},
+        ids={"edit": ["e", "f"]},
+        stop=False,
+    )
     assert not_finite([one, bad], 1.0) == "loss flow.edit is not finite for task 'edit', samples f"
 
 
@@ -150,12 +162,13 @@ def test_what_is_not_finite_stops_the_run_after_saving(
     folder, calls, culprits = tmp_path / "run", 0, list[str]()
     losses = ComposedSystem.losses
 
-    def bad(system: ComposedSystem, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def bad(system: ComposedSystem, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         terms = losses(system, batch, draws)
         if calls == 3 and poison == "loss":
-            culprits.append(next(sample.id for sample in batch if f"flow.{sample.task}" == next(iter(terms))))
+            task = next(iter(terms)).removeprefix("flow.")
+            culprits.append(batch.ids[batch.tasks.index(task)])
             name = next(iter(terms))
             terms[name] = terms[name] * torch.tensor([float("nan")] + [1.0] * (len(terms[name]) - 1))
         if calls == 3 and poison == "gradient":

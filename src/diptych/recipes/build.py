@@ -325,5 +325,7 @@ def toy_texts(count: int = 3000) -> list[str]:
     world = ToyWorld(seed=0)
     texts = [world.sample(task, i).text for i in range(count) for task in ("text_to_image", "edit")]
     texts += [message.text for i in range(count) for message in world.sample("understand", i).messages]
-    prompts = dataclasses.asdict(ComposedConfig().prompts).values()
+    words = ComposedConfig().prompts
+    prompts = (words.text_to_image, words.image, words.edit, words.null, words.system, words.assistant_prefix)
+    prompts = (*prompts, words.expansion)
     return texts + [text.replace("{text}", "") for text in prompts for _ in range(50)]

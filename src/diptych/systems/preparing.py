@@ -183,7 +183,7 @@ class ConditionedPreparer(Preparer):
             )
         if sample.task == "understand":
             return prepare_answer(self.processor, sample, whole=self.config.too_long == "error")
-        target = self._target(sample)
+        request, target = self.request(sample, draws), self._target(sample)
         height, width = self._pixels(sample, target)
         count = self.grid.tokens(height, width)
         counts = {"flow": float(count)}
@@ -196,8 +196,7 @@ class ConditionedPreparer(Preparer):
         weights: dict[str, float] = {}
         if self.config.flow.weighting == "element":
             weights = {family: tokens * self.grid.patch**2 * self.grid.channels for family, tokens in counts.items()}
-        inputs = (self.request(sample, draws), target)
-        return Prepared(id=sample.id, task=sample.task, inputs=inputs, counts=counts, weights=weights)
+        return Prepared(id=sample.id, task=sample.task, inputs=(request, target), counts=counts, weights=weights)
 
     def join(self, rows: Sequence[Prepared]) -> ConditionedInputs:
         drawn = [row for row in rows if row.task != "understand"]

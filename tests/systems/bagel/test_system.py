@@ -53,7 +53,8 @@ def test_packed_and_unpacked_losses_are_equal(prediction: Any) -> None:
     system = with_settings(build(), mean="sample", flow=FlowMatching(prediction=prediction))
     everything, draws = batch(), Draws([11, 12, 13, 14, 15])
     packed = system.losses(system.prepare(everything, draws), draws)
-    rows = with_settings(system, row_tokens=40, sample_tokens=40).losses(everything, draws)
+    with_settings(system, row_tokens=40, sample_tokens=40)
+    rows = system.losses(system.prepare(everything, draws), draws)
     alone: dict[str, list[Tensor]] = {}
     for row in range(len(everything)):
         for name, values in system.losses(
@@ -71,11 +72,15 @@ def test_packed_and_unpacked_losses_are_equal(prediction: Any) -> None:
 
 def test_token_means_weigh_samples_by_their_tokens(system: BagelSystem) -> None:
     draws = Draws([1, 2, 3, 4, 5])
-    with torch.no_grad():
-        by_sample = with_settings(system, mean="sample").losses(batch(), draws)["flow.text_to_image"]
-        by_token = with_settings(system, mean="token").losses(batch(), draws)
-    tokens = torch.tensor([4.0, 9.0])  # 16 px and 24 px in patches of 8; the edit has 4 more
-    torch.testing.assert_close(by_token["flow.text_to_image"], by_sample * tokens * 3 / 17, rtol=1e-5, atol=1e-6)
+    for mean, flows, answers in (
+        ("token", [4.0, 9.0], [2.0, 4.0]),  # 16 px and 24 px in patches of 8
+        ("sample", [1.0, 1.0], [1.0, 1.0]),
+        ("root", [4.0, 9.0], [2**0.5, 8**0.5]),
+    ):
+        prepared = with_settings(system, mean=mean).prepare(batch(), draws)
+        assert prepared.weights["flow.text_to_image"] == flows
+        assert prepared.counts["flow.text_to_image"] == [4.0, 9.0]
+        assert prepared.weights["cross_entropy.understand"] == pytest.approx(answers)
 
 
 def test_drops_leave_things_out_and_learn_the_rest(system: BagelSystem) -> None:

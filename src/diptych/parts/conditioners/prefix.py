@@ -82,5 +82,6 @@ def _refuse_lost_gradients(backbone: Backbone, embeddings: Tensor) -> None:
         return
     if embeddings.requires_grad:
         raise UserError("prefix reuse gives no gradient to the prompt's embeddings; use reuse=False or detach them")
-    if any(parameter.requires_grad for parameter in backbone.named_parts()["llm"].parameters()):
+    reader = backbone.named_parts().get("llm", backbone)
+    if any(parameter.requires_grad for parameter in reader.parameters()):
         raise UserError("prefix reuse needs a frozen language model; freeze `llm` or use reuse=False")
