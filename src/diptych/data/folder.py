@@ -16,7 +16,8 @@ from diptych.data.caption_file import CaptionFile, Joined, join
 from diptych.data.captions import TextSetting, text_keys
 from diptych.data.columns import digest
 from diptych.data.image_metadata import NAMES, read_metadata
-from diptych.data.imaging import SUFFIXES, FitMode, check_fit, image_size, read_image
+from diptych.data.imaging import SUFFIXES, FitMode, check_fit
+from diptych.data.reading import Reading
 from diptych.data.rows import Row, make_sample, usable_text
 from diptych.data.size_index import header_sizes
 from diptych.data.source import BadItem, ItemDraws, Listed, Size, Source, check_task, describe, file_stamp
@@ -35,6 +36,7 @@ class FolderSource(Source, Listed):
         folder: searched with its subfolders.
         task: `image` or `text_to_image`.
         fit: `crop` or `letterbox`.
+        reading: how images are read (`reading.Reading`).
         text: keys of the metadata that hold captions (`captions.TextKeys`); `text` or `caption` by default.
         captions: a file elsewhere that holds the captions, by path, with or without the suffix, or by name.
         name: defaults to the folder's own.
@@ -49,6 +51,7 @@ class FolderSource(Source, Listed):
         *,
         task: str = "image",
         fit: str = "crop",
+        reading: Reading | None = None,
         text: TextSetting | None = None,
         captions: CaptionFile | None = None,
         name: str | None = None,
@@ -57,6 +60,7 @@ class FolderSource(Source, Listed):
         self.name = name or self.folder.resolve().name
         self.task = check_task(task, ("image", "text_to_image"), self.name)
         self.fit: FitMode = check_fit(fit, self.name)
+        self.reading = reading or Reading()
         self.text = text_keys(text, self.name)
         self.paths: list[str] = []
         self._metadata: dict[str, dict[str, Any]] = {}
@@ -79,7 +83,8 @@ class FolderSource(Source, Listed):
             Row(target=path, texts=texts, weights=weights),
             id=id,
             task=self.task,
-            read=lambda reference, least: read_image(reference, id, least),
+            find=lambda reference: reference,
+            reading=self.reading,
             draws=draws,
             size=size,
             fit_mode=self.fit,
@@ -107,7 +112,7 @@ class FolderSource(Source, Listed):
 
     def _size(self, path: str) -> Size | None:
         try:
-            return image_size(self.folder / path, self._id(path))
+            return self.reading.size(self.folder / path, self._id(path))
         except BadItem:
             return None
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
+from diptych.data import jpeg
 from diptych.data.colour import WHITE, UnknownRange, to_srgb
 from diptych.data.source import BadItem, Size
 from diptych.data.tar_scan import IMAGE_SUFFIXES
@@ -29,6 +30,10 @@ FitMode = Literal["crop", "letterbox", "inside", "stretch"]
 """`crop`: short side resized, centre kept. `letterbox`: whole image, white around it. `stretch`: whole image, both
 sides brought to the size, for sizes that have nearly the image's shape (`core.image_sizes`). `inside`: whole image,
 resized to lie within the size, nothing around it (for images that are read, not made)."""
+
+Decode = Literal["exact", "draft", "fast"]
+"""How JPEGs are decoded that are to become smaller: `exact`, whole. `draft`: at 1/2, 1/4 or 1/8 of the size while they
+stay large enough. `fast`: at any eighth, with libjpeg-turbo's faster transform; needs the extra `fast`."""
 
 AnyImage = Image.Image | str | Path | bytes | np.ndarray | Tensor
 """What `as_image` takes."""
@@ -63,17 +68,24 @@ def pixel_limit() -> int:
     return int(text)
 
 
-def read_image(data: bytes | Path, id: str, at_least: Size | None = None, max_pixels: int | None = None) -> Image.Image:
+def read_image(
+    data: bytes | Path,
+    id: str,
+    at_least: Size | None = None,
+    max_pixels: int | None = None,
+    decode: Decode = "draft",
+) -> Image.Image:
     """An image file as RGB in sRGB, upright.
 
     EXIF rotation is applied, an embedded colour profile converted to sRGB, transparency composited on white, grey of
     16 bits scaled to 8, CMYK and palettes converted; of an animation the first frame is taken. HEIC needs the extra
-    `heif`.
+    `heif`. With the extra `fast`, JPEGs are decoded by libjpeg-turbo, to the same pixels.
 
     Args:
         data: the file's bytes or its path.
         id: what a BadItem calls the item.
-        at_least: (H, W); a JPEG may be decoded at 1/2, 1/4 or 1/8 scale, faster, while it stays at least this large.
+        at_least: (H, W) that is needed; unless `decode` is `exact`, a JPEG may be decoded smaller than it is while it
+            stays at least this large.
         max_pixels: larger images are refused; by default `pixel_limit()`.
 
     Raises:
@@ -81,11 +93,26 @@ def read_image(data: bytes | Path, id: str, at_least: Size | None = None, max_pi
     """
     with _opened(data, id, max_pixels) as image:
         orientation = _orientation(image)
-        if at_least is not None:
-            height, width = at_least if orientation < 5 else (at_least[1], at_least[0])
-            image.draft(None, (width, height))
-        image.load()
-        return to_srgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
+        wanted = None
+        if at_least is not None and decode != "exact":
+            wanted = at_least if orientation < 5 else (at_least[1], at_least[0])
+        decoded = _decoded(image, data, wanted, decode == "fast")
+        return to_srgb(decoded.transpose(_TURNS[orientation]) if orientation in _TURNS else decoded)
+
+
+def _decoded(image: Image.Image, data: bytes | Path, wanted: Size | None, fast: bool) -> Image.Image:
+    """The pixels of an opened image, at least `wanted` (H, W), as far as a JPEG allows for less."""
+    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and jpeg.available():
+        file = data if isinstance(data, bytes) else data.read_bytes()
+        levels = jpeg.decode(file, (image.height, image.width), wanted, fast)
+        if levels is not None:
+            decoded = Image.fromarray(levels if image.mode == "RGB" else levels[:, :, 0])
+            decoded.info = {key: image.info[key] for key in ("icc_profile",) if key in image.info}
+            return decoded
+    if wanted is not None:
+        image.draft(None, (wanted[1], wanted[0]))
+    image.load()
+    return image
 
 
 def image_size(data: bytes | Path, id: str, max_pixels: int | None = None) -> Size:
@@ -182,8 +209,11 @@ def fit(image: Image.Image, size: Size, mode: FitMode = "crop") -> Tensor:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image to float32 (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
-    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+    pixels = np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)  # (3, H, W)
+    levels = np.empty(pixels.shape, np.float32)
+    np.divide(pixels, np.float32(127.5), out=levels, dtype=np.float32)
+    levels -= 1
+    return torch.from_numpy(levels)
 
 
 def to_picture(tensor: Tensor) -> Image.Image:
@@ -261,7 +291,8 @@ def _register_heic(id: str) -> None:
 
 
 def _too_large(max_pixels: int) -> str:
-    return f"decompression bomb (more than {max_pixels:,} pixels; {_LIMIT_VARIABLE} raises the limit)"
+    raised = f"max_pixels of the data or {_LIMIT_VARIABLE}"
+    return f"decompression bomb (more than {max_pixels:,} pixels; {raised} raises the limit)"
 
 
 def _bad(error: Exception, id: str, data: bytes | Path, max_pixels: int) -> BadItem:

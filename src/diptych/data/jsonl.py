@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
 from diptych.data.columns import digest
-from diptych.data.imaging import FitMode, check_fit, image_size, read_image
+from diptych.data.imaging import FitMode, check_fit
+from diptych.data.reading import Reading
 from diptych.data.rows import KEYS, make_sample, parse_row
 from diptych.data.size_index import header_sizes
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
@@ -41,6 +41,7 @@ class JsonlSource(Source, Scored, Listed):
         file: the .jsonl or .json.
         ignore: keys that rows may hold and that nothing reads.
         fit: `crop` or `letterbox`.
+        reading: how images are read (`reading.Reading`).
         folder: what paths are relative to instead.
 
     Raises:
@@ -53,6 +54,7 @@ class JsonlSource(Source, Scored, Listed):
         *,
         task: str = "text_to_image",
         fit: str = "crop",
+        reading: Reading | None = None,
         ignore: Sequence[str] = (),
         folder: str | Path | None = None,
         name: str | None = None,
@@ -61,6 +63,7 @@ class JsonlSource(Source, Scored, Listed):
         self.name = name or self.file.name
         self.task = check_task(task, tuple(KEYS), self.name)
         self.fit: FitMode = check_fit(fit, self.name)
+        self.reading = reading or Reading()
         self.folder = self.file.parent if folder is None else Path(folder).expanduser()
         self.dropped: Mapping[str, str] = {}
         self._known = _KNOWN | set(ignore)
@@ -77,11 +80,16 @@ class JsonlSource(Source, Scored, Listed):
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
         id = self._where(self._numbers[index])
         row = parse_row(self._row(index), self.task, id)
-
-        def read(reference: str, least: Size) -> Image.Image:
-            return read_image(self.folder / reference, id, least)
-
-        return make_sample(row, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
+        return make_sample(
+            row,
+            id=id,
+            task=self.task,
+            find=lambda reference: self.folder / reference,
+            reading=self.reading,
+            draws=draws,
+            size=size,
+            fit_mode=self.fit,
+        )
 
     def sizes(self) -> np.ndarray | None:
         if self.task == "understand":
@@ -112,7 +120,7 @@ class JsonlSource(Source, Scored, Listed):
         if "width" in row and "height" in row:
             return row["height"], row["width"]
         try:
-            return image_size(self.folder / row["image"], self._where(self._numbers[index]))
+            return self.reading.size(self.folder / row["image"], self._where(self._numbers[index]))
         except BadItem:
             return None
 

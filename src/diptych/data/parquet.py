@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
 from diptych.data.columns import digest
-from diptych.data.imaging import FitMode, check_fit, image_size, read_image
+from diptych.data.imaging import FitMode, check_fit
+from diptych.data.reading import Reading
 from diptych.data.rows import KEYS, make_sample, parse_row
 from diptych.data.size_index import header_sizes
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe
@@ -46,6 +46,7 @@ class ParquetSource(Source, Scored, Listed):
         *,
         task: str = "text_to_image",
         fit: str = "crop",
+        reading: Reading | None = None,
         columns: Mapping[str, str] | None = None,
         split: str = "train",
         config: str | None = None,
@@ -59,6 +60,7 @@ class ParquetSource(Source, Scored, Listed):
         self.name = name or os.path.basename(given[0].rstrip("/"))
         self.task = check_task(task, tuple(KEYS), self.name)
         self.fit: FitMode = check_fit(fit, self.name)
+        self.reading = reading or Reading()
         self.dropped: Mapping[str, str] = {}
         files = [file for item in given for file in _files(item)]
         hub = None if files or len(given) != 1 else given[0]
@@ -81,10 +83,16 @@ class ParquetSource(Source, Scored, Listed):
         except UserError as error:
             raise BadItem(id, str(error).removeprefix(f"{id}: ")) from error
 
-        def read(reference: Any, least: Size) -> Image.Image:
-            return read_image(self._file(reference, id), id, least)
-
-        return make_sample(parsed, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
+        return make_sample(
+            parsed,
+            id=id,
+            task=self.task,
+            find=lambda reference: self._file(reference, id),
+            reading=self.reading,
+            draws=draws,
+            size=size,
+            fit_mode=self.fit,
+        )
 
     def sizes(self) -> np.ndarray | None:
         if self.task == "understand":
@@ -161,7 +169,7 @@ class ParquetSource(Source, Scored, Listed):
         id = f"{self.name}:{index + 1}"
         reference = self._row(index).get("image")
         try:
-            return None if reference is None else image_size(self._file(reference, id), id)
+            return None if reference is None else self.reading.size(self._file(reference, id), id)
         except BadItem:
             return None
 

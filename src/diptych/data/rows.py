@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from torch import Tensor
 
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample, Task
 from diptych.data.captions import kind, text_list
 from diptych.data.colour import PROFILE
 from diptych.data.imaging import FitMode, fit
+from diptych.data.reading import Reading
 from diptych.data.source import BadItem, ItemDraws, Size
 
 KEYS: Mapping[Task, tuple[str, ...]] = {
@@ -35,8 +36,8 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
 PROFILES = "colour profiles"
 """Key of a sample's `extra`: names of the colour profiles that its images were converted from, if any."""
 
-ReadImage = Callable[[Any, Size], Image.Image]
-"""(reference as it stands in the row, size wanted) to an RGB image; BadItem when unreadable."""
+FindImage = Callable[[Any], bytes | Path]
+"""An image's reference, as it stands in the row, to its file or the file's bytes; BadItem where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,28 +114,31 @@ def parse_messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 
 def make_sample(
-    row: Row, *, id: str, task: Task, read: ReadImage, draws: ItemDraws, size: Size, fit_mode: FitMode
+    row: Row, *, id: str, task: Task, find: FindImage, reading: Reading, draws: ItemDraws, size: Size, fit_mode: FitMode
 ) -> Sample:
     """Reads a row's images. Target and the sources of an edit are fitted alike, so that they stay aligned; the images
-    of a conversation are kept whole (`inside`)."""
-    context_mode: FitMode = "inside" if task == "understand" else fit_mode
+    of a conversation keep their own size (`Reading.context`)."""
     text = row.text(draws)
     for words in (text, *(message.text for message in row.messages)):
         check_characters(words, id)
     profiles: list[str] = []
 
-    def fitted(reference: Any, mode: FitMode) -> Tensor:
-        image = read(reference, size)
+    def read(reference: Any, at_least: Size | None) -> Image.Image:
+        image = reading.read(find(reference), id, at_least)
         if PROFILE in image.info:
             profiles.append(image.info[PROFILE])
-        return fit(image, size, mode)
+        return image
 
+    if task == "understand":
+        context = tuple(reading.context(read(image, None)) for image in row.context)
+    else:
+        context = tuple(fit(read(image, size), size, fit_mode) for image in row.context)
     return Sample(
         id=id,
         task=task,
-        image=None if row.target is None else fitted(row.target, fit_mode),
+        image=None if row.target is None else fit(read(row.target, size), size, fit_mode),
         text=text,
-        context_images=tuple(fitted(image, context_mode) for image in row.context),
+        context_images=context,
         messages=row.messages,
         extra={PROFILES: tuple(profiles)} if profiles else {},
     )

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample, Task
 from diptych.data.caption_file import CaptionFile, Joined, join
 from diptych.data.captions import TextKeys, TextSetting, lookup, text_keys
 from diptych.data.columns import derived, digest
-from diptych.data.imaging import FitMode, check_fit, read_image
+from diptych.data.imaging import FitMode, check_fit
 from diptych.data.left_out import LeftOut
+from diptych.data.reading import Reading
 from diptych.data.rows import KEYS, Row, make_sample, parse_row, usable_text
 from diptych.data.shards import cache_folder, local_shards, shard_names, short_name
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
@@ -53,6 +53,7 @@ class WebDatasetSource(Source, Scored, Listed):
     Args:
         shards: path, glob, http(s) URL, or several; `{000..012}` and `{a,b}` expand.
         fit: `crop` or `letterbox`.
+        reading: how images are read (`reading.Reading`).
         text: where captions stand: suffixes of members or keys of the .json, one, several or with weights
             (`captions.TextKeys`).
         captions: a second file that holds the captions, by the samples' keys.
@@ -71,6 +72,7 @@ class WebDatasetSource(Source, Scored, Listed):
         *,
         task: str = "text_to_image",
         fit: str = "crop",
+        reading: Reading | None = None,
         text: TextSetting | None = None,
         captions: CaptionFile | None = None,
         columns: Mapping[str, str] | None = None,
@@ -81,6 +83,7 @@ class WebDatasetSource(Source, Scored, Listed):
         self.name = name or short_name(given)
         self.task = check_task(task, _TASKS, self.name)
         self.fit: FitMode = check_fit(fit, self.name)
+        self.reading = reading or Reading()
         self.columns = _checked(columns or {}, self.task, self.name)
         self.text = text_keys(self.columns.get("text", text), self.name) if "text" in self.columns or text else None
         self.shards = [path for shard in given for path in local_shards(shard, cache_folder(cache))]
@@ -112,12 +115,16 @@ class WebDatasetSource(Source, Scored, Listed):
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
         row = int(self._chosen["rows"][index])
         id, members = self._id(row), self._members(row)
-
-        def read(reference: _Member, least: Size) -> Image.Image:
-            return read_image(self._files.read(reference), id, least)
-
-        parsed = self._row(row, members, id)
-        return make_sample(parsed, id=id, task=self.task, read=read, draws=draws, size=size, fit_mode=self.fit)
+        return make_sample(
+            self._row(row, members, id),
+            id=id,
+            task=self.task,
+            find=self._files.read,
+            reading=self.reading,
+            draws=draws,
+            size=size,
+            fit_mode=self.fit,
+        )
 
     def sizes(self) -> np.ndarray | None:
         return None if self.task == "understand" else self._chosen["sizes"]

@@ -23,6 +23,7 @@ from diptych.core.sample import Task
 from diptych.core.schema import Variants, read
 from diptych.data.caption_file import CaptionFile
 from diptych.data.filters import Filters
+from diptych.data.reading import CONTEXT_PIXELS
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
 from diptych.systems.bagel.config import BagelConfig
@@ -218,7 +219,8 @@ class DataSpec:
     `stretch`. own_size: each target keeps its picture's shape, and `size` is that of drawn images and conversations.
     held_out: samples of each source kept for the held-out loss. max_bad_fraction: of unreadable items, above which a
     run stops.
-    cache: folder for latents, None for none.
+    cache: folder for latents, None for none. decode, max_pixels, context_pixels: how files are read
+    (`data.reading.Reading`).
     """
 
     sources: dict[str, SourceSpec]
@@ -230,6 +232,9 @@ class DataSpec:
     held_out: NotNegativeInt = 0
     max_bad_fraction: Share = 0.01
     cache: str | None = None
+    decode: Literal["exact", "draft", "fast"] = "draft"
+    max_pixels: int | None = None
+    context_pixels: int = CONTEXT_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from diptych.data.jsonl import JsonlSource
 from diptych.data.latent_cache import CachedLatents
 from diptych.data.mixture import Mixture
 from diptych.data.parquet import ParquetSource
+from diptych.data.reading import Reading
 from diptych.data.source import Source
 from diptych.data.subset import hold_out
 from diptych.data.webdataset import WebDatasetSource
@@ -78,7 +79,8 @@ def _controlled(pairs: Source, name: str, spec: SourceSpec, control: str, data: 
 
 def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Source:
     task = "text_to_image" if spec.control else spec.task
-    given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit}
+    reading = Reading(decode=data.decode, max_pixels=data.max_pixels, context_pixels=data.context_pixels)
+    given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit, "reading": reading}
     if spec.kind == "folder":
         return FolderSource(path, text=spec.text, captions=spec.captions, **given)
     if spec.kind == "jsonl":

@@ -1,0 +1,56 @@
+"""How a source reads its images: how exactly, how large, and at which size those of conversations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from PIL import Image
+from torch import Tensor
+
+from diptych.core.errors import UserError, unknown
+from diptych.data import jpeg
+from diptych.data.imaging import Decode, image_size, read_image, to_tensor
+from diptych.data.source import Size
+
+CONTEXT_PIXELS = 16384 * 28 * 28
+"""Largest picture of a conversation that any of our MLLMs reads: `longest_edge` of Qwen2.5-VL's preprocessor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """decode: `exact`, `draft` or `fast` (`imaging.read_image`). max_pixels: larger images are bad items; None for
+    Pillow's limit. context_pixels: pictures of conversations keep their size up to this many pixels; the model then
+    resizes them by its own rule."""
+
+    decode: Decode = "draft"
+    max_pixels: int | None = None
+    context_pixels: int = CONTEXT_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.decode not in get_args(Decode):
+            raise unknown("decode", self.decode, get_args(Decode))
+        if self.decode == "fast" and not jpeg.available():
+            raise UserError("decode: fast needs the extra `fast`: pip install 'diptych[fast]'")
+        for name in ("max_pixels", "context_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
+
+    def read(self, data: bytes | Path, id: str, at_least: Size | None) -> Image.Image:
+        """As `read_image`."""
+        return read_image(data, id, at_least, self.max_pixels, self.decode)
+
+    def size(self, data: bytes | Path, id: str) -> Size:
+        """As `image_size`."""
+        return image_size(data, id, self.max_pixels)
+
+    def context(self, image: Image.Image) -> Tensor:
+        """A picture of a conversation, (3, H, W): whole, and smaller only where it has more than `context_pixels`."""
+        scale = math.sqrt(self.context_pixels / (image.width * image.height))
+        if scale < 1:
+            size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return to_tensor(image)
