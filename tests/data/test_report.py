@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from PIL import Image
 from skimage import data as pictures
 
+from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.prepared import Prepared, Preparer
 from diptych.core.sample import Sample
 from diptych.data.folder import FolderSource
 from diptych.data.report import inspect, sheet
@@ -66,3 +69,27 @@ def test_sheet_draws_the_picture_and_its_caption() -> None:
     assert told.shape[0] > bare.shape[0]
     with pytest.raises(UserError, match="at least one"):
         sheet([])
+
+
+class Refusing(Preparer):
+    """Refuses samples by id."""
+
+    def __init__(self, *ids: str) -> None:
+        self.ids = ids
+
+    def prepare(self, sample: Sample, draws: Draws) -> Prepared:
+        if sample.id in self.ids:
+            raise UserError(f"{sample.id}: 1,095 tokens, but the model takes 512")
+        return Prepared(id=sample.id, task=sample.task, inputs=(), counts={"flow": 1.0})
+
+    def join(self, rows: Sequence[Prepared]) -> tuple[()]:
+        return ()
+
+
+def test_what_the_system_refuses_is_found(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    source = FolderSource(tmp_path, name="p")
+    found = inspect(source, (8, 8), preparer=Refusing("p/b.png"))
+    assert found.bad == {"p/b.png": "refused by the model (1,095 tokens, but the model takes 512)"}
+    assert found.usable == 2

@@ -30,6 +30,7 @@ _FEWEST_TRIED = 20
 _MOST_ATTEMPTS = 100
 _NAMED = 5
 _ORDERS_KEPT = 256
+_LARGEST_BITMAP = 1 << 31
 
 
 Made = TypeVar("Made")
@@ -131,7 +132,7 @@ class Mixture:
         square = (size, size) if isinstance(size, int) else size
         self.buckets: list[Size] = [square] if square is not None else list(buckets or ())
         self.skipped: dict[str, str] = {}
-        self._tried: set[Item] = set()
+        self._tried = [_Tried(len(source)) for source in self.sources]
         self._bad: dict[Item, BadItem] = {}
         self._orders: OrderedDict[tuple[int, int, int], Permutation] = OrderedDict()
 
@@ -198,13 +199,14 @@ class Mixture:
 
     def record(self, drawn: Drawn[Any]) -> None:
         """Counts, logs once and keeps the bad items of `drawn`; UserError when they are too many."""
-        self._tried.update(drawn.tried)
+        for place, index in drawn.tried:
+            self._tried[place].add(index)
         for item, error in drawn.bad:
             self._bad.setdefault(item, error)
             if error.id not in self.skipped:
                 self.skipped[error.id] = error.reason
                 logger.warning("skipped %s (%d so far)", error, len(self.skipped))
-        tried, bad = len(self._tried), len(self.skipped)
+        tried, bad = sum(source.count for source in self._tried), len(self.skipped)
         items = sum(len(source) for source, weight in zip(self.sources, self.weights, strict=True) if weight > 0)
         if tried >= min(_FEWEST_TRIED, items) and bad > self.tolerated(tried):
             raise UserError(
@@ -270,11 +272,7 @@ class Mixture:
                 tried.append(item)
                 try:
                     sample = source.load(item[1], ItemDraws(slot_key), self._target_size(item, bucket))
-                    try:
-                        return make(sample, slot_key)
-                    except UserError as refusal:
-                        reason = str(refusal).removeprefix(f"{sample.id}: ")
-                        raise BadItem(sample.id, f"refused by the model ({reason})") from refusal
+                    return accepted(make, sample, slot_key)
                 except BadItem as found:
                     error = self._bad[item] = found
             bad.append((item, error))
@@ -339,6 +337,32 @@ class Mixture:
         if not any(map(len, assignment.members)):
             raise UserError(f"{source.name}: every item is too wide or too tall for the buckets; raise max_ratio")
         return assignment
+
+
+def accepted(make: Callable[[Sample, int], Made], sample: Sample, slot_key: int) -> Made:
+    """What is made of a sample; one that is refused (UserError) is a BadItem."""
+    try:
+        return make(sample, slot_key)
+    except UserError as refusal:
+        reason = str(refusal).removeprefix(f"{sample.id}: ")
+        raise BadItem(sample.id, f"refused by the model ({reason})") from refusal
+
+
+class _Tried:
+    """Which items of one source were tried: a bit each, or, of a source without end, a set."""
+
+    def __init__(self, count: int) -> None:
+        self.count = 0
+        self._bits = bytearray(count // 8 + 1) if count <= _LARGEST_BITMAP else None
+        self._items: set[int] = set()
+
+    def add(self, item: int) -> None:
+        if self._bits is None:
+            self._items.add(item)
+            self.count = len(self._items)
+        elif not self._bits[item >> 3] >> (item & 7) & 1:
+            self._bits[item >> 3] |= 1 << (item & 7)
+            self.count += 1
 
 
 def _spreading_stride(count: int) -> int:

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
 
+from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.prepared import Preparer
 from diptych.core.sample import Sample
 from diptych.data.imaging import to_picture
+from diptych.data.mixture import accepted
 from diptych.data.rows import PROFILES
 from diptych.data.source import BadItem, ItemDraws, Size, Source
 
@@ -77,11 +80,13 @@ def inspect(
     size: Size,
     *,
     limit: int | None = None,
+    preparer: Preparer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> DataReport:
     """Loads every item once, at `size`.
 
     Args:
+        preparer: of the system that is to be trained; what it refuses is bad, as it is in training.
         limit: most items to read of each source, spread evenly over it.
         progress: called after each item with the number read.
     """
@@ -93,6 +98,8 @@ def inspect(
         for place in range(count):
             try:
                 sample = source.load(place * len(source) // count, ItemDraws(0), size)
+                if preparer is not None:
+                    accepted(lambda sample, key: preparer.prepare(sample, Draws([key])), sample, 0)
                 report.profiles.update(set(sample.extra.get(PROFILES, ())))
                 report.usable += 1
             except BadItem as bad:

@@ -13,7 +13,7 @@ from torch import nn
 
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
-from diptych.data import report
+from diptych.data import loader, report
 from diptych.data.toyworld import ToyWorldSource
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.internvl import InternVL
@@ -235,6 +235,7 @@ def check_data(
     """
     spec = recipe.stages[name]
     system = start(recipe) if found.parameters <= SMALL else build.build_system(recipe.system, meta=True)
+    preparer = system.preparer()
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch_size, SHEET_SAMPLES)
     looked = replace(spec.data, cache=None)  # looking makes no latents
@@ -249,7 +250,7 @@ def check_data(
             if progress is not None:
                 progress(label, done, total)
 
-        reports += report.inspect(source, mixture.size(0), limit=most, progress=told).sources
+        reports += report.inspect(source, mixture.size(0), limit=most, preparer=preparer, progress=told).sources
     data = report.DataReport(reports)
     for one in reports:
         if not one.usable:
@@ -280,13 +281,12 @@ def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
     stage_settings(system, list(recipe.stages.values()))(list(recipe.stages).index(name))
     freeze(system, spec.train)
     clock = time.perf_counter()
-    for step in range(steps + 1):
-        if step == 1:
+    for step in loader.steps(stage.data, system.preparer(), 0, steps + 1):
+        if step.number == 1:
             clock = time.perf_counter()
-        batch, keys = stage.data.batch(step), stage.data.keys(step)
+        [alone] = step.passes
         with torch.autocast(device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-            draws = Draws(keys, device)
-            terms = system.losses(system.prepare(batch, draws), draws)
+            terms = system.losses(alone.batch.to(device), Draws(list(alone.keys), device))
         total = sum(values.sum() for values in terms.values())
         assert isinstance(total, torch.Tensor)
         if not total.requires_grad:
