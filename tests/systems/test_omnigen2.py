@@ -575,3 +575,21 @@ def test_references_fit_their_area(height: int, width: int, most: int) -> None:
     assert fitted.shape[1] <= height
     assert fitted.shape[2] <= width
     assert fitted.shape[1] * fitted.shape[2] <= max(most, 4 * max(height, width))
+
+
+def test_training_as_the_released_sgt_does(system: ComposedSystem) -> None:
+    """Picture states kept and the last of them alone, no reference latents, an opened and empty assistant's turn."""
+    edit = replace(EDIT, image=picture(16, 16), context_images=EDIT.context_images[:1])
+    longer = with_settings(
+        system, mllm_images="kept", reference_latents=False, edit_prompt="<img1>: <image>{text}", assistant_turn="open"
+    )
+    whole = longer.encode(Batch((edit,)))
+    assert isinstance(whole, TokenCondition)
+    cut = with_settings(longer, max_states=5)
+    last = cut.encode(Batch((edit,)))
+    assert isinstance(last, TokenCondition)
+    assert last.tokens.shape[1] == 5 < whole.tokens.shape[1]
+    preparer = cut.preparer()
+    batch = preparer.collate([preparer.prepare(edit, Draws([3]))])
+    losses = cut.losses(batch, Draws([3]))
+    assert losses["flow.edit"].isfinite().all()

@@ -145,6 +145,10 @@ class ComposedSystem(AssembledSystem):
             keep[:, : images.shape[1]] = ~images
             states, mask = masked_image.drop(states, mask, keep)
         states, mask = states[:, config.prompt_skip :], mask[:, config.prompt_skip :]
+        if config.max_states is not None:
+            # Real tokens from the right: 1 is the last of a prompt.
+            from_end = mask.flip(1).cumsum(1).flip(1)
+            states, mask = masked_image.drop(states, mask, from_end <= config.max_states)
         if isinstance(config, HieraConfig):
             return scaled.conditions(self, states[:, -self.conditioner.count :])
         if config.condition == "queries":

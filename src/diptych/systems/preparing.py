@@ -5,6 +5,7 @@ B samples, L prompt tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,8 @@ from diptych.parts.backbones.processor import ModelInputs, Processor, VisionInpu
 from diptych.parts.conditioners.clip_text import ClipTokens
 from diptych.systems.presets import ComposedConfig, Dropped
 from diptych.systems.prompts import without_placeholders
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -224,6 +227,8 @@ class ConditionedPreparer(Preparer):
         # What training removes, so that guidance has something to compare with.
         dropped = None if draws is None else config.dropout.of(draws)
         asked = sample if dropped is None else without(sample, dropped)
+        if config.prompt_tokens is not None:
+            asked = replace(asked, text=self._cut(asked.text, config.prompt_tokens, name))
 
         # The images that the MLLM is shown, and the words around them.
         blank = not asked.context_images and config.blank
@@ -238,11 +243,13 @@ class ConditionedPreparer(Preparer):
             if asked.task == "image":
                 keep[slots] = keep_tokens(draws.uniform("image_mask", int(slots.sum()))[0], config.mask_ratio)
 
-        references = tuple(self._reference(image, asked) for image in asked.context_images)
+        references: tuple[Tensor, ...] = ()
+        if config.reference_latents:
+            references = tuple(self._reference(image, asked) for image in asked.context_images)
         return Request(
             inputs=inputs,
             keep=keep,
-            references=references if config.reference_latents else (),
+            references=references,
             words=None if self.pooler is None else self.pooler(without_placeholders(asked.text)),
         )
 
@@ -292,6 +299,15 @@ class ConditionedPreparer(Preparer):
                 f"MLLM takes {self.room}; shorten the text or use fewer queries"
             )
         return inputs
+
+    def _cut(self, text: str, tokens: int, name: str) -> str:
+        """A text of at most so many tokens, images' places not counted; a cut is logged."""
+        tokenizer = self.processor.tokenizer
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        if len(ids) <= tokens:
+            return text
+        log.warning("%s: the text has %d tokens and is cut to prompt_tokens %d", name, len(ids), tokens)
+        return str(tokenizer.decode(ids[:tokens]))
 
     def _shown(self, sample: Sample) -> tuple[Tensor, ...]:
         """The images that the MLLM sees of a request."""

@@ -59,6 +59,10 @@ class ComposedConfig:
         out; `kept`: they stay in.
     reference_latents: whether the decoder reads latents of the context images.
     max_pixels: greatest area of such an image; a larger one is made smaller, and sides are cut to whole patches.
+    max_states: most states of a prompt that the decoder sees; of a longer one the last (SGT's release: 896). None for
+        all.
+    prompt_tokens: most tokens of a caption or an instruction; a longer one is cut, with a warning that names the sample
+        (OpenUni's release: 128, MetaQuery's: 256). None for all.
     canvas: instead of that, context images are fitted to sides that are multiples of this, of an area within
         `canvas_pixels`, and edits have the shape of their image; None for no such fitting.
     read_pixels: area that images on a canvas are brought to before the MLLM's own resizing; None for that alone.
@@ -80,6 +84,8 @@ class ComposedConfig:
     mllm_images: Literal["none", "dropped", "kept"] = "kept"
     reference_latents: bool = False
     max_pixels: Count = 1024 * 1024
+    max_states: Count | None = None
+    prompt_tokens: Count | None = None
     canvas: int | None = None
     canvas_pixels: tuple[int, int] = (3136, 1003520)
     read_pixels: tuple[int, int] | None = None
@@ -88,6 +94,8 @@ class ComposedConfig:
     too_long: Literal["error", "cut"] = "error"
 
     def __post_init__(self) -> None:
+        if self.condition == "queries" and self.max_states is not None:
+            raise UserError("max_states has no effect where the decoder sees queries alone; leave it out")
         object.__setattr__(self, "canvas_pixels", tuple(self.canvas_pixels))
         if self.read_pixels is not None:
             object.__setattr__(self, "read_pixels", tuple(self.read_pixels))
@@ -168,6 +176,8 @@ class OmniGen2Settings:
 
     prompt: the user turn; `{text}` is the caption or instruction. edit_prompt: that of edits, where it is another.
     assistant_prefix: what an assistant's turn begins with that follows it; "", as released, for no such turn.
+    assistant_turn: `prefixed`, or `open` for a turn that is opened without a prefix too, as SGT's release does.
+    max_states: as of `ComposedConfig`.
     expansion: as of `Prompts`.
     system: the system prompt, "" for none. system_dropped: the one of prompts that training drops.
     mllm_images: what the MLLM is shown of reference images: `none` (the released editing pipeline), `dropped`: it reads
@@ -183,12 +193,14 @@ class OmniGen2Settings:
     prompt: str = "{text}"
     edit_prompt: str = ""
     assistant_prefix: str = ""
+    assistant_turn: Literal["prefixed", "open"] = "prefixed"
     expansion: str = ""
     system: str = "You are a helpful assistant that generates high-quality images based on user instructions."
     system_dropped: str = "You are a helpful assistant that generates images."
     mllm_images: Literal["none", "dropped", "kept"] = "none"
     reference_latents: bool = True
     max_pixels: int = 1024 * 1024
+    max_states: Count | None = None
     flow: FlowMatching = field(default_factory=lambda: FlowMatching(timestep_shift="flux", weighting="element"))
     cfg_dropout: Share = 1e-4
     cfg_dropout_images: Share = 0.5
@@ -203,7 +215,7 @@ class OmniGen2Settings:
             system=self.system,
             system_dropped=self.system_dropped,
             assistant_prefix=self.assistant_prefix,
-            assistant_turn="prefixed",
+            assistant_turn=self.assistant_turn,
             expansion=self.expansion,
         )
         return ResolvedConfig(
@@ -216,6 +228,7 @@ class OmniGen2Settings:
             mllm_images=self.mllm_images,
             reference_latents=self.reference_latents,
             max_pixels=self.max_pixels,
+            max_states=self.max_states,
         )
 
 
@@ -245,6 +258,7 @@ class OvisU1Config:
     blank: whether a prompt without images shows a white one; without, it is text alone.
     canvas: context images are fitted to sides that are multiples of this, of an area within `canvas_pixels`.
     read_pixels: area that they are brought to before the MLLM's own resizing; None for that alone.
+    reference_latents: whether the decoder reads latents of the context images.
     cfg_dropout_text, cfg_dropout_all: share of training samples that lose their text, and text and images, for
     guidance.
     flow: what the decoder's output means, and the times of training.
@@ -259,6 +273,7 @@ class OvisU1Config:
     canvas: int = 32
     canvas_pixels: tuple[int, int] = (3136, 1003520)
     read_pixels: tuple[int, int] | None = (3136, 448 * 448)
+    reference_latents: bool = True
     cfg_dropout_text: Share = 0.1
     cfg_dropout_all: Share = 0.1
     flow: FlowMatching = field(default_factory=FlowMatching)
@@ -281,7 +296,7 @@ class OvisU1Config:
             flow=self.flow,
             cfg_dropout=self.cfg_dropout_all,
             cfg_dropout_text=self.cfg_dropout_text,
-            reference_latents=True,
+            reference_latents=self.reference_latents,
             canvas=self.canvas,
             canvas_pixels=self.canvas_pixels,
             read_pixels=self.read_pixels,

@@ -170,6 +170,11 @@ def test_an_edits_image_is_brought_to_the_autoencoders_size_before_the_tower(sys
     [pieces] = reader.pieces([parts], settings, draw=True, where=["p"], encode=encode)
     assert calls == [(1, 3, 512, 768)]
     assert [piece.item.cost - 2 for piece in pieces[:2]] == [32 * 48, 2035]
+    released = dataclasses.replace(
+        settings, reference_latents=False, vision_size_edit=SideRange(longest=224, shortest=224)
+    )
+    [same] = reader.pieces([parts], released, draw=True, where=["p"], encode=encode)
+    assert [piece.item for piece in same] == [piece.item for piece in pieces], "settings of training alone"
     [asked] = reader.pieces([parts], settings, draw=False, where=["p"], encode=encode)
     assert asked[0].item.cost - 2 == 16 * 24, "a question's image goes to the tower from its own size (336x224)"
     system.settings = settings

@@ -38,7 +38,8 @@ class BagelConfig:
     vision_size, latent_size: of images that are read, by the vision tower and as latents. vision_size_edit: of images
     that the vision tower reads so that one is drawn, where it is another (the released SGT trains with 224 pixels
     there, and with 980 in conversations).
-    reference_latents: whether images to edit are read as latents too.
+    reference_latents: whether images to edit are read as latents too. Both of the last are of training alone: requests
+    are read as published, whatever the last stage had.
     flow: what the latents' output means (BAGEL's is the velocity), and the times of training.
     cfg_dropout_text, cfg_dropout_vit, cfg_dropout_vae: chance of each text and each reading of an image to be left out
     in training, so that guidance has something to compare with (an image keeps its rotary id).

@@ -140,9 +140,8 @@ class Reader:
                     continue
                 if draw:
                     part = self.fit(part, config.latent_size, self.image_step)
-                    if config.reference_latents:
-                        plan.append(part)
-                plan.append(vision_piece(*self.vision(part, vision_size(config, draw), images)))
+                    plan.append(part)
+                plan.append(vision_piece(*self.vision(part, config.vision_size, images)))
             planned.append(plan)
         # 2. All latents, in batches by shape.
         pixels = [piece for plan in planned for piece in plan if isinstance(piece, Tensor)]
