@@ -43,14 +43,14 @@ def test_generate_into_a_folder(tiny_model: Path, capsys: pytest.CaptureFixture[
 
 def test_generate_one_file_of_another_shape(tiny_model: Path) -> None:
     assert (
-        main(["generate", str(tiny_model), "a red circle", "--size", "16x40", "--sampler", "heun", "-o", "a.png"]) == 0
+        main(["generate", str(tiny_model), "a red circle", "--size", "16x40", "--solver", "heun", "-o", "a.png"]) == 0
     )
     assert opened("a.png").size == (40, 16)
 
 
 def test_edit_and_ask(tiny_model: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["edit", str(tiny_model), picture, "make it blue", "--image-cfg", "1.5", "-o", "e.png"]) == 0
-    assert opened("e.png").size == (32, 32)
+    assert opened("e.png").size == (40, 32)
     assert main(["ask", str(tiny_model), picture, picture, "yes no?", "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("e.png\n")
 

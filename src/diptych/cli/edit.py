@@ -1,4 +1,4 @@
-"""An image changed as an instruction says."""
+"""An image changed as an instruction says. The k-th has the seed --seed + k - 1, and carries all that makes it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, help="images (1)")
     parser.add_argument("--image-cfg", type=float, help="image guidance scale, 1 for text guidance alone")
     parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
+    parser.add_argument("--overwrite", action="store_true", help="write over files that are there")
     add_scales(parser)
     add_sampling(parser)
 
@@ -24,22 +25,34 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from diptych.cli import options
-    from diptych.cli.progress import bar
+    from diptych.cli import options, pictures
+    from diptych.cli.progress import steps_bar
     from diptych.core.errors import UserError
     from diptych.inference.scales import scale_names
 
+    # What is asked for, refused before the model is loaded.
     if args.n < 1:
         raise UserError(f"--n must be at least 1, not {args.n}")
     if not args.instruction.strip():
         raise UserError("the instruction is empty")
     settings = options.sampling(args)
-    files = options.destinations(args.out, f"{Path(args.image).stem}-edited", args.n)
-    pictures = [options.read_picture(path) for path in (args.image, *args.also)]
+    options.check(settings)
+    files = pictures.destinations(args.out, [f"{Path(args.image).stem}-edited"], args.n)
+    if not args.scales:
+        pictures.refuse_existing(files, args.overwrite)
+    sources = [options.read_picture(path) for path in (args.image, *args.also)]
+
+    # The model, and its images.
     engine = options.open_model(args)
     names = scale_names(engine.system, args.scales or "last")
-    with bar("edit") as told:
-        images = engine.edit(pictures, args.instruction, n=args.n, seed=args.seed, progress=told, **settings)
-    facts = {"instruction": args.instruction, "model": args.model, "seed": args.seed, "sampling": settings}
-    options.save_pictures(images, options.by_scale(files, names), facts)
+    places = pictures.by_scale(files, names)
+    pictures.refuse_existing(places, args.overwrite)
+    seeds = [args.seed + k for k in range(args.n)]
+    with steps_bar("edit") as on_step:
+        images = engine.edit(sources, args.instruction, n=args.n, seed=seeds, on_step=on_step, **settings)
+    resolved = engine.settings({name: value for name, value in settings.items() if name != "scales"}, edits=True)
+    told = {"instruction": args.instruction, "source": ", ".join((args.image, *args.also))}
+    for number, (image, file) in enumerate(zip(images, places, strict=True)):
+        about = pictures.facts(resolved, model=args.model, seed=seeds[number // len(names)], **told)
+        pictures.save_picture(image, file, about)
     return 0

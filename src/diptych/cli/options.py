@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.core.errors import UserError, unknown
-from diptych.core.files import write_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,7 +13,6 @@ if TYPE_CHECKING:
     from diptych.inference.engine import Engine
 
 MODEL = "shipped name (toy/iomm), run folder or checkpoint, folder in save_pretrained layout, or hub id"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +40,6 @@ def add_scales(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scales", help="of a model of several: last (when not given), all, or names: 4x4,8x8")
 
 
-def by_scale(files: list[Path], names: Sequence[str]) -> list[Path]:
-    """The files of each image at every scale: the scale's name is added where there are several."""
-    if len(names) == 1:
-        return files
-    return [file.with_name(f"{file.stem}-{name}{file.suffix}") for file in files for name in names]
-
-
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Engine.generate` that were given."""
     found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
@@ -60,6 +49,13 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     given["image_cfg"] = getattr(args, "image_cfg", None)
     given |= {"negative": args.negative, "prompt_expansion": args.prompt_expansion}
     return found | {name: value for name, value in given.items() if value is not None}
+
+
+def check(settings: dict[str, Any]) -> None:
+    """UserError for settings that no model takes, before one is loaded."""
+    from diptych.inference.sampling import Sampling
+
+    Sampling().over({name: value for name, value in settings.items() if name != "scales"})
 
 
 def shift(text: str) -> float | str:
@@ -105,39 +101,3 @@ def read_picture(path: str) -> Image.Image:
     from diptych.data.imaging import as_image
 
     return as_image(path)
-
-
-def destinations(out: str | None, stem: str, count: int) -> list[Path]:
-    """Where `count` pictures go: a file for one, else numbered files in a folder; checked before anything is drawn."""
-    path = Path(out or ".").expanduser()
-    if path.suffix.lower() in PICTURES:
-        if count > 1:
-            raise UserError(f"-o {out}: one file, but {count} images are asked for; give a folder")
-        files = [path]
-    elif path.suffix and not path.is_dir():
-        raise UserError(f"-o {out}: pictures are written as {', '.join(PICTURES)}, or into a folder")
-    else:
-        files = [path / (f"{stem}.png" if count == 1 else f"{stem}-{number}.png") for number in range(1, count + 1)]
-    folder = files[0].parent
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"-o {out}: {folder} is a file, not a folder")
-    return files
-
-
-def stem(text: str) -> str:
-    """A file name made of a prompt's first words."""
-    letters = "".join(letter if letter.isalnum() else " " for letter in text.lower())
-    return "-".join(letters.split()[:8])[:60] or "image"
-
-
-def save_pictures(images: list[Image.Image], files: list[Path], facts: dict[str, Any]) -> None:
-    """Write pictures whole or not at all; PNG files carry how they were made."""
-    from PIL.PngImagePlugin import PngInfo
-
-    for image, file in zip(images, files, strict=True):
-        info = PngInfo()
-        for name, value in facts.items():
-            info.add_itxt(name, str(value))
-        options: dict[str, Any] = {"pnginfo": info} if file.suffix.lower() == ".png" else {"quality": 95}
-        write_file(file, lambda temporary, image=image, options=options: image.save(temporary, **options))
-        print(file)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diptych.core.progress import progress_bar
+
+if TYPE_CHECKING:
+    from diptych.inference.progress import DrawingStep
 
 
 @contextmanager
@@ -17,6 +20,25 @@ def bar(what: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
     def told(done: int, total: int) -> None:
         line.total = total
         line.update(done - line.n)
+
+    try:
+        yield told
+    finally:
+        line.close()
+
+
+@contextmanager
+def steps_bar(what: str) -> Iterator[Callable[[DrawingStep], None]]:
+    """A function to call after every step of a solver; a further call of the engine adds its steps to the bar's."""
+    line: Any = progress_bar(what, "step")
+    before = 0
+
+    def told(step: DrawingStep) -> None:
+        nonlocal before
+        if step.number == 1:
+            before = line.n
+            line.total = before + step.of
+        line.update(before + step.number - line.n)
 
     try:
         yield told

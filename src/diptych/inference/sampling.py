@@ -109,8 +109,12 @@ class Sampling:
         for name in changes:
             if name not in names() or name == "edit":
                 raise unknown("option", name, names())
-        if isinstance(side := changes.get("size"), int):
-            changes["size"] = (side, side)
+        if "size" in changes:
+            size = changes["size"]
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+                raise UserError(f"size must be one or two whole numbers above 0, not {size!r}")
+            changes["size"] = sides
         if "guidance" in changes:
             before, after = as_mapping(self.guidance), as_mapping(changes["guidance"], kind=None)
             same = after.get("kind", before["kind"]) == before["kind"]
