@@ -13,7 +13,7 @@ from diptych.core.image_sizes import SideRange
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.recipes.bagel import build_bagel
-from diptych.recipes.recipe import BagelSpec, Part
+from diptych.recipes.recipe import BagelSpec, LoraSpec, Part
 from diptych.systems.bagel.config import BagelConfig, Wording
 from diptych.systems.bagel.system import BagelSystem
 
@@ -60,7 +60,9 @@ def tokenizer() -> Any:
 
 def spec(**values: Any) -> BagelSpec:
     fields = {field.name: getattr(TINY, field.name) for field in dataclasses.fields(TINY)}
-    part = Part(kind="bagel", config=NETWORK, tokenizer="given", lora=values.pop("lora", None))
+    lora = values.pop("lora", None)
+    lora = None if lora is None else LoraSpec(**lora)
+    part = Part(kind="bagel", config=NETWORK, tokenizer="given", lora=lora)
     return BagelSpec(kind="bagel", network=part, autoencoder=Part(kind="pixel"), **{**fields, **values})
 
 
