@@ -151,6 +151,17 @@ def test_a_digest_sees_every_weight(engine: Engine) -> None:
     assert fingerprint.digest(engine.system) == before
 
 
+def test_toyvqa_s_hard_kind_stands_beside_the_score(engine: Engine) -> None:
+    result = run(engine, "toyvqa", limit=16)
+    hard = [row for row in result.rows if row["category"] == "color_of_two"]
+    assert len(hard) == result.scores["color_of_two"]["count"] == 4
+    assert result.scores["questions"] == 16
+    kinds = {row["category"] for row in result.rows} - {"color_of_two"}
+    assert result.scores["overall"] == pytest.approx(sum(result.scores[kind]["score"] for kind in kinds) / len(kinds))
+    for row in hard:
+        assert row["prompt"].startswith("what color is the ")
+
+
 def test_toy_tasks_use_every_seed(engine: Engine, tmp_path: Path) -> None:
     found = evaluate(engine, ["toyedit", "toyvqa"], output=tmp_path, limit=4, seeds=[0, 1, 2], steps=1)["tasks"]
     alone = [evaluate(engine, ["toyedit"], limit=4, seed=seed, steps=1)["tasks"]["toyedit"] for seed in range(3)]

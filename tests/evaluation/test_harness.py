@@ -26,7 +26,7 @@ from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.geneval_models import Detector, known_pictures
 from diptych.evaluation.judge import CachedJudge, JudgeDown
 from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
-from diptych.evaluation.task import Tools
+from diptych.evaluation.task import Rewritten, Tools
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 
@@ -113,6 +113,21 @@ def test_geneval_from_prompts_to_results(
     (result,) = compare(out, tmp_path / "two")
     assert result.items == 2
     assert any("--limit 2" in warning for warning in result.warnings)
+
+
+def test_rewritten_prompts_are_read_and_named(
+    engine: Engine, geneval_data: Path, tiny_eyes: tuple[str, str], tmp_path: Path
+) -> None:
+    other = Rewritten(name="rewritten.txt", texts=("one clock", "one red cow", "one blue bench"))
+    raw = evaluate(engine, ["geneval"], output=tmp_path / "raw", tools=eyes(geneval_data, tiny_eyes))
+    tools = eyes(geneval_data, tiny_eyes, rewritten=other)
+    found = evaluate(engine, ["geneval"], output=tmp_path / "other", tools=tools)["tasks"]["geneval"]
+    assert snapshot(tmp_path / "raw") != snapshot(tmp_path / "other")
+    assert found["notes"] == ["the model read the prompts of rewritten.txt: not comparable with the published ones"]
+    assert (found["comparable"], raw["tasks"]["geneval"]["comparable"]) == (False, True)
+    assert found["about"]["prompts"].startswith("rewritten, rewritten.txt (")
+    with pytest.raises(UserError, match="made with rewritten"):
+        evaluate(engine, ["geneval"], output=tmp_path / "raw", tools=tools)
 
 
 def test_batches_of_any_size_see_the_same(tiny_eyes: tuple[str, str]) -> None:

@@ -4,7 +4,7 @@ Toy world: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (ques
 toyscales (whether a model's scales agree). Generation and editing: geneval, dpg, wise_legacy, wise_verified, imgedit,
 gedit, mjhq_fid, clipscore. Understanding: pope, mme, mmvp, mmstar, mmmu_val, mmbench_dev_en, seedbench_img, ai2d,
 scienceqa_test, realworldqa, blink, cv_bench, hallusion_bench, vsr, chartqa, docvqa_val, ocrbench, mathvista, mmvet, and
-other splits. Data are downloaded on first use. A run that was stopped goes on where it was.
+other splits; opencompass, the eight of that leaderboard. Data are downloaded on first use. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
     parser.add_argument("--tasks", default="toyeval", help="by comma (toyeval)")
     parser.add_argument("--n", type=int, help="images per prompt of toyeval (4) and toyedit (1)")
+    parser.add_argument("--image-cfg", type=float, metavar="SCALE", help="image guidance scale of edits, 1 for none")
     parser.add_argument("--limit", type=int, help="at most this many prompts, edits or questions of each task")
     parser.add_argument("--output", help="folder for results.json, rows and pictures; toy tasks do without")
     parser.add_argument("--log-samples", action="store_true", help="write samples_TASK.jsonl: all that is known")
@@ -46,6 +47,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip", help="CLIP of GenEval's colours and of CLIPScore: hub id or folder")
     group.add_argument("--inception", metavar="FILE", help="FID's weights, the published .pth or a .safetensors of it")
     group.add_argument("--no-self-test", action="store_true", help="do not look whether GenEval's detector works")
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="prompts that the model reads in place of the published ones, in their order",
+    )
+    group = parser.add_argument_group("understanding")
+    group.add_argument(
+        "--prompts",
+        default="plain",
+        metavar="PROFILE",
+        help="words of the questions: plain (ours), vlmevalkit, system (the model's class there), or a class by name: "
+        "internvl, qwen2_5_vl, ovis, bagel",
+    )
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest reply, in place of the task's own")
     group = parser.add_argument_group("judge")
     group.add_argument(
         "--judge",
@@ -67,11 +82,12 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError, unknown
     from diptych.evaluation.evaluate import TOYS, check_plan, evaluate, names
+    from diptych.evaluation.groups import GROUPS, expanded
 
-    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    tasks = expanded([task.strip() for task in args.tasks.split(",") if task.strip()])
     for task in tasks:
         if task not in names():
-            raise unknown("task", task, names(), "--tasks")
+            raise unknown("task", task, [*names(), *GROUPS], "--tasks")
     output = None if args.output is None else Path(args.output).expanduser()
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: a file, not a folder")
@@ -90,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     seeds = seeds_of(args)
     check_plan(args.model is not None, tasks, output, args.only, images, seeds)
     args.device = device = own_device(options.device(args.device))
-    tools = tools_of(args, output, device) if published else None
+    asks = args.prompts != "plain" or args.max_new_tokens is not None or args.prompt_file is not None
+    tools = tools_of(args, output, device) if published or asks else None
     makes = bool(toys) or (args.only != "score" and images is None)
     engine = options.open_model(args) if makes else None
     with bars() as told:
@@ -112,6 +129,10 @@ def run(args: argparse.Namespace) -> int:
         )
     for task, scores in found["tasks"].items():
         print("\n".join(table(task, scores)))
+    for name, group in found.get("groups", {}).items():
+        average = "-" if group["average"] is None else f"{group['average']:.1f}"
+        lacking = f"; missing: {', '.join(group['missing'])}" if group["missing"] else ""
+        print(f"{name}: average of {len(group['of']) + len(group['missing'])} {average}{lacking}")
     if found["failed"]:
         print(f"{found['failed']} samples could not be judged; those of toy tasks count as wrong, others are left out")
     place = f"; {output / 'results.json'}" if output and found["tasks"] else ""
@@ -151,7 +172,7 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
     from diptych.evaluation.download import Data, default_folder
     from diptych.evaluation.judge import CachedJudge
     from diptych.evaluation.judge_prompts import PROMPTS
-    from diptych.evaluation.task import Tools
+    from diptych.evaluation.task import Rewritten, Tools
 
     data = Data(folder=default_folder(), allow_unpinned=args.allow_unpinned)
     if args.data_dir is not None:
@@ -181,6 +202,9 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
         dpg_scoring=args.dpg_scoring,
         self_test=not args.no_self_test,
         prompts=prompts,
+        profile=args.prompts,
+        max_new_tokens=args.max_new_tokens,
+        rewritten=None if args.prompt_file is None else Rewritten.read(Path(args.prompt_file).expanduser()),
         **{name: value for name, value in given.items() if value is not None},
     )
 

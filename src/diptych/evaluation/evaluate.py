@@ -12,7 +12,7 @@ from typing import Any
 
 from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.locks import only_writer
-from diptych.evaluation import cards, harness, results
+from diptych.evaluation import cards, groups, harness, results
 from diptych.evaluation.download import Data, default_folder
 from diptych.evaluation.edit_tasks import GEdit, ImgEdit
 from diptych.evaluation.feature_tasks import MJHQ, ClipScore
@@ -27,6 +27,7 @@ from diptych.evaluation.toyfeatures import ToyFeatures
 from diptych.evaluation.toyscales import ToyScales
 from diptych.evaluation.toyvqa import ToyVQA
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS as UNDERSTANDING
+from diptych.evaluation.understanding.profiles import PLAIN, resolve
 from diptych.evaluation.understanding.task import Understanding
 from diptych.inference.engine import Engine
 from diptych.reports import evaluation as reports
@@ -106,7 +107,7 @@ def evaluate(
 
     Args:
         engine: the model; None to score pictures that are there.
-        tasks: of `TOYS`, `DRAWN` and `UNDERSTANDING`.
+        tasks: of `TOYS`, `DRAWN` and `UNDERSTANDING`, or groups of them (`groups.GROUPS`).
         output: folder for results.json, rows and pictures. Without it nothing is written, which toy tasks allow.
         n: images per prompt of the tasks in `COUNTED`; None for each one's own number (4 of ToyEval, 1 of the edits).
         limit: at most this many prompts, edits or questions of each task; marks results as not comparable.
@@ -122,15 +123,18 @@ def evaluate(
     Returns:
         What results.json holds: `tasks.toyeval.overall`, `tasks.toyeval.counting.score` and so on.
     """
+    tasks = groups.expanded(tasks)
     check_plan(engine is not None, tasks, output, only, images, seeds)
     check_counted(tasks, n)
+    check_wording(tasks, tools)
     begin = time.perf_counter()
     place = None if output is None else Path(output)
     name = name or (engine.name if engine is not None else f"pictures of {images or output}")
     if place is not None and engine is not None:
         check_owner(place, name)
     tools = tools_for(engine, tools or Tools(data=Data(folder=default_folder())), n, limit, options)
-    tools = replace(tools, work=place or tools.work)
+    profile = resolve(tools.profile, None if engine is None else engine.system)
+    tools = replace(tools, work=place or tools.work, profile=profile)
     drawn = [task for task in tasks if task in DRAWN]
     done: list[TaskResult] = []
     with nullcontext() if place is None or harness.Worker.here().rank else only_writer(place, "diptych eval"):
@@ -146,6 +150,7 @@ def evaluate(
         summary["sampling"] |= json.loads(json.dumps(options))
         if place is not None and done:
             summary = keep_others(place, summary)
+            summary["groups"] = groups.averages(summary["tasks"])
             results.write(place, done, summary, samples=log_samples)
             papers = {task: cards.card(task, scores, summary["model"]) for task, scores in summary["tasks"].items()}
             reports.write(place, summary, papers, {result.task: results.gallery(result) for result in done})
@@ -167,7 +172,7 @@ def check_plan(
     """
     for task in tasks:
         if task not in names():
-            raise unknown("task", task, names())
+            raise unknown("task", task, [*names(), *groups.GROUPS])
     if not tasks:
         raise UserError(f"no task given. Choices: {', '.join(names())}.")
     toys = [task for task in tasks if task in TOYS]
@@ -204,6 +209,21 @@ def check_counted(tasks: Sequence[str], n: int | None) -> None:
         raise UserError(f"n is of {' and '.join(COUNTED)}; {', '.join(tasks)} would leave it unused")
     if n is not None and n < 1:
         raise UserError(f"n must be at least 1, not {n}")
+
+
+def check_wording(tasks: Sequence[str], tools: Tools | None) -> None:
+    """UserError for words that no task would read."""
+    if tools is None:
+        return
+    if not any(task in UNDERSTANDING for task in tasks):
+        if tools.profile != PLAIN:
+            raise UserError(f"--prompts {tools.profile} is for published benchmarks of understanding, not {tasks[0]}")
+        if tools.max_new_tokens is not None:
+            raise UserError(f"--max-new-tokens is for published benchmarks of understanding, not {tasks[0]}")
+    if tools.max_new_tokens is not None and tools.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {tools.max_new_tokens}")
+    if tools.rewritten is not None and (len(tasks) != 1 or tasks[0] not in DRAWN):
+        raise UserError("--prompt-file is for one published benchmark of generation at a time")
 
 
 def check_owner(folder: Path, name: str) -> None:

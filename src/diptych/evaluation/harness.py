@@ -125,6 +125,7 @@ def one_seed(
     # 1. What is there stays, if it was made with the same; the first line of a journal says with what.
     if engine is not None and makes:
         made_with = {**made_by(engine, options, seed if task.sampled else None), **task.made_with()}
+        made_with |= {} if task.tools.rewritten is None else {"rewritten": task.tools.rewritten.digest}
         made = Journal(None if place is None else place / worker.name(stem), made_with)
     else:
         made = known(place, stem, task, plan)
@@ -163,7 +164,11 @@ def task_items(task: Task, limit: int | None) -> list[Item]:
         raise UserError(f"--limit must be at least 1, not {limit}")
     if limit is not None and not task.divisible:
         raise UserError(f"--limit {limit}: {task.name} of a part of its pictures is another figure; run it whole")
-    return task.chosen(limit)
+    items = task.chosen(limit)
+    if task.tools.rewritten is None:
+        return items
+    other = {item.id: item.text for item in task.tools.rewritten.apply(task.name, task.items())}
+    return [replace(item, text=other[item.id]) for item in items]
 
 
 def place_of(task: Task, plan: Plan, seed: int, seeds: int) -> Path | None:

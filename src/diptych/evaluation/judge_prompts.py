@@ -47,4 +47,18 @@ Give two grades from 0 to 10:
 
 Answer with JSON only: {{"score": [<first>, <second>], "reasoning": "<one short sentence>"}}""",
     "dpg": "{question} Answer with one word: yes or no.",
+    "mathvista": """A student answered a question about a picture. Copy the student's final answer, and nothing else.
+Give {wanted}. If there is no final answer, write: none
+
+Question: {question}
+Student: {reply}
+Final answer:""",
+    "mmvet": """Grade an answer to a question about a picture against the reference, from 0.0 (all wrong) to 1.0 (all \
+right), in steps of 0.1. Parts of the reference joined by <AND> must all be there, and each earns its share; of parts \
+joined by <OR> one is enough. Wording does not matter. Reply with the number only.
+
+Question: {question}
+Reference: {answer}
+Answer: {reply}
+Grade:""",
 }

@@ -83,15 +83,18 @@ def entry(
         notes.append(f"{len(bad) - len(counted)} {what} and are left out of the means")
     if limit is not None:
         notes.append(f"--limit {limit}: not comparable with full runs")
+    other = task.tools.rewritten
+    if other is not None:
+        notes.append(f"the model read the prompts of {other.name}: not comparable with the published ones")
     notes += [] if task.tools.judge is None else task.tools.judge.notes()
-    count = expected if task.kind == "questions" else len(every)
+    count = whole.count or (expected if task.kind == "questions" else len(every))
     scores = {
         **scores,
         "questions" if task.kind == "questions" else "images": count,
         "missing": len(absent),
         "failed": len(bad),
         "incomplete": bool(absent or bad),
-        "comparable": not (absent or bad or limit is not None),
+        "comparable": not (absent or bad or limit is not None or other is not None),
         "notes": notes,
         "missing_files": absent[:LISTED],
         "failures": [{"image": row["key"], "failure": row["failure"]} for row in bad[:LISTED]],
@@ -99,6 +102,7 @@ def entry(
             **task.about(),
             "overall_is": plain(task.weights),
             "bounds": task.bounds and list(task.bounds),
+            **({} if other is None else {"prompts": f"rewritten, {other.name} ({other.digest})"}),
             **whole.about,
         },
     }

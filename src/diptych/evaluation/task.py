@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from diptych.core.errors import UserError, attributed_to
 from diptych.core.filenames import relative_name
+from diptych.core.reading import read_text
 from diptych.core.sample import Message, Sample
 from diptych.evaluation import intervals
 from diptych.evaluation.download import Data
@@ -94,12 +96,14 @@ class Output:
 class Summary:
     """scores: `overall`, its 95% `interval`, {"score", "interval", "count"} for each category, and what else papers
     print. rows: as results keep them. units: what counts as one when two runs are compared, each with `id`, `category`
-    and `score`. about: how the scores are made of the rows."""
+    and `score`. about: how the scores are made of the rows. count: of what
+    the overall score rests on, where that is not all that was asked for."""
 
     scores: dict[str, Any]
     rows: Sequence[Row]
     units: Sequence[Row]
     about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    count: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,9 @@ class Tools:
 
     self_test: look at known pictures before a detector is believed. prompts: judge prompts by name, in place of ours.
     work: the folder for intermediate results. size: (height, width) of the model's pictures. n: pictures of a prompt,
-    where a task leaves that open. limit: at most so many items.
+    where a task leaves that open. limit: at most so many items. profile: of the words in which questions are put
+    (`understanding.profiles`). max_new_tokens: of a reply, in place of the task's own. rewritten: prompts that a model
+    reads in place of the published ones.
     """
 
     data: Data
@@ -125,6 +131,9 @@ class Tools:
     size: tuple[int, int] = (32, 32)
     n: int | None = None
     limit: int | None = None
+    profile: str = "plain"
+    max_new_tokens: int | None = None
+    rewritten: Rewritten | None = None
 
     def require_judge(self, task: str) -> Judge:
         """The judge; UserError where none was given."""
@@ -134,6 +143,34 @@ class Tools:
                 "--judge hf:NAME for a local model of transformers, --judge diptych:MODEL for one of ours"
             )
         return self.judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """Prompts of the same items in other words. name: of their file; digest: of their texts."""
+
+    name: str
+    texts: Sequence[str]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(list(self.texts)).encode()).hexdigest()[:12]
+
+    @staticmethod
+    def read(path: Path) -> Rewritten:
+        """A file with a prompt on each line, or a JSON object with a `prompt` on each line (.jsonl)."""
+        lines = [line for line in read_text(path).splitlines() if line.strip()]
+        try:
+            texts = [str(json.loads(line)["prompt"]) for line in lines] if path.suffix == ".jsonl" else lines
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: each line has to be a JSON object with a prompt") from error
+        return Rewritten(name=path.name, texts=tuple(texts))
+
+    def apply(self, task: str, items: Sequence[Item]) -> list[Item]:
+        """All items of a task with these prompts; UserError where there are not as many."""
+        if len(self.texts) != len(items):
+            raise UserError(f"{self.name}: {len(self.texts)} prompts, but {task} has {len(items)} items")
+        return [replace(item, text=text) for item, text in zip(items, self.texts, strict=True)]
 
 
 class Task(abc.ABC):

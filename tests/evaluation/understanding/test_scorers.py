@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diptych.core.errors import UserError
+from diptych.evaluation.judge_prompts import PROMPTS
 from diptych.evaluation.understanding import free_form, judged, multiple_choice, text, true_or_false
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS, kept
 
@@ -118,7 +119,8 @@ MATHS = [
 
 def test_math_vista() -> None:
     replies = ["B", "14", "It is about 1.449 m.", "they are 2 and 3"]
-    prompts = [judged.math_prompt(row, reply) for row, reply in zip(MATHS, replies, strict=True)]
+    template = PROMPTS["mathvista"]
+    prompts = [judged.math_prompt(template, row, reply) for row, reply in zip(MATHS, replies, strict=True)]
     assert prompts[:2] == [None, None]
     assert "It is about 1.449 m." in (prompts[2] or "")
     assert "a number" in (prompts[2] or "")
@@ -133,7 +135,7 @@ def test_math_vista() -> None:
 
 def test_math_vista_asks_no_judge_for_nothing() -> None:
     replies = ["(A)", "15", "1.46"]
-    assert [judged.math_prompt(row, reply) for row, reply in zip(MATHS, replies, strict=False)] == [None] * 3
+    assert [judged.math_prompt("", row, reply) for row, reply in zip(MATHS, replies, strict=False)] == [None] * 3
     found = judged.math_vista(MATHS, [*replies, None], {})
     assert found.values == (0, 0, 0, 0)
     assert found.read == ("A", "15", "1.46", None)

@@ -9,14 +9,16 @@ from pathlib import Path
 from diptych.core.errors import UserError
 from diptych.evaluation.task import Item
 from diptych.evaluation.understanding.benchmarks import Benchmark, kept
+from diptych.evaluation.understanding.profiles import Profile, without_empty
 from diptych.evaluation.understanding.table import Table
 
 
-def items(benchmark: Benchmark, folder: Path, limit: int | None = None) -> list[Item]:
+def items(benchmark: Benchmark, folder: Path, limit: int | None = None, profile: Profile | None = None) -> list[Item]:
     """The questions of a benchmark whose files lie in `folder`.
 
     Args:
-        limit: at most so many rows of each file, whole groups where rows count together.
+        limit: at most so many rows of each file, whole groups where rows count together. profile: the words of the
+            questions; the benchmark's plain ones when None.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -28,7 +30,9 @@ def items(benchmark: Benchmark, folder: Path, limit: int | None = None) -> list[
             raise UserError(f"{table.path}: no row of split {benchmark.split!r}")
         rows = [table.rows[at] for at in at_hand]
         names = _names(table)
-        questions += [_item(benchmark, table, at_hand[at], names) for at in kept(rows, limit, benchmark.together)]
+        questions += [
+            _item(benchmark, table, at_hand[at], names, profile) for at in kept(rows, limit, benchmark.together)
+        ]
     return questions
 
 
@@ -43,11 +47,11 @@ def _names(table: Table) -> list[str]:
     return names
 
 
-def _item(benchmark: Benchmark, table: Table, at: int, names: Sequence[str]) -> Item:
-    row = table.rows[at]
+def _item(benchmark: Benchmark, table: Table, at: int, names: Sequence[str], profile: Profile | None) -> Item:
+    row = table.rows[at] if profile is None else without_empty(table.rows[at])
     return Item(
         id=names[at],
-        prompt=benchmark.prompt(row),
+        prompt=benchmark.prompt(row) if profile is None else profile.prompt(benchmark, row),
         category=str(row.get("category", "all")),
         sources=lambda: table.pictures(at),
         facts={"row": row},

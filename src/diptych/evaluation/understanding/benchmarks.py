@@ -132,7 +132,7 @@ _EVERY = (
     _choice("mmvp", _kit("VLMEval/MMVP.tsv", "8cb732b141a0cba5b42159df2839e557"),
             score=multiple_choice.pairs, together=_pair),
     Benchmark(name="mmmu_val", files=(_kit("VLMEval/MMMU_DEV_VAL.tsv", "585e8ad75e73f75dcad265dfd0417d64"),),
-              prompt=question.letter, score=multiple_choice.accuracy, split="validation"),
+              prompt=question.letter, score=multiple_choice.mmmu, split="validation"),
     _yes_no("mme", _kit("VLMEval/MME.tsv", "b36b43c3f09801f5d368627fb92187c3"), true_or_false.mme, _neighbours),
     _yes_no("hallusion_bench", _kit("VLMEval/HallusionBench.tsv", "0c23ac0dc9ef46832d7a24504f2a0c7c"),
             true_or_false.hallusion_bench, _figure_set),

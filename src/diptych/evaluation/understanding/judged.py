@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from diptych.core.errors import UserError
+from diptych.evaluation.judging import fill
 from diptych.evaluation.understanding.letters import kit_letter
 from diptych.evaluation.understanding.scored import Replies, Row, Scored, by_column, each, grouped, mean, ratio
 
@@ -21,32 +22,20 @@ Usable = Callable[[str], bool]
 T = TypeVar("T")
 
 _NUMBER = re.compile(r"(?:score\s*[:=]\s*)?\**(\d+(?:\.\d+)?)\**\.?", re.IGNORECASE)
-_EXTRACT = """A student answered a question about a picture. Copy the student's final answer, and nothing else.
-Give {wanted}. If there is no final answer, write: none
-
-Question: {question}
-Student: {reply}
-Final answer:"""
-_GRADE = """Grade an answer to a question about a picture against the reference, from 0.0 (all wrong) to 1.0 (all \
-right), in steps of 0.1. Parts of the reference joined by <AND> must all be there, and each earns its share; of parts \
-joined by <OR> one is enough. Wording does not matter. Reply with the number only.
-
-Question: {question}
-Reference: {answer}
-Answer: {reply}
-Grade:"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How a judge reads replies.
 
-    prompt: what the judge is asked about a reply; None where a rule reads it. usable: whether the judge's words are an
+    name: of the judge's prompt in `judge_prompts.PROMPTS`. prompt: that prompt (or the user's) filled for a row and a
+    reply; None where a rule reads it. usable: whether the judge's words are an
     answer. score: of rows, from what each reply was read as (the judge's words, or the reply that a rule reads; None
     where there is none), without the rows on which the judge failed.
     """
 
-    prompt: Callable[[Row, str], str | None]
+    name: str
+    prompt: Callable[[str, Row, str], str | None]
     usable: Usable
     score: Callable[[Sequence[Row], Replies, Mapping[int, str]], Scored]
 
@@ -77,11 +66,11 @@ def math_vista(rows: Sequence[Row], read: Replies, failed: Mapping[int, str]) ->
     )
 
 
-def math_prompt(row: Row, reply: str) -> str | None:
+def math_prompt(template: str, row: Row, reply: str) -> str | None:
     """What the judge is asked to copy out of a reply; None where a rule reads it."""
     if math_value(row, reply) is not None:
         return None
-    return _EXTRACT.format(wanted=_wanted(row), question=_question(row), reply=reply)
+    return fill(template, wanted=_wanted(row), question=_question(row), reply=reply)
 
 
 def math_truth(row: Row) -> str:
@@ -142,9 +131,9 @@ def mm_vet(rows: Sequence[Row], read: Replies, failed: Mapping[int, str]) -> Sco
     )
 
 
-def vet_prompt(row: Row, reply: str) -> str:
+def vet_prompt(template: str, row: Row, reply: str) -> str:
     """What the judge is asked to grade."""
-    return _GRADE.format(question=_question(row), answer=row["answer"], reply=reply)
+    return fill(template, question=_question(row), answer=str(row["answer"]), reply=reply)
 
 
 def grade(reply: str) -> float | None:
@@ -196,5 +185,5 @@ def _by_member(rows: Sequence[Row], values: Sequence[float], column: str) -> dic
     return {name: mean(groups[name]) for name in sorted(groups)}
 
 
-MATH_VISTA = Reading(prompt=math_prompt, usable=lambda text: bool(text.strip()), score=math_vista)
-MM_VET = Reading(prompt=vet_prompt, usable=lambda text: grade(text) is not None, score=mm_vet)
+MATH_VISTA = Reading(name="mathvista", prompt=math_prompt, usable=lambda text: bool(text.strip()), score=math_vista)
+MM_VET = Reading(name="mmvet", prompt=vet_prompt, usable=lambda text: grade(text) is not None, score=mm_vet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from diptych.core.errors import UserError
 from diptych.evaluation.understanding.letters import Choices, kit_letter
@@ -56,6 +57,17 @@ def accuracy(rows: Sequence[Row], replies: Replies, *, reader: Reader = kit_lett
         combine=ratio,
         by=grouped(rows, each(values)),
     )
+
+
+OTHER = "Other Answers"
+"""The second option of an open question, as VLMEvalKit turns it into a choice."""
+
+
+def mmmu(rows: Sequence[Row], replies: Replies) -> Scored:
+    """MMMU (Yue et al. 2023): `accuracy`, open questions as VLMEvalKit scores them: the answer is option A, and B is
+    `OTHER`; a reply is right where the answer's text, or an A, is read from it."""
+    closed = [row if choices(row) else {**row, "A": row.get("answer"), "B": OTHER, "answer": "A"} for row in rows]
+    return replace(accuracy(closed, replies), convention=f"accuracy, open questions as two options; {_READ_BY}")
 
 
 def read_letters(

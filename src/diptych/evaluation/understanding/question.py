@@ -30,10 +30,12 @@ class Question:
 
 
 def letter(row: Row) -> str:
-    """A multiple-choice question: hint, question, options, and the wish for a letter."""
+    """A multiple-choice question: hint, question, options, and the wish for a letter; an open one (MMMU has some) has
+    the wish for a short answer."""
+    options = choices(row)
     lines = [str(row["hint"])] if row.get("hint") else []
-    lines += [str(row["question"]), *(f"{name}. {text}" for name, text in choices(row).items()), LETTER]
-    return "\n".join(lines)
+    lines += [str(row["question"]), *(f"{name}. {text}" for name, text in options.items())]
+    return "\n".join([*lines, LETTER if options else SHORT])
 
 
 def yes_no(row: Row) -> str:

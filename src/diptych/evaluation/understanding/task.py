@@ -11,11 +11,12 @@ from typing import Any
 from diptych.core.sample import Message, Sample
 from diptych.evaluation.download import STATED, Data, File, check, file_digest
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
-from diptych.evaluation.judging import failed, judge_about, judged
+from diptych.evaluation.judging import failed, judge_about, judged, prompt_label, wording
 from diptych.evaluation.task import Item, Output, ReplyTask, Row, Summary, Tools
 from diptych.evaluation.understanding import asking
 from diptych.evaluation.understanding.benchmarks import Benchmark
 from diptych.evaluation.understanding.judged import Reading
+from diptych.evaluation.understanding.profiles import PLAIN, PROFILES
 from diptych.evaluation.understanding.question import question
 from diptych.evaluation.understanding.scored import Scored
 from diptych.inference.engine import Engine, from_pil
@@ -35,7 +36,9 @@ class Understanding(ReplyTask):
         super().__init__(tools)
         self.benchmark = benchmark
         self.name = benchmark.name
-        self.max_new_tokens = benchmark.max_new_tokens
+        self.profile = None if tools.profile == PLAIN else PROFILES[tools.profile]
+        own = benchmark.max_new_tokens if self.profile is None else self.profile.max_new_tokens
+        self.max_new_tokens = tools.max_new_tokens or own or benchmark.max_new_tokens
 
     @cached_property
     def located(self) -> tuple[Path, dict[str, str]]:
@@ -44,14 +47,17 @@ class Understanding(ReplyTask):
 
     @cached_property
     def questions(self) -> list[Item]:
-        return asking.items(self.benchmark, self.located[0])
+        return asking.items(self.benchmark, self.located[0], profile=self.profile)
 
     def items(self) -> list[Item]:
         return self.questions
 
     def chosen(self, limit: int | None) -> list[Item]:
         """At most `limit` rows of each file, whole groups where rows count together."""
-        return self.questions if limit is None else asking.items(self.benchmark, self.located[0], limit)
+        return self.questions if limit is None else self._limited(limit)
+
+    def _limited(self, limit: int) -> list[Item]:
+        return asking.items(self.benchmark, self.located[0], limit, self.profile)
 
     def requests(self, items: Sequence[Item]) -> list[Sample]:
         """Raises UserError where a picture cannot be read."""
@@ -69,7 +75,11 @@ class Understanding(ReplyTask):
         reading = self.benchmark.reading
         prompts: dict[str, str] = {}
         for output in outputs:
-            prompt = None if reading is None else reading.prompt(output.item.facts["row"], output.reply or "")
+            prompt = (
+                None
+                if reading is None
+                else reading.prompt(wording(self.tools, reading.name), output.item.facts["row"], output.reply or "")
+            )
             if prompt is None:
                 yield output, {"score": None, "said": output.reply}
             else:
@@ -108,6 +118,7 @@ class Understanding(ReplyTask):
         about = {
             "convention": scored.convention,
             "unit": scored.unit,
+            "prompts": self.tools.profile,
             "max_new_tokens": self.max_new_tokens,
             **pairing(scored),
         }
@@ -124,11 +135,14 @@ class Understanding(ReplyTask):
         return Summary(scores=scores, rows=samples(items, known, scored), units=units, about=about)
 
     def about(self) -> dict[str, Any]:
-        judging = {} if self.benchmark.reading is None else judge_about(self.tools.require_judge(self.name))
+        judging: dict[str, Any] = {}
+        if self.benchmark.reading is not None:
+            label = prompt_label(self.tools, self.benchmark.reading.name)
+            judging = {"judge_prompt": label, **judge_about(self.tools.require_judge(self.name))}
         return {"files": "; ".join(self.located[1].values()), **judging}
 
     def made_with(self) -> dict[str, Any]:
-        return {**super().made_with(), "files": self.located[1]}
+        return {**super().made_with(), "profile": self.tools.profile, "files": self.located[1]}
 
     def batch(self, engine: Engine, options: Mapping[str, Any]) -> int:
         return int(options.get("batch_size", BATCH))
