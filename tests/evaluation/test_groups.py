@@ -59,4 +59,10 @@ def test_words_that_no_task_reads_are_refused(tmp_path: Path) -> None:
         (Tools(data=data, rewritten=Rewritten(name="x", texts=())), "--prompt-file is for one published benchmark"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluate(None, ["dpg"] if tools.rewritten is None else ["dpg", "geneval"], output=tmp_path, tools=tools)
+            evaluate(
+                None,
+                ["dpg"] if tools.rewritten is None else ["dpg", "geneval"],
+                output=tmp_path,
+                tools=tools,
+                only="score",
+            )
