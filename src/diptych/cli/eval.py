@@ -4,8 +4,8 @@ Toy world: toyeval (six categories, as GenEval's), toyedit (edits), toyvqa (ques
 toyscales (whether a model's scales agree). Generation and editing: geneval, dpg, wise_legacy, wise_verified, imgedit,
 gedit, mjhq_fid, clipscore. Understanding: pope, mme, mmvp, mmstar, mmmu_val, mmbench_dev_en, seedbench_img, ai2d,
 scienceqa_test, realworldqa, blink, cv_bench, hallusion_bench, vsr, chartqa, docvqa_val, ocrbench, mathvista, mmvet, and
-other splits; opencompass, the eight of that leaderboard. Data are downloaded on first use. A run that was stopped goes on
-where it was.
+other splits; opencompass, the eight of that leaderboard. Data are downloaded on first use. A run that was stopped goes
+on where it was.
 """
 
 from __future__ import annotations
