@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, attributed_to
+from diptych.core.schema import resolved
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
@@ -21,7 +22,6 @@ from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.ovis_u1 import OvisU1Decoder
 from diptych.parts.part import Part as PartClass
-from diptych.recipes.bagel import build_bagel
 from diptych.recipes.legacy import read_config
 from diptych.recipes.names import locate, shipped
 from diptych.recipes.published import folder_config, published_config
@@ -110,7 +110,8 @@ def build_system(
         backbone, origin = build_backbone(spec.backbone, meta, assets)
         return MLLMSystem(backbone, origins={"backbone": origin})
     if isinstance(spec, BagelSpec):
-        return build_bagel(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=build_tokenizer)
+        build: Any = resolved("diptych.recipes.bagel:build_bagel")  # imported for a BAGEL alone
+        return build(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=build_tokenizer)
     if isinstance(spec, BuiltSpec):
         return spec.build(meta=meta, assets=assets)
     assert isinstance(spec, ComposedSpec | OmniGen2Spec | OvisU1Spec)
