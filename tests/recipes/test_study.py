@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diptych.core.errors import UserError
-from diptych.recipes import clock, study, study_results, study_run
+from diptych.recipes import clock, study, study_results
 from diptych.recipes.study import StudySpec, asked, load, plan
 from diptych.recipes.study_run import run_study
 from diptych.reports import study as reports
@@ -206,18 +206,6 @@ def test_a_model_that_is_there_stands_for_a_run(tiny_study: StudySpec, tiny_mode
         run_study(load("study.yaml", changes[:2]), Path("out"))
     with pytest.raises(UserError, match="no such folder, and no hub id"):
         plan(load("study.yaml", ["runs.first.model=./gone"]), (0,), Path("out"))
-
-
-def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with (
-        study_run.alone(folder),
-        pytest.raises(UserError, match="another process"),
-        study_run.alone(folder),
-    ):
-        pass
-    with study_run.alone(folder):
-        pass
 
 
 def test_seconds_of_a_killed_session_count_up_to_its_checkpoint(tmp_path: Path) -> None:

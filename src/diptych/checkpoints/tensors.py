@@ -6,8 +6,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from diptych.core.reading import read_object
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 SHARD_BYTES = 4 * 1024**3
+CHECKSUMS = "xxh3_64"
+"""In a file's metadata: a JSON mapping from the names of its tensors to the checksums of their bytes."""
 
 
 def refuse_pickle(path: Path) -> None:
@@ -51,7 +55,8 @@ def write_tensors(
 ) -> None:
     """Write `stem`.safetensors, or numbered shards with `stem`.safetensors.index.json once one shard is full.
 
-    Tensors are taken one at a time, so that no more than a shard is in host memory.
+    Tensors are taken one at a time, so that no more than a shard is in host memory. Their checksums, taken before they
+    are written, stand in the files' metadata.
     """
     shards: list[tuple[str, list[str]]] = []
     pending: dict[str, Tensor] = {}
@@ -60,7 +65,8 @@ def write_tensors(
     def flush() -> None:
         nonlocal pending, size
         name = f"{stem}-{len(shards) + 1:05d}.safetensors"
-        save_file(pending, folder / name, metadata={"format": "pt"})
+        sums = {key: checksum(tensor) for key, tensor in pending.items()}
+        save_file(pending, folder / name, metadata={"format": "pt", CHECKSUMS: json.dumps(sums)})
         shards.append((name, list(pending)))
         pending, size = {}, 0
 
@@ -102,14 +108,34 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     raise UserError(f"{folder}: no {stem}.safetensors here")
 
 
+def checksum(tensor: Tensor) -> str:
+    """XXH3 (64 bits) of a tensor's bytes, in hexadecimal digits."""
+    raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_64_hexdigest(raw)
+
+
+def read_checksums(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Checksums by tensor, from a file's metadata, if it has any; UserError where they are broken."""
+    try:
+        sums = json.loads((metadata or {}).get(CHECKSUMS, "{}"))
+        return {str(name): str(value) for name, value in sums.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged (its checksums cannot be read)") from error
+
+
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of safetensors files one at a time; UserError names an unreadable file."""
+    """Tensors of safetensors files one at a time; UserError names an unreadable file, and a tensor whose bytes are not
+    those that were written."""
     for path in files:
         refuse_pickle(path)
         try:
             with safe_open(path, framework="pt") as file:
+                sums = read_checksums(path, file.metadata())
                 for name in file.keys():  # noqa: SIM118
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    if sums.get(name, expected := checksum(tensor) if sums else "") != expected:
+                        raise UserError(f"{path}: {name} is damaged: its bytes are not those that were written")
+                    yield name, tensor
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 

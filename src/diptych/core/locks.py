@@ -22,7 +22,8 @@ from diptych.core.files import make_folder, remove_litter
 from diptych.core.processes import Process, this_process
 
 NAME = ".writer.lock"
-_held: set[str] = set()
+_held: dict[str, int] = {}
+"""Folders that this process holds, and the thread that does."""
 _guard = threading.Lock()
 
 
@@ -30,27 +31,32 @@ _guard = threading.Lock()
 def only_writer(folder: Path, work: str) -> Iterator[None]:
     """Inside the block, this process alone writes to `folder`; first, what killed writers left there is removed.
 
+    A block within a block of the same thread holds what the outer one does.
+
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there, and removed again if nothing was written.
         work: what is being done, for those who are refused ("diptych train").
 
     Raises:
         UserError: another process, or another thread of this one, writes there; or the folder cannot be written.
     """
-    path = folder / NAME
+    path, made, thread = folder / NAME, not folder.exists(), threading.get_ident()
+    place = str(folder.resolve())
+    with _guard:
+        holder = _held.get(place)
+        _held.setdefault(place, thread)
+    if holder == thread:
+        yield
+        return
+    if holder is not None:
+        raise UserError(f"{folder}: this process is writing there already")
     try:
         make_folder(folder)
-        place = str(folder.resolve())
-        with _guard:
-            if place in _held:
-                raise UserError(f"{folder}: this process is writing there already")
-            _held.add(place)
-        try:
-            descriptor = _take(path, work)
-        except BaseException:
-            _held.discard(place)
+        descriptor = _take(path, work)
+    except (OSError, UserError) as error:
+        del _held[place]
+        if isinstance(error, UserError):
             raise
-    except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
     try:
         remove_litter(folder, deep=True)
@@ -59,7 +65,10 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)  # while it is held, so that no other file is removed
         os.close(descriptor)
-        _held.discard(place)
+        del _held[place]
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _take(path: Path, work: str) -> int:

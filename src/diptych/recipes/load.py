@@ -62,8 +62,7 @@ def _load_system(model: str) -> tuple[System, Sampling]:
             if family.detect(place):
                 return family.from_release(place, model)
     # A run that has not ended, by its checkpoint.
-    found = state.checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
-    checkpoint = folder if state.is_checkpoint(folder) else found[-1] if found else None
+    checkpoint = folder if state.is_checkpoint(folder) else state.newest(folder / "checkpoints")
     if checkpoint:
         return from_checkpoint(checkpoint, model), parse(with_new_names(state.read_recipe(checkpoint)), model).sampling
     raise unreadable(folder, model)

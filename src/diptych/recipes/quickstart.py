@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diptych.core.files import write_text
+from diptych.core.locks import only_writer
 from diptych.evaluation import evaluate, toyeval
 from diptych.evaluation.results import TaskResult, versions
 from diptych.inference.engine import Engine, from_pil, to_pil
@@ -83,9 +84,26 @@ def quickstart(
     begin = time.perf_counter()
     plain = plain_recipe(recipe, model, steps)
     parsed = parse(plain, recipe)
-    check_room(folder, force)
-    engine = load(model)
-    clear(folder)
+    with only_writer(folder, "diptych quickstart"):
+        check_room(folder, force)
+        engine = load(model)
+        clear(folder)
+        return _quickstart(folder, model, recipe, plain, parsed, engine, limit, say, progress, begin)
+
+
+def _quickstart(
+    folder: Path,
+    model: str,
+    recipe: str,
+    plain: dict[str, Any],
+    parsed: Recipe,
+    engine: Engine,
+    limit: int | None,
+    say: Callable[[str], None],
+    progress: Told | None,
+    begin: float,
+) -> dict[str, Any] | None:
+    """What `run` does once the folder is its own and empty."""
     with marked(folder):
         say(f"1/4  scoring {model}: a generator that has seen images, but never a caption")
         before = side(engine, "before", limit, progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 from diptych.core.errors import UserError
 from diptych.core.filenames import member_path
 from diptych.core.files import write_text
+from diptych.core.locks import NAME as LOCK
 
 MARKER = ".diptych-quickstart.json"
 _KILLED = re.compile(
@@ -37,8 +38,8 @@ def marked(folder: Path) -> Iterator[None]:
 
 
 def files(folder: Path) -> list[Path]:
-    """Files and links below a folder; folders that are links are not entered."""
-    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    """Files and links below a folder, but for its lock; folders that are links are not entered."""
+    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names if name != LOCK]
     return found + [Path(place, name) for place, names, _ in os.walk(folder) for name in names if _is_link(place, name)]
 
 
@@ -71,7 +72,7 @@ def check_room(folder: Path, force: bool) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: a file, not a folder; choose another --out")
-    if not any(folder.iterdir()):
+    if not files(folder) and not any(path.is_dir() for path in folder.iterdir()):
         return
     made = made_here(folder)
     if not force:
@@ -87,7 +88,7 @@ def check_room(folder: Path, force: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what a quick start made in the folder, and the folders that are empty then."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not files(folder):
         return
     for path in made_here(folder):
         path.unlink()

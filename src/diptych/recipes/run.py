@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from diptych.checkpoints.finite import check_finite
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_folder, write_text
+from diptych.core.locks import only_writer
 from diptych.core.reading import read_yaml
 from diptych.core.sample import Batch
 from diptych.data.buckets import buckets as make_buckets
@@ -62,7 +64,13 @@ def train_recipe(
             `diptych check` would find.
     """
     plain = json.loads(json.dumps(plain))
-    resumed = claim(folder, plain, resume)
+    first = os.environ.get("RANK", "0") == "0"
+    with only_writer(folder, "diptych train") if first else nullcontext():
+        return _train(recipe, plain, folder, claim(folder, plain, resume), announce)
+
+
+def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, announce: Callable[[str], None]) -> bool:
+    """What `train_recipe` does once the folder is its own."""
     accelerator = make_accelerator(recipe.run)
     system = start(recipe)
     check_finite(system, recipe.start or "the weights that the recipe's parts start from")

@@ -19,6 +19,7 @@ import torch
 
 from diptych.core.errors import UserError
 from diptych.core.files import write_text
+from diptych.core.locks import only_writer
 from diptych.core.reading import read_object, read_yaml
 from diptych.evaluation import evaluate, results
 from diptych.recipes import study_results
@@ -69,24 +70,25 @@ def run_study(
         raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
     runs = plan(study, study.seeds if seeds is None else seeds, out)
     tasks = asked(study)
-    if holds_others(out):
-        raise UserError(f"{out}: holds something other than a study; choose another --out")
-    for run in runs:
-        check_same(run)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
-    waiting = [run for run in runs if not (trained(run) and scored(run, tasks))]
-    if len(waiting) < len(runs):
-        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
-    if jobs == 1:
-        for run in waiting:
-            say(f"run {runs.index(run) + 1} of {len(runs)}: {run.title}")
-            if not perform(run, tasks, say=say, progress=progress):
-                return None
-            study_results.write(study, runs, out)
-    elif not at_once(waiting, tasks, jobs, say, lambda: study_results.write(study, runs, out)):
-        return None
-    return study_results.write(study, runs, out, draw=True)
+    with only_writer(out, "diptych study"):
+        if holds_others(out):
+            raise UserError(f"{out}: holds something other than a study; choose another --out")
+        for run in runs:
+            check_same(run)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
+        waiting = [run for run in runs if not (trained(run) and scored(run, tasks))]
+        if len(waiting) < len(runs):
+            say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+        if jobs == 1:
+            for run in waiting:
+                say(f"run {runs.index(run) + 1} of {len(runs)}: {run.title}")
+                if not perform(run, tasks, say=say, progress=progress):
+                    return None
+                study_results.write(study, runs, out)
+        elif not at_once(waiting, tasks, jobs, say, lambda: study_results.write(study, runs, out)):
+            return None
+        return study_results.write(study, runs, out, draw=True)
 
 
 def holds_others(out: Path) -> bool:
@@ -131,7 +133,7 @@ def scored(run: Planned, tasks: Asked) -> bool:
 
 def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = None) -> bool:
     """Train and score one run as far as that is left to do; False when a signal stopped it after saving."""
-    with alone(run.folder):
+    with only_writer(run.folder, "diptych study"):
         if not trained(run):
             resume = (run.folder / "recipe.yaml").is_file()
             with clock(run.folder):
@@ -249,18 +251,3 @@ def _ending_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; UserError when another process holds it. The lock ends with the process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{folder}: another process is working on this run") from error
-        yield

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,6 +35,9 @@ from diptych.training.schedule import factor
 from diptych.training.step import backward, exchange, mean_losses, not_finite, precision
 
 log = logging.getLogger(__name__)
+
+COMPARED = 64
+"""Items of each source that a resumed run looks at again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,7 @@ def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accele
     Raises:
         UserError: a loss or gradient that is not finite, a checkpoint that cannot be written or does not fit.
     """
-    found = state.checkpoints(run.folder / "checkpoints") if run.resume else []
-    last = found[-1] if found else None
+    last = newest_checkpoint(run.folder / "checkpoints", accelerator) if run.resume else None
     progress = state.read_progress(last) if last else state.Progress()
     if run.config.strategy == "fsdp":
         shard(system, accelerator, [{source.task for source in stage.data.sources} for stage in stages])
@@ -117,7 +120,8 @@ def train_stage(
     held = state.Held(weights=weights, parameters=parameters, optimizers=optimizers, ema=ema)
     if last:
         state.load(last, held)
-    saved = progress.total if last else None
+    check_items(stage, progress)
+    saved, whole = progress.total if last else None, True
 
     def save() -> None:
         nonlocal saved
@@ -134,6 +138,11 @@ def train_stage(
         )
         saved = progress.total
 
+    def rescue() -> None:
+        if whole and main and saved != progress.total > 0 and not isinstance(system, FSDPModule):
+            save()
+            log.warning("stopped by an error; step %d is saved in %s", progress.total, run.folder / "checkpoints")
+
     steps = loader.steps(
         stage.data,
         system.preparer(),
@@ -145,7 +154,8 @@ def train_stage(
         world=world,
         same_tasks=isinstance(system, FSDPModule),
     )
-    with progress_bar(config.name, "step", total=config.steps, initial=progress.step, disable=not main) as bar:
+    title = {"total": config.steps, "initial": progress.step, "disable": not main}
+    with saving_first(rescue), progress_bar(config.name, "step", **title) as bar:
         for step in steps:
             torch.manual_seed(key(run.seed, config.name, step.number, rank))
             rate = config.optimizer.lr * factor(config.schedule, step.number, config.steps)
@@ -158,6 +168,7 @@ def train_stage(
                     save()
                 where = f"stage {config.name!r}, step {step.number}"
                 raise UserError(f"{where}: {bad}; saved in {run.folder / 'checkpoints'}")
+            whole = False  # an error within the next lines leaves weights of no step
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -165,6 +176,7 @@ def train_stage(
                 ema.update()
 
             progress.advance({**mean_losses(reports), "grad_norm": norm})
+            whole = True
             ends = progress.step == config.steps
             bar.update()
             if progress.total % often.log_every == 0 or ends:
@@ -194,6 +206,47 @@ def train_stage(
     if ema:
         ema.copy_in()
     return True
+
+
+@contextmanager
+def saving_first(rescue: Callable[[], None]) -> Iterator[None]:
+    """Call `rescue` before an error that ends the block goes on; an error of its own changes nothing about that."""
+    try:
+        yield
+    except Exception:
+        try:
+            rescue()
+        except (UserError, OSError) as error:
+            log.warning("%s", error)
+        raise
+
+
+def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The last checkpoint that is whole; the main process chooses it for all."""
+    found = [state.newest(folder, move=True) if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def check_items(stage: Stage, progress: state.Progress) -> None:
+    """Note how many items the stage's sources have; UserError where a resumed run has others than it began with.
+
+    Where they are as many, but some of them have changed (of 64 of each source), a warning says so.
+    """
+    before, progress.items = progress.items, {}
+    for source in stage.data.sources:
+        count = len(source)
+        some = [source.fingerprint(index * count // COMPARED) for index in range(COMPARED)] if count else []
+        progress.items[source.name] = (count, f"{key(*some):x}")
+        then = before.get(source.name, progress.items[source.name])
+        if then[0] != count:
+            raise UserError(
+                f"stage {stage.config.name!r}: {source.name} has {count:,} items, but had {then[0]:,} when the run "
+                "began; other items would be drawn: put them back, or begin a new run with this one as its start"
+            )
+        if then != progress.items[source.name]:
+            log.warning("%s: some of its items have changed since the run began", source.name)
 
 
 def due(step: int, every: int, ends: bool) -> bool:

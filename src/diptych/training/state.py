@@ -8,9 +8,8 @@ seeds its own draws. Parts that do not learn are those of the recipe.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +20,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from diptych.checkpoints.tensors import read_tensors, weight_files, write_tensors
+from diptych.checkpoints.tensors import checksum, read_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError, attributed_to
-from diptych.core.files import write_folder
+from diptych.core.files import remove_folder, remove_litter, write_folder
 from diptych.core.reading import read_object
 from diptych.training.ema import EMA
 
+log = logging.getLogger(__name__)
+
 PREFIX = "step-"
+KINDS = ("trained", "optimizer", "ema")
+"""Of the tensors of a checkpoint; each kind has files of its own."""
 COUNTER = "step"
 """AdamW's count of its steps, the one entry of an optimiser's state that is not laid out as its parameter."""
 
@@ -36,7 +39,8 @@ COUNTER = "step"
 class Progress:
     """Where a run stands: `stage` (position in the recipe), `step` within it, `total` steps over all stages.
 
-    unlogged: each metric's values in the steps since the last logged row.
+    unlogged: each metric's values in the steps since the last logged row. items: how many items each of the stage's
+    sources has, and a digest of some of them. tensors: how many of each kind the checkpoint holds.
     """
 
     stage: int = 0
@@ -44,6 +48,8 @@ class Progress:
     total: int = 0
     ema_steps: int = 0
     unlogged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    items: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+    tensors: dict[str, int] = field(default_factory=dict[str, int])
 
     def advance(self, metrics: dict[str, float]) -> None:
         """One step further, with its metrics."""
@@ -128,9 +134,16 @@ def save(
                 pass
         return
 
+    def counted(stem: str, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        progress.tensors[stem] = 0
+        for name, tensor in tensors:
+            progress.tensors[stem] += 1
+            yield name, tensor
+
     def write(temporary: Path) -> None:
+        progress.tensors = {}
         for stem, tensors in groups.items():
-            write_tensors(temporary, tensors, stem)
+            write_tensors(temporary, counted(stem, tensors), stem)
         (temporary / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
 
@@ -140,19 +153,16 @@ def save(
     there = checkpoints(folder)
     last_of_stage = {read_progress(path).stage: path for path in there} if keep_stages else {}
     for old in there[:-keep]:
-        if old in last_of_stage.values():
-            continue
-        gone = old.with_name(f".{old.name}.gone")
-        os.replace(old, gone)  # a checkpoint in sight is whole
-    for stale in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        if old not in last_of_stage.values():
+            remove_folder(old)
+    remove_litter(folder)
 
 
 def read_back(checkpoint: Path, weights: dict[str, nn.Parameter]) -> None:
-    """UserError when a written weight is not the one in memory; sharded ones are not compared."""
+    """UserError when a written weight is not the one in memory, byte by byte; sharded ones are not compared."""
     back = dict(read_tensors(weight_files(checkpoint, "trained")))
     for name, parameter in weights.items():
-        if not isinstance(parameter, DTensor) and not torch.equal(back[name], parameter.detach().cpu()):
+        if not isinstance(parameter, DTensor) and checksum(back[name]) != checksum(parameter):
             raise UserError(f"{checkpoint}: {name} reads back differently from what was written; is the disk sound?")
 
 
@@ -166,10 +176,53 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "progress.json").is_file()
 
 
+def newest(folder: Path, *, move: bool = False) -> Path | None:
+    """The last checkpoint that is whole, None where there is none at all. Each damaged one after it is named in a
+    warning and, with `move`, renamed, so that it is no longer one of those that are kept.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is whole.
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        damaged.append(reason)
+        place = path.with_name(f"damaged-{path.name}")
+        if move:
+            remove_folder(place)
+            path.rename(place)
+        log.warning(
+            "%s is damaged and left out%s: %s", path, f" (it is called {place.name} now)" if move else "", reason
+        )
+    if damaged:
+        raise UserError(f"{folder}: no checkpoint can be read ({damaged[0]}); start a new run")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None for one that is whole: every tensor is read and its checksum compared."""
+    try:
+        progress = read_progress(checkpoint)
+        read_recipe(checkpoint)
+        for stem in KINDS:
+            if stem not in progress.tensors and stem != "trained":
+                continue
+            count = sum(1 for _ in read_tensors(weight_files(checkpoint, stem)))
+            if count != progress.tensors.get(stem, count):
+                return f"{checkpoint}: {stem} holds {count} of {progress.tensors[stem]} tensors"
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood."""
+    values = read_object(checkpoint / "progress.json")
     with attributed_to(str(checkpoint / "progress.json")):
-        return Progress(**read_object(checkpoint / "progress.json"))
+        values["items"] = {name: (int(count), str(some)) for name, (count, some) in values.get("items", {}).items()}
+        return Progress(**values)
 
 
 def read_recipe(checkpoint: Path) -> dict[str, Any]:
@@ -196,6 +249,14 @@ def load(checkpoint: Path, held: Held) -> None:
     for name, tensor in read_tensors(weight_files(checkpoint, "optimizer")):
         parameter, _, entry = name.rpartition(":")
         states.setdefault(parameter, {})[entry] = tensor
+    found = sum(map(len, states.values()))
+    wanted = read_progress(checkpoint).tensors.get("optimizer", found)
+    incomplete = [name for name, state in states.items() if state.keys() != next(iter(states.values())).keys()]
+    if found != wanted or (incomplete and len(held.optimizers) == 1):
+        which = f" (of {incomplete[0]} some are missing)" if incomplete else ""
+        raise UserError(f"{checkpoint}: the optimiser's state has {found} of {wanted} tensors{which}")
+    if unknown := sorted(set(states) - set(held.parameters)):
+        raise UserError(f"{checkpoint}: the optimiser's state is of {unknown[0]}, which this stage does not train")
     for optimizer in held.optimizers:
         owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in held.parameters.items():
