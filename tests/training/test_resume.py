@@ -125,7 +125,7 @@ def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) 
     plain["run"] |= {"num_workers": 1, "save_every": 0}
     process = start(plain, folder)
     said = signalled(process, folder, 4, signal.SIGTERM)
-    assert process.returncode == 0, said
+    assert process.returncode == 128 + signal.SIGTERM, said
     assert "stopped and saved; continue with:" in said
     (checkpoint,) = state.checkpoints(folder / "checkpoints")
     assert 4 <= state.read_progress(checkpoint).total < FIRST

@@ -15,23 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.checkpoints.tensors import refuse_pickle
+from diptych.checkpoints.tensors import DTYPES, refuse_pickle
 from diptych.core.errors import UserError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 LARGEST_HEADER = 100_000_000
 PIECE = 1 << 22
 """Elements that are converted at a time."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diptych.checkpoints.finite import cast
@@ -21,6 +20,21 @@ from diptych.core.reading import read_object
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 SHARD_BYTES = 4 * 1024**3
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FORMATS = {dtype: name for name, dtype in DTYPES.items()}
 CHECKSUMS = "xxh3_64"
 """In a file's metadata: a JSON mapping from the names of its tensors to the checksums of their bytes."""
 
@@ -65,8 +79,7 @@ def write_tensors(
     def flush() -> None:
         nonlocal pending, size
         name = f"{stem}-{len(shards) + 1:05d}.safetensors"
-        sums = {key: checksum(tensor) for key, tensor in pending.items()}
-        save_file(pending, folder / name, metadata={"format": "pt", CHECKSUMS: json.dumps(sums)})
+        write_safetensors(folder / name, pending)
         shards.append((name, list(pending)))
         pending, size = {}, 0
 
@@ -87,6 +100,34 @@ def write_tensors(
         weight_map |= dict.fromkeys(keys, final)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file in the safetensors format, with a checksum of each tensor in its metadata.
+
+    The same tensors always give the same bytes; the library's own writer orders the metadata by chance.
+    """
+    sums = {name: checksum(tensor) for name, tensor in sorted(tensors.items())}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", CHECKSUMS: json.dumps(sums)}}
+    start = 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # large numbers first: all aligned
+    for name in order:
+        tensor = tensors[name]
+        stop = start + tensor.nbytes
+        header[name] = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            file.write(raw_bytes(tensors[name]))
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """A tensor's bytes, as numpy has them; those of a tensor on the CPU are not copied."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -110,8 +151,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
 
 def checksum(tensor: Tensor) -> str:
     """XXH3 (64 bits) of a tensor's bytes, in hexadecimal digits."""
-    raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return xxhash.xxh3_64_hexdigest(raw)
+    return xxhash.xxh3_64_hexdigest(raw_bytes(tensor))
 
 
 def read_checksums(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
