@@ -29,7 +29,7 @@ from diptych.recipes.legacy import refuse_old
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.base import System
 from diptych.systems.presets import ComposedConfig, HieraConfig, OmniGen2Settings, OvisU1Config
-from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
+from diptych.training.config import Balance, OptimizerConfig, RunConfig, ScheduleConfig
 
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 LIBRARY = Path(__file__).parent / "library"
@@ -247,6 +247,7 @@ class StageSpec:
     data: DataSpec
     micro_batch_size: Count | None = None
     loss_weights: dict[str, NotNegative] = field(default_factory=dict[str, float])
+    balance: Balance = "samples"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     max_grad_norm: Positive = 1.0

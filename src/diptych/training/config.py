@@ -13,6 +13,17 @@ from diptych.core.ranges import NotNegative, NotNegativeInt, Positive, Share, ch
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 
+Balance = Literal["samples", "terms", "tokens"]
+"""How the losses of a step become one. A value of a sample is the mean over its own elements (latent tokens, text
+tokens); a family of terms ("flow", "cross_entropy") is one mean over all its values in the step, whatever the cut into
+passes and processes.
+
+samples: families count by their share of the step's samples; within one, a sample counts as its system says (one
+each; BAGEL's by `mean`, OmniGen2's by `weighting`). terms: the same means are added, whatever their shares. tokens:
+means over all elements are added, as BAGEL's release does.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """kind: `adamw`, or `muon` (torch.optim.Muon for the matrices inside blocks, AdamW for all else).
@@ -54,7 +65,8 @@ class StageConfig:
 
     train: parts by name. steps: optimiser steps. batch_size: samples a step over all processes. micro_batch_size:
     samples a forward pass of one process (None: all of its share). loss_weights: factor of each loss term
-    ("flow.image", or "flow" for all tasks; "flow_4x4" for one scale of several); terms not named count 1.
+    ("flow.image", or "flow" for all tasks; "flow_4x4" for one scale of several); terms not named count 1. balance: how
+    they become one loss.
     max_grad_norm: largest norm of the gradient. ema_decay: of the averaged weights, None for none. ema_warmup: as of
     `training.ema.EMA`.
     """
@@ -65,6 +77,7 @@ class StageConfig:
     batch_size: int
     micro_batch_size: int | None = None
     loss_weights: dict[str, NotNegative] = field(default_factory=dict[str, float])
+    balance: Balance = "samples"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     max_grad_norm: Positive = 1.0

@@ -26,13 +26,13 @@ from diptych.data import loader
 from diptych.data.mixture import Mixture
 from diptych.systems.base import System
 from diptych.training import state
-from diptych.training.config import RunConfig, StageConfig
+from diptych.training.config import Balance, RunConfig, StageConfig
 from diptych.training.ema import EMA
 from diptych.training.metrics import Metrics
 from diptych.training.optimizers import build_optimizers, set_rate, trainable
 from diptych.training.parallel import clip, prepare, shard
 from diptych.training.schedule import factor
-from diptych.training.step import backward, exchange, mean_losses, not_finite, precision
+from diptych.training.step import backward, counts_of, exchange, mean_losses, not_finite, precision
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def train_stage(
             set_rate(optimizers, rate)
             terms = backward(model, step, config, accelerator)
             norm = clip(list(parameters.values()), config.max_grad_norm)
-            reports = exchange(terms, step, stopped())
+            reports = exchange(terms, step, stopped(), config.balance)
             if bad := not_finite(reports, norm):
                 if saved != progress.total:
                     save()
@@ -186,7 +186,7 @@ def train_stage(
                 bar.set_postfix(shown, refresh=False)
             if due(progress.step, often.validate_every, ends) and stage.held_out:
                 with ema.applied() if ema else nullcontext():
-                    row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator)
+                    row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance)
                 metrics.write(progress.total, config.name, row)
                 set_modes(system, config.train)
             if due(progress.step, often.sample_every, ends) and run.on_sample:
@@ -272,18 +272,25 @@ def set_modes(system: System, parts: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def validate(system: System, batches: Sequence[Batch], seed: int, accelerator: Accelerator) -> dict[str, float]:
-    """Mean held-out loss of each term, with the same draws every time; every process measures all of it."""
+def validate(
+    system: System, batches: Sequence[Batch], seed: int, accelerator: Accelerator, balance: Balance = "samples"
+) -> dict[str, float]:
+    """Mean held-out loss of each term, with the same draws every time; every process measures all of it.
+
+    A sample's draws are those of its place among all, however these are cut into batches.
+    """
     sums: dict[str, list[Tensor]] = {}
     weights: dict[str, list[float]] = {}
     system.eval()
-    for number, batch in enumerate(batches):
-        draws = Draws([key(seed, number, row) for row in range(len(batch))], accelerator.device)
+    place = 0
+    for batch in batches:
+        draws = Draws([key(seed, place + row) for row in range(len(batch))], accelerator.device)
+        place += len(batch)
         prepared = system.prepare(batch, draws)
         with precision(accelerator):
             terms = system.losses(prepared, draws)
         for name, values in terms.items():
-            counts = prepared.weights[name]
+            counts = counts_of(prepared, balance)[name]
             sums.setdefault(name, []).append(values.float() * torch.tensor(counts, device=values.device))
             weights.setdefault(name, []).extend(counts)
     return {f"held_out/{name}": float(torch.cat(x).sum()) / (sum(weights[name]) or 1.0) for name, x in sums.items()}

@@ -17,7 +17,7 @@ from diptych.core.prepared import PreparedBatch
 from diptych.data.loader import Step
 from diptych.systems.base import System
 from diptych.training.attention import WrittenOut
-from diptych.training.config import StageConfig
+from diptych.training.config import Balance, StageConfig
 
 NAMED = 8
 """Samples that an error names at most."""
@@ -65,9 +65,9 @@ def backward(model: nn.Module, step: Step, config: StageConfig, accelerator: Acc
     """Gradients of the weighted mean loss over the step's samples on all processes; unweighted terms, detached.
 
     A value counts by its weight in the mean over all values of its family ("flow") in the step, however these are cut
-    into passes and divided among processes.
+    into passes and divided among processes (`StageConfig.balance`).
     """
-    scales = family_scales(step)
+    scales = family_scales(step, config.balance)
     values: dict[str, list[Tensor]] = {}
     for number, part in enumerate(step.passes):
         batch = part.batch.to(accelerator.device)
@@ -76,23 +76,32 @@ def backward(model: nn.Module, step: Step, config: StageConfig, accelerator: Acc
                 terms = model(batch, Draws(part.keys, accelerator.device))
             weighted: list[Tensor] = []
             for name, losses in terms.items():
-                counts = torch.tensor(batch.weights[name], device=losses.device) * scales[family_of(name)]
+                counts = scales[family_of(name)] * torch.tensor(
+                    counts_of(part.batch, config.balance)[name], device=losses.device
+                )
                 factor = 0.0 if task_of(name) in batch.borrowed else weight(config.loss_weights, name)
                 weighted.append(factor * (losses.float() * counts).sum())
             with attention(accelerator):
-                accelerator.backward(torch.stack(weighted).sum() / step.size)
+                accelerator.backward(torch.stack(weighted).sum())
         for name, losses in terms.items():
             if task_of(name) not in batch.borrowed:
                 values.setdefault(name, []).append(losses.detach().float())
     return {name: torch.cat(parts) for name, parts in values.items()}
 
 
-def family_scales(step: Step) -> dict[str, float]:
-    """For each family of terms, what its values' weights are multiplied by so that their mean over the samples of all
-    processes is 1."""
+def counts_of(batch: PreparedBatch, balance: Balance) -> dict[str, list[float]]:
+    """How much each value of each term counts within its family: by its elements, or as its system says."""
+    return batch.counts if balance == "tokens" else batch.weights
+
+
+def family_scales(step: Step, balance: Balance) -> dict[str, float]:
+    """For each family of terms, what the counts of its values are multiplied by in the loss of this process.
+
+    The mean of the gradients over the processes is then that of the whole step's loss.
+    """
     own: dict[str, tuple[int, float]] = {}
     for part in step.passes:
-        for name, weights in part.batch.weights.items():
+        for name, weights in counts_of(part.batch, balance).items():
             if task_of(name) not in part.batch.borrowed:
                 count, total = own.get(family_of(name), (0, 0.0))
                 own[family_of(name)] = (count + len(weights), total + math.fsum(weights))
@@ -100,7 +109,8 @@ def family_scales(step: Step) -> dict[str, float]:
     everywhere: list[dict[str, tuple[int, float]]] = gather_object([own])
     counts = {name: sum(row.get(name, (0, 0.0))[0] for row in everywhere) for name in names}
     totals = {name: math.fsum(row.get(name, (0, 0.0))[1] for row in everywhere) for name in names}
-    return {name: counts[name] / totals[name] if totals[name] else 0.0 for name in names}
+    shares = {name: counts[name] / step.size if balance == "samples" else len(everywhere) for name in names}
+    return {name: shares[name] / totals[name] if totals[name] else 0.0 for name in names}
 
 
 def family_of(term: str) -> str:
@@ -120,12 +130,12 @@ def weight(weights: dict[str, float], name: str) -> float:
     return weights.get(name, weights.get(family, weights.get(family.partition("_")[0], 1.0)))
 
 
-def exchange(terms: dict[str, Tensor], step: Step, stop: bool) -> list[Report]:
+def exchange(terms: dict[str, Tensor], step: Step, stop: bool, balance: Balance = "samples") -> list[Report]:
     """The reports of all processes, in order; the same list on each."""
     ids: dict[str, list[str]] = {}
     weights: dict[str, list[float]] = {}
     for part in step.passes:
-        for name, values in part.batch.weights.items():
+        for name, values in counts_of(part.batch, balance).items():
             if task_of(name) not in part.batch.borrowed:
                 weights.setdefault(name, []).extend(values)
         for id, task in zip(part.batch.ids, part.batch.tasks, strict=True):

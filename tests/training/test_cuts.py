@@ -1,0 +1,59 @@
+"""Losses and gradients are those of the step, however it is cut into passes or divided among processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuts import BALANCES, step
+from golden_runs import RUNS
+
+from diptych.training.metrics import read_metrics
+
+Steps = dict[tuple[str, str], dict[str, float]]
+"""What a step gave, by system and balance."""
+CASES = [*((name, "samples") for name in RUNS), *(("bagel", balance) for balance in BALANCES[1:])]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Steps:
+    """Each step in one pass."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = {(name, "samples"): step(name, folder) for name in RUNS}
+    return made | {("bagel", balance): step("bagel", folder, None, balance) for balance in BALANCES[1:]}
+
+
+@pytest.mark.parametrize(
+    ("name", "balance"), [*((name, "samples") for name in RUNS), ("bagel", "terms"), ("bagel", "tokens")]
+)
+def test_passes_change_nothing(name: str, balance: str, whole: Steps, tmp_path: Path) -> None:
+    """Mutants: a pass weighed by itself; held-out losses by batch; one family's mean taken by pass."""
+    cut = step(name, tmp_path, 1 if name == "bagel" else 3, balance)
+    assert cut == pytest.approx(whole[name, balance], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(whole: Steps, tmp_path: Path) -> None:
+    """The same for two processes; mutant: means by process."""
+    script = Path(__file__).with_name("cuts.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    for (name, balance), expected in whole.items():
+        rows = read_metrics(tmp_path / f"{name}-None-{balance}" / "metrics.jsonl")
+        got = {key: value for row in rows for key, value in row.items() if key not in ("stage", "step", "lr")}
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), (name, balance)
+
+
+def test_balances_differ(whole: Steps) -> None:
+    """Mutant: `balance` ignored. Logged means are those of the terms; what is learned from differs."""
+    norms = [whole["bagel", balance]["grad_norm"] for balance in BALANCES]
+    assert len({round(norm, 6) for norm in norms}) == 3
