@@ -29,6 +29,10 @@ def check_parts(system: ComposedSystem, config: ComposedConfig) -> None:
             f"conditioner: {model} reads a text as a whole, so that no queries can follow it; use kind: raw",
         ),
         (
+            config.prompts.opens and not backbone.causal,
+            f"prompts.assistant_turn: {model} answers nothing, so that no turn can be left open for it; use 'closed'",
+        ),
+        (
             count > backbone.max_length,
             f"conditioner: {count} query tokens and markers, but the MLLM's context is {backbone.max_length}; use "
             "fewer scales or smaller grids",
