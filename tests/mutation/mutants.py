@@ -1,0 +1,71 @@
+"""Faults that the tests are there to find: each is put into a copy of the tree, and the nearest tests run.
+
+python tests/mutation/mutants.py [NAME ...]     prints killed or SURVIVED for each; run by hand, minutes long
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NUMBERS, SYSTEMS = "tests/training/test_numbers.py", "tests/systems/test_training_numbers.py"
+MUTANTS: dict[str, tuple[str, str, str, str]] = {
+    "loss weights ignored": ("training/step.py", "weight(config.loss_weights, name)", "1.0", NUMBERS),
+    "clipping off": ("training/loop.py", "config.max_grad_norm)", "1e30)", NUMBERS),
+    "weight decay dropped": ("training/optimizers.py", "weight_decay=config.weight_decay", "weight_decay=0.0", NUMBERS),
+    "betas ignored": ("training/optimizers.py", "betas=config.betas", "betas=(0.9, 0.999)", NUMBERS),
+    "adjust_lr_fn dropped": ("training/optimizers.py", 'adjust_lr_fn="match_rms_adamw"', "adjust_lr_fn=None", NUMBERS),
+    "averages twice a step": ("training/loop.py", "ema.update()", "[ema.update(), ema.update()]", NUMBERS),
+    "validation without averages": ("training/loop.py", "with ema.applied() if ema else", "with", NUMBERS),
+    "held-out loss in train mode": ("training/loop.py", "    system.eval()\n", "", NUMBERS),
+    "dropout seed not per step": (
+        "training/loop.py",
+        "config.name, step.number, rank))",
+        "config.name, rank))",
+        NUMBERS,
+    ),
+    "BAGEL's drops exchanged": ("systems/bagel/system.py", "cfg_dropout_vae", "cfg_dropout_vit", SYSTEMS),
+    "the smallest time": (
+        "objectives/flow_matching.py",
+        "SMALLEST_TIME = 0.05",
+        "SMALLEST_TIME = 0.01",
+        SYSTEMS,
+    ),
+    "GenEval's threshold": (
+        "evaluation/geneval.py",
+        "    threshold: float = 0.3",
+        "    threshold: float = 0.25",
+        "tests/evaluation/test_numbers.py",
+    ),
+}
+"""File below src/diptych, text, what takes its place (everywhere), tests."""
+
+
+def killed(name: str, folder: Path) -> bool:
+    """Whether the nearest tests fail on a tree with this fault."""
+    file, before, after, tests = MUTANTS[name]
+    path = folder / "src" / "diptych" / file
+    text = path.read_text(encoding="utf-8")
+    if before not in text:
+        raise SystemExit(f"{name}: {file} no longer holds {before!r}; write the mutant anew")
+    path.write_text(text.replace(before, after), encoding="utf-8")
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+        environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode == 1
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        tree = Path(place) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", "runs"))
+        for mutant in sys.argv[1:] or MUTANTS:
+            sys.stdout.write(f"{'killed  ' if killed(mutant, tree) else 'SURVIVED'} {mutant}\n")
+            sys.stdout.flush()
