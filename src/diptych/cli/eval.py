@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{found['failed']} samples could not be judged; those of toy tasks count as wrong, others are left out")
     place = f"; {output / 'results.json'}" if output and found["tasks"] else ""
     print(f"{found['seconds']:.0f} s on {found['device'] or device}{place}")
-    return 0
+    scored = [scores for scores in found["tasks"].values() if scores.get("overall") is not None or not scores["failed"]]
+    return 0 if scored or not found["tasks"] else 1
 
 
 def own_device(device: str) -> str:
