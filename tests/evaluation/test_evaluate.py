@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,8 @@ def test_a_limit_marks_toy_tasks_and_the_report_has_their_pictures(engine: Engin
 
 
 def test_one_writer_per_folder(engine: Engine, tmp_path: Path) -> None:
-    with only_writer(tmp_path, "diptych eval"), pytest.raises(UserError, match="is writing there"):
-        evaluate(engine, ["toyvqa"], output=tmp_path, limit=1)
+    with ThreadPoolExecutor(1) as other, only_writer(tmp_path, "diptych eval"):
+        refused = other.submit(evaluate, engine, ["toyvqa"], output=tmp_path, limit=1)
+        with pytest.raises(UserError, match="is writing there"):
+            refused.result()
     evaluate(engine, ["toyvqa"], output=tmp_path, limit=1)
