@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,36 @@ def test_pictures_scored_and_compared(
     assert "6 items in both" in shown
     assert main(["compare", str(tmp_path / "one"), str(tmp_path)]) == 2
     assert "no results.json here" in capsys.readouterr().err
+
+
+KEY = "sk-proj-0123456789abcdef"
+
+
+@pytest.fixture
+def judged(bench_data: Write, judge_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command that has a picture of WISE judged, with a key that ends in a newline as a mounted secret does."""
+    entries = [{"prompt_id": 1, "Prompt": "prompt 1", "Explanation": "x"}]
+    empty = {"spatio-temporal_reasoning.json": "[]", "natural_science.json": "[]"}
+    data = bench_data("wise_legacy", {"cultural_common_sense.json": json.dumps(entries), **empty})
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "1.png")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    words = ["eval", "--tasks", "wise_legacy", "--images", str(tmp_path / "pictures"), "--data-dir", str(data)]
+    words += ["--judge", judge_server.url, "--judge-model", "m", "--device", "cpu", "--judge-retries", "0"]
+    return [*words, "--output", str(tmp_path / "out"), "--log-samples"]
+
+
+def test_where_nothing_could_be_scored_the_exit_code_says_so_and_no_file_holds_the_key(
+    judged: list[str], judge_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for said in ({"text": f"you sent {KEY}"}, {"text": "", "refusal": f"not for {KEY}"}, {"status": 500}):
+        judge_server.script = lambda text, times, said=said: said
+        assert main([*judged, "--judge-max-tokens", str(100 + len(said))]) == 1, said
+        shown = capsys.readouterr()
+        assert KEY not in shown.out + shown.err
+        for path in (tmp_path / "out").rglob("*"):
+            assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
