@@ -29,12 +29,61 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "config.name, rank))",
         NUMBERS,
     ),
-    "BAGEL's drops exchanged": ("systems/bagel/system.py", "cfg_dropout_vae", "cfg_dropout_vit", SYSTEMS),
+    "answers' label leak": (
+        "systems/conversation.py",
+        "backbone.logits(hidden[rows, places])",
+        "backbone.logits(hidden[rows, places + 1])",
+        SYSTEMS,
+    ),
+    "drop_all and drop_text exchanged": (
+        "systems/presets.py",
+        "cfg_dropout=self.cfg_dropout_all,\n            cfg_dropout_text=self.cfg_dropout_text",
+        "cfg_dropout=self.cfg_dropout_text,\n            cfg_dropout_text=self.cfg_dropout_all",
+        SYSTEMS,
+    ),
+    "BAGEL's training time shift ignored": (
+        "systems/bagel/system.py",
+        "self.settings.flow.times(draws.take(rows), counts)",
+        "self.settings.flow.draw_times(draws.take(rows))",
+        SYSTEMS,
+    ),
+    "BAGEL's drops exchanged in losses": (
+        "systems/bagel/examples.py",
+        "drop=first < config.cfg_dropout_vae)\n            self._add_vision(example, part, vision_size(config, True), "
+        "count, second < config.cfg_dropout_vit)",
+        "drop=first < config.cfg_dropout_vit)\n            self._add_vision(example, part, vision_size(config, True), "
+        "count, second < config.cfg_dropout_vae)",
+        SYSTEMS,
+    ),
+    "BAGEL's drops exchanged in encode": (
+        "systems/bagel/system.py",
+        '"vision": settings.cfg_dropout_vit,\n            "latent": settings.cfg_dropout_vae',
+        '"vision": settings.cfg_dropout_vae,\n            "latent": settings.cfg_dropout_vit',
+        SYSTEMS,
+    ),
+    "shared time of the coarsest scale": (
+        "systems/scaled.py",
+        "flow.times(draws, tokens(data[-1]))",
+        "flow.times(draws, tokens(data[0]))",
+        SYSTEMS,
+    ),
+    "Sampling's shift ignored": (
+        "inference/sampling.py",
+        "make_solver(self.solver, self.steps, shift,",
+        "make_solver(self.solver, self.steps, 1.0,",
+        "tests/inference/test_numbers.py",
+    ),
     "the smallest time": (
         "objectives/flow_matching.py",
         "SMALLEST_TIME = 0.05",
         "SMALLEST_TIME = 0.01",
         SYSTEMS,
+    ),
+    "the 95% interval": (
+        "evaluation/intervals.py",
+        "Z = 1.959963984540054",
+        "Z = 1.6448536269514722",
+        "tests/evaluation/test_numbers.py",
     ),
     "GenEval's threshold": (
         "evaluation/geneval.py",
