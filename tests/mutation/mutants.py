@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -95,18 +96,34 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
 """File below src/diptych, text, what takes its place (everywhere), tests."""
 
 
+@cache
+def without_fault(tests: str, folder: Path) -> bool:
+    """Whether tests pass on the tree as it is."""
+    return passes(tests, folder)
+
+
+def passes(tests: str, folder: Path) -> bool:
+    """Whether tests pass on the tree as it is now."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+    code = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
+    if code > 1:
+        raise SystemExit(f"{tests}: pytest ended with {code}")
+    return code == 0
+
+
 def killed(name: str, folder: Path) -> bool:
     """Whether the nearest tests fail on a tree with this fault."""
     file, before, after, tests = MUTANTS[name]
     path = folder / "src" / "diptych" / file
     text = path.read_text(encoding="utf-8")
+    if not without_fault(tests, folder):
+        raise SystemExit(f"{tests} fails without any fault; mend it first")
     if before not in text:
         raise SystemExit(f"{name}: {file} no longer holds {before!r}; write the mutant anew")
     path.write_text(text.replace(before, after), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
-        environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode == 1
+        return not passes(tests, folder)
     finally:
         path.write_text(text, encoding="utf-8")
 
