@@ -81,8 +81,8 @@ def test_times_are_the_releases(row: dict[str, Any]) -> None:
 def test_loss_weights_are_the_releases() -> None:
     stage = recipes.load("sgt/omnigen2/released")[0].stages["tune"]
     summary = facts("weights")["omnigen2"]["released_summary"]
-    proxies, conversations = 40 / 60, 20 / 60  # shares of a step's samples
-    flow, text = stage.loss_weights["flow"] * proxies, stage.loss_weights["cross_entropy"] * conversations
+    assert stage.balance == "terms", "means of the two kinds are added"
+    flow, text = stage.loss_weights["flow"], stage.loss_weights["cross_entropy"]
     assert flow == pytest.approx(summary["drawing_micro_batches"] * summary["weight_each"])
     assert flow / text == pytest.approx(summary["ratio_of_the_two_losses"], rel=1e-5)
 
