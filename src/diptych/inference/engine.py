@@ -19,6 +19,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
 from diptych.data.imaging import AnyImage, as_image, to_tensor
+from diptych.inference.chat import Chat
 from diptych.inference.edit_sizes import edit_size
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
 from diptych.inference.placement import cast, check_dtype, device_named, number_format
@@ -213,6 +214,12 @@ class Engine:
             rows = slice(start, start + step)
             answers += self.system.generate_text(conversations[rows], tensors[rows], max_new_tokens=max_new_tokens)
         return answers[0] if isinstance(question, str) else answers
+
+    def chat(self, *, max_new_tokens: int = 256) -> Chat:
+        """A new conversation, which keeps its history: `chat.say("what is this?", image)`, or `chat.stream(...)`."""
+        if "understand" not in self.system.tasks:
+            raise UserError(f"{self.name}: this model answers no questions")
+        return Chat(self.system, max_new_tokens=max_new_tokens)
 
     @in_its_format
     def tensors(

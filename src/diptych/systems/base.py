@@ -97,8 +97,10 @@ class System(nn.Module, abc.ABC):
         images: Sequence[Sequence[Tensor]],
         *,
         max_new_tokens: int = 64,
+        choose: NextToken = likeliest,
     ) -> list[str]:
-        """The assistant's next turn for each conversation, greedily. `images` fill its `<image>` placeholders."""
+        """The assistant's next turn for each conversation; `choose` says how, greedily by default. `images` fill its
+        `<image>` placeholders."""
 
     @abc.abstractmethod
     def named_parts(self) -> dict[str, nn.Module]:

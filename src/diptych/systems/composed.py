@@ -286,9 +286,15 @@ class ComposedSystem(AssembledSystem):
         images: Sequence[Sequence[Tensor]],
         *,
         max_new_tokens: int = 64,
+        choose: NextToken = likeliest,
     ) -> list[str]:
         too_long = self.options.too_long == "cut"
-        return conversation.answer(self.backbone, conversations, images, max_new_tokens, too_long=too_long)
+        return conversation.answer(self.backbone, conversations, images, max_new_tokens, choose, too_long=too_long)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of what it reads and writes."""
+        return self.backbone.processor.tokenizer
 
     @property
     def expands(self) -> bool:

@@ -15,6 +15,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import Prepared, PreparedBatch, Preparer
 from diptych.core.sample import Batch, Message, Sample
+from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.processor import ModelInputs, Processor
 from diptych.systems import conversation
@@ -61,8 +62,14 @@ class MLLMSystem(System):
         images: Sequence[Sequence[Tensor]],
         *,
         max_new_tokens: int = 64,
+        choose: NextToken = likeliest,
     ) -> list[str]:
-        return conversation.answer(self.backbone, conversations, images, max_new_tokens)
+        return conversation.answer(self.backbone, conversations, images, max_new_tokens, choose)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of what it reads and writes."""
+        return self.backbone.processor.tokenizer
 
     def named_parts(self) -> dict[str, nn.Module]:
         return dict(self.backbone.named_parts())

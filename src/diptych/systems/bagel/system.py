@@ -188,8 +188,9 @@ class BagelSystem(AssembledSystem):
         images: Sequence[Sequence[Tensor]],
         *,
         max_new_tokens: int = 64,
+        choose: NextToken = likeliest,
     ) -> list[str]:
-        return self._answer(conversations, images, max_new_tokens)
+        return self._answer(conversations, images, max_new_tokens, choose)
 
     def _answer(
         self,
