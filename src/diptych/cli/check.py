@@ -16,6 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from 'diptych recipes', or a YAML file")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="change a value")
     parser.add_argument("--output", help="folder for the sheets of what the model will see (runs/check-<recipe>)")
+    parser.add_argument("--processes", type=int, default=1, help="tell the memory of each of so many processes (1)")
     parser.add_argument("--limit", type=int, help="read at most this many items of each source; all when not given")
     parser.add_argument(
         "--preview", action="store_true", help="draw the sheets after a glance at each source, without reading it whole"
@@ -51,8 +52,10 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     limit = PREVIEW if args.preview and args.limit is None else args.limit
     recipe, _ = load(args.recipe, args.set)
-    found = check_system(recipe)
-    print("\n".join(system_lines(found, recipe.run.strategy)), flush=True)
+    if args.processes < 1:
+        raise UserError(f"--processes must be at least 1, not {args.processes}")
+    found = check_system(recipe, processes=args.processes)
+    print("\n".join(system_lines(found, recipe.run.strategy, args.processes)), flush=True)
     if args.output is None:
         usual = run_folder(args.recipe)
         output = usual.with_name(f"check-{usual.name}")
@@ -71,9 +74,9 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def system_lines(found: SystemReport, strategy: str) -> list[str]:
+def system_lines(found: SystemReport, strategy: str, processes: int = 1) -> list[str]:
     """Parts and stages as tables."""
-    from diptych.recipes.check import ACTIVATION_RULE
+    from diptych.recipes.estimate import RULE
 
     lines = [f"{'part':<14}{'parameters':>12}  {'trained in':<24}starts from"]
     for part in found.parts:
@@ -90,10 +93,12 @@ def system_lines(found: SystemReport, strategy: str) -> list[str]:
             f"{quantity(stage.trained)} parameters learn",
             f"  memory, about {amount(memory.total)}: weights {amount(memory.weights)}, gradients "
             f"{amount(memory.gradients)}, optimiser {amount(memory.optimizer)}, EMA {amount(memory.ema)}, "
-            f"activations {amount(memory.activations)}",
+            f"activations {amount(memory.activations)}"
+            + (f", whole units of the shards {amount(memory.gathered)}" if memory.gathered else ""),
         ]
-    shared = "; FSDP divides all but the activations among the processes" if strategy == "fsdp" else ""
-    return [*lines, f"  ({ACTIVATION_RULE}{shared})"]
+    if strategy == "fsdp" and processes == 1:
+        lines += ["", "  (one process, which shards nothing; --processes N tells of each of N)"]
+    return [*lines, f"  ({RULE})"]
 
 
 def quantity(count: int) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,16 +15,13 @@ from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
 from diptych.data import loader, report
 from diptych.data.toyworld import ToyWorldSource
-from diptych.parts.backbones.base import Backbone
-from diptych.parts.backbones.internvl import InternVL
 from diptych.recipes import build
+from diptych.recipes.estimate import Memory, MemoryPlan
 from diptych.recipes.load import start
 from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, check_sizes, image_step, stage_settings
 from diptych.recipes.sources import build_data, build_source
-from diptych.systems.base import AssembledSystem, System
-from diptych.systems.composed import ComposedSystem
-from diptych.systems.mllm import MLLMSystem
+from diptych.systems.base import System
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
 
@@ -33,11 +30,6 @@ SMALL = 50_000_000
 TOY_ITEMS = 64
 """Items of a drawn source that are looked at; there are no files that could be broken."""
 SHEET_SAMPLES = 16
-PROMPT_TOKENS = 64
-ACTIVATION_RULE = (
-    "activations are a rough rule: tokens x inputs of all linear layers that gradients pass, twice for what lies "
-    f"between them; a prompt counts as {PROMPT_TOKENS} tokens"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +41,6 @@ class PartReport:
     parameters: int
     weights: str
     trained: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one process that shards nothing."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +80,11 @@ class DataCheck:
     seconds: float | None = None
 
 
-def check_system(recipe: Recipe) -> SystemReport:
+def check_system(recipe: Recipe, *, processes: int = 1) -> SystemReport:
     """Parts, their sizes and origins, and memory by stage, from the meta device: no weights are read.
+
+    Args:
+        processes: over how many the run is spread; memory is that of each.
 
     Raises:
         UserError: the recipe does not fit its system.
@@ -112,6 +92,7 @@ def check_system(recipe: Recipe) -> SystemReport:
     system = build.build_system(recipe.system, meta=True)
     check_parts(recipe, system)
     apply = stage_settings(system, list(recipe.stages.values()))
+    plan = MemoryPlan(system, recipe, processes)
     trained: dict[str, dict[str, int]] = {name: {} for name in system.named_parts()}
     stages: list[StageReport] = []
     for position, (name, spec) in enumerate(recipe.stages.items()):
@@ -123,13 +104,13 @@ def check_system(recipe: Recipe) -> SystemReport:
             if learns:
                 trained[part][name] = learns
         learned = sum(parameter.numel() for parameter in trainable(system).values())
-        memory = estimate_memory(system, spec, recipe)
+        memory = plan.stage(name, spec)
         stages.append(StageReport(name=name, steps=spec.steps, batch=spec.batch_size, trained=learned, memory=memory))
     parts = [
         PartReport(
             name=name,
             parameters=sum(parameter.numel() for parameter in module.parameters()),
-            weights=_origin(recipe, system, module),
+            weights=_origin(recipe, system, name, module),
             trained=trained[name],
         )
         for name, module in system.named_parts().items()
@@ -142,80 +123,25 @@ def _check_size(system: System, spec: StageSpec) -> None:
         check_sizes(system, spec.data)
 
 
-def _origin(recipe: Recipe, system: System, part: nn.Module) -> str:
-    """What a part starts from, in words."""
+def _origin(recipe: Recipe, system: System, name: str, part: nn.Module) -> str:
+    """What a part starts from, in words: the recipe's start, named weights, or random ones."""
     if recipe.start is not None:
         return recipe.start
-    spec = recipe.system
-    if isinstance(spec, MLLMSpec):
-        return spec.backbone.weights or "random"
-    if isinstance(system, AssembledSystem):
-        owned = set(part.parameters())
-        for component in system.components:
-            if not owned.isdisjoint(getattr(system, component).parameters()):
-                # A specification that builds its system itself need not have a part of this name.
-                stated: Part | None = getattr(spec, component, None)
-                origin = dataclasses.asdict(stated) if stated is not None else system.origins[component]
-                weights, subfolder = origin.get("weights"), origin.get("subfolder")
-                return f"{weights}/{subfolder}" if subfolder else weights or "random"
+    spec: Any = recipe.system
+    named = getattr(spec, "init", {}).get(name)  # a plain model that a part of BAGEL starts from
+    if named:
+        return str(named)
+    components = ("backbone",) if isinstance(spec, MLLMSpec) else getattr(system, "components", ())
+    owned = set(part.parameters())
+    for component in components:
+        origin: Part | None = getattr(spec, component, None)
+        if origin is None or owned.isdisjoint(getattr(system, component).parameters()):
+            continue
+        if origin.weights:
+            return f"{origin.weights}/{origin.subfolder}" if origin.subfolder else origin.weights
+        inner = origin.config.get(name)  # a model that is named inside, as an Ovis's language model and tower are
+        return inner if isinstance(inner, str) else "random"
     return "random"
-
-
-def estimate_memory(system: System, spec: StageSpec, recipe: Recipe) -> Memory:
-    """Of a stage whose trained parts are unfrozen in `system`; see `ACTIVATION_RULE`."""
-    parameters = list(system.parameters())
-    learned = list(trainable(system).values())
-    count = sum(parameter.numel() for parameter in learned)
-    inside = {id(p) for block in system.shard_units() for p in block.parameters() if p.ndim == 2}
-    muon = sum(p.numel() for p in learned if spec.optimizer.kind == "muon" and id(p) in inside)
-    return Memory(
-        weights=4 * sum(parameter.numel() for parameter in parameters),
-        gradients=4 * count,
-        optimizer=8 * (count - muon) + 4 * muon,
-        ema=4 * count if spec.ema_decay else 0,
-        activations=_activations(system, spec, recipe),
-    )
-
-
-def _activations(system: System, spec: StageSpec, recipe: Recipe) -> int:
-    width = 2 if recipe.run.precision == "bf16" else 4
-    samples = spec.micro_batch_size or spec.batch_size
-    if isinstance(system, MLLMSystem):
-        inputs = (PROMPT_TOKENS + _vision_tokens(system.backbone)) * _linear_inputs(system)
-        return 2 * width * samples * inputs
-    if not isinstance(system, ComposedSystem):
-        return 0
-    tasks = {source.task for source in spec.data.sources.values()}
-    queries = system.conditioner.count
-    prompt = PROMPT_TOKENS + _vision_tokens(system.backbone)
-    llm_learns = _learns(system.backbone)
-    inputs = (prompt + queries) * _linear_inputs(system.backbone) if llm_learns else 0
-    if not llm_learns and _learns(system.conditioner):  # the prompt is run without gradient
-        inputs += queries * _linear_inputs(system.backbone.named_parts()["llm"])
-        inputs += (prompt + queries) * _linear_inputs(system.conditioner)
-    if tasks - {"understand"}:
-        side = spec.data.size
-        _, rows, columns = system.latent_shape(*((side, side) if isinstance(side, int) else side))
-        condition = queries if system.options.condition == "queries" else prompt + queries
-        tokens = rows * columns // system.decoder.patch**2 + condition
-        decoder = tokens * _linear_inputs(system.decoder)
-        blocks = len(system.decoder.shard_units())
-        if "decoder" in recipe.run.checkpointing and blocks:
-            decoder = decoder // blocks + tokens * blocks * system.decoder.condition_width
-        inputs += decoder
-    return 2 * width * samples * inputs
-
-
-def _vision_tokens(backbone: Backbone) -> int:
-    return backbone.tile_tokens if isinstance(backbone, InternVL) else 256
-
-
-def _linear_inputs(module: nn.Module) -> int:
-    return sum(layer.in_features for layer in module.modules() if isinstance(layer, nn.Linear))
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def check_data(

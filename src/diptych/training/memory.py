@@ -129,17 +129,22 @@ def trace_step(
         ema = EMA(parameters, stage.ema_decay) if stage.ema_decay else None
         averages = tracker.now - weights
         optimizers = build_optimizers(stage.optimizer, parameters, blocks)
-        gradients = states = 0
-        for _ in range(2):  # the optimiser's state exists from the first step on
-            for _ in range(passes):
-                forward().backward()
-            gradients = sum(p.grad.untyped_storage().nbytes() for p in parameters.values() if p.grad is not None)
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), stage.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if ema:
-                ema.update()
+        # The optimiser's state exists from its first step on: it is made before the step that is traced.
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        tracker.peak = tracker.now
+        for _ in range(passes):
+            forward().backward()
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in parameters.values() if p.grad is not None)
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), stage.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update()
         states = sum(
             value.untyped_storage().nbytes()
             for optimizer in optimizers

@@ -1,0 +1,89 @@
+"""What a system reads in a trace of its memory: a tokenizer of one token a byte, and samples of a stage's sizes.
+
+No file is read, so that the cost of a recipe can be told before anything was downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from diptych.core.sample import Batch, Message, Sample, Task
+from diptych.parts.backbones.chat import CHATML
+from diptych.recipes.recipe import StageSpec
+from diptych.systems.bagel.system import BagelSystem
+from diptych.systems.base import System
+
+PROMPT_TOKENS = 64
+"""Tokens of a caption, an instruction or a question."""
+ANSWER_TOKENS = 256
+"""Tokens of an answer that is learned."""
+
+IMAGE_TOKENS = {"internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|image_pad|>"}
+"""The token of an image slot, by kind of backbone, whose id its configuration names."""
+
+MARKERS: tuple[str, ...] = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<|vision_start|>", "<|vision_end|>", "</s>",
+)  # fmt: skip
+
+
+def stand_in_tokenizer(image_token: str | None = None, image_id: int | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer whose tokens are bytes and the markers of all chat templates; an image slot has the given id."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *MARKERS])}
+    special = list(MARKERS)
+    if image_token is not None and image_id is not None:
+        vocabulary = {token: number + (number >= image_id) for token, number in vocabulary.items()}
+        vocabulary[image_token] = image_id
+        special.append(image_token)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=MARKERS[0], eos_token=MARKERS[2])
+    made.chat_template = CHATML
+    return made
+
+
+def lend_tokenizer(system: System) -> None:
+    """Let a system that was built without files read texts, by the stand-in."""
+    if isinstance(system, BagelSystem):
+        system.tokenizer = stand_in_tokenizer()
+        return
+    built: Any = system
+    backbone = built.backbone
+    kind = str(built.origins["backbone"]["kind"])
+    config = backbone.plain_config()
+    tokenizer = stand_in_tokenizer(IMAGE_TOKENS.get(kind), config.get("image_token_id"))
+    with torch.device("meta"):
+        backbone.processor = type(backbone).from_config(config, tokenizer).processor
+
+
+def stand_in_batch(system: System, stage: StageSpec, count: int) -> Batch:
+    """`count` samples of a stage's tasks, by its sources' weights, with images of its size and texts."""
+    side = stage.data.size
+    height, width = (side, side) if isinstance(side, int) else side
+    image = torch.zeros(3, height, width)
+    # Tasks in the shares of their sources, each at least once where there is room: the largest remainder wins.
+    weights: dict[Task, float] = {}
+    for source in stage.data.sources.values():
+        weights[source.task] = weights.get(source.task, 0.0) + source.weight
+    total = sum(weights.values())
+    exact: dict[Task, float] = {task: count * weight / total for task, weight in weights.items()}
+    counts: dict[Task, int] = {task: math.floor(share) for task, share in exact.items()}
+    for task in sorted(exact, key=lambda task: counts[task] - exact[task]):
+        if sum(counts.values()) < count:
+            counts[task] += 1
+    text = "x" * PROMPT_TOKENS
+    turns = (Message(role="user", text=f"<image>{text}"), Message(role="assistant", text="x" * ANSWER_TOKENS))
+    made: dict[Task, Sample] = {
+        "image": Sample(id="image", task="image", image=image),
+        "text_to_image": Sample(id="pair", task="text_to_image", image=image, text=text),
+        "edit": Sample(id="edit", task="edit", image=image, text=text, context_images=(image,)),
+        "understand": Sample(id="conversation", task="understand", context_images=(image,), messages=turns),
+    }
+    return Batch(tuple(made[task] for task, number in counts.items() for _ in range(number)))
