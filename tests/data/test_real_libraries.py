@@ -34,7 +34,7 @@ def test_a_streaming_shuffle_does_not_resume_exactly_past_its_first_buffer() -> 
 
 
 def test_images_saved_as_parquet_carry_bytes_or_paths(tmp_path: Path) -> None:
-    """`to_parquet` keeps a path as a path, where `save_to_disk` would keep the bytes; we read both by our own reader."""
+    """`to_parquet` keeps a path as a path, where `save_to_disk` keeps the bytes; we read both by our own reader."""
     from diptych.data.parquet import ParquetSource
     from diptych.data.source import ItemDraws
 

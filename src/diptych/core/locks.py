@@ -34,13 +34,14 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
     A block within a block of the same thread holds what the outer one does.
 
     Args:
-        folder: made if it is not there, and removed again if nothing was written.
+        folder: made, with those above it, if it is not there, and removed again if nothing was written.
         work: what is being done, for those who are refused ("diptych train").
 
     Raises:
         UserError: another process, or another thread of this one, writes there; or the folder cannot be written.
     """
-    path, made, thread = folder / NAME, not folder.exists(), threading.get_ident()
+    path, thread = folder / NAME, threading.get_ident()
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
     place = str(folder.resolve())
     with _guard:
         holder = _held.get(place)
@@ -66,9 +67,9 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
             path.unlink(missing_ok=True)  # while it is held, so that no other file is removed
         os.close(descriptor)
         del _held[place]
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):  # the first that holds something ends it
+            for above in made:
+                above.rmdir()
 
 
 def _take(path: Path, work: str) -> int:
