@@ -60,7 +60,7 @@ def read_scores(folder: Path, task: str) -> Scores:
     for path in paths:
         latest: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(read_text(path).split("\n")):
-            row = json_value(line, f"{path}:{number + 1}") if line else {"made_with": None}
+            row: dict[str, Any] = json_value(line, f"{path}:{number + 1}") if line else {"made_with": None}
             with attributed_to(f"{path}:{number + 1}: not a row of an evaluation"):
                 if "made_with" not in row:
                     score = row["score"] if "score" in row else float(row["correct"])
