@@ -101,7 +101,8 @@ def test_a_damaged_note_of_checksums_is_no_obstacle(damage: str, tmp_path: Path)
     assert json.loads((tmp_path / "task" / "checksums.json").read_text())["f"]["sha256"].startswith("3a6eb0790f39ac87")
 
 
-def test_models_that_score_are_pinned(tmp_path: Path) -> None:
+def test_models_that_score_are_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a folder of the name would be taken for the model
     assert pinned_model(str(tmp_path), "--clip") == (str(tmp_path), None)
     name, commit = pinned_model("openai/clip-vit-large-patch14", "--clip")
     assert (name, len(commit or "")) == ("openai/clip-vit-large-patch14", 40)

@@ -93,7 +93,7 @@ def system_lines(found: SystemReport, strategy: str, processes: int = 1) -> list
             f"{quantity(stage.trained)} parameters learn",
             f"  memory, about {amount(memory.total)}: weights {amount(memory.weights)}, gradients "
             f"{amount(memory.gradients)}, optimiser {amount(memory.optimizer)}, EMA {amount(memory.ema)}, "
-            f"activations {amount(memory.activations)}"
+            f"activations {'not traced' if memory.activations is None else amount(memory.activations)}"
             + (f", whole units of the shards {amount(memory.gathered)}" if memory.gathered else ""),
         ]
     if strategy == "fsdp" and processes == 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.core.prepared import PreparedBatch
 from diptych.recipes.recipe import Recipe, StageSpec
 from diptych.recipes.stand_in import ANSWER_TOKENS, PROMPT_TOKENS, lend_tokenizer, stand_in_batch
 from diptych.systems.base import System
@@ -22,24 +25,29 @@ RULE = (
 )
 
 
+class NothingLearnsError(Exception):
+    """The losses of a stage depend on nothing that it trains."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one process at the worst moment of a step.
 
     weights, gradients, optimizer, ema: of this process's share where the run is sharded. gathered: whole weights and
-    gradients of the units that a sharded process puts together while they run. activations: all else.
+    gradients of the units that a sharded process puts together while they run. activations: all else; None where the
+    system takes no samples such as a trace needs.
     """
 
     weights: int
     gradients: int
     optimizer: int
     ema: int
-    activations: int
+    activations: int | None
     gathered: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations + self.gathered
+        return self.weights + self.gradients + self.optimizer + self.ema + (self.activations or 0) + self.gathered
 
 
 class MemoryPlan:
@@ -71,21 +79,37 @@ class MemoryPlan:
             gathered=self._gathered() if self.sharded else 0,
         )
 
-    def _activations(self, name: str, spec: StageSpec) -> int:
+    def _activations(self, name: str, spec: StageSpec) -> int | None:
         own = -(-spec.batch_size // self.processes)  # samples of a step on one process
-        batch = stand_in_batch(self.system, spec, min(spec.micro_batch_size or own, own))
-        keys = list(range(len(batch)))
-        draws = Draws(keys, "cpu")
-        preparer = self.system.preparer()
-        prepared = preparer.collate([preparer.prepare(sample, draws.take([row])) for row, sample in enumerate(batch)])
+        count = min(spec.micro_batch_size or own, own)
+        prepared = self._prepared(spec, count)
+        if prepared is None:
+            return None
+        keys = list(range(count))
 
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 terms = self.system.losses(prepared, Draws(keys, "cpu"))
-            return torch.stack([values.float().sum() for values in terms.values()]).sum()
+            loss = torch.stack([values.float().sum() for values in terms.values()]).sum()
+            if not loss.requires_grad:
+                raise NothingLearnsError
+            return loss
 
         config = StageConfig(name=name, train=spec.train, steps=1, batch_size=1, optimizer=spec.optimizer)
-        return trace_step(self.system, config, forward, blocks=list(self.system.shard_units())).activations
+        with suppress(NothingLearnsError):  # which the look at the data says, with its reason
+            return trace_step(self.system, config, forward, blocks=list(self.system.shard_units())).activations
+        return None
+
+    def _prepared(self, spec: StageSpec, count: int) -> PreparedBatch | None:
+        """Samples as a loader's workers prepare them, with texts as long as the system's context allows; None where it
+        reads no image of the stage's size at all."""
+        preparer = self.system.preparer()
+        draws = Draws(list(range(count)), "cpu")
+        for length in (1.0, 0.25, 0.0625, 0.0):
+            batch = stand_in_batch(spec, count, length)
+            with suppress(UserError):
+                return preparer.collate([preparer.prepare(x, draws.take([row])) for row, x in enumerate(batch)])
+        return None
 
     def _gathered(self) -> int:
         """FSDP2 keeps what is in no unit whole during a step, and two units: the one that runs and the next one."""

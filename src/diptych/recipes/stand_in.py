@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample, Task
 from diptych.parts.backbones.chat import CHATML
 from diptych.recipes.recipe import StageSpec
@@ -63,8 +64,16 @@ def lend_tokenizer(system: System) -> None:
         backbone.processor = type(backbone).from_config(config, tokenizer).processor
 
 
-def stand_in_batch(system: System, stage: StageSpec, count: int) -> Batch:
-    """`count` samples of a stage's tasks, by its sources' weights, with images of its size and texts."""
+def stand_in_batch(stage: StageSpec, count: int, length: float = 1.0) -> Batch:
+    """`count` samples of a stage's tasks, by its sources' weights, with images of its size.
+
+    length: of texts, as a share of the numbers of tokens above, for systems whose context is short.
+
+    Raises:
+        UserError: a stage without sources.
+    """
+    if not stage.data.sources:
+        raise UserError("a mixture needs at least one source")
     side = stage.data.size
     height, width = (side, side) if isinstance(side, int) else side
     image = torch.zeros(3, height, width)
@@ -78,8 +87,8 @@ def stand_in_batch(system: System, stage: StageSpec, count: int) -> Batch:
     for task in sorted(exact, key=lambda task: counts[task] - exact[task]):
         if sum(counts.values()) < count:
             counts[task] += 1
-    text = "x" * PROMPT_TOKENS
-    turns = (Message(role="user", text=f"<image>{text}"), Message(role="assistant", text="x" * ANSWER_TOKENS))
+    text, answer = ("x" * max(1, int(length * tokens)) for tokens in (PROMPT_TOKENS, ANSWER_TOKENS))
+    turns = (Message(role="user", text=f"<image>{text}"), Message(role="assistant", text=answer))
     made: dict[Task, Sample] = {
         "image": Sample(id="image", task="image", image=image),
         "text_to_image": Sample(id="pair", task="text_to_image", image=image, text=text),
