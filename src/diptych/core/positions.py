@@ -54,12 +54,13 @@ def stretched_ids(rows: int, columns: int, side: int) -> Tensor:
     return (row[:, None] * side + column[None, :]).flatten()
 
 
-def time_waves(t: Tensor, dim: int) -> Tensor:
-    """Times (N,) to cosines and then sines of t exp(-ln(10000) k / (dim / 2)), (N, dim) float32.
+def time_waves(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """Times (N,) to cosines and then sines of scale t exp(-ln(10000) k / (dim / 2)), (N, dim) float32.
 
-    Times are used as they are, in [0, 1] (other models multiply them by 1000). An odd `dim` ends in a zero.
+    BAGEL takes times in [0, 1] as they are, FLUX multiplies them by 1000 before this, and OmniGen2 by `scale` in it,
+    which rounds otherwise. An odd `dim` ends in a zero.
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(-math.log(10_000.0) * steps / half)  # (N, dim / 2)
+    angle = scale * (t.float()[:, None] * torch.exp(-math.log(10_000.0) * steps / half))  # (N, dim / 2)
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.core.positions import time_waves
 from diptych.core.rope import rotate, rotation
 from diptych.objectives import flow_matching
 from diptych.parts.decoders.lora import add_lora, load_lora, save_lora
-from diptych.parts.decoders.omnigen2 import LORA_TARGETS, Norm, OmniGen2, OmniGen2Config, waves
+from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
 from diptych.parts.decoders.omnigen2_layout import Layout
+from diptych.parts.layers import WAVES, RMSNorm
 from diptych.training.recompute import recompute_blocks
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "omnigen2"
@@ -121,7 +123,7 @@ def test_the_way_in() -> None:
     model = OmniGen2(replace(OmniGen2Config(**sizes), num_refiner_layers=1, num_layers=0))
     weights = {key[8:]: value for key, value in tensors.items() if key.startswith("weights.")}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
-    shown = waves(tensors["inputs.timestep"], config["transformer"]["timestep_scale"])
+    shown = time_waves(tensors["inputs.timestep"], WAVES, config["transformer"]["timestep_scale"])
     near(shown, tensors["steps.time_proj"])
     near(model.time_caption_embed.timestep_embedder(shown), tensors["steps.time_embed"])
     mask = tensors["inputs.text_attention_mask"].bool()
@@ -252,7 +254,7 @@ def test_starts_at_zero_and_init_covers_everything() -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     x, t, condition = requests(1, [(4, [(2, 2)], (2, 2))])
     assert not model.denoise(x, t, model.refine(condition))[0].any()
-    assert all(torch.equal(m.weight, torch.ones_like(m.weight)) for m in model.modules() if isinstance(m, Norm))
+    assert all(torch.equal(m.weight, torch.ones_like(m.weight)) for m in model.modules() if isinstance(m, RMSNorm))
 
 
 def test_checkpointing_changes_nothing() -> None:

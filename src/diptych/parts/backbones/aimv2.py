@@ -20,6 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
+from diptych.core.rope import rotate_halves
+from diptych.parts.layers import GatedMLP, RMSNorm, attend_segments
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns of patches of one image."""
@@ -70,19 +72,7 @@ class AIMv2Config:
                 raise UserError(f"aimv2: window_size {self.window_size} is less than one merged token")
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm, in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-
-
-class Attention(nn.Module):
+class SegmentAttention(nn.Module):
     """Self-attention inside segments of a packed sequence."""
 
     def __init__(self, config: AIMv2Config) -> None:
@@ -96,31 +86,19 @@ class Attention(nn.Module):
         """x (T, E), cosine and sine (T, K), `lengths` of the segments, in order."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (T, H, K)
         if turn is not None:
-            q, k = turn_halves(q, *turn), turn_halves(k, *turn)
+            q, k = rotate_halves(q, turn), rotate_halves(k, turn)
         return self.proj(attend_segments(q, k, v, lengths))
-
-
-class MLP(nn.Module):
-    """SwiGLU: fc2(silu(fc1 x) * fc3 x)."""
-
-    def __init__(self, config: AIMv2Config) -> None:
-        super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.use_bias
-        self.fc1 = nn.Linear(width, inner, bias=bias)
-        self.fc2 = nn.Linear(inner, width, bias=bias)
-        self.fc3 = nn.Linear(width, inner, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: AIMv2Config) -> None:
         super().__init__()
         self.norm_1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config)
+        self.attn = SegmentAttention(config)
         self.norm_2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, bias=config.use_bias, names=("fc1", "fc3", "fc2")
+        )
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, lengths: Sequence[int]) -> Tensor:
         x = x + self.attn(self.norm_1(x), turn, lengths)
@@ -281,31 +259,3 @@ def window_order(grids: Sequence[Grid], config: AIMv2Config) -> tuple[Tensor, li
                     lengths.append(len(window) * stride**2)
         start += frames * height * width
     return torch.cat(order), lengths
-
-
-def turn_halves(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Heads (T, H, K) turned; channel i pairs with channel i + K / 2."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cosine[:, None] + turned * sine[:, None]).to(x.dtype)
-
-
-def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Softmax attention of packed heads (T, H, K) inside segments of these lengths, (T, H K).
-
-    Segments of one length run together, so that no mask, no padding and no special kernel is needed.
-    """
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    out = torch.empty_like(q)
-    for length in dict.fromkeys(lengths):
-        mine = [start for start, other in zip(starts, lengths, strict=False) if other == length]
-        if len(mine) * length == len(q):
-            index: Tensor | slice = slice(None)
-        else:
-            index = (torch.tensor(mine)[:, None] + torch.arange(length)).flatten().to(q.device)
-        query, keys, values = (x[index].unflatten(0, (len(mine), length)).transpose(1, 2) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(0, 1)  # (n length, H, K)
-        if isinstance(index, slice):
-            return mixed.flatten(1)
-        out = out.index_copy(0, index, mixed)
-    return out.flatten(1)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from diptych.core.errors import UserError
 from diptych.core.rope import line_rotation, rotate_halves
+from diptych.parts.layers import RMSNorm
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries (T, H, d), keys (T, K, d), values (T, K, d)) to attended values (T, H, d)."""
@@ -59,18 +60,6 @@ class MoTConfig:
     @property
     def head(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class Expert(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify
+from diptych.parts.layers import MLP, attend_segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +70,8 @@ class VisionLayer(nn.Module):
         """x (N, V); patches of an image see those of the same image."""
         h = self.norm1(x)
         q, k, v = (p(h).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.out_proj(torch.cat(_by_image(q, k, v, lengths)).flatten(1))
+        x = x + self.out_proj(attend_segments(q, k, v, lengths))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
-
-
-def _by_image(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Attention inside each image, (n, heads, d) each; neighbours of equal length run as one batch."""
-    out: list[Tensor] = []
-    start = first = 0
-    while first < len(lengths):
-        last = first
-        while last < len(lengths) and lengths[last] == lengths[first]:
-            last += 1
-        count, length = last - first, lengths[first]
-        rows = slice(start, start + count * length)
-        query, key, value = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1))
-        start, first = rows.stop, last
-    return out
 
 
 class SigLIPNaViT(nn.Module):
@@ -130,16 +115,12 @@ class SigLIPNaViT(nn.Module):
         return self.post_norm(x)
 
 
-class VisionConnector(nn.Module):
+class VisionConnector(MLP):
     """Vision features (N, V) into the language model's width (N, D): linear, GELU (tanh), linear."""
 
     def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, out)
-        self.fc2 = nn.Linear(out, out)
-        with torch.no_grad():  # what is seen comes out as large as the positions that are added to it
-            nn.init.normal_(self.fc1.weight, std=1.4 * width**-0.5)
-            nn.init.normal_(self.fc2.weight, std=1.6 * out**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        super().__init__(width, out, out, names=("fc1", "fc2"))
+        first, second = self.linears
+        with torch.no_grad():  # image features come out as large as the positions that are added to them
+            nn.init.normal_(first.weight, std=1.4 * width**-0.5)
+            nn.init.normal_(second.weight, std=1.6 * out**-0.5)

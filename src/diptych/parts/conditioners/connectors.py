@@ -11,47 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
 from diptych.parts.conditioners.base import Connector
+from diptych.parts.layers import MLP, Attention, init_xavier
 
 Arrangement = Literal["enc_proj", "proj_enc", "proj_enc_proj"]
 """Where the linear projections stand; all released OpenUni models are `enc_proj`."""
 
 EPS = 1e-6
-
-
-class Attention(nn.Module):
-    """Self-attention in which every query sees every query."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, W / heads)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Linear, GELU (tanh), Linear."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class EncoderLayer(nn.Module):
@@ -62,7 +31,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(width, eps=EPS)
         self.self_attn = Attention(width, heads)
         self.layer_norm2 = nn.LayerNorm(width, eps=EPS)
-        self.mlp = MLP(width, mlp)
+        self.mlp = MLP(width, mlp, names=("fc1", "fc2"))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -119,12 +88,7 @@ class OpenUniConnector(Connector):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices Xavier-uniform, biases zero, norms one. A no-op on the meta device."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+        init_xavier(self)
 
     def forward(self, states: Tensor) -> Tensor:
         x = states

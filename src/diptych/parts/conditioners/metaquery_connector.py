@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
+from diptych.core.rope import line_rotation, rotate_halves
 from diptych.parts.conditioners.base import Connector
+from diptych.parts.layers import Attention, GatedMLP, RMSNorm, gelu
 
 EPS = 1e-6
 INIT = 0.014
 """Standard deviation of the matrices at the start, that of the release's configuration."""
 THETA = 10_000.0
+Turn = tuple[Tensor, Tensor]
 SANA_NORM = 5.5**0.5
 """Where the last norm's scale starts for SANA, whose text embeddings have about this deviation; 1 for others."""
 
 
-class HeadNorm(nn.Module):
+class UnitNorm(nn.Module):
     """Each head vector at unit length, times a learned vector per head and the root of the head width."""
 
     def __init__(self, heads: int, head: int) -> None:
@@ -32,42 +35,19 @@ class HeadNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(heads, 1, head))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * self.gamma * x.shape[-1] ** 0.5  # (B, H, N, K)
+        return F.normalize(x, dim=-1) * self.gamma.squeeze(1) * x.shape[-1] ** 0.5  # (B, N, H, K)
 
 
-class Attention(nn.Module):
+class QueryAttention(Attention):
     """Every query sees every query; queries and keys are turned by their positions first and normed afterwards."""
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width, bias=False)
-        self.q_norm = HeadNorm(heads, width // heads)
-        self.k_norm = HeadNorm(heads, width // heads)
+        super().__init__(width, heads, out_bias=False, names=("q_proj", "k_proj", "v_proj", "o_proj"))
+        self.q_norm = UnitNorm(heads, width // heads)
+        self.k_norm = UnitNorm(heads, width // heads)
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, K)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self.q_norm(turn(q, cosine, sine)), self.k_norm(turn(k, cosine, sine))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class GatedMLP(nn.Module):
-    """down(SiLU(gate x) * up x), without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def place(self, q: Tensor, k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        return self.q_norm(rotate_halves(q, turn)), self.k_norm(rotate_halves(k, turn))
 
 
 class EncoderLayer(nn.Module):
@@ -75,13 +55,13 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int, mlp: int, heads: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(width, eps=EPS)
-        self.self_attn = Attention(width, heads)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=EPS)
+        self.input_layernorm = RMSNorm(width, EPS)
+        self.self_attn = QueryAttention(width, heads)
+        self.post_attention_layernorm = RMSNorm(width, EPS)
         self.mlp = GatedMLP(width, mlp)
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cosine, sine)
+    def forward(self, x: Tensor, turn: Turn) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -128,7 +108,7 @@ class MetaQueryConnector(Connector):
         )
         self.linear_in = nn.Linear(width, out)
         self.linear_out = nn.Linear(out, out)
-        self.norm = nn.RMSNorm(out, eps=1e-5)
+        self.norm = RMSNorm(out, 1e-5)
         self.init_weights()
 
     @torch.no_grad()
@@ -142,29 +122,15 @@ class MetaQueryConnector(Connector):
                 nn.init.normal_(module.weight, std=INIT)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, HeadNorm):
+            elif isinstance(module, UnitNorm):
                 nn.init.ones_(module.gamma)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
         nn.init.constant_(self.norm.weight, self.norm_scale)
 
     def forward(self, states: Tensor) -> Tensor:
-        cosine, sine = rotation(states.shape[1], self.head, states.device)
+        turn = line_rotation(torch.arange(states.shape[1], device=states.device), self.head, THETA)
         x = states
         for layer in self.layers:
-            x = layer(x, cosine, sine)
-        return self.norm(self.linear_out(F.gelu(self.linear_in(x), approximate="tanh")))
-
-
-def rotation(length: int, head: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 ... N - 1, (N, K) each, both halves of a head alike."""
-    steps = torch.arange(0, head, 2, dtype=torch.float32, device=device)
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * THETA ** (-steps / head)
-    both = torch.cat([angles, angles], dim=-1)
-    return both.cos(), both.sin()
-
-
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Heads (B, H, N, K) turned in pairs of a channel and the one half a head on."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine.to(x.dtype) + torch.cat([-second, first], dim=-1) * sine.to(x.dtype)
+            x = layer(x, turn)
+        return self.norm(self.linear_out(gelu(self.linear_in(x))))

@@ -22,6 +22,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.schema import read
 from diptych.parts.backbones.published import read_config, read_model, without_origin
 from diptych.parts.conditioners.base import Connector
+from diptych.parts.layers import init_xavier
 
 OLD_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
 """Keys of published configurations that current config classes no longer list."""
@@ -120,7 +121,7 @@ class Qwen2Connector(Qwen2Bodied):
         self.proj_in = bridge(config.width, self.body.width)
         self.proj_out = bridge(self.body.width, config.out)
         for part in (self.proj_in, self.proj_out):
-            init_linear(part)
+            init_xavier(part)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.proj_out(self.body(self.proj_in(states)))
@@ -161,7 +162,7 @@ class MingConnector(Qwen2Bodied):
         self.proj_out = nn.Linear(self.body.width, config.width)
         self.mlp = MingHead(config.width, config.hidden, config.out)
         for part in (self.proj_in, self.proj_out, self.mlp):
-            init_linear(part)
+            init_xavier(part)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.mlp(F.normalize(self.proj_out(self.body(self.proj_in(states))), dim=-1))
@@ -177,14 +178,3 @@ def bridge(width: int, out: int) -> nn.Module:
         return nn.Identity()
     inner = max(width, out)
     return nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, out))
-
-
-@torch.no_grad()
-def init_linear(part: nn.Module) -> None:
-    """Matrices Xavier-uniform, biases zero, norms one. A no-op on the meta device."""
-    for module in part.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()

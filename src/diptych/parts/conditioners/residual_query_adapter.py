@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from diptych.core.errors import UserError
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.base import Conditioner, start_queries
+from diptych.parts.layers import attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,10 @@ class ResidualQueryAdapter(Conditioner):
     def forward(self, sequence: Tensor, mask: Tensor) -> Tensor:
         seen = self.sequence_norm(sequence.to(self.queries.dtype))  # (B, L, D)
         query = self._split(self.to_query(self.query_norm(self.queries))[None]).expand(len(seen), -1, -1, -1)
-        key, value = self._split(self.to_key(seen)), self._split(self.to_value(seen))  # (B, h, L, D / h)
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])  # (B, h, Q, D / h)
-        x = self.queries + self.to_out(read.transpose(1, 2).flatten(2))  # (B, Q, D)
+        key, value = self._split(self.to_key(seen)), self._split(self.to_value(seen))  # (B, L, h, D / h)
+        read = attend(query, key, value, mask[:, None, None, :])
+        x = self.queries + self.to_out(read)  # (B, Q, D)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, n, D) -> (B, h, n, D / h)
+        return x.unflatten(-1, (self.heads, -1))  # (B, n, D) -> (B, n, h, D / h)

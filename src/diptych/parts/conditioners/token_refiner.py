@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
-from diptych.parts.decoders.mmdit import attend
+from diptych.parts.layers import MLP, attend, init_xavier
 from diptych.parts.part import Part
 
 EPS = 1e-6
@@ -40,18 +40,6 @@ class TokenRefinerConfig:
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
             raise UserError(f"refiner: {self.heads} heads do not divide hidden {self.hidden}")
-
-
-class ContextEmbedding(nn.Module):
-    """Mean of the raw condition (B, X) to (B, W)."""
-
-    def __init__(self, context_width: int, width: int) -> None:
-        super().__init__()
-        self.mlp_in = nn.Linear(context_width, width)
-        self.mlp_out = nn.Linear(width, width)
-
-    def forward(self, mean: Tensor) -> Tensor:
-        return self.mlp_out(F.silu(self.mlp_in(mean)))
 
 
 class RefinerBlock(nn.Module):
@@ -85,7 +73,9 @@ class TokenRefiner(Part):
         super().__init__()
         self.config = config
         self.tokens_in = nn.Linear(config.context_width, config.hidden)
-        self.context = ContextEmbedding(config.context_width, config.hidden)
+        self.context = MLP(
+            config.context_width, config.hidden, config.hidden, activation=F.silu, names=("mlp_in", "mlp_out")
+        )
         self.cls = nn.Parameter(torch.empty(1, 1, config.hidden)) if config.pool == "cls" else None
         self.blocks = nn.ModuleList(RefinerBlock(config.hidden, config.heads) for _ in range(config.blocks))
         self.init_weights()
@@ -96,12 +86,7 @@ class TokenRefiner(Part):
 
         A no-op on the meta device.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+        init_xavier(self)
         for block in self.blocks:
             assert isinstance(block, RefinerBlock)
             nn.init.zeros_(block.gates.weight)

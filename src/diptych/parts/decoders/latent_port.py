@@ -7,24 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from diptych.core.positions import time_waves
-
-WAVES = 256
-
-
-class TimeMLP(nn.Module):
-    """Times (N,) in [0, 1] to (N, D): 256 waves of the time as it is, linear, SiLU, linear."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WAVES, width)
-        self.fc2 = nn.Linear(width, width)
-
-    def forward(self, t: Tensor) -> Tensor:
-        waves = time_waves(t, WAVES).to(self.fc1.weight.dtype)
-        return self.fc2(F.silu(self.fc1(waves)))
+from diptych.parts.layers import TimeEmbedding
 
 
 class LatentPort(nn.Module):
@@ -36,7 +20,7 @@ class LatentPort(nn.Module):
 
     def __init__(self, token: int, width: int) -> None:
         super().__init__()
-        self.time = TimeMLP(width)
+        self.time = TimeEmbedding(width, factor=1.0, names=("fc1", "fc2"))
         self.proj_in = nn.Linear(token, width)
         self.proj_out = nn.Linear(width, token)
         self.init_weights()
@@ -44,7 +28,7 @@ class LatentPort(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Every parameter, in place, on any device (a no-op on meta)."""
-        for linear in (self.time.fc1, self.time.fc2):
+        for linear in self.time.linears:
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.proj_in.weight)

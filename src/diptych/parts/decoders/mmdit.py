@@ -10,7 +10,6 @@ N image tokens (h / patch)(w / patch), T = L + N, W hidden width, H heads, K hea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -25,11 +24,12 @@ from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.ranges import Count, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
+from diptych.parts import layers
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.packing import Packed, PackingDecoder, Segments, check_layer
+from diptych.parts.layers import MLP, RMSNorm, TimeEmbedding, init_xavier
 
 EPS = 1e-6
-FREQUENCIES = 256
 KEPT_ROTATIONS = 16
 
 
@@ -66,45 +66,6 @@ class MMDiTConfig:
             )
 
 
-class TimeEmbedding(nn.Module):
-    """Time (B,) in [0, 1] to (B, W): 256 sinusoids of 1000 t (cosines first), then a two-layer MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp_in = nn.Linear(FREQUENCIES, width)
-        self.mlp_out = nn.Linear(width, width)
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10_000) * steps / half)  # (B, 128)
-        waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp_in.weight.dtype)
-        return self.mlp_out(F.silu(self.mlp_in(waves)))
-
-
-class PooledEmbedding(nn.Module):
-    """Pooled condition (B, pooled_width) to (B, W)."""
-
-    def __init__(self, pooled_width: int, width: int) -> None:
-        super().__init__()
-        self.mlp_in = nn.Linear(pooled_width, width)
-        self.mlp_out = nn.Linear(width, width)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.mlp_out(F.silu(self.mlp_in(pooled)))
-
-
-class HeadNorm(nn.Module):
-    """RMS norm over the channels of a head; its weight follows the input's dtype (autocast keeps the fused kernel)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPS)
-
-
 class HeadProjection(nn.Module):
     """Tokens (B, T, W) to normed queries and keys, and values, each (B, T, H, K); one matmul."""
 
@@ -112,24 +73,17 @@ class HeadProjection(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.q_norm = HeadNorm(width // heads)
-        self.k_norm = HeadNorm(width // heads)
+        self.q_norm = RMSNorm(width // heads, EPS)
+        self.k_norm = RMSNorm(width // heads, EPS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return self.q_norm(q), self.k_norm(k), v
 
 
-class MLP(nn.Module):
-    """Linear, GELU (tanh), Linear."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+def pooled_embedding(pooled_width: int, width: int) -> MLP:
+    """What takes a pooled condition (B, pooled_width) to (B, W)."""
+    return MLP(pooled_width, width, width, activation=F.silu, names=("mlp_in", "mlp_out"))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -145,8 +99,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Softmax attention of (B, T, H, K) heads. (B, T, W)."""
     if isinstance(mask, Segments):
         return mask.attend(q, k, v)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+    return layers.attend(q, k, v, mask)
 
 
 class DoubleBlock(nn.Module):
@@ -225,7 +178,7 @@ class MMDiT(PackingDecoder):
         self.image_in = nn.Linear(token, width)
         self.text_in = nn.Linear(config.condition_width, width)
         self.time = TimeEmbedding(width)
-        self.pooled = None if config.pooled_width is None else PooledEmbedding(config.pooled_width, width)
+        self.pooled = None if config.pooled_width is None else pooled_embedding(config.pooled_width, width)
         self.double_blocks = nn.ModuleList(DoubleBlock(width, config.heads, inner) for _ in range(config.double))
         self.single_blocks = nn.ModuleList(SingleBlock(width, config.heads, inner) for _ in range(config.single))
         self.final_modulation = nn.Linear(width, 2 * width)
@@ -242,14 +195,8 @@ class MMDiT(PackingDecoder):
         norms one; modulations and the final layer zero, so that every block starts as the identity and the output
         is 0.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, HeadNorm):
-                nn.init.ones_(module.weight)
-        for module in (self.time.mlp_in, self.time.mlp_out):
+        init_xavier(self)
+        for module in self.time.linears:
             nn.init.normal_(module.weight, std=0.02)
         for module in (*self.double_blocks, *self.single_blocks):
             assert isinstance(module, DoubleBlock | SingleBlock)

@@ -26,11 +26,13 @@ from diptych.checkpoints.omnigen2 import load_transformer, read_transformer_conf
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
+from diptych.core.positions import time_waves
 from diptych.core.rope import rotate, rotation
+from diptych.parts import layers
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.omnigen2_layout import Grid, Layout, real
+from diptych.parts.layers import MLP, WAVES, GatedMLP, RMSNorm, init_xavier
 
-FREQUENCIES = 256
 TIME_WIDTH = 1024
 MOST_REFERENCES = 5
 KEPT_ROTATIONS = 16
@@ -91,25 +93,13 @@ class OmniGen2Config:
         return self.multiple_of * math.ceil(width / self.multiple_of)
 
 
-class Norm(nn.Module):
-    """RMS norm over the last axis; its weight follows the input's dtype (autocast keeps the fused kernel)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-
-
 class ModulatedNorm(nn.Module):
     """RMS norm scaled by the time vector, and what the rest of the block takes from that vector."""
 
     def __init__(self, width: int, time_width: int, eps: float) -> None:
         super().__init__()
         self.linear = nn.Linear(time_width, 4 * width)
-        self.norm = Norm(width, eps)
+        self.norm = RMSNorm(width, eps)
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, W), time (B, 1, E); normed x, and attention gate, MLP scale and MLP gate, each (B, 1, W)."""
@@ -117,42 +107,20 @@ class ModulatedNorm(nn.Module):
         return self.norm(x) * (1 + scale), gate, mlp_scale, mlp_gate
 
 
-class Attention(nn.Module):
+class Attention(layers.Attention):
     """Grouped-query attention with normed and rotated queries and keys, without biases."""
 
     def __init__(self, config: OmniGen2Config) -> None:
-        super().__init__()
-        width, head = config.hidden_size, config.head_width
-        self.head = head
-        self.shared = config.num_attention_heads // config.num_kv_heads
-        self.to_q = nn.Linear(width, config.num_attention_heads * head, bias=False)
-        self.to_k = nn.Linear(width, config.num_kv_heads * head, bias=False)
-        self.to_v = nn.Linear(width, config.num_kv_heads * head, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(config.num_attention_heads * head, width, bias=False)])
-        self.norm_q = Norm(head, config.norm_eps)
-        self.norm_k = Norm(head, config.norm_eps)
+        names = ("to_q", "to_k", "to_v", "to_out")
+        heads, shared = config.num_attention_heads, config.num_kv_heads
+        super().__init__(config.hidden_size, heads, kv_heads=shared, bias=False, out_bias=False, names=names)
+        self.to_out = nn.Sequential(self.to_out)  # the release calls it to_out.0
+        self.norm_q = RMSNorm(self.head, config.norm_eps)
+        self.norm_k = RMSNorm(self.head, config.norm_eps)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) bool, True where a key is real."""
-        q = rotate(self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head))), turn)  # (B, T, H, K)
-        k = rotate(self.norm_k(self.to_k(x).unflatten(-1, (-1, self.head))), turn)  # (B, T, H / shared, K)
-        v = self.to_v(x).unflatten(-1, (-1, self.head))
-        k, v = (heads.repeat_interleave(self.shared, dim=2) for heads in (k, v))  # masked fused kernels want H heads
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width, inner, bias=False)
-        self.linear_2 = nn.Linear(inner, width, bias=False)
-        self.linear_3 = nn.Linear(width, inner, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)) * self.linear_3(x))
+    def place(self, q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """turn: (B, T, K / 2)."""
+        return rotate(self.norm_q(q), turn), rotate(self.norm_k(k), turn)
 
 
 class Block(nn.Module):
@@ -162,11 +130,11 @@ class Block(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.norm_eps
         self.attn = Attention(config)
-        self.feed_forward = FeedForward(width, config.inner)
-        self.norm1 = ModulatedNorm(width, min(width, TIME_WIDTH), eps) if modulated else Norm(width, eps)
-        self.norm2 = Norm(width, eps)
-        self.ffn_norm1 = Norm(width, eps)
-        self.ffn_norm2 = Norm(width, eps)
+        self.feed_forward = GatedMLP(width, config.inner, names=("linear_1", "linear_3", "linear_2"))
+        self.norm1 = ModulatedNorm(width, min(width, TIME_WIDTH), eps) if modulated else RMSNorm(width, eps)
+        self.norm2 = RMSNorm(width, eps)
+        self.ffn_norm1 = RMSNorm(width, eps)
+        self.ffn_norm2 = RMSNorm(width, eps)
 
     def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, time: Tensor | None = None) -> Tensor:
         """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) or None, time (B, 1, E) for a modulated block."""
@@ -180,26 +148,15 @@ class Block(nn.Module):
         return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
 
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids (B, 256) to the time vector (B, E)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(FREQUENCIES, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, waves: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(waves)))
-
-
 class TimeCaptionEmbedding(nn.Module):
     """The time's and the text's way in."""
 
     def __init__(self, config: OmniGen2Config) -> None:
         super().__init__()
-        self.timestep_embedder = TimestepEmbedding(min(config.hidden_size, TIME_WIDTH))
+        width = min(config.hidden_size, TIME_WIDTH)
+        self.timestep_embedder = MLP(WAVES, width, width, activation=F.silu, names=("linear_1", "linear_2"))
         self.caption_embedder = nn.Sequential(
-            Norm(config.text_feat_dim, config.norm_eps), nn.Linear(config.text_feat_dim, config.hidden_size)
+            RMSNorm(config.text_feat_dim, config.norm_eps), nn.Linear(config.text_feat_dim, config.hidden_size)
         )
 
 
@@ -214,14 +171,6 @@ class OutputNorm(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale = self.linear_1(F.silu(time))
         return self.linear_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale))
-
-
-def waves(t: Tensor, scale: float) -> Tensor:
-    """256 sinusoids of OmniGen2's time, t (B,) with 0 noise and 1 data; cosines first."""
-    half = FREQUENCIES // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = scale * (t.float()[:, None] * torch.exp(-math.log(10_000) * steps / half))  # (B, 128)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class OmniGen2(Decoder):
@@ -280,22 +229,13 @@ class OmniGen2(Decoder):
         Linear layers Xavier-uniform with zero bias, the time vector's N(0, 0.02), the image indices N(0, 0.02), norms
         one; modulations and the output zero, so that every gated block starts as the identity and the output is 0.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Norm):
-                nn.init.ones_(module.weight)
-        for module in self.modules():
-            if isinstance(module, TimestepEmbedding):
-                nn.init.normal_(module.linear_1.weight, std=0.02)
-                nn.init.normal_(module.linear_2.weight, std=0.02)
-            elif isinstance(module, ModulatedNorm):
-                nn.init.zeros_(module.linear.weight)
-            elif isinstance(module, OutputNorm):
-                nn.init.zeros_(module.linear_1.weight)
-                nn.init.zeros_(module.linear_2.weight)
+        init_xavier(self)
+        for linear in self.time_caption_embed.timestep_embedder.linears:
+            nn.init.normal_(linear.weight, std=0.02)
+        for block in (*self.noise_refiner, *self.ref_image_refiner, *self.layers):
+            nn.init.zeros_(block.norm1.linear.weight)  # type: ignore[union-attr]
+        nn.init.zeros_(self.norm_out.linear_1.weight)
+        nn.init.zeros_(self.norm_out.linear_2.weight)
         nn.init.normal_(self.image_index_embedding, std=0.02)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
@@ -336,7 +276,9 @@ class OmniGen2(Decoder):
         turns = self._turns(layout, t.device)  # each (T, K / 2)
         parts = [turn.split(sizes) for turn, sizes in zip(turns, layout.sizes, strict=True)]  # text, images, target
         dtype = self.x_embedder.weight.dtype
-        vector = self.time_caption_embed.timestep_embedder(waves(1 - t, self.config.timestep_scale).to(dtype))
+        vector = self.time_caption_embed.timestep_embedder(
+            time_waves(1 - t, WAVES, self.config.timestep_scale).to(dtype)
+        )
         time = vector[:, None]  # (B, 1, E)
 
         target = self._refined(self.noise_refiner, self.x_embedder(self._tokens(x)), [part[-1] for part in parts], time)

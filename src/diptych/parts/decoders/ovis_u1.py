@@ -27,15 +27,13 @@ from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.mmdit import (
     KEPT_ROTATIONS,
-    MLP,
-    HeadNorm,
     HeadProjection,
-    PooledEmbedding,
     SingleBlock,
-    TimeEmbedding,
     attend,
     modulate,
+    pooled_embedding,
 )
+from diptych.parts.layers import MLP, TimeEmbedding, init_xavier
 
 Sides = tuple[int, int]
 """Rows and columns of tokens."""
@@ -138,7 +136,7 @@ class OvisU1Decoder(Decoder):
 
         self.image_in = nn.Linear(token, width)
         self.time = TimeEmbedding(width)
-        self.pooled = PooledEmbedding(config.pooled_width or width, width)
+        self.pooled = pooled_embedding(config.pooled_width or width, width)
         self.double_blocks = nn.ModuleList(
             DoubleXBlock(width, config.heads, inner, config.qkv_bias) for _ in range(config.double)
         )
@@ -155,14 +153,8 @@ class OvisU1Decoder(Decoder):
 
         A no-op on the meta device.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, HeadNorm):
-                nn.init.ones_(module.weight)
-        for module in (self.time.mlp_in, self.time.mlp_out):
+        init_xavier(self)
+        for module in self.time.linears:
             nn.init.normal_(module.weight, std=0.02)
         for module in self.double_blocks:
             assert isinstance(module, DoubleXBlock)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diptych.parts.layers import init_xavier
+
 
 class AlignmentProjector(nn.Module):
     """Linear, SiLU, Linear, SiLU, Linear: states (B, N, W) to (B, N, D); one for all scales, for training alone.
@@ -23,10 +25,7 @@ class AlignmentProjector(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices Xavier-uniform, biases zero. A no-op on the meta device."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_xavier(self)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.layers(states)
