@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from functools import cache
@@ -74,7 +75,7 @@ def numbers(name: str) -> frozenset[float]:
             found.add(float(value))
 
     walk(plain(name))
-    walk(recipes.to_plain(recipes.load(name)[0]))
+    walk(dataclasses.asdict(recipes.load(name)[0]))
     for stage in plain(name)["stages"].values():
         rate = stage.get("optimizer", {}).get("lr")
         if rate:  # where a schedule begins and ends

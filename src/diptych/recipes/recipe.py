@@ -7,7 +7,6 @@ this one says nothing: mappings are merged, all else is replaced.
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -376,8 +375,3 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-
-
-def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """Every value, defaults written out."""
-    return dataclasses.asdict(recipe)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -176,10 +176,6 @@ class System(nn.Module, abc.ABC):
     def reasoning(self, conversation: Sequence[Message]) -> list[Message]:
         """The conversation with the request to reason first."""
         raise UserError("this model has no thinking mode for questions")
-
-    def cannot(self, what: str) -> NoReturn:
-        """UserError for something that this kind of system does not do."""
-        raise UserError(f"a system of kind {self.kind!r} {what}")
 
 
 class AssembledSystem(System):
