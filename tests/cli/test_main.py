@@ -144,6 +144,7 @@ def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
 
 WAITS = """
 import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from diptych.cli import main as cli
 def wait(argv):
     try:
@@ -158,11 +159,11 @@ sys.exit(cli.main([]))
 
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "int")])
 def test_signals_end_with_their_code_after_cleaning_up(number: int, code: int, word: str) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=-1, stderr=-1, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "cleaned\n")
     assert err.startswith(f"diptych: {word}")
 
