@@ -75,7 +75,7 @@ def once(system: ComposedSystem, batch: Batch, noise: Tensor, steps: int) -> Ten
     names: list[Branch] = ["null", "image", "full"]
     conditions = [system.encode(branch) for branch in branches(system, batch)]
     guidance = ChainGuidance(text=SCALES[1], images=SCALES[0])
-    return solve(guided(system.velocity, dict(zip(names, conditions, strict=True)), guidance), noise, times(steps))
+    return solve(guided(system.branches(conditions), names, guidance), noise, times(steps))
 
 
 @torch.no_grad()

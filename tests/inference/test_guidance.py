@@ -12,6 +12,7 @@ from diptych.inference.bagel_guidance import BagelGuidance
 from diptych.inference.guidance import Branch, ChainGuidance, Guidance, OmniGen2Guidance, QwenImageGuidance, guided
 from diptych.inference.sampling import Sampling
 from diptych.inference.solvers import span, times
+from diptych.systems.branches import joined
 
 NAMES: tuple[Branch, ...] = ("null", "image", "full")
 DRAWN = Batch((Sample(id="a", task="text_to_image", text="two"),))
@@ -59,7 +60,7 @@ def test_scales(
     names = NAMES[-1:] if len(values) == 1 else NAMES[:: 2 // (len(values) - 1)]
     x, t = torch.randn(2, 1, 2, 2), torch.tensor([0.5, 0.25])
     guidance = kind(images=scales[0], text=scales[1])
-    v = guided(velocity, dict(zip(names, branches, strict=True)), guidance)(x, t)
+    v = guided(joined(velocity, branches), names, guidance)(x, t)
     torch.testing.assert_close(v, x * t[:, None, None, None] + torch.tensor(expected)[:, None, None, None])
     assert velocity.calls == [2 * len(values)]  # one batch
 
@@ -96,8 +97,8 @@ def test_guidance_within_a_span_of_times() -> None:
     t = times(4)
     during = span(t[:-1], (0.25, 0.5))
     assert during == (0.5, 0.75)
-    both: dict[Branch, Condition] = {"null": branch(1.0), "full": branch(3.0)}
-    at = guided(velocity, both, ChainGuidance(text=4.0, during=during))
+    both = joined(velocity, [branch(1.0), branch(3.0)])
+    at = guided(both, ("null", "full"), ChainGuidance(text=4.0, during=during))
     x = torch.zeros(1, 1, 1, 1)
     assert [at(x, now[None]).item() for now in t[:-1]] == [3.0, 9.0, 9.0, 3.0]
     assert velocity.calls == [1, 2, 2, 1]

@@ -17,6 +17,7 @@ from diptych.core.sample import Batch, Sample
 from diptych.inference.guidance import ALWAYS, Branch, OmniGen2Guidance, guided
 from diptych.inference.solvers import solve, span, times
 from diptych.objectives.flow_matching import root_shift
+from diptych.systems.branches import joined
 
 FILE = Path(__file__).parents[1] / "golden" / "omnigen2" / "omnigen2_sampling.safetensors"
 THEIRS: dict[Branch, str] = {"null": "uncond", "image": "ref", "full": "cond"}
@@ -76,7 +77,7 @@ def test_sampling(case: str, golden: dict[str, Tensor], config: dict[str, Any]) 
     guidance = OmniGen2Guidance(**scales, during=within)
     task = "edit" if options["group"] == "edit" else "text_to_image"
     names = guidance.branches(Batch((Sample(id="a", task=task),)))
-    velocity = guided(system.velocity, {name: condition(name, count) for name in names}, guidance)
+    velocity = guided(joined(system.velocity, [condition(name, count) for name in names]), names, guidance)
 
     latents = [noise]
     for step in range(steps):

@@ -57,6 +57,21 @@ class TokenCondition(Condition):
             return self.mask
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row up to its last real one."""
+        if self.mask is None:
+            return [self.tokens.shape[1]] * self.batch_size
+        places = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        return (self.mask * places).amax(1).tolist() if self.mask.shape[1] else [0] * self.batch_size
+
+    def trimmed(self) -> Self:
+        """Without the columns in which no row has a real token, at the right, and without a mask where all are real."""
+        if self.mask is None:
+            return self
+        length = max(1, *self.lengths())
+        mask = self.mask[:, :length]
+        return replace(self, tokens=self.tokens[:, :length], mask=None if bool(mask.all()) else mask)
+
     def join(self, others: Sequence[Condition]) -> Self:
         parts: list[TokenCondition] = [self]
         for other in others:

@@ -299,7 +299,7 @@ class Engine:
                     drawn: list[Tensor] = []
                     for view, solver, guidance in passes:
                         seen: dict[Branch, Condition] = {name: view.of(shared[name]) for name in branches}
-                        velocity = guided(self.system.velocity, seen, guidance)
+                        velocity = guided(self.system.branches(list(seen.values())), list(seen), guidance)
                         latents = solver.solve(velocity, draws.normal(view.noise, *view.shape), watch)
                         drawn.append(self.system.to_images(latents).clamp(-1, 1).float().cpu())  # (B, 3, H, W)
                     for place, (_, row) in enumerate(block):

@@ -7,23 +7,19 @@ A guidance is an object with `branches(batch)`, the versions of the requests tha
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.core.condition import Condition
 from diptych.core.sample import Batch
 from diptych.inference.solvers import Velocity
+from diptych.systems.branches import BranchVelocities
 
 Branch = Literal["null", "image", "text", "full"]
 """A request without text and context images, without its text, without its context images, and as it is."""
-
-ConditionedVelocity = Callable[[Tensor, Tensor, Condition], Tensor]
-"""(x (B, C, h, w), t (B,), condition of B requests) to velocity (B, C, h, w)."""
 
 ALWAYS = (0.0, 1.0)
 
@@ -145,18 +141,19 @@ def norm(v: Tensor, patch: int | None) -> Tensor:
     return totals.sqrt().repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
-def guided(velocity: ConditionedVelocity, conditions: Mapping[Branch, Condition], guidance: Guidance) -> Velocity:
-    """The guided velocity of requests whose branches have these conditions; all branches run as one batch."""
-    full = conditions["full"]
-    first, *others = conditions.values()
-    joined = first.join(others)
-    count = len(conditions)
+def guided(velocities: BranchVelocities, names: Sequence[Branch], guidance: Guidance) -> Velocity:
+    """The guided velocity of requests.
+
+    Args:
+        velocities: of the requests' branches. names: what each branch is, "full" among them.
+    """
+    full = names.index("full")
 
     def at(x: Tensor, t: Tensor) -> Tensor:
         now = float(t[0])
-        if not others or not guidance.acts(now):
-            return velocity(x, t, full)
-        each = velocity(torch.cat([x] * count), torch.cat([t] * count), joined).chunk(count)
-        return guidance.combine(dict(zip(conditions, each, strict=True)), now)
+        if len(names) == 1 or not guidance.acts(now):
+            return velocities(x, t, [full])[0]
+        each = velocities(x, t, range(len(names)))
+        return guidance.combine(dict(zip(names, each, strict=True)), now)
 
     return at

@@ -30,6 +30,15 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
+    def times(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The norm of x (B, T, W) times `scale` (B, 1, W), in one pass over memory fewer."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * (self.weight * scale).to(x.dtype)
+
+    def gated(self, x: Tensor, gate: Tensor, added: Tensor) -> Tensor:
+        """x (B, T, W) + `gate` (B, 1, W) times the norm of `added` (B, T, W)."""
+        normed = F.rms_norm(added, added.shape[-1:], eps=self.eps)
+        return torch.addcmul(x, (self.weight * gate).to(x.dtype), normed)
+
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form."""
@@ -163,10 +172,12 @@ class Attention(nn.Module):
         """Queries and keys, normed and turned by their positions; as they are where a model does neither."""
         return q, k
 
-    def forward(self, x: Tensor, turn: Any = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, W). turn: what `place` reads. mask: (B, 1, 1, T) bool, True where a key is real."""
+    def forward(self, x: Tensor, turn: Any = None, mask: Tensor | None = None, first: int | None = None) -> Tensor:
+        """x (B, T, W). turn: what `place` reads. mask: (B, 1, 1, T) bool, True where a key is real. first: how many
+        tokens are wanted, all by default."""
         to_q, to_k, to_v, to_out = (self._modules[name] for name in self.names)
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head)) for linear in (to_q, to_k, to_v))  # type: ignore[misc]
+        sources = ((x[:, :first], to_q), (x, to_k), (x, to_v))
+        q, k, v = (linear(tokens).unflatten(-1, (-1, self.head)) for tokens, linear in sources)  # type: ignore[misc]
         q, k = self.place(q, k, turn)  # (B, T, H, K) and (B, T, H / shared, K)
         if self.shared > 1:  # fused kernels with a mask want as many heads of keys as of queries
             k, v = (heads.repeat_interleave(self.shared, dim=2) for heads in (k, v))

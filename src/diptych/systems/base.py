@@ -22,6 +22,7 @@ from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
+from diptych.systems.branches import BranchVelocities, joined
 from diptych.systems.preparing import LatentGrid
 from diptych.systems.presets import Dropped
 
@@ -66,6 +67,13 @@ class System(nn.Module, abc.ABC):
     @abc.abstractmethod
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Velocity noise - data at `x` (B, C, h, w) and time `t` (B,) in [0, 1]; (B, C, h, w)."""
+
+    def branches(self, conditions: Sequence[Condition]) -> BranchVelocities:
+        """Velocities of the same latents under several conditions of the same requests: guidance's branches.
+
+        What does not change between the steps of a sampler may be computed here, once.
+        """
+        return joined(self.velocity, conditions)
 
     @abc.abstractmethod
     def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:

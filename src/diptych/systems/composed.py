@@ -39,6 +39,7 @@ from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.projector import AlignmentProjector
 from diptych.systems import conversation, scaled
 from diptych.systems.base import AssembledSystem, trains
+from diptych.systems.branches import BranchVelocities
 from diptych.systems.meeting import check_parts
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Scales, Targets, canvas_size
 from diptych.systems.preparing import without as without_parts
@@ -212,10 +213,17 @@ class ComposedSystem(AssembledSystem):
     # Decoding
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        seen = condition.scales[-1] if isinstance(condition, ScaleConditions) else condition
-        assert isinstance(seen, TokenCondition)
-        output = torch.stack(self.decoder.denoise(list(x), t, seen))
+        output = torch.stack(self.decoder.denoise(list(x), t, last_scale(condition)))
         return self.options.flow.to_velocity(output, x, t)
+
+    def branches(self, conditions: Sequence[Condition]) -> BranchVelocities:
+        decoder = self.decoder.branches([last_scale(condition) for condition in conditions])
+        flow = self.options.flow
+
+        def velocities(x: Tensor, t: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+            return [flow.to_velocity(output, x, t) for output in decoder(x, t, wanted)]
+
+        return velocities
 
     # Training
 
@@ -363,6 +371,13 @@ class ComposedSystem(AssembledSystem):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "kind": self.kind}
+
+
+def last_scale(condition: Condition) -> TokenCondition:
+    """The condition of the image itself, where there are several scales."""
+    seen = condition.scales[-1] if isinstance(condition, ScaleConditions) else condition
+    assert isinstance(seen, TokenCondition)
+    return seen
 
 
 def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -32,6 +32,7 @@ from diptych.systems.bagel.context import (
     vision_piece,
 )
 from diptych.systems.bagel.network import BagelNetwork
+from diptych.systems.branches import joined
 
 IMAGES = Golden("generate_image")
 TEXTS = Golden("generate_text")
@@ -123,7 +124,7 @@ def test_guided_sampling(name: str) -> None:
     names: dict[Branch, str] = {"full": "main", "image": "text_free", "text": "image_free"}
     compared = guidance.branches(Batch((Sample(id="a", task="text_to_image", text="a"),)))
     system = Velocities((grid[0], grid[1]))
-    velocity = guided(system.velocity, {branch: held[names[branch]] for branch in compared}, guidance)
+    velocity = guided(joined(system.velocity, [held[names[branch]] for branch in compared]), compared, guidance)
     schedule = times(run["num_timesteps"] - 1, run["timestep_shift"])
     close(schedule, IMAGES[f"steps.{name}.schedule"])
     x = unpatchify(IMAGES[f"inputs.{run['context']}.noise"][None], 2, "pqc", *grid)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
+from diptych.parts.decoders.branches import DecoderBranches, GroupedBranches, cost_of
 from diptych.parts.part import Part
 
 
@@ -53,6 +54,13 @@ class Decoder(Part, abc.ABC):
         Their sizes may differ where the decoder is `ragged`.
         """
         return list(self(torch.stack(list(x)), t, condition).unbind())
+
+    def branches(self, conditions: Sequence[TokenCondition]) -> DecoderBranches:
+        """Several conditions of the same requests (guidance's branches), each of `refine`, for the steps of a sampler.
+
+        What does not change between steps, and what branches have in common, may be computed once here.
+        """
+        return GroupedBranches(self.denoise, conditions, cost_of(self, len(self.shard_units())), self.patch)
 
     def check(self, targets: Sequence[Tensor], condition: TokenCondition, names: Sequence[str]) -> None:
         """UserError naming the sample whose latents and condition this decoder has no positions for."""

@@ -30,6 +30,7 @@ from diptych.core.positions import time_waves
 from diptych.core.rope import rotate, rotation
 from diptych.parts import layers
 from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.branches import DecoderBranches
 from diptych.parts.decoders.omnigen2_layout import Grid, Layout, real
 from diptych.parts.layers import MLP, WAVES, GatedMLP, RMSNorm, init_xavier
 
@@ -102,9 +103,10 @@ class ModulatedNorm(nn.Module):
         self.norm = RMSNorm(width, eps)
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (B, T, W), time (B, 1, E); normed x, and attention gate, MLP scale and MLP gate, each (B, 1, W)."""
+        """x (B, T, W), time (B, 1, E); normed x, and attention gate, MLP scale and MLP gate, each (B, 1, W), as
+        they multiply."""
         scale, gate, mlp_scale, mlp_gate = self.linear(F.silu(time)).chunk(4, dim=-1)
-        return self.norm(x) * (1 + scale), gate, mlp_scale, mlp_gate
+        return self.norm.times(x, 1 + scale), gate.tanh(), 1 + mlp_scale, mlp_gate.tanh()
 
 
 class Attention(layers.Attention):
@@ -120,7 +122,7 @@ class Attention(layers.Attention):
 
     def place(self, q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         """turn: (B, T, K / 2)."""
-        return rotate(self.norm_q(q), turn), rotate(self.norm_k(k), turn)
+        return rotate(self.norm_q(q), turn[:, : q.shape[1]]), rotate(self.norm_k(k), turn)
 
 
 class Block(nn.Module):
@@ -136,14 +138,17 @@ class Block(nn.Module):
         self.ffn_norm1 = RMSNorm(width, eps)
         self.ffn_norm2 = RMSNorm(width, eps)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor | None, time: Tensor | None = None) -> Tensor:
-        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) or None, time (B, 1, E) for a modulated block."""
+    def forward(
+        self, x: Tensor, turn: Tensor, mask: Tensor | None, time: Tensor | None = None, first: int | None = None
+    ) -> Tensor:
+        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) or None, time (B, 1, E) for a modulated block; first: how
+        many tokens are wanted, all by default."""
         if isinstance(self.norm1, ModulatedNorm):
             assert time is not None, "a modulated block needs the time vector"
             normed, gate, mlp_scale, mlp_gate = self.norm1(x, time)
-            x = torch.addcmul(x, gate.tanh(), self.norm2(self.attn(normed, turn, mask)))
-            inner = self.ffn_norm1(x) * (1 + mlp_scale)
-            return torch.addcmul(x, mlp_gate.tanh(), self.ffn_norm2(self.feed_forward(inner)))
+            x = self.norm2.gated(x[:, :first], gate, self.attn(normed, turn, mask, first))
+            inner = self.ffn_norm1.times(x, mlp_scale)
+            return self.ffn_norm2.gated(x, mlp_gate, self.feed_forward(inner))
         x = x + self.norm2(self.attn(self.norm1(x), turn, mask))
         return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
 
@@ -273,15 +278,11 @@ class OmniGen2(Decoder):
         """
         references = condition.context_latents or ((),) * len(x)
         layout = self.layout(x, condition)
-        turns = self._turns(layout, t.device)  # each (T, K / 2)
+        turns = self.turns(layout, t.device)  # each (T, K / 2)
         parts = [turn.split(sizes) for turn, sizes in zip(turns, layout.sizes, strict=True)]  # text, images, target
-        dtype = self.x_embedder.weight.dtype
-        vector = self.time_caption_embed.timestep_embedder(
-            time_waves(1 - t, WAVES, self.config.timestep_scale).to(dtype)
-        )
-        time = vector[:, None]  # (B, 1, E)
+        time = self.time_vector(t)  # (B, 1, E)
 
-        target = self._refined(self.noise_refiner, self.x_embedder(self._tokens(x)), [part[-1] for part in parts], time)
+        target = self._refined(self.noise_refiner, self.x_embedder(self.image_tokens(x)), [part[-1] for part in parts], time)
         images = iter(self._references(references, [part[1:-1] for part in parts], time))
         rows = [
             torch.cat([text[:length], *(next(images) for _ in own), made])
@@ -295,6 +296,16 @@ class OmniGen2(Decoder):
             for tokens, (rows, columns), latent in zip(out, layout.targets, x, strict=True)
         ]
 
+    def branches(self, conditions: Sequence[TokenCondition]) -> DecoderBranches:
+        from diptych.parts.decoders.omnigen2_branches import OmniGen2Branches
+
+        return OmniGen2Branches(self, conditions)
+
+    def time_vector(self, t: Tensor) -> Tensor:
+        """t (B,) with t=1 noise and t=0 data to (B, 1, E)."""
+        steps = time_waves(1 - t, WAVES, self.config.timestep_scale).to(self.x_embedder.weight.dtype)
+        return self.time_caption_embed.timestep_embedder(steps)[:, None]
+
     def _references(
         self, latents: Sequence[Sequence[Tensor]], turns: Sequence[Sequence[Tensor]], time: Tensor
     ) -> list[Tensor]:
@@ -304,7 +315,7 @@ class OmniGen2(Decoder):
             return []
         owner = [sample for sample, row in enumerate(latents) for _ in row]
         place = [number for row in latents for number in range(len(row))]
-        images = self.ref_image_patch_embedder(self._tokens(flat)) + self.image_index_embedding[place][:, None]
+        images = self.ref_image_patch_embedder(self.image_tokens(flat)) + self.image_index_embedding[place][:, None]
         return self._refined(self.ref_image_refiner, images, [turn for row in turns for turn in row], time[owner])
 
     def _refined(self, blocks: nn.ModuleList, x: Tensor, turns: Sequence[Tensor], time: Tensor) -> list[Tensor]:
@@ -315,7 +326,7 @@ class OmniGen2(Decoder):
             x = block(x, turn, mask, time)
         return [row[:length] for row, length in zip(x, lengths, strict=True)]
 
-    def _tokens(self, latents: Sequence[Tensor]) -> Tensor:
+    def image_tokens(self, latents: Sequence[Tensor]) -> Tensor:
         """Latents, each (C, h, w), as padded patches (len, N, C patch^2), channel fastest."""
         dtype = self.x_embedder.weight.dtype
         return pad_sequence([patchify(x[None].to(dtype), self.patch, "pqc")[0] for x in latents], batch_first=True)
@@ -351,7 +362,7 @@ class OmniGen2(Decoder):
     def _axes(self) -> tuple[int, int, int]:
         return self.config.axes_dim_rope
 
-    def _turns(self, layout: Layout, device: torch.device) -> list[Tensor]:
+    def turns(self, layout: Layout, device: torch.device) -> list[Tensor]:
         """Rotations of each sample's sequence, (T, K / 2); kept by layout, for the steps of a sampler."""
         key = (layout, device)
         if key not in self._rotations:
