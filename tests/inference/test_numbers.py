@@ -6,12 +6,14 @@ Each docstring names the fault that the test is there to find (tests/mutation/mu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from diptych.recipes.load import load
+from diptych.systems.branches import BranchVelocities
 
 
 @pytest.mark.parametrize("name", ["toy/iomm", "toy/bagel", "toy/hieraquery"])
@@ -20,13 +22,18 @@ def test_sampling_times_are_shifted(name: str, shift: Any, factor: float | None)
     """Mutants: Sampling.timestep_shift ignored; "flux" and "root" exchanged; the last time asked for too."""
     engine = load(name)
     asked: list[float] = []
-    velocity = engine.system.velocity
+    branches = engine.system.branches
 
-    def record(x: Tensor, t: Tensor, condition: Any) -> Tensor:
-        asked.append(float(t.max()))
-        return velocity(x, t, condition)
+    def record(conditions: Any) -> BranchVelocities:
+        velocities = branches(conditions)
 
-    engine.system.velocity = record
+        def recorded(x: Tensor, t: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+            asked.append(float(t.max()))
+            return velocities(x, t, wanted)
+
+        return recorded
+
+    engine.system.branches = record
     engine.generate("a red circle", steps=4, timestep_shift=shift, prompt_expansion=0)
     tokens = 256  # 32 x 32 latents, counted in pairs of pairs
     if shift == "flux":

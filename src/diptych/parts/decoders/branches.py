@@ -1,7 +1,7 @@
 """The same latents under several conditions: guidance's branches, run together where that is faster, else apart.
 
-A run takes as long as its tokens, padding included, and costs something by itself. Rows of unlike length that run as one
-batch are padded to the longest; rows that run apart pay for more runs. `cheapest` weighs one against the other.
+A run takes as long as its tokens, padding included, and costs something by itself. Rows of unlike length that run as
+one batch are padded to the longest; rows that run apart pay for more runs. `cheapest` weighs one against the other.
 
 K branches of B requests; C latent channels, h and w latent sides, N image tokens.
 """

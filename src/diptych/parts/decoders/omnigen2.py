@@ -282,7 +282,9 @@ class OmniGen2(Decoder):
         parts = [turn.split(sizes) for turn, sizes in zip(turns, layout.sizes, strict=True)]  # text, images, target
         time = self.time_vector(t)  # (B, 1, E)
 
-        target = self._refined(self.noise_refiner, self.x_embedder(self.image_tokens(x)), [part[-1] for part in parts], time)
+        target = self._refined(
+            self.noise_refiner, self.x_embedder(self.image_tokens(x)), [part[-1] for part in parts], time
+        )
         images = iter(self._references(references, [part[1:-1] for part in parts], time))
         rows = [
             torch.cat([text[:length], *(next(images) for _ in own), made])
