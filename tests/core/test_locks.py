@@ -42,9 +42,9 @@ def holder(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.communicate("")
         if child > 1:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)  # first: it holds the pipe that is read to its end
+        process.communicate("")
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path: Path) -> None:
