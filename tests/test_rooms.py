@@ -24,8 +24,8 @@ LEVELS = {
     "evaluation": 6,
     "analysis": 6,
     "recipes": 7,
-    "cli": 8,
-    "server": 8,
+    "serving": 8,
+    "cli": 9,
 }
 FOLDERS = {"parts", "systems", "recipes/families", "data/proxies", "evaluation/understanding"}
 """Rooms, and folders of rooms, that hold folders of their own or are one."""

@@ -253,7 +253,7 @@ class Engine:
         # Settings for these requests, and the size of each.
         edits = all(sample.task == "edit" for sample in samples)
         settings = self.settings(options, edits=edits)
-        samples = [replace(sample, size=self._size(sample, settings, "size" in options)) for sample in samples]
+        samples = [replace(sample, size=self.image_size(sample, settings, "size" in options)) for sample in samples]
         keys = noise_keys(seed, range(len(samples)) if positions is None else positions, n)
         device, capacity = self.system.device, settings.batch_size
         total = len(samples) * n * len(scale_names(self.system, scales))
@@ -262,7 +262,7 @@ class Engine:
         # Requests of one size share batches, guidance's null condition and the schedule of each scale.
         sizes = by_size(samples)
         plans = {
-            size: [(view, *self._plan(view, settings)) for view in views(self.system, size, scales)] for size in sizes
+            size: [(view, *self.plan(view, settings)) for view in views(self.system, size, scales)] for size in sizes
         }
         counter = None if on_step is None else StepCounter(on_step, count_steps(sizes, plans, n, capacity))
         for size, rows in sizes.items():
@@ -282,13 +282,13 @@ class Engine:
                 # The condition of every branch, once for all images and scales of a request.
                 branches = passes[0][2].branches(batch)
                 if "null" in branches and null is None:
-                    null = self.system.encode(self._version("null", batch.take([0]), settings.negative))
+                    null = self.system.encode(self.version("null", batch.take([0]), settings.negative))
                 conditions: dict[Branch, Condition] = {}
                 for branch in sorted(branches, key=ENCODED.index):
                     conditions[branch] = (
                         null.take([0] * len(batch))
                         if branch == "null" and null is not None
-                        else self.system.encode(self._version(branch, batch, settings.negative))
+                        else self.system.encode(self.version(branch, batch, settings.negative))
                     )
                 # The images, coarse scales before fine ones.
                 for block in cut(list(zip(jobs, owners, strict=True)), capacity):
@@ -319,13 +319,13 @@ class Engine:
         """Latents (B, C, h, w) as pictures."""
         return [to_pil(image) for image in self.system.to_images(latents).float().cpu()]
 
-    def _plan(self, view: View, settings: Sampling) -> tuple[Solver, Guidance]:
+    def plan(self, view: View, settings: Sampling) -> tuple[Solver, Guidance]:
         """The solver that draws a scale, and the guidance at its times."""
         solver = settings.solver_at(view.shape[1] * view.shape[2] // 4)
         during = ALWAYS if settings.cfg_range == ALWAYS else span(solver.times, settings.cfg_range)
         return solver, settings.guide(during, self.system.token_side)
 
-    def _version(self, branch: Branch, batch: Batch, negative: str) -> Batch:
+    def version(self, branch: Branch, batch: Batch, negative: str) -> Batch:
         """The requests as a branch of guidance has them; the negative text stands where the text was removed."""
         if branch == "full":
             return batch
@@ -334,7 +334,7 @@ class Engine:
             return bare
         return Batch(tuple(replace(sample, text=negative) for sample in bare))
 
-    def _size(self, sample: Sample, settings: Sampling, given: bool) -> tuple[int, int]:
+    def image_size(self, sample: Sample, settings: Sampling, given: bool) -> tuple[int, int]:
         """(height, width) of the image that a request asks for."""
         if sample.size is not None:
             return sample.size

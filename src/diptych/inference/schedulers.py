@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 from diptych.core.errors import UserError
-from diptych.inference.solvers import OnStep, Solver, Step, Velocity
+from diptych.inference.solvers import OnStep, Solver, Step, Walk
 
 TRAINING_TIMES = 1000
 """Of the released models; the network's time is a whole number of these."""
@@ -70,14 +69,13 @@ class SchedulerSolver(Solver):
             scheduler.set_timesteps(self.steps, device="cpu")
         return scheduler
 
-    def solve(self, velocity: Velocity, noise: Tensor, on_step: OnStep | None = None) -> Tensor:
+    def walk(self, noise: Tensor, on_step: OnStep | None = None) -> Walk:
         scheduler = self.scheduler()
         scheduler.set_begin_index(0)
         x = noise
-        rows = torch.ones(noise.shape[0], dtype=torch.float32, device=noise.device)
         for number, now in enumerate(scheduler.timesteps, start=1):
             t = float(now.float() / TRAINING_TIMES)
-            v = velocity(x, rows * t)
+            v = yield x, t
             data = x - float(scheduler.sigmas[number - 1]) * v if on_step is not None else x
             x = scheduler.step(v, now, x, return_dict=False)[0]
             if on_step is not None:

@@ -7,7 +7,7 @@ times that its pipelines use.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,6 +41,10 @@ class Step:
 
 OnStep = Callable[[Step], None]
 
+Walk = Generator[tuple[Tensor, float], Tensor, Tensor]
+"""A solver on its way: it yields where it wants the velocity, (x (B, C, h, w), t), is sent the velocity (B, C, h, w),
+and returns the data (B, C, h, w). Who holds several walks can answer them as one batch, or drop one between steps."""
+
 
 class Solver(abc.ABC):
     """A way from noise to data in a number of steps."""
@@ -51,8 +55,12 @@ class Solver(abc.ABC):
         """The times that the network is given, decreasing, (steps,)."""
 
     @abc.abstractmethod
+    def walk(self, noise: Tensor, on_step: OnStep | None = None) -> Walk:
+        """The way from noise at t=1 (B, C, h, w) to data at t=0, call by call of the velocity."""
+
     def solve(self, velocity: Velocity, noise: Tensor, on_step: OnStep | None = None) -> Tensor:
         """Data at t=0 from noise at t=1, (B, C, h, w)."""
+        return follow(self.walk(noise, on_step), velocity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +76,8 @@ class PlainSolver(Solver):
     def times(self) -> Tensor:
         return times(self.steps, self.shift, self.terminal)[:-1]
 
-    def solve(self, velocity: Velocity, noise: Tensor, on_step: OnStep | None = None) -> Tensor:
-        return solve(velocity, noise, times(self.steps, self.shift, self.terminal), self.kind, on_step)
+    def walk(self, noise: Tensor, on_step: OnStep | None = None) -> Walk:
+        return walk(noise, times(self.steps, self.shift, self.terminal), self.kind, on_step)
 
 
 def make_solver(kind: str, steps: int, shift: float = 1.0, terminal: float = 0.0, *, dynamic: bool = False) -> Solver:
@@ -123,6 +131,17 @@ def span(t: Tensor, share: tuple[float, float]) -> tuple[float, float]:
     return (min(inside), max(inside)) if inside else (1.0, 0.0)
 
 
+def follow(walk: Walk, velocity: Velocity) -> Tensor:
+    """The end of a walk whose velocities this function gives, (B, C, h, w)."""
+    try:
+        x, now = next(walk)
+        rows = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+        while True:
+            x, now = walk.send(velocity(x, rows * now))
+    except StopIteration as end:
+        return end.value
+
+
 def solve(
     velocity: Velocity,
     noise: Tensor,
@@ -136,14 +155,18 @@ def solve(
         noise: (B, C, h, w). t: decreasing times, (steps + 1,).
         kind: `euler` (one call a step) or `heun` (two; the last step is Euler's).
     """
+    return follow(walk(noise, t, kind, on_step), velocity)
+
+
+def walk(noise: Tensor, t: Tensor, kind: Literal["euler", "heun"] = "euler", on_step: OnStep | None = None) -> Walk:
+    """The steps of `solve`, call by call of the velocity."""
     x = noise
-    rows = noise.new_ones(noise.shape[0], dtype=torch.float32)
     for number, (now, after) in enumerate(zip(t[:-1].tolist(), t[1:].tolist(), strict=True), start=1):
-        v = velocity(x, rows * now)
+        v = yield x, now
         data = x - now * v if on_step is not None else x
         ahead = x + (after - now) * v
         if kind == "heun" and after > 0:
-            v = (v + velocity(ahead, rows * after)) / 2
+            v = (v + (yield ahead, after)) / 2
             ahead = x + (after - now) * v
         x = ahead
         if on_step is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from diptych.core.errors import UserError
@@ -45,6 +46,32 @@ class KeyValues:
         layers = tuple((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers)
         offset = None if self.offset is None else self.offset.expand(batch, -1)
         return KeyValues(self.mask.expand(batch, -1), layers, offset)
+
+    def join(self, others: Sequence[KeyValues]) -> KeyValues:
+        """These rows and those of others; shorter ones are padded behind with places that no token reads."""
+        parts = [self, *others]
+        length = max(part.mask.shape[1] for part in parts)
+        offset: Tensor | None = None
+        if any(part.offset is not None for part in parts):
+            offset = torch.cat([part.mask.new_zeros((len(part.mask), 1), dtype=torch.long) if part.offset is None
+                                else part.offset for part in parts])  # fmt: skip
+        layers = tuple(
+            (
+                torch.cat([F.pad(part.layers[i][0], (0, 0, 0, length - part.mask.shape[1])) for part in parts]),
+                torch.cat([F.pad(part.layers[i][1], (0, 0, 0, length - part.mask.shape[1])) for part in parts]),
+            )
+            for i in range(len(self.layers))
+        )
+        mask = torch.cat([F.pad(part.mask, (0, length - part.mask.shape[1])) for part in parts])
+        return KeyValues(mask, layers, offset)
+
+    def take(self, rows: Sequence[int]) -> KeyValues:
+        """These rows, without the places that none of them reads."""
+        index = torch.as_tensor(list(rows), device=self.mask.device)
+        mask = self.mask[index]
+        kept = mask.any(0)
+        layers = tuple((k[index][:, :, kept], v[index][:, :, kept]) for k, v in self.layers)
+        return KeyValues(mask[:, kept], layers, None if self.offset is None else self.offset[index])
 
     def writable(self) -> DynamicCache:
         """A transformers cache that begins with these tensors; its growth concatenates, so they stay as they are."""

@@ -1,0 +1,166 @@
+"""Requests that share steps give what each gives alone."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import diptych
+from diptych.core.draws import key
+from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample
+from diptych.core.tokens import likeliest
+from diptych.inference.engine import Engine, from_pil
+from diptych.serving.drawing import Conditions, Joined, Picture, advance
+from diptych.serving.jobs import DrawingJob, Drawn, Event, TextJob, Written
+from diptych.serving.metrics import Metrics
+from diptych.serving.scheduler import Bounds, QueueFull, Scheduler
+
+WORDS = ["a red circle left of a blue square", "three green crosses", "a yellow triangle"]
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    made = Scheduler(Bounds(rows=8, queue=16), Metrics())
+    yield made
+    made.close()
+
+
+class Box:
+    """Collects the events of a job."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.seen: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.put(event)
+
+    def result(self, seconds: float = 60) -> Any:
+        while True:
+            event = self.events.get(timeout=seconds)
+            self.seen.append(event)
+            if event.kind == "done":
+                return event.value
+            if event.kind == "failed":
+                raise event.value
+
+
+def drawing(engine: Engine, sample: Sample, seeds: list[int], box: Box, **options: Any) -> DrawingJob:
+    settings = engine.settings(options, edits=sample.task == "edit")
+    return DrawingJob(
+        engine=engine, tell=box, sample=sample, keys=[key(s, 0, 0) for s in seeds], settings=settings,
+        sized="size" in options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["toy/iomm", "toy/hieraquery", "toy/omnigen2", "toy/ovis-u1", "toy/bagel"])
+def test_together_as_alone(name: str, scheduler: Scheduler) -> None:
+    engine = diptych.load(name, device="cpu")
+    picture = engine.generate(WORDS[0], seed=[9], steps=3)[0]
+    requests: list[tuple[Sample, list[int], dict[str, Any]]] = [
+        (Sample(id="a", task="text_to_image", text=WORDS[0]), [1, 2], {"steps": 4}),
+        (Sample(id="b", task="text_to_image", text=WORDS[1]), [3], {"steps": 7, "cfg": 2.0}),
+        (Sample(id="c", task="text_to_image", text=WORDS[2]), [4], {"steps": 5, "cfg": 1.0, "solver": "heun"}),
+        (
+            Sample(id="d", task="text_to_image", text=WORDS[2]),
+            [4],
+            {"steps": 5, "solver": "unipc", "prompt_expansion": 0},
+        ),
+        (
+            Sample(id="e", task="edit", text="make the background navy", context_images=(from_pil(picture),)),
+            [5],
+            {"steps": 4, "image_cfg": 1.5},
+        ),
+    ]
+    boxes = [Box() for _ in requests]
+    for (sample, seeds, options), box in zip(requests, boxes, strict=True):
+        scheduler.submit(drawing(engine, sample, seeds, box, **options))
+    for (sample, seeds, options), box in zip(requests, boxes, strict=True):
+        drawn: Drawn = box.result()
+        if sample.task == "edit":
+            alone = engine.edit(picture, sample.text, n=len(seeds), seed=seeds, output_type="np", **options)
+        else:
+            alone = engine.generate(sample.text, n=len(seeds), seed=seeds, output_type="np", **options)
+        for images, wanted in zip(drawn.images, alone, strict=True):
+            difference = np.abs(np.asarray(images[-1]).astype(int) - wanted.astype(int))
+            assert difference.max() <= 1, f"{name}, {sample.id}: pictures differ by {difference.max()} levels of 255"
+    assert scheduler.metrics.value("diptych_decoder_rows_total") > scheduler.metrics.value("diptych_decoder_runs_total")
+
+
+@pytest.mark.parametrize("name", ["toy/iomm", "toy/bagel"])
+def test_steps_that_are_shared_change_no_number(name: str) -> None:
+    engine = diptych.load(name, device="cpu")
+    options = {"steps": 6, "prompt_expansion": 0}
+    alone = engine.generate(WORDS, seed=[5, 6, 7], output_type="pt", batch_size=1, **options)
+    conditions, joined = Conditions(), Joined()
+    pictures: list[Picture] = []
+    for text, seed in zip(WORDS, [5, 6, 7], strict=True):  # each begins a step later than the one before
+        sample = Sample(id=text, task="text_to_image", text=text, size=engine.sampling.size)
+        with torch.no_grad():
+            pictures.append(Picture(engine, conditions, sample, key(seed, 0, 0), engine.settings(options)))
+        advance(engine, pictures, joined, 8)
+    while left := [picture for picture in pictures if not picture.done]:
+        advance(engine, left, joined, 8)
+    for picture, wanted in zip(pictures, alone, strict=True):
+        torch.testing.assert_close(picture.pixels[-1], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["toy/mllm", "toy/ovis-u1", "toy/bagel"])
+def test_texts_together_as_alone(name: str, scheduler: Scheduler) -> None:
+    engine = diptych.load(name, device="cpu")
+    picture = diptych.load("toy/iomm", device="cpu").generate(WORDS[0], seed=[9], steps=5)[0]
+    questions = ["how many circles are there?", "what color is the square?", "describe the image."]
+    boxes = [Box() for _ in questions]
+    for question, box in zip(questions, boxes, strict=True):
+        conversation = [Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n{question}")]
+        scheduler.submit(
+            TextJob(
+                engine=engine, tell=box, conversation=conversation, images=[from_pil(picture)], max_new_tokens=24,
+                choose=likeliest,
+            )
+        )  # fmt: skip
+    for question, box in zip(questions, boxes, strict=True):
+        written: Written = box.result()
+        assert written.text == engine.ask(picture, question, max_new_tokens=24)
+        assert "".join(event.value for event in box.seen if event.kind == "text") == written.text
+
+
+def test_a_cancelled_request_frees_its_place_within_a_step(scheduler: Scheduler) -> None:
+    engine = diptych.load("toy/iomm", device="cpu")
+    box = Box()
+    job = drawing(engine, Sample(id="a", task="text_to_image", text=WORDS[0]), [1] * 8, box, steps=5000)
+    scheduler.submit(job)
+    wait_for(lambda: bool(scheduler.running) and bool(scheduler.running[0].pictures))
+    job.cancel()
+    after = Box()
+    scheduler.submit(drawing(engine, Sample(id="b", task="text_to_image", text=WORDS[1]), [1], after, steps=2))
+    after.result(20)
+    assert all(event.kind in ("started", "text") for event in box.seen)
+    assert not scheduler.uses(engine)
+
+
+def test_the_queue_is_bounded() -> None:
+    engine = diptych.load("toy/iomm", device="cpu")
+    scheduler = Scheduler(Bounds(rows=1, queue=2), Metrics())
+    sample = Sample(id="a", task="text_to_image", text=WORDS[0])
+    scheduler.submit(drawing(engine, sample, [1], Box(), steps=50_000))
+    wait_for(lambda: bool(scheduler.running))
+    for _ in range(2):
+        scheduler.submit(drawing(engine, sample, [1], Box(), steps=1))
+    with pytest.raises(QueueFull) as caught:
+        scheduler.submit(drawing(engine, sample, [1], Box(), steps=1))
+    assert 1 <= caught.value.wait <= 600
+    scheduler.close()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
