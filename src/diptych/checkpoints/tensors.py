@@ -34,6 +34,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+WEIGHT_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Formats that models compute in, by the names that configurations use."""
+LORA = ".lora_"
+"""In the names of adapters' parameters."""
 FORMATS = {dtype: name for name, dtype in DTYPES.items()}
 CHECKSUMS = "xxh3_64"
 """In a file's metadata: a JSON mapping from the names of its tensors to the checksums of their bytes."""
@@ -58,6 +62,16 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor
     return tensors
+
+
+def weight_format(module: nn.Module) -> torch.dtype:
+    """The number format of most of a module's weights; float32 for a module without any. Quantised weights, whose
+    numbers are of another kind, and adapters do not count."""
+    counts: dict[torch.dtype, int] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.dtype in WEIGHT_FORMATS.values() and LORA not in name:
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def write_tensors(

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from diptych.cli.options import MODEL, add_sampling
+    from diptych.cli.options import MODEL, add_placement, add_sampling
 
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL}; none with --images or --only score")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
     parser.add_argument("--tasks", default="toyeval", help="by comma (toyeval)")
     parser.add_argument("--n", type=int, help="images per prompt of toyeval (4) and toyedit (1)")
     parser.add_argument("--image-cfg", type=float, metavar="SCALE", help="image guidance scale of edits, 1 for none")
@@ -75,6 +74,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge-budget", type=int, metavar="N", help="stop, resumable, after N requests")
     group.add_argument("--judge-max-tokens", type=int, default=1024, help="longest answer (1024)")
     group.add_argument("--judge-prompts", metavar="FILE", help="JSON of judge prompts to use in place of ours")
+    add_placement(parser)
     add_sampling(parser)
 
 

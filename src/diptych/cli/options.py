@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from diptych.core.errors import UserError, unknown
@@ -17,7 +18,20 @@ MODEL = "shipped name (toy/iomm), run folder or checkpoint, folder in save_pretr
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
+    add_placement(parser)
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Where the model runs, and in which number formats."""
+    group = parser.add_argument_group("device and memory")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; the best there is when not given")
+    group.add_argument("--dtype", default="auto", help="of the weights: auto (the files'), float32, bfloat16, float16")
+    group.add_argument("--quantize", default="none", metavar="FORMAT", help="weights of the blocks: int8, fp8, nf4")
+    group.add_argument(
+        "--offload", default="none", metavar="WHAT", help="keep in host memory: model (parts that do not run), layers"
+    )
+    group.add_argument("--tile", type=int, metavar="PIXELS", help="decode larger images in squares of this side")
+    group.add_argument("--fit", metavar="MEMORY", help="choose what is not given of these so that it fits: 24GB, 16GiB")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -75,13 +89,17 @@ def size(text: str) -> tuple[int, int]:
 
 
 def open_model(args: argparse.Namespace) -> Engine:
-    """The model on its device, without loading bars of other libraries."""
+    """The model on its device, without loading bars of other libraries; what --fit chose is said on stderr."""
     from transformers.utils import logging as transformers_logging
 
     from diptych.recipes.load import load
 
     transformers_logging.disable_progress_bar()
-    return load(args.model, device=device(args.device))
+    given: Any = {name: getattr(args, name) for name in ("dtype", "quantize", "offload", "tile", "fit")}
+    model = load(args.model, device=device(args.device), **given)
+    if model.fit:
+        print(model.fit, file=sys.stderr)
+    return model
 
 
 def device(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 LAYOUTS = ("diptych", "published")
 FORMATS = ("float32", "bfloat16", "float16")
@@ -19,7 +20,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="diptych, or published: what others' programs read of an Ovis-U1, OmniGen2, BAGEL, InternVL or Qwen2.5-VL,"
         " and the file of weights of an OpenUni or MetaQuery (diptych)",
     )
-    parser.add_argument("--dtype", choices=FORMATS, help="of the saved weights; as they are when not given")
+    parser.add_argument(
+        "--dtype", choices=FORMATS, help="of the weights, saved and loaded again; as they are when not given"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     return write(args.model, args.out, args.layout, args.dtype)
 
 
-def write(model: str, out: str, layout: str, dtype: str | None) -> int:
-    """Save a model and print its size."""
+def write(model: str, out: str, layout: str, dtype: str | None, *, stored: bool = False) -> int:
+    """Save a model and print its size. stored: `dtype` is that of the files alone."""
     from pathlib import Path
 
     import torch
@@ -42,6 +45,7 @@ def write(model: str, out: str, layout: str, dtype: str | None) -> int:
     transformers_logging.disable_progress_bar()
     folder = Path(out).expanduser()
     wanted = None if dtype is None else getattr(torch, dtype)
-    size = save(model, folder, dtype=wanted, layout="published" if layout == "published" else "diptych")
+    told: Any = {"stored" if stored else "dtype": wanted}
+    size = save(model, folder, layout="published" if layout == "published" else "diptych", **told)
     print(f"{folder}: {size / 1e6:.2f} MB{f' in {dtype}' if dtype else ''}")
     return 0

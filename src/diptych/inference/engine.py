@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diptych.checkpoints.tensors import weight_format
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError, unknown
@@ -22,7 +23,7 @@ from diptych.data.imaging import AnyImage, as_image, to_tensor
 from diptych.inference.chat import Chat
 from diptych.inference.edit_sizes import edit_size
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
-from diptych.inference.placement import cast, check_dtype, device_named, number_format
+from diptych.inference.placement import Placement, cast, check_dtype, device_named, number_format
 from diptych.inference.progress import OnDrawingStep, Progress, StepCounter
 from diptych.inference.requests import by_size, count_steps, cut, noise_keys
 from diptych.inference.sampling import Sampling
@@ -63,7 +64,12 @@ class Engine:
         self.system = system.eval()
         self.sampling = sampling
         self.name = name
-        self.computes_in: torch.dtype | None = None  # where weights were cast: inputs are cast beside them
+        self.placement: Placement | None = None  # how it was loaded
+
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        """The number format of most weights, in which inputs are cast beside them; None for float32."""
+        return None if (found := weight_format(self.system)) == torch.float32 else found
 
     def __repr__(self) -> str:
         """Its name, system, size, device and how it samples."""
@@ -84,11 +90,14 @@ class Engine:
         Raises:
             UserError: a device that is not there, or a format that it does not compute in.
         """
+        if self.placement is not None and (self.placement.quantize != "none" or self.placement.offload != "none"):
+            raise UserError(
+                f"{self.name}: was loaded with {self.placement.words()}; load it again to place it otherwise"
+            )
         if dtype is not None:
             wanted = number_format(dtype)
             check_dtype(str(device or self.system.device), wanted)
             cast(self.system, wanted)
-            self.computes_in = None if wanted == torch.float32 else wanted
         if device is not None:
             self.system.to(device_named(str(device)))
         return self

@@ -10,19 +10,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from diptych.checkpoints.tensors import LORA, WEIGHT_FORMATS
 from diptych.core.errors import UserError, unknown
-from diptych.systems.base import System
+from diptych.systems.base import AssembledSystem, System
 
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 """Formats of the weights of linear layers inside blocks: `int8` by bitsandbytes, one scale for each output channel
-(LLM.int8(), Dettmers et al. 2022); `nf4` by bitsandbytes, one scale for each 64 weights (QLoRA, Dettmers et al. 2023,
-Sec. 3); `fp8` (e4m3) by torchao, one scale for each output channel."""
+(LLM.int8(), Dettmers et al. 2022); `nf4` by bitsandbytes, one scale for each 64 weights, itself of 8 bits (QLoRA, Dettmers
+et al. 2023, Sec. 3); `fp8` (e4m3) by torchao, one scale for each output channel."""
 
 Offload = Literal["none", "model", "layers"]
 """What stays on the device: `none` offloads nothing; `model` keeps the blocks of the part that runs (the language
 model, the decoder, ...); `layers` keeps the block that runs and the next one. The rest is in host memory."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXTRAS = {"int8": "quantize", "nf4": "quantize", "fp8": "fp8"}
 """The extra of Diptych that brings the library of each format."""
@@ -30,22 +29,34 @@ EXTRAS = {"int8": "quantize", "nf4": "quantize", "fp8": "fp8"}
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """device: "cpu", "cuda", "mps". dtype: None leaves each weight in its file's format.
+    """device: "cpu", "cuda", "mps". dtype: None leaves each weight in its own format. tile: side in pixels of the
+    squares that larger images are decoded in (`Autoencoder.tile`); None for whole images.
 
     Raises:
-        UserError: an unknown value of `quantize` or `offload`.
+        UserError: an unknown value of `quantize` or `offload`, or a tile without a size.
     """
 
     device: str = "cpu"
     dtype: torch.dtype | None = None
     quantize: Quantization = "none"
     offload: Offload = "none"
+    tile: int | None = None
 
     def __post_init__(self) -> None:
         if self.quantize not in get_args(Quantization):
             raise unknown("format", self.quantize, get_args(Quantization), "quantize")
         if self.offload not in get_args(Offload):
             raise unknown("value", self.offload, get_args(Offload), "offload")
+        if self.tile is not None and self.tile < 1:
+            raise UserError(f"tile must be at least 1 pixel, not {self.tile}")
+
+    def words(self) -> str:
+        """Its choices in a few words."""
+        dtype = "own number format" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        others = [self.quantize] if self.quantize != "none" else []
+        others += [f"offload {self.offload}"] if self.offload != "none" else []
+        others += [f"tile {self.tile}"] if self.tile is not None else []
+        return ", ".join([dtype, *others])
 
 
 def place(system: System, placement: Placement) -> None:
@@ -55,6 +66,10 @@ def place(system: System, placement: Placement) -> None:
         UserError: a format that the device or the installation has not.
     """
     check_dtype(placement.device, placement.dtype)
+    if placement.tile is not None:
+        if not isinstance(system, AssembledSystem):
+            raise UserError("tile: this model makes no images")
+        system.autoencoder.tile = placement.tile
     system.requires_grad_(False)
     if placement.dtype is not None:
         cast(system, placement.dtype)
@@ -80,12 +95,12 @@ def device_named(name: str) -> str:
 
 def number_format(dtype: str | torch.dtype) -> torch.dtype:
     """A number format by its name ("bfloat16"); UserError for one that weights are not kept in."""
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+    if isinstance(dtype, torch.dtype) and dtype in WEIGHT_FORMATS.values():
         return dtype
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
-    return DTYPES[name]
+    if name not in WEIGHT_FORMATS:
+        raise unknown("dtype", name, WEIGHT_FORMATS)
+    return WEIGHT_FORMATS[name]
 
 
 def check_dtype(device: str, dtype: torch.dtype | None) -> None:
@@ -96,14 +111,14 @@ def check_dtype(device: str, dtype: torch.dtype | None) -> None:
 
 
 def cast(system: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in `dtype`; buffers (frequencies of rotary positions, for example) keep their format.
+    """Parameters in `dtype`; buffers (frequencies of rotary positions, for example) and adapters keep their format.
 
     Raises:
         UserError: a weight that `dtype` cannot hold.
     """
     largest = torch.finfo(dtype).max
     for name, parameter in system.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype == dtype:
+        if parameter.dtype not in WEIGHT_FORMATS.values() or parameter.dtype == dtype or LORA in f".{name}":
             continue
         if dtype == torch.float16 and parameter.numel() and float(parameter.detach().abs().max()) > largest:
             raise UserError(f"dtype float16: {name} has values over {largest:,.0f}; use bfloat16")
@@ -214,7 +229,8 @@ class _Streamed:
     def release(self) -> None:
         """Give the device's memory back; inference changes no weight, so nothing is copied."""
         for (table, name), stored in zip(self.places, self.host, strict=True):
-            table[name] = _like(stored, torch.empty(0, device=self.device))
+            empty = torch.empty(0, device=self.device, dtype=stored.dtype if stored.is_floating_point() else None)
+            table[name] = _like(stored, empty)
         self.resident = False
 
 
@@ -239,7 +255,7 @@ def offload(system: System, device: torch.device, *, by_part: bool = False) -> N
     each block comes by itself, and the next one of its part is copied while it runs.
     """
     units = blocks(system)
-    groups = _by_part(system, units) if by_part else [[block] for block in units]
+    groups = blocks_by_part(system, units) if by_part else [[block] for block in units]
     streamed = [[_Streamed(block, device) for block in group] for group in groups]
     system.to(device)  # what is in no block; blocks are empty by now
     stream = torch.cuda.Stream(device) if device.type == "cuda" and not by_part else None
@@ -285,7 +301,7 @@ class _Departure:
             block.release()
 
 
-def _by_part(system: System, units: Sequence[nn.Module]) -> list[list[nn.Module]]:
+def blocks_by_part(system: System, units: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """The blocks, grouped by the part that they belong to."""
     groups: dict[str, list[nn.Module]] = {}
     owner = {id(p): name for name, part in system.named_parts().items() for p in part.parameters()}

@@ -15,6 +15,7 @@ from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight
 from diptych.core.draws import key
 from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.schema import read
+from diptych.inference.placement import Offload, Quantization, cast, number_format
 from diptych.inference.sampling import Sampling
 from diptych.recipes.build import FAMILIES, build_system
 from diptych.recipes.families.base import Family, read_json
@@ -31,16 +32,36 @@ from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
 
 
-def load(model: str, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> Model:
+def load(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = "auto",
+    quantize: Quantization = "none",
+    offload: Offload = "none",
+    tile: int | None = None,
+    fit: str | int | None = None,
+) -> Model:
     """A model that generates, edits and answers.
 
     Args:
         model: a shipped name (`toy/iomm`), a run folder or one of its checkpoints, a folder in save_pretrained layout,
             or a hub id.
         device: "cpu", "cuda", "cuda:1", "mps"; the best there is for "auto".
-        dtype: number format of the weights; that of the files when None.
+        dtype: number format of the weights: "float32", "bfloat16", "float16"; "auto" for that of the files.
+        quantize: format of the weights of linear layers in the blocks: "int8", "fp8", "nf4".
+        offload: what is in host memory while it does not run: "model" (the parts that do not run), "layers" (all but
+            the block that runs and the next).
+        tile: side in pixels of the squares that larger images are decoded in.
+        fit: memory of the device ("24GB", or bytes) that the model is to take at most: the choices above that are left
+            open are made so that it fits (`recipes.fit`).
+
+    Raises:
+        UserError: files that are not readable or do not fit, a device or format that is not there, or a model that
+            no choice fits into `fit`.
     """
-    return Model.from_pretrained(model, device=device, dtype=dtype)
+    placing: Any = {"quantize": quantize, "offload": offload, "tile": tile, "fit": fit}
+    return Model.from_pretrained(model, device=device, dtype=dtype, **placing)
 
 
 def load_system(model: str) -> tuple[System, Sampling]:
@@ -91,9 +112,17 @@ def unreadable(folder: Path, model: str) -> UserError:
 def read_saved(folder: Path) -> tuple[System, Sampling]:
     """A system that Diptych saved."""
     where = str(folder / "config.json")
-    spec: Any = read(SystemSpec, read_config(read_json(folder / "config.json"), where), where, VARIANTS)
+    config = read_config(read_json(folder / "config.json"), where)
+    formats = config.pop("dtype", "float32")
+    spec: Any = read(SystemSpec, config, where, VARIANTS)
     system = build_system(spec, assets=folder)
     load_folder_weights(system, folder)
+    with attributed_to(f"{where}: dtype"):
+        if isinstance(formats, dict):
+            for name, part in system.named_children():
+                cast(part, number_format(formats.get(name, "float32")))
+        else:
+            cast(system, number_format(formats))
     return system, read(Sampling, spec.sampling, f"{where}: sampling")
 
 

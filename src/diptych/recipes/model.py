@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,22 +14,62 @@ from huggingface_hub import HfApi
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.inference.engine import Engine
-from diptych.inference.placement import number_format
+from diptych.inference.placement import (
+    Offload,
+    Placement,
+    Quantization,
+    check_dtype,
+    device_named,
+    number_format,
+    place,
+)
+from diptych.recipes.fit import fitted, memory
 from diptych.systems.base import AssembledSystem
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 
 
 class Model(Engine):
-    """An engine that can be saved and shared; `diptych.load` gives one."""
+    """An engine that can be saved and shared; `diptych.load` gives one.
+
+    fit: what was chosen to make it fit into a device's memory, and why; empty where nothing was asked for.
+    """
+
+    fit: str = ""
 
     @classmethod
-    def from_pretrained(cls, name: str, *, device: str = "auto", dtype: str | torch.dtype | None = None) -> Self:
-        """The model of a name, a run folder, a saved folder or a hub id; see `diptych.load`."""
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = "auto",
+        quantize: Quantization = "none",
+        offload: Offload = "none",
+        tile: int | None = None,
+        fit: str | int | None = None,
+    ) -> Self:
+        """The model of a name, a run folder, a saved folder or a hub id; arguments as of `diptych.load`."""
         from diptych.recipes.load import load_system
 
+        # What is asked for, refused before anything is read.
+        wanted = None if dtype in (None, "auto") else number_format(dtype)
+        place_at = Placement(device=device_named(device), dtype=wanted, quantize=quantize, offload=offload, tile=tile)
+        check_dtype(place_at.device, wanted)
+        budget = None if fit is None else memory(fit)
+        # The model, and where it goes.
         system, sampling = load_system(name)
-        return cls(system, sampling, name).to(device, dtype)
+        model = cls(system, sampling, name)
+        if budget is not None:
+            place_at, batch_size, why = fitted(model, place_at, budget)
+            model.sampling = dataclasses.replace(sampling, batch_size=batch_size)
+            log.info("%s: %s", name, why)
+            model.fit = why
+        place(system, place_at)
+        model.placement = place_at
+        return model
 
     def save_pretrained(
         self,

@@ -8,16 +8,24 @@ from typing import Literal
 
 import torch
 
-from diptych.checkpoints.tensors import own_tensors
+from diptych.checkpoints.tensors import LORA, own_tensors
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
+from diptych.parts.backbones.published import record_dtype
 from diptych.recipes.load import families, load_system
-from diptych.systems.base import LORA, AssembledSystem, System
+from diptych.systems.base import AssembledSystem, System, formats
 
 Layout = Literal["diptych", "published"]
 
 
-def save(model: str, folder: Path, *, dtype: torch.dtype | None = None, layout: Layout = "diptych") -> int:
+def save(
+    model: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Layout = "diptych",
+    stored: torch.dtype | None = None,
+) -> int:
     """Save a MODEL into `folder`, read it back where a folder of that layout is a MODEL, and give its size in bytes.
 
     In our layout, parts that the model only refers to (a frozen MLLM by its name) stay referred to; the published
@@ -25,6 +33,8 @@ def save(model: str, folder: Path, *, dtype: torch.dtype | None = None, layout: 
 
     Args:
         dtype: number format of the weights; None keeps that of each, of a published layout the one it was read from.
+            The model is loaded in this format again.
+        stored: number format in the files alone, which are then smaller; the model is loaded in its own again.
 
     Raises:
         UserError: a system that no published layout holds, or a folder that exists.
@@ -34,19 +44,27 @@ def save(model: str, folder: Path, *, dtype: torch.dtype | None = None, layout: 
             raise UserError(f"{folder}: exists already; choose another folder")
         folder.rmdir()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if write(model, folder, layout, dtype):
+    if write(model, folder, layout, dtype, stored):
         load_system(str(folder))  # the one that was written is let go: one model in memory at a time
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def write(model: str, folder: Path, layout: Layout, dtype: torch.dtype | None) -> bool:
+def write(
+    model: str, folder: Path, layout: Layout, dtype: torch.dtype | None, stored: torch.dtype | None = None
+) -> bool:
     """Save a MODEL; whether `folder` is then a MODEL itself."""
     system, sampling = load_system(model)
     if layout == "published":
         return export(system, folder, dtype)
     if isinstance(system, AssembledSystem):
         system.origins["sampling"] = dataclasses.asdict(sampling)
-    write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
+
+    def written(temporary: Path) -> None:
+        system.save_pretrained(temporary, stored or dtype)
+        if stored is not None:
+            record_dtype(temporary / "config.json", formats(system, dtype))
+
+    write_folder(folder, written)
     return True
 
 

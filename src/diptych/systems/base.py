@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import own_tensors, write_tensors
+from diptych.checkpoints.tensors import LORA, own_tensors, weight_format, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -28,9 +28,6 @@ from diptych.systems.presets import Dropped
 
 FORMAT_VERSION = 2
 """Of a saved system's config.json; what version 1 called otherwise stands in `recipes.legacy`."""
-
-LORA = ".lora_"
-"""In the names of adapters' parameters."""
 
 
 class System(nn.Module, abc.ABC):
@@ -246,7 +243,7 @@ class AssembledSystem(System):
                     self.origins[component] = {**self.origins[component], "weights": None}
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
+        (folder / "config.json").write_text(json.dumps({**self.config(), "dtype": formats(self, dtype)}, indent=1))
         write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if self.stores(k)), dtype=dtype)
         if "backbone" not in self.referenced():
             self.backbone.save_assets(folder)
@@ -267,6 +264,16 @@ class AssembledSystem(System):
     def stores(self, name: str) -> bool:
         """Whether a saved folder holds the weight of this name: all but the referred-to, whose adapters it holds."""
         return LORA in name or not name.startswith(tuple(f"{away}." for away in self.referenced()))
+
+
+def formats(system: nn.Module, dtype: torch.dtype | None = None) -> str | dict[str, str]:
+    """The number format that a system's weights are loaded in again, as its config.json records it: one for all, or
+    one for each part where they differ. dtype: the format of all weights, where they are saved in another one."""
+    if dtype is not None:
+        return str(dtype).removeprefix("torch.")
+    parts = {name: part for name, part in system.named_children() if any(True for _ in part.parameters())}
+    found = {name: str(weight_format(part)).removeprefix("torch.") for name, part in parts.items()}
+    return found if len({*found.values()}) > 1 else next(iter(found.values()), "float32")
 
 
 def trains(module: nn.Module) -> bool:

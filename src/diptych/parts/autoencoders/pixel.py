@@ -28,5 +28,5 @@ class PixelAutoencoder(Autoencoder):
     def encode(self, images: Tensor) -> Tensor:
         return images.detach()
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_pass(self, latents: Tensor) -> Tensor:
         return latents.detach().clamp(-1, 1)

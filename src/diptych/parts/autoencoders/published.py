@@ -84,7 +84,7 @@ class PublishedAutoencoder(Autoencoder):
         return (raw - self.shift) * self.scale
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_pass(self, latents: Tensor) -> Tensor:
         self.model.eval()
         raw = latents / self.scale + self.shift
         return self.raw_decode(raw.to(self.model.dtype)).to(latents.dtype).clamp(-1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,6 +142,13 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
         weights = {name: cast[x.data_ptr()] for name, x in weights.items()}
     with without_bars():
         model.save_pretrained(folder, state_dict=weights)
+    if dtype is not None:  # transformers records the format of the model that it was given, not that of the weights
+        record_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+
+
+def record_dtype(file: Path, dtype: Any) -> None:
+    """Write into a configuration the number format that its weights are loaded in."""
+    file.write_text(json.dumps({**read_object(file), "dtype": dtype}, indent=2), encoding="utf-8")
 
 
 @contextmanager

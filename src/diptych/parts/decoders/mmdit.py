@@ -211,7 +211,7 @@ class MMDiT(PackingDecoder):
         if mask is not None:
             mask = F.pad(mask, (0, rows * columns), value=True)[:, None, None]  # (B, 1, 1, T)
 
-        image = self.image_in(patchify(x, self.patch, "cpq"))  # (B, N, W)
+        image = self.image_in(patchify(x, self.patch, "cpq").to(self.image_in.weight.dtype))  # (B, N, W)
         text = self.text_in(tokens)  # (B, L, W)
         time = self._time(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, rows, columns, x.device)  # (1, T, K / 2)
@@ -230,7 +230,8 @@ class MMDiT(PackingDecoder):
             images=tuple(rows * columns for rows, columns in grids),
             masks=tuple(mask for _, mask in fitted),
         )
-        image = self.image_in(torch.cat([patchify(x, self.patch, "cpq") for x in xs], dim=1))  # (B, sum N, W)
+        image = torch.cat([patchify(x, self.patch, "cpq") for x in xs], dim=1)
+        image = self.image_in(image.to(self.image_in.weight.dtype))  # (B, sum N, W)
         text = self.text_in(torch.cat([tokens for tokens, _ in fitted], dim=1))  # (B, sum L, W)
         time = self._time(t, conditions[0].pooled)  # (B, 1, W)
         turns = [self._rotation(segments.texts[v], *grid, xs[v].device) for v, grid in enumerate(grids)]

@@ -174,7 +174,7 @@ class OvisU1Decoder(Decoder):
 
         image = torch.cat([patchify(x, self.patch, "cpq"), context], dim=1)  # (B, N + M, C patch^2)
         mask = joined_mask(mask, context_mask, (len(x), length, count, context.shape[1]), x.device)
-        image = self.image_in(image)  # (B, N + M, W)
+        image = self.image_in(image.to(self.image_in.weight.dtype))  # (B, N + M, W)
         vector = self._vector(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, (rows, columns), sides, x.device)  # (B or 1, T, K / 2)
 

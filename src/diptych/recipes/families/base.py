@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from diptych.checkpoints.streaming import entries
+from diptych.checkpoints.tensors import WEIGHT_FORMATS
 from diptych.core.errors import UserError
 from diptych.core.reading import read_object
+from diptych.inference.placement import cast
 from diptych.inference.sampling import Sampling
 from diptych.recipes.build import build_system
+from diptych.recipes.names import locate
 from diptych.systems.base import System
 
 
@@ -46,9 +51,12 @@ class Family(abc.ABC):
         raise UserError(f"{folder}: {self.name} is published as a file of weights; give it as the `start` of a recipe")
 
     def from_release(self, folder: Path, model: str) -> tuple[System, Sampling]:
-        """A release as a system, with its weights and its tokenizer; arguments and errors as of `sizes`."""
+        """A release as a system, with its weights, in the number formats of its files, and its tokenizer; arguments and
+        errors as of `sizes`."""
         spec, sampling = self.sizes(folder, model)
-        return build_system(spec), sampling
+        system = build_system(spec)
+        cast_to_files(system)
+        return system, sampling
 
     @abc.abstractmethod
     def holds(self, system: System) -> bool:
@@ -74,6 +82,29 @@ class Family(abc.ABC):
             UserError: a pickle, an unreadable file, or keys and shapes that do not fit.
         """
         raise UserError(f"{file}: {self.name} is published as a folder; give its name")
+
+
+def cast_to_files(system: System) -> None:
+    """The parts of a system in the number formats that their files have: what config.json says, else of the tensors."""
+    origins: dict[str, Any] = getattr(system, "origins", {})
+    for name, origin in origins.items():
+        part = getattr(system, name, None)
+        if isinstance(part, nn.Module) and isinstance(origin, dict) and origin.get("weights"):
+            found = file_format(locate(origin["weights"]) / (origin.get("subfolder") or ""))
+            if found is not None:
+                cast(part, found)
+
+
+def file_format(folder: Path) -> torch.dtype | None:
+    """The number format of a folder's weights, by its config.json (`dtype`, in older ones `torch_dtype`), else by its
+    tensors; None for tensors of several formats, or none."""
+    config = read_json(folder / "config.json")
+    said = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(said, str) and said in WEIGHT_FORMATS:
+        return WEIGHT_FORMATS[said]
+    found = {entry.dtype for file in folder.glob("*.safetensors") for entry in entries(file)}
+    found &= {*WEIGHT_FORMATS.values()}
+    return found.pop() if len(found) == 1 else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

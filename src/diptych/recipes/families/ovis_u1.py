@@ -17,6 +17,7 @@ from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, we
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.core.schema import read
+from diptych.inference.placement import cast
 from diptych.inference.sampling import Sampling, from_legacy
 from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.published import image_settings
@@ -56,6 +57,7 @@ def read_release(system: ComposedSystem, folder: Path, config: Mapping[str, Any]
     """The weights of a published folder into a system of its sizes; what an export needs is kept in `origins`."""
     hidden = system.decoder.condition_width
     dtypes: dict[str, str] = {}
+    formats: dict[str, torch.dtype] = {}  # by our part
     tied = False
     generator = False
 
@@ -67,8 +69,13 @@ def read_release(system: ComposedSystem, folder: Path, config: Mapping[str, Any]
             dtypes.setdefault(prefix(name), str(tensor.dtype).removeprefix("torch."))
             yield name, tensor
 
+    def ours() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in to_ours(noted(), hidden):
+            formats.setdefault(name.split(".")[0], tensor.dtype)
+            yield name, tensor
+
     try:
-        load_into(system, to_ours(noted(), hidden), str(folder))
+        load_into(system, ours(), str(folder))
     except UserError as error:
         if not generator:
             raise UserError(
@@ -76,6 +83,8 @@ def read_release(system: ComposedSystem, folder: Path, config: Mapping[str, Any]
                 "one; it is incomplete"
             ) from error
         raise
+    for part, dtype in formats.items():
+        cast(getattr(system, part), dtype)
     system.origins["release"] = {"config": dict(config), "dtypes": dtypes, "head": tied}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from diptych.checkpoints.tensors import own_tensors, write_tensors
+from diptych.checkpoints.tensors import LORA, own_tensors, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -41,7 +41,7 @@ from diptych.systems.bagel.examples import Example, Reader, encode_by_shape, fin
 from diptych.systems.bagel.items import Markers, Pack, pack
 from diptych.systems.bagel.network import BagelNetwork, States
 from diptych.systems.bagel.prepare import BagelPreparer
-from diptych.systems.base import LORA, AssembledSystem
+from diptych.systems.base import AssembledSystem, formats
 from diptych.systems.conversation import expand_captions
 from diptych.systems.preparing import LatentGrid
 from diptych.systems.presets import Dropped
@@ -383,7 +383,7 @@ class BagelSystem(AssembledSystem):
         return [*self.network.llm.layers, *self.network.vision.layers]
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        (folder / "config.json").write_text(json.dumps(self.config(), indent=1))
+        (folder / "config.json").write_text(json.dumps({**self.config(), "dtype": formats(self, dtype)}, indent=1))
         write_tensors(folder, ((k, v) for k, v in own_tensors(self).items() if self.stores(k)), dtype=dtype)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
