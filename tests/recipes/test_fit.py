@@ -106,7 +106,7 @@ def test_the_cheapest_choice_that_fits_is_taken_and_holds() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_number_that_does() -> None:
-    with pytest.raises(UserError, match="fit 1MB: toy/iomm does not fit; the least is .*one image at a time") as told:
+    with pytest.raises(UserError, match=r"fit 1MB: toy/iomm does not fit; .*one image at a time") as told:
         diptych.load("toy/iomm", device="cpu", fit="1MB")
     found = re.search(r"the least is (\S+), with", str(told.value))
     assert found is not None

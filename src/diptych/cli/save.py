@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         " and the file of weights of an OpenUni or MetaQuery (diptych)",
     )
     parser.add_argument(
-        "--dtype", choices=FORMATS, help="of the weights, saved and loaded again; as they are when not given"
+        "--dtype", choices=FORMATS, help="of the weights, also when loaded again; as they are when not given"
     )
 
 

@@ -16,8 +16,8 @@ from diptych.systems.base import AssembledSystem, System
 
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 """Formats of the weights of linear layers inside blocks: `int8` by bitsandbytes, one scale for each output channel
-(LLM.int8(), Dettmers et al. 2022); `nf4` by bitsandbytes, one scale for each 64 weights, itself of 8 bits (QLoRA, Dettmers
-et al. 2023, Sec. 3); `fp8` (e4m3) by torchao, one scale for each output channel."""
+(LLM.int8(), Dettmers et al. 2022); `nf4` by bitsandbytes, one scale for each 64 weights, itself of 8 bits (QLoRA,
+Dettmers et al. 2023, Sec. 3); `fp8` (e4m3) by torchao, one scale for each output channel."""
 
 Offload = Literal["none", "model", "layers"]
 """What stays on the device: `none` offloads nothing; `model` keeps the blocks of the part that runs (the language

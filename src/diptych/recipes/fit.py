@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.checkpoints.tensors import WEIGHT_FORMATS, weight_format
 from diptych.core.errors import UserError
@@ -111,10 +112,10 @@ def candidates(engine: Engine, given: Placement) -> list[Placement]:
         dtypes.append(torch.bfloat16)
     formats: list[Quantization] = [given.quantize]
     if given.quantize == "none" and importlib.util.find_spec("bitsandbytes"):
-        formats += ["int8", "nf4"]
+        formats = [given.quantize, "int8", "nf4"]
     offloads: list[Offload] = [given.offload]
     if given.offload == "none" and gpu:  # on a CPU the weights are in host memory anyhow
-        offloads += ["model", "layers"]
+        offloads = [given.offload, "model", "layers"]
     tiles = [given.tile]
     if given.tile is None and isinstance(engine.system, AssembledSystem) and max(engine.sampling.size) > TILE:
         tiles.append(TILE)
@@ -204,9 +205,19 @@ def working_memory(engine: Engine, dtype: torch.dtype | None, count: int, tile: 
     for tensor in (*system.parameters(), *system.buffers()):
         tracker.add(tensor)
     before = tracker.now
-    with tracker:
+    with tracker, SameShapesAreEqual():
         traced.tensors([request] * count, n=1, seed=0, steps=1, prompt_expansion=0, batch_size=count)
     return tracker.peak - before
+
+
+class SameShapesAreEqual(TorchDispatchMode):
+    """Tensors without values count as equal where their shapes are: guidance's branches ask whether they share a
+    reference image, which they do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.equal.default and any(isinstance(x, FakeTensor) for x in args):
+            return args[0].shape == args[1].shape
+        return func(*args, **(kwargs or {}))
 
 
 def without_values(system: Any, dtype: torch.dtype | None) -> Any:

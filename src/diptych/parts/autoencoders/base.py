@@ -20,9 +20,9 @@ OVERLAP = 4
 class Autoencoder(Part, abc.ABC):
     """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/f, W/f) and back; frozen, deterministic (the mode).
 
-    channels: C. factor: f. tile: side in pixels of the squares that larger images are decoded in; None for whole images.
-    Layers that look at a whole image (attention, group norms) then look at a tile, so that colours may differ a little
-    from those of the whole image; the seams are blended over a quarter of a tile.
+    channels: C. factor: f. tile: side in pixels of the squares that larger images are decoded in; None for whole
+    images. Layers that look at a whole image (attention, group norms) then look at a tile, so that colours may differ
+    a little from those of the whole image; the seams are blended over a quarter of a tile.
     """
 
     channels: int
@@ -61,22 +61,20 @@ class Autoencoder(Part, abc.ABC):
             raise UserError(f"tile {self.tile}: must be a multiple of {OVERLAP * self.factor} for this autoencoder")
         side = self.tile // self.factor
         rows, columns = (tile_starts(length, side) for length in latents.shape[-2:])
-        image: Tensor | None = None
+        size = [length * self.factor for length in latents.shape[-2:]]
+        image = latents.new_zeros(len(latents), 3, *size, dtype=torch.float32)
+        total = image.new_zeros(size)
         for top in rows:
             for left in columns:
                 piece = self.decode_pass(latents[..., top : top + side, left : left + side])
-                if image is None:
-                    batch, channels = piece.shape[:2]
-                    sides = [length * self.factor for length in latents.shape[-2:]]
-                    image, total = piece.new_zeros(batch, channels, *sides), piece.new_zeros(*sides)
+                piece = piece.float()
                 down = ramp(piece.shape[-2], top == rows[0], top == rows[-1], self.tile // OVERLAP, piece)
                 across = ramp(piece.shape[-1], left == columns[0], left == columns[-1], self.tile // OVERLAP, piece)
                 weight = down[:, None] * across
                 y, x = top * self.factor, left * self.factor
                 image[..., y : y + piece.shape[-2], x : x + piece.shape[-1]] += piece * weight
                 total[y : y + piece.shape[-2], x : x + piece.shape[-1]] += weight
-        assert image is not None
-        return image / total
+        return (image / total).to(latents.dtype)
 
 
 def tile_starts(length: int, side: int) -> list[int]:
