@@ -25,7 +25,7 @@ from diptych.data.rows import KEYS, parse_row
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.objectives.flow_matching import FlowMatching
-from diptych.recipes import recipe, study
+from diptych.recipes import legacy, recipe, study
 from diptych.recipes.recipe import (
     BagelSpec,
     ComposedSpec,
@@ -191,6 +191,15 @@ def test_yaml_examples_are_read(page: Path, tmp_path: Path) -> None:
         else:
             data = plain.get("data", plain)
             read(DataSpec, data, page.name)
+
+
+def test_changelog_names_every_renamed_key() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## 0.1.0\n")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for section, keys in legacy.KEYS.items():
+        for old, new in keys.items():
+            new = new.removeprefix("guidance.")
+            assert any(f"`{old}`" in row and new in row for row in rows), (section, old, new)
 
 
 def test_rows_in_the_data_page_are_rows() -> None:

@@ -55,6 +55,13 @@ def test_shards_and_index(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+def test_files_are_the_same_each_time(tmp_path: Path) -> None:
+    """safetensors' own writer orders metadata by chance (docs/surprises.md)."""
+    for attempt in range(8):
+        write_tensors(tmp_path, tensors().items(), str(attempt))
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
 def test_one_file_views_and_dtype(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     counts = torch.tensor([3])

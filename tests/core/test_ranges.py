@@ -92,6 +92,9 @@ def test_json_that_is_none(text: str, message: str, tmp_path: Path) -> None:
         ("a: &a [*a]\n", "an alias inside what it stands for"),
         ("a: 2020-13-40\n", "month must be in"),
         ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: 1\nb: [16:9]\n", "f:2: not valid YAML .*16:9 is 969 to YAML"),
+        ("a: 012\n", "012 is 10 to YAML"),
+        ("a: 1:30.5\n", "1:30\\.5 is 90.5 to YAML"),
         ("a: !!python/name:os.system\n", "could not determine a constructor"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.recipes import build
 from diptych.recipes.build import build_system
+from diptych.recipes.load import start
+from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import Part, parse
 from diptych.recipes.run import check_parts
@@ -108,3 +111,13 @@ def test_a_mask_token_that_nothing_trains_is_refused(tiny_plain: dict[str, Any])
     stage = next(iter(tiny_plain["stages"].values()))
     stage["train"] = [*stage["train"], "mask_token"]
     check_parts(parse(tiny_plain), system)
+
+
+def test_what_learns_is_float32_whatever_it_starts_from(
+    tiny_plain: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Small updates of bfloat16 weights are lost (docs/surprises.md)."""
+    half = Model.from_pretrained(str(tiny_model)).save_pretrained(tmp_path / "half", dtype="bfloat16")
+    assert {value.dtype for _, value in read_tensors(weight_files(half))} == {torch.bfloat16}
+    tiny_plain["start"] = str(half)
+    assert {p.dtype for p in start(parse(tiny_plain)).parameters()} == {torch.float32}

@@ -13,7 +13,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="PATH", nargs="+", help="tar shards (a path, pattern or URL), a folder, a .jsonl or a .parquet"
     )
-    parser.add_argument("--task", default="image", help="what the samples are for: %(default)s, text_to_image, ...")
+    parser.add_argument(
+        "--task", default="image", help="what the samples are for: image (when not given), text_to_image, ..."
+    )
     parser.add_argument("--processes", type=int, help="processes that read tar shards; all processors when not given")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def kind(value: Any) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without repeated keys; nothing in it is ever run."""
+    """YAML without repeated keys and without numbers of base sixty (16:9 is 969) and eight (012 is 10), which nobody
+    means; nothing in it is ever run."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -87,6 +89,18 @@ class _StrictLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        whole = node.tag == "tag:yaml.org,2002:int"
+        value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            problem = f"{node.value} is {value} to YAML; write that, or quote the text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_number)
 
 
 def read_yaml(path: Path, what: str | None = None) -> Any:

@@ -87,6 +87,16 @@ def test_pixels_of_single_images_join_to_those_of_all(kind: str) -> None:
 
 
 @kinds
+@pytest.mark.parametrize("size", [(32, 32), (40, 24)])
+def test_a_white_picture_stays_white(kind: str, size: tuple[int, int]) -> None:
+    """Image processors of transformers divide floats by 255 again (docs/surprises.md)."""
+    if kind == "internvl" and size != (32, 32):
+        pytest.skip("this one has no image processor")
+    white, black = (PROCESSORS[kind].pixels([torch.full((3, *size), level)]).values for level in (1.0, -1.0))
+    assert (white - black).min() > 1.9  # one over the deviation by which they normalise
+
+
+@kinds
 def test_a_pickled_processor_reads_the_same(kind: str) -> None:
     processor: Any = PROCESSORS[kind]
     again = pickle.loads(pickle.dumps(processor))
