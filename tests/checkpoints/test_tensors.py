@@ -104,6 +104,8 @@ def test_strict_loading_names_what_does_not_fit() -> None:
         load_into(target, [(name.replace("bias", "bais"), value) for name, value in source.items()], "here")
     with pytest.raises(UserError, match=r"here: embed.weight has shape \[5, 4\], the model needs \[5, 3\]"):
         load_into(target, [*source.items(), ("embed.weight", torch.zeros(5, 4))], "here")
+    with pytest.raises(UserError, match=r"head.scale_weight scales 8-bit weights, which are not read"):
+        load_into(target, [*source.items(), ("head.scale_weight", torch.ones(()))], "here")
     load_into(target, missing.items(), "here", optional=lambda name: name.startswith("norm."))
     load_into(
         target,

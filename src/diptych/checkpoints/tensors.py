@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diptych.checkpoints.finite import cast
+from diptych.checkpoints.scaled import scale_hint
 from diptych.core.errors import UserError, nearest
 from diptych.core.filenames import member_path
 from diptych.core.reading import read_object
@@ -228,7 +229,7 @@ def load_into(
         seen.add(target)
     missing = [name for name in expected if name not in seen and not optional(name)]
     if missing or unexpected:
-        raise UserError(f"{source}: {_difference(missing, unexpected)}")
+        raise UserError(f"{source}: {_difference(missing, unexpected)}{scale_hint(unexpected)}")
 
 
 def assign(module: nn.Module, names: Sequence[str], tensor: Tensor) -> None:

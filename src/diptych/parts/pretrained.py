@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
+from diptych.checkpoints.scaled import scale_hint
 from diptych.core.errors import UserError, is_off, unknown
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def load(
         keys = sorted(report[f"{problem}_keys"])
         if keys:
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise UserError(f"{where}: {problem} keys for {architecture.__name__}: {shown}")
+            hint = scale_hint(keys) if problem == "unexpected" else ""
+            raise UserError(f"{where}: {problem} keys for {architecture.__name__}: {shown}{hint}")
     return model
 
 

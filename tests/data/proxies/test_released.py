@@ -119,6 +119,19 @@ def quantiles_agree(
         assert abs(got - expected["quantiles"][name]) <= 0.05 * np.sqrt(1500 / COUNT) * width
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (61, 2), (5, 5), (301, 17)])
+@pytest.mark.parametrize("name", released.DAMAGE)
+def test_pictures_of_any_size_can_be_damaged(name: str, size: tuple[int, int]) -> None:
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        before = image.copy()
+        made = released.DAMAGE[name](image, released.GeneratorDice(rng))
+        assert made.dtype == np.uint8
+        assert (made.shape == image.shape) or name == "super_resolution"
+        assert np.array_equal(image, before)
+
+
 def test_distributions_are_the_releases() -> None:
     tasks = PROPERTIES["tasks"]
     rows = drawn(released.low_resolution)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diptych.core.errors import UserError
 from diptych.parts.autoencoders.dc import DCAutoencoder
+from diptych.parts.autoencoders.flux import sample_latents
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.published import PublishedAutoencoder
 
@@ -111,6 +112,41 @@ def test_meta(kind: type[PublishedAutoencoder], config: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = kind.from_config(config)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_memory_format_does_not_matter() -> None:
+    """A group norm on a CPU is wrong in channels_last where the mean is far from zero."""
+    ours = make(KLAutoencoder, KL)
+    ours.model.encoder.conv_in.bias.data += 3000
+    far = torch.randn(1, 8, 16, 16) + 1000
+    norm = torch.nn.GroupNorm(8, 8)
+    assert (norm(far) - norm(far.contiguous(memory_format=torch.channels_last))).abs().max() > 1
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    turned = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        theirs = [ours.model.encode(form).latent_dist.mode() for form in (images, turned)]
+    assert (theirs[0] - theirs[1]).abs().max() > 1e-5
+    assert torch.equal(ours.encode(images), ours.encode(turned))
+    latents = torch.rand(2, 4, 16, 16)
+    assert torch.equal(ours.decode(latents), ours.decode(latents.contiguous(memory_format=torch.channels_last)))
+    noise = torch.rand(2, 4, 16, 16)
+    assert torch.equal(sample_latents(ours, images, noise), sample_latents(ours, turned, noise))
+
+
+def test_scaled_8_bit_weights_are_refused_by_name(tmp_path: Path) -> None:
+    """diffusers reads them without their scales, and warns."""
+    ours = make(KLAutoencoder, KL)
+    ours.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights, name = load_file(file), "encoder.conv_in.weight"
+    scale = weights[name].abs().max() / 448
+    small = {**weights, name: (weights[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    save_file(small, file, {"format": "pt"})
+    wrong = AutoencoderKL.from_pretrained(tmp_path).encoder.conv_in.weight  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(wrong, weights[name] / scale, rtol=0.07, atol=1.0)
+    message = r"unexpected keys.*conv_in.weight_scale \(encoder.conv_in.weight_scale scales 8-bit weights"
+    with pytest.raises(UserError, match=message):
+        KLAutoencoder.from_pretrained(tmp_path)
 
 
 def test_bad_size_and_key() -> None:

@@ -88,15 +88,15 @@ def prompts(backbone: Qwen2_5VL) -> tuple[Sequences, list[Tensor], Tensor]:
     return sequences, vision, backbone.place(backbone.embed(sequences.ids), sequences.images, vision)
 
 
-def theirs(backbone: Qwen2_5VL, sequences: Sequences) -> Tensor:
-    """transformers' own forward, given the very inputs its processor would give."""
+def theirs(backbone: Qwen2_5VL, sequences: Sequences, types: bool = True) -> Tensor:
+    """transformers' own forward, given the very inputs its processor would give, or all but the types of tokens."""
     arrays = [((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy() for row in IMAGES for image in row]
     pixels = backbone.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
     backbone.model.model.rope_deltas = None
     out = backbone.model.model(
         input_ids=sequences.ids,
         attention_mask=sequences.mask.long(),
-        mm_token_type_ids=sequences.images.int(),
+        mm_token_type_ids=sequences.images.int() if types else None,
         **pixels,
     )
     return out.last_hidden_state
@@ -111,6 +111,9 @@ def test_run_with_images_is_theirs(backbone: Qwen2_5VL) -> None:
 
     flat = backbone.run(embeddings, sequences.mask).hidden
     assert (flat[:2] - ours[:2]).abs().max() > 1e-3  # positions in the grid matter
+    # Without the types transformers counts tokens, and says nothing: our positions are computed here.
+    without = theirs(backbone, sequences, types=False)
+    torch.testing.assert_close(without[sequences.mask], flat[sequences.mask], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reuse", [True, False])

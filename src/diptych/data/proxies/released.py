@@ -206,7 +206,7 @@ def holes(image: Pixels, dice: Dice) -> Pixels:
         largest = max(smallest + 1, int(short * (0.1 + 0.4 * intensity)))
         for _ in range(dice.integer(1, int(5 + 10 * intensity))):
             tall, wide = dice.integer(smallest, largest), dice.integer(smallest, largest)
-            left, top = dice.integer(0, width - wide), dice.integer(0, height - tall)
+            left, top = dice.integer(0, max(1, width - wide)), dice.integer(0, max(1, height - tall))
             cv2.rectangle(out, (left, top), (left + wide, top + tall), paint, -1)
     return out
 

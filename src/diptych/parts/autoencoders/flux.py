@@ -59,7 +59,7 @@ class FluxAutoencoder(KLAutoencoder):
 def moments(autoencoder: KLAutoencoder, images: Tensor) -> Tensor:
     """Mean and log-variance of the posterior, (B, 2 C, H/f, W/f), of images (B, 3, H, W) in [-1, 1]; unscaled."""
     with torch.no_grad():
-        return autoencoder.model.encode(images.to(autoencoder.model.dtype)).latent_dist.parameters
+        return autoencoder.model.encode(images.to(autoencoder.model.dtype).contiguous()).latent_dist.parameters
 
 
 def sample_latents(autoencoder: KLAutoencoder, images: Tensor, noise: Tensor) -> Tensor:

@@ -80,11 +80,12 @@ class PublishedAutoencoder(Autoencoder):
                 f"image size {height}x{width} is no multiple of the autoencoder's factor {self.factor}; crop or resize"
             )
         self.model.eval()  # batch norms must not learn, whatever mode the system is in
-        raw = self.raw_encode(images.to(self.model.dtype)).to(images.dtype)
+        # In channels_last a group norm on a CPU loses all precision where the mean is far from zero (torch 2.13).
+        raw = self.raw_encode(images.to(self.model.dtype).contiguous()).to(images.dtype)
         return (raw - self.shift) * self.scale
 
     @torch.no_grad()
     def decode_pass(self, latents: Tensor) -> Tensor:
         self.model.eval()
         raw = latents / self.scale + self.shift
-        return self.raw_decode(raw.to(self.model.dtype)).to(latents.dtype).clamp(-1, 1)
+        return self.raw_decode(raw.to(self.model.dtype).contiguous()).to(latents.dtype).clamp(-1, 1)

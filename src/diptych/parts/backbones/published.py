@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from diptych.checkpoints.scaled import scale_hint
 from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
 from diptych.parts.backbones.chat import Chat
@@ -130,7 +131,8 @@ def read_model(architecture: Any, source: str | Path, name: str, config: PreTrai
         if info[field]
     ]
     if complaints:
-        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(complaints)}")
+        hint = scale_hint(info["unexpected_keys"])
+        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(complaints)}{hint}")
     return model
 
 
