@@ -86,6 +86,22 @@ class Refusing(Preparer):
         return ()
 
 
+class RefusingWhatIsKept(Refusing):
+    def prepare(self, sample: Sample, draws: Draws) -> Prepared:
+        return (
+            super().prepare(sample, draws)
+            if float(draws.uniform("drop")[0]) >= 0.999
+            else Prepared(id=sample.id, task=sample.task, inputs=(), counts={"flow": 1.0})
+        )
+
+
+def test_no_dropout_hides_what_the_system_refuses(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    found = inspect(FolderSource(tmp_path, name="p"), (8, 8), preparer=RefusingWhatIsKept("p/b.png"))
+    assert list(found.bad) == ["p/b.png"]
+
+
 def test_what_the_system_refuses_is_found(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -17,6 +19,13 @@ from diptych.data.imaging import to_picture
 from diptych.data.mixture import accepted
 from diptych.data.rows import PROFILES
 from diptych.data.source import BadItem, ItemDraws, Size, Source
+
+
+class Undropped(Draws):
+    """Draws that are just below one, so that nothing is left out of a sample by chance, which could hide a fault."""
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        return torch.full((len(self.keys), *shape), 1 - 2**-24, device=self.device)
 
 
 @dataclass
@@ -99,7 +108,7 @@ def inspect(
             try:
                 sample = source.load(place * len(source) // count, ItemDraws(0), size)
                 if preparer is not None:
-                    accepted(lambda sample, key: preparer.prepare(sample, Draws([key])), sample, 0)
+                    accepted(lambda sample, key: preparer.prepare(sample, Undropped([key])), sample, 0)
                 report.profiles.update(set(sample.extra.get(PROFILES, ())))
                 report.usable += 1
             except BadItem as bad:
