@@ -136,13 +136,13 @@ def one_seed(
         journal = Journal(None if place is None else place / worker.name("scores"), scored_with)
     # 2. Outputs that are not there yet are made, each process its part.
     if place is not None and worker.count == 1:
-        gather_replies(store, place)
+        gather_replies(store, place, items)
     if engine is not None and makes:
         own = items[worker.rank :: worker.count]
         make(engine, task, own, store, journal if task.at_once else None, seed, progress, options)
         meet(worker)
     if place is not None and not worker.rank:
-        gather_replies(store, place)
+        gather_replies(store, place, items)
     if journal is None:
         return Drawn(rows=[], missing=[], pictures={}, model=None)
     # 3. Outputs without a row are scored, each process its part; the first one takes the others' rows over.
@@ -270,10 +270,10 @@ def whole(output: Output, row: Row) -> Row:
     return {**fixed, "digest": output.digest, "failure": None, **expansion, **reply, **row}
 
 
-def gather_replies(store: Store, place: Path) -> None:
+def gather_replies(store: Store, place: Path, items: Sequence[Item]) -> None:
     """Take over the replies that other processes left in journals of their own."""
     if isinstance(store, Replies):
-        take_over(store.journal, place.glob("replies.*.jsonl"), {item.id: None for item in store.task.items()})
+        take_over(store.journal, place.glob("replies.*.jsonl"), {item.id: None for item in items})
 
 
 def gather_rows(journal: Journal, outputs: Sequence[Output], place: Path) -> None:

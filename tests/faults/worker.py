@@ -1,0 +1,89 @@
+"""A process that has everything imported and forks a child for each command, below the layer of `interpose.c`.
+
+Reads jobs as lines of JSON on its input and answers with lines of JSON. It starts no thread, so that a child of it is
+like a new process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+LIBRARY = ctypes.CDLL(None)
+
+
+def serve(model: str) -> None:
+    """Answer jobs until the input ends."""
+    import torch
+
+    torch.set_num_threads(1)
+    from diptych.cli.main import COMMANDS
+    from diptych.recipes.load import load
+
+    for name in COMMANDS:
+        importlib.import_module(f"diptych.cli.{name}")
+    for name in ("quickstart", "study_run", "pack", "train", "check"):
+        importlib.import_module(f"diptych.recipes.{name}")
+    for name in ("webdataset", "parquet", "folder", "jsonl", "size_index"):
+        importlib.import_module(f"diptych.data.{name}")
+    for name in ("matplotlib.pyplot", "jinja2", "safetensors.torch", "transformers", "tokenizers", "accelerate"):
+        importlib.import_module(name)
+    load(model)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork takes one thread along"
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        jobs = json.loads(line)
+        children = [start(job) for job in jobs]
+        print(json.dumps([end(job, *child) for job, child in zip(jobs, children, strict=True)]), flush=True)
+
+
+def start(job: dict[str, Any]) -> tuple[int, int]:
+    """A child that runs the job's command; its id, and where it writes how many operations it counted."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return child, reader
+    code = 99
+    try:
+        for number, end in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{job['log']}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        os.chdir(job["cwd"])
+        os.environ.update(job.get("env", {}))
+        if job.get("largest") is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest"], job["largest"]))
+        from diptych.cli.main import main
+
+        at, error, lasting = job.get("at", 0), job.get("error", 0), int(job.get("lasting", False))
+        record = str(job.get("record", "")).encode()
+        LIBRARY.faults_arm(os.fsencode(job["root"]), ctypes.c_long(at), error, lasting, record)
+        code = main(job["argv"])
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        LIBRARY.faults_count.restype = ctypes.c_long
+        os.write(writer, str(LIBRARY.faults_count()).encode())
+        os._exit(code)
+
+
+def end(job: dict[str, Any], child: int, reader: int) -> dict[str, Any]:
+    """How a child ended."""
+    _, status = os.waitpid(child, 0)
+    count = os.read(reader, 64)
+    os.close(reader)
+    said = {end: Path(f"{job['log']}.{end}").read_text(errors="replace") for end in ("out", "err")}
+    return {"code": os.waitstatus_to_exitcode(status), "count": int(count or 0), **said}
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
