@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from diptych.core.locks import NAME as LOCK
+
 HERE = Path(__file__).parent
 TIMES = re.compile(r"seconds.*|date|commit|since|training_seconds|.*_seconds")
 """Values of JSON that differ between two runs of one command."""
@@ -140,15 +142,23 @@ def commands(folder: Path, model: Path, plain: Mapping[str, Any]) -> list[Comman
 
 
 def differences(work: Path, expected: Path) -> list[str]:
-    """Where what a command left differs from what it leaves undisturbed: names, weights, results, pictures."""
+    """Where what a command left differs from what it leaves undisturbed: names, weights, results, pictures.
+
+    The lock of a folder may outlast its writer: it holds nobody up.
+    """
     here, there = files(work), files(expected)
-    found = [f"missing {name}" for name in sorted(there - here)] + [f"left behind {name}" for name in sorted(here - there)]
-    return found + [f"differs: {name}" for name in sorted(here & there) if content(work, name) != content(expected, name)]
+    found = [f"missing {name}" for name in sorted(there - here)] + [
+        f"left behind {name}" for name in sorted(here - there)
+    ]
+    return found + [
+        f"differs: {name}" for name in sorted(here & there) if content(work, name) != content(expected, name)
+    ]
 
 
 def files(folder: Path) -> set[str]:
     """Names of files, hidden ones and folders without a file included."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or not any(path.iterdir())}
+    there = [path for path in folder.rglob("*") if path.name != LOCK]
+    return {str(path.relative_to(folder)) for path in there if not path.is_dir() or not any(path.iterdir())}
 
 
 def content(folder: Path, name: str) -> Any:
@@ -160,8 +170,8 @@ def content(folder: Path, name: str) -> Any:
     if name.endswith(DRAWN):
         return bool(data) and (path.suffix != ".html" or data.rstrip().endswith(b"</html>"))
     if path.suffix not in (".json", ".jsonl") or name.endswith((".index.json", "tokenizer.json")):
-        return data.replace(os.fsencode(folder), b"W")
-    text = data.decode().replace(str(folder), "W")
+        return data
+    text = data.decode()
     return [timeless(json.loads(line)) for line in ([text] if path.suffix == ".json" else text.splitlines())]
 
 

@@ -43,6 +43,7 @@ def _report(args: argparse.Namespace) -> int:
     from diptych.cli.progress import bars
     from diptych.core.errors import UserError
     from diptych.core.filenames import file_name
+    from diptych.core.files import write_file
     from diptych.recipes.check import check_data, check_system
     from diptych.recipes.recipe import load
     from diptych.recipes.train import run_folder
@@ -67,9 +68,8 @@ def _report(args: argparse.Namespace) -> int:
         print(f"\nstage {name}, data")
         print("\n".join(f"  {line}" for line in data.lines))
         print(f"  time: {'not measured' if data.seconds is None else 'about ' + duration(data.seconds) + ' here'}")
-        output.mkdir(parents=True, exist_ok=True)
         sheet = output / f"{file_name(name)}.png"
-        data.sheet.save(sheet)
+        write_file(sheet, lambda temporary, data=data: data.sheet.save(temporary, "PNG"))
         print(f"  what the model will see: {sheet}", flush=True)
     return 0
 

@@ -40,6 +40,8 @@ COMMANDS = {
     "doctor": "look at this machine and this installation",
 }
 USAGE, FAULT, INTERRUPTED, FULL_DISK = 2, 70, 130, (errno.ENOSPC, errno.EDQUOT)
+DISK = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV)
+"""What a disk says of itself, also where no file is named."""
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -94,7 +96,9 @@ def surroundings(error: Exception) -> str | None:
             return f"{place}the disk is full; free some space or choose another folder"
         if error.filename is not None and not str(error.filename).startswith(PACKAGE):
             return f"{place}cannot be read or written ({error.strerror})"
-        return f"too many files are open ({error.strerror})" if error.errno in (errno.EMFILE, errno.ENFILE) else None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return f"too many files are open ({error.strerror})"
+        return f"a file could not be written or read ({error.strerror})" if error.errno in DISK else None
     if isinstance(error, ValueError) and ("null byte" in str(error) or "null character" in str(error)):
         return "the name of a file holds a null character"
     if "TextEncodeInput" in str(error):  # what tokenizers say of a lone surrogate

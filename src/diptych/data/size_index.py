@@ -36,12 +36,13 @@ def header_sizes(identity: str, count: int, measure: Callable[[int], Size | None
         UserError: the index cannot be written.
     """
     folder = index_root() / "sizes" / identity
+    parts = folder.with_name(f"{identity}.parts")
     if (index := stored(folder)) is not None and len(index["size"]) == count:
+        shutil.rmtree(parts, ignore_errors=True)  # of a process that was killed at its end
         return index["size"]
-    with locked(folder.with_name(f"{identity}.parts")):
+    with locked(parts):
         if (index := stored(folder)) is not None and len(index["size"]) == count:
             return index["size"]
-        parts = folder.with_name(f"{identity}.parts")
 
         def sides(item: int) -> Size:
             size = measure(item)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.core.files import make_folder, sync
 
 Row = dict[str, Any]
 
@@ -52,9 +53,10 @@ class Journal:
                 else:
                     self.rows[line["key"]] = line
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with path.open("ab") as file:
                 file.truncate(whole)
+            sync(path.parent)  # its name has to outlast a power cut too
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         if not whole:
@@ -92,10 +94,13 @@ class Journal:
     def _append(self, row: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        with self.path.open("ab") as file:
-            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); what was there is kept") from error
 
 
 def digest(path: Path) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diptych.core.errors import UserError
-from diptych.core.files import write_text
+from diptych.core.files import make_folder, write_text
 from diptych.core.reading import read_object
 from diptych.training import state
 
@@ -20,7 +20,7 @@ CLOCK = "seconds.json"
 def clock(folder: Path) -> Iterator[None]:
     """Add the time of this block to a run's training time."""
     before, since = seconds(folder), time.time()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / CLOCK
     write_text(path, json.dumps({"seconds": before, "since": since}) + "\n")
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diptych.core.files import write_text
+from diptych.core.files import write_file, write_text
 from diptych.core.locks import only_writer
 from diptych.evaluation import evaluate, toyeval
 from diptych.evaluation.results import TaskResult, versions
@@ -176,7 +176,7 @@ def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine
     for name, one in (("before", before), ("after", after)):
         flat = [shown for row in one.shown for shown in row]
         sheet = grid([shown.image for shown in flat], columns=SHOWN_IMAGES * 3, marks=[shown.correct for shown in flat])
-        sheet.save(folder / f"{name}.png")
+        write_file(folder / f"{name}.png", lambda temporary, sheet=sheet: sheet.save(temporary, "PNG"))
     stage = next(iter(recipe.stages.values()))
     story = Story(
         folder=folder,

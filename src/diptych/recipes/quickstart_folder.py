@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diptych.core.errors import UserError
 from diptych.core.filenames import member_path
-from diptych.core.files import write_text
+from diptych.core.files import make_folder, write_text
 from diptych.core.locks import NAME as LOCK
 
 MARKER = ".diptych-quickstart.json"
@@ -27,7 +27,7 @@ _KILLED = re.compile(
 @contextmanager
 def marked(folder: Path) -> Iterator[None]:
     """Notes that the folder is a quick start's, and at the end, however that comes, which files are its."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     others = {str(path.relative_to(folder)) for path in files(folder)}
     write_text(folder / MARKER, json.dumps({"others": sorted(others)}) + "\n")
     try:

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from diptych.checkpoints.finite import check_finite
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
-from diptych.core.files import write_folder, write_text
+from diptych.core.files import make_folder, write_file, write_folder, write_text
 from diptych.core.locks import only_writer
 from diptych.core.reading import read_yaml
 from diptych.core.sample import Batch
@@ -81,7 +81,7 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
     stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
     apply = stage_settings(system, list(recipe.stages.values()))
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not resumed:
             write_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False))
     run = loop.Run(
@@ -253,8 +253,8 @@ def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], Non
     def draw(step: int) -> None:
         system.eval()
         images = engine.generate(recipe.sample_prompts, seed=recipe.seed)
-        (folder / "samples").mkdir(exist_ok=True)
-        grid(images).save(folder / "samples" / f"step-{step:08d}.png")
+        path = folder / "samples" / f"step-{step:08d}.png"
+        write_file(path, lambda temporary: grid(images).save(temporary, "PNG"))
 
     return draw
 

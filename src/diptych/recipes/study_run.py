@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diptych.core.errors import UserError
-from diptych.core.files import write_text
+from diptych.core.files import make_folder, write_text
 from diptych.core.locks import only_writer
 from diptych.core.reading import read_object, read_yaml
 from diptych.evaluation import evaluate, results
@@ -75,7 +75,7 @@ def run_study(
             raise UserError(f"{out}: holds something other than a study; choose another --out")
         for run in runs:
             check_same(run)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
         waiting = [run for run in runs if not (trained(run) and scored(run, tasks))]
         if len(waiting) < len(runs):
@@ -142,7 +142,7 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
             if not trained(run):
                 raise UserError(f"{run.folder}: its training left no model")
         if run.spec.model is not None:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(run.folder)
             write_text(run.folder / GIVEN, json.dumps({"model": run.spec.model}) + "\n")
         if not scored(run, tasks):
             score(run, tasks, progress)

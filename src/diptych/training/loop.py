@@ -81,7 +81,8 @@ def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accele
     if run.config.strategy == "fsdp":
         shard(system, accelerator, [{source.task for source in stage.data.sources} for stage in stages])
     board = run.config.tensorboard
-    metrics = Metrics(run.folder, start=progress.total, tensorboard=board, main=accelerator.is_main_process)
+    whole = progress.total - progress.pending
+    metrics = Metrics(run.folder, start=whole, tensorboard=board, main=accelerator.is_main_process)
     learned: set[str] = set()
     with closing(metrics), stop_signal() as stopped:
         for position, stage in enumerate(stages):
@@ -126,6 +127,7 @@ def train_stage(
     def save() -> None:
         nonlocal saved
         checkpoints = run.folder / "checkpoints"
+        metrics.sync()
         state.save(
             checkpoints,
             progress,
@@ -143,6 +145,32 @@ def train_stage(
             save()
             log.warning("stopped by an error; step %d is saved in %s", progress.total, run.folder / "checkpoints")
 
+    def follow(rate: float, bar: Any) -> None:
+        """What comes after a step: its row, held-out losses, pictures and scores."""
+        ends = progress.step == config.steps
+        logged = progress.total % often.log_every == 0 or ends
+        if logged:
+            row = {**progress.means(), "lr": rate}
+            metrics.write(progress.total, config.name, row)
+            shown = {name: f"{x:.4f}" for name, x in row.items() if name.startswith("loss/")}
+            bar.set_postfix(shown, refresh=False)
+        if due(progress.step, often.validate_every, ends) and stage.held_out:
+            with ema.applied() if ema else nullcontext():
+                row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance)
+            metrics.write(progress.total, config.name, row)
+            set_modes(system, config.train)
+        if due(progress.step, often.sample_every, ends) and run.on_sample:
+            with ema.applied() if ema else nullcontext():
+                run.on_sample(progress.total)
+            set_modes(system, config.train)
+        if due(progress.step, often.score_every, ends) and run.on_score:
+            with ema.applied() if ema else nullcontext():
+                row = run.on_score(progress.total)
+            metrics.write(progress.total, config.name, {f"score/{task}": score for task, score in row.items()})
+            set_modes(system, config.train)
+        progress.unlogged = {} if logged else progress.unlogged
+        progress.pending = False
+
     steps = loader.steps(
         stage.data,
         system.preparer(),
@@ -156,6 +184,9 @@ def train_stage(
     )
     title = {"total": config.steps, "initial": progress.step, "disable": not main}
     with saving_first(rescue), progress_bar(config.name, "step", **title) as bar:
+        if progress.pending:  # an error after the step of the checkpoint ended the run
+            follow(config.optimizer.lr * factor(config.schedule, progress.step - 1, config.steps), bar)
+            save()
         for step in steps:
             torch.manual_seed(key(run.seed, config.name, step.number, rank))
             rate = config.optimizer.lr * factor(config.schedule, step.number, config.steps)
@@ -179,25 +210,7 @@ def train_stage(
             whole = True
             ends = progress.step == config.steps
             bar.update()
-            if progress.total % often.log_every == 0 or ends:
-                row = {**progress.take_means(), "lr": rate}
-                metrics.write(progress.total, config.name, row)
-                shown = {name: f"{x:.4f}" for name, x in row.items() if name.startswith("loss/")}
-                bar.set_postfix(shown, refresh=False)
-            if due(progress.step, often.validate_every, ends) and stage.held_out:
-                with ema.applied() if ema else nullcontext():
-                    row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance)
-                metrics.write(progress.total, config.name, row)
-                set_modes(system, config.train)
-            if due(progress.step, often.sample_every, ends) and run.on_sample:
-                with ema.applied() if ema else nullcontext():
-                    run.on_sample(progress.total)
-                set_modes(system, config.train)
-            if due(progress.step, often.score_every, ends) and run.on_score:
-                with ema.applied() if ema else nullcontext():
-                    row = run.on_score(progress.total)
-                metrics.write(progress.total, config.name, {f"score/{task}": score for task, score in row.items()})
-                set_modes(system, config.train)
+            follow(rate, bar)
             halt = any(report.stop for report in reports)
             if due(progress.step, often.save_every, ends) or ends or halt:
                 save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,6 +47,11 @@ class Metrics:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Have the rows on the disk: a checkpoint that outlasts a power cut must not outlast the rows before it."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.file is not None:

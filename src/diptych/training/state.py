@@ -39,7 +39,8 @@ COUNTER = "step"
 class Progress:
     """Where a run stands: `stage` (position in the recipe), `step` within it, `total` steps over all stages.
 
-    unlogged: each metric's values in the steps since the last logged row. items: how many items each of the stage's
+    unlogged: each metric's values in the steps since the last logged row. pending: the step was made, but what follows
+    it (its row, held-out losses, pictures, scores) was not. items: how many items each of the stage's
     sources has, and a digest of some of them. tensors: how many of each kind the checkpoint holds.
     """
 
@@ -48,20 +49,19 @@ class Progress:
     total: int = 0
     ema_steps: int = 0
     unlogged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    pending: bool = False
     items: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     tensors: dict[str, int] = field(default_factory=dict[str, int])
 
     def advance(self, metrics: dict[str, float]) -> None:
         """One step further, with its metrics."""
-        self.step, self.total = self.step + 1, self.total + 1
+        self.step, self.total, self.pending = self.step + 1, self.total + 1, True
         for name, value in metrics.items():
             self.unlogged.setdefault(name, []).append(value)
 
-    def take_means(self) -> dict[str, float]:
-        """Mean of each metric over the steps since this was called last."""
-        means = {name: math.fsum(values) / len(values) for name, values in self.unlogged.items()}
-        self.unlogged = {}
-        return means
+    def means(self) -> dict[str, float]:
+        """Mean of each metric over the steps since the last logged row."""
+        return {name: math.fsum(values) / len(values) for name, values in self.unlogged.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
