@@ -1,8 +1,8 @@
 """What a disk holds after a power cut, from the record of `interpose.c`.
 
-Two file systems are played. *Strict*: only what was synced is there, names by a sync of their folder, bytes by a sync of
-their file (all that POSIX promises). *Eager*: every name is there at once, as a journal of names may keep them, but bytes
-that were not synced are not: such files are empty, or as they were synced last.
+Two file systems are played. *Strict*: only what was synced is there, names by a sync of their folder, bytes by a sync
+of their file (all that POSIX promises). *Eager*: every name is there at once, as a journal of names may keep them, but
+bytes that were not synced are not: such files are empty, or as they were synced last.
 """
 
 from __future__ import annotations

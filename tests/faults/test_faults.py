@@ -107,8 +107,8 @@ def test_power_cut(name: str, bench: Bench) -> None:
 
 
 def fails_cleanly(ended: Ended) -> str | None:
-    """What is wrong with how a command ended on a disk that fails; None for one line and exit code 2, or for a disk that
-    failed where nothing depends on it."""
+    """What is wrong with how a command ended on a disk that fails; None for one line and exit code 2, or for a disk
+    that failed where nothing depends on it."""
     lines = [line for line in ended.err.splitlines() if line.startswith("diptych: error: ")]
     if "Traceback" in ended.err or ended.code not in (0, 2) or (ended.code == 2 and len(lines) != 1):
         return f"ends with {ended.code}: {ended.err.strip()[-400:]}"
