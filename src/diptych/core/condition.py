@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Condition(abc.ABC):
     @abc.abstractmethod
     def take(self, rows: Sequence[int]) -> Self:
         """The given rows of the batch, in that order; rows may repeat."""
+
+    def of_image(self) -> Any:
+        """The condition of the image itself: of several scales, that of the last."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,9 @@ class ScaleConditions(Condition):
     @property
     def batch_size(self) -> int:
         return self.scales[0].batch_size
+
+    def of_image(self) -> TokenCondition:
+        return self.scales[-1]
 
     def join(self, others: Sequence[Condition]) -> Self:
         rest: list[ScaleConditions] = []

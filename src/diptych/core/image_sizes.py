@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from diptych.core.errors import UserError
 
 
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size that is both, or the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
 @dataclass(frozen=True, kw_only=True)
 class SideRange:
     """BAGEL's rule: the long side is brought down to `longest`, then the short side up to `shortest`.

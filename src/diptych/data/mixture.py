@@ -14,7 +14,7 @@ import numpy as np
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
-from diptych.core.image_sizes import SizeRule
+from diptych.core.image_sizes import SizeRule, both_sides
 from diptych.core.sample import Batch, Sample, Task
 from diptych.data.bucket_plan import BucketPlan
 from diptych.data.buckets import Assignment, planned
@@ -129,7 +129,7 @@ class Mixture:
         self.balanced = balanced
         self._stride = _spreading_stride(batch)
         self.bucketed = bool(buckets)
-        square = (size, size) if isinstance(size, int) else size
+        square = None if size is None else both_sides(size)
         self.buckets: list[Size] = [square] if square is not None else list(buckets or ())
         self.skipped: dict[str, str] = {}
         self._tried = [_Tried(len(source)) for source in self.sources]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError, attributed_to, unknown
+from diptych.core.image_sizes import both_sides
 from diptych.core.locks import only_writer
 from diptych.evaluation import cards, groups, harness, results
 from diptych.evaluation.download import Data, default_folder
@@ -82,7 +83,7 @@ def run(
 def tools_for(engine: Engine | None, tools: Tools, n: int | None, limit: int | None, options: dict[str, Any]) -> Tools:
     """Tools with what a run says: the size of pictures, their number, the limit."""
     size = options.get("size", (32, 32) if engine is None else engine.sampling.size)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = both_sides(size)
     return replace(tools, size=(height, width), n=n, limit=limit)
 
 

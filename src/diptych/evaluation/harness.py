@@ -25,7 +25,7 @@ from diptych.evaluation.journal import Journal
 from diptych.evaluation.judge import JudgeDown
 from diptych.evaluation.results import Picture, TaskResult, entry
 from diptych.evaluation.stores import Replies, Store, final, store_of, take_over
-from diptych.evaluation.task import Item, Output, ReplyTask, Row, Task
+from diptych.evaluation.task import Item, Output, Row, Task
 from diptych.inference.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def one_seed(
 ) -> Drawn:
     """Outputs and rows of one seed."""
     makes = engine is not None and plan.images is None and plan.only != "score"
-    stem = "replies" if isinstance(task, ReplyTask) else "generation"
+    stem = "replies" if task.replies else "generation"
     # 1. What is there stays, if it was made with the same; the first line of a journal says with what.
     if engine is not None and makes:
         made_with = {**made_by(engine, options, seed if task.sampled else None), **task.made_with()}
@@ -182,7 +182,7 @@ def known(place: Path | None, stem: str, task: Task, plan: Plan) -> Journal:
     """The journal that an earlier run left of the outputs that are there; UserError where they are to other prompts."""
     path = None if place is None else place / f"{stem}.jsonl"
     if path is None or plan.images is not None or not path.is_file():
-        if isinstance(task, ReplyTask):
+        if task.replies:
             raise UserError(f"{path}: no replies to score; run {task.name} without --only score first")
         return Journal(None, {})
     journal = Journal(path, None)
@@ -212,7 +212,7 @@ def make(
     """
     todo = [item for item in items if not store.has(item) or not (journal is None or scored(item, journal))]
     done, total = len(items) - len(todo), len(items)
-    what = task.name if task.at_once else f"{task.name}: {'ask' if isinstance(task, ReplyTask) else 'generate'}"
+    what = task.name if task.at_once else f"{task.name}: {'ask' if task.replies else 'generate'}"
 
     def report(here: int, of: int) -> None:
         if progress is not None:
@@ -247,7 +247,7 @@ def score(task: Task, outputs: Sequence[Output], journal: Journal, progress: Pro
     done = len(outputs) - len(todo)
     if progress is not None:
         progress(f"{task.name}: score", done, len(outputs))
-    kind = "replies" if isinstance(task, ReplyTask) else task.kind
+    kind = "replies" if task.replies else task.kind
     try:
         for output, row in task.rows(todo) if todo else ():
             journal.add(output.key, whole(output, row))

@@ -22,6 +22,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Store(abc.ABC):
     """The outputs of one task and seed."""
 
+    task: Any
+
     @abc.abstractmethod
     def has(self, item: Item) -> bool:
         """Whether all outputs of an item are there."""
@@ -160,7 +162,7 @@ def final(row: Mapping[str, Any] | None, wanted: str) -> bool:
 
 def store_of(task: Task, place: Path | None, journal: Journal, images: Path | None) -> Store:
     """The store of a task's outputs: below `place`, or the pictures that were made elsewhere."""
-    if isinstance(task, ReplyTask):
-        return Replies(task, journal)
-    assert isinstance(task, PictureTask), "a task has pictures or replies"
-    return Pictures(task, images or (None if place is None else place / "images"))
+    made: Any = task
+    if task.replies:
+        return Replies(made, journal)
+    return Pictures(made, images or (None if place is None else place / "images"))

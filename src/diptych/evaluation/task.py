@@ -176,13 +176,14 @@ class Rewritten:
 class Task(abc.ABC):
     """One benchmark.
 
-    kind: what an output is called. at_once: outputs are scored as the model gives them, before they are stored in 8
-    bits. sampled: outputs depend on a seed. divisible: whether a part of the items says anything. bounds: of a row's
-    score. weights: how categories make the overall score.
+    kind: what an output is called. replies: whether outputs are texts. at_once: outputs are scored as the model gives
+    them, before they are stored in 8 bits. sampled: outputs depend on a seed. divisible: whether a part of the items
+    says anything. bounds: of a row's score. weights: how categories make the overall score.
     """
 
     name: str
     kind: ClassVar[str] = "pictures"
+    replies: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
     sampled: ClassVar[bool] = True
     divisible: ClassVar[bool] = True
@@ -293,6 +294,7 @@ class ReplyTask(Task):
     """A task whose outputs are a model's replies to questions, greedily written."""
 
     kind: ClassVar[str] = "questions"
+    replies: ClassVar[bool] = True
     sampled: ClassVar[bool] = False
     max_new_tokens: int = 16
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from diptych.systems.base import AssembledSystem, System
+from diptych.systems.base import System
 
 FACTOR = 2
 """An image whose area is within this factor of the usual one keeps its size; any other takes the usual area."""
@@ -34,11 +34,8 @@ def near(system: System, image: tuple[int, int], usual: tuple[int, int]) -> tupl
     near the area that the model was trained at."""
     ratio = usual[0] * usual[1] / (image[0] * image[1])
     scale = 1.0 if 1 / FACTOR <= ratio <= FACTOR else math.sqrt(ratio)
-    step, longest = 1, None
-    if isinstance(system, AssembledSystem):
-        step = system.image_step
-        if system.decoder.longest is not None:  # the side at which the decoder's grid of positions ends
-            longest = system.decoder.longest * system.autoencoder.factor // step * step
-            scale = min(scale, longest / max(image))
+    step = system.image_step
+    if system.longest_side is not None:
+        scale = min(scale, system.longest_side // step * step / max(image))
     height, width = (max(step, round(side * scale / step) * step) for side in image)
     return height, width

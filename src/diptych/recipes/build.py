@@ -20,7 +20,6 @@ from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.lora import add_lora
-from diptych.parts.decoders.ovis_u1 import OvisU1Decoder
 from diptych.parts.part import Part as PartClass
 from diptych.recipes.legacy import read_config
 from diptych.recipes.names import locate, shipped
@@ -106,45 +105,50 @@ def build_system(
         meta: on the meta device: no memory, no files; published sizes stand in for weights that would be read.
         assets: a folder with the backbone's tokenizer files, where its weights are not named.
     """
-    if isinstance(spec, MLLMSpec):
-        backbone, origin = build_backbone(spec.backbone, meta, assets)
-        return MLLMSystem(backbone, origins={"backbone": origin})
-    if isinstance(spec, BagelSpec):
-        build: Any = resolved("diptych.recipes.bagel:build_bagel")  # imported for a BAGEL alone
-        return build(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=build_tokenizer)
+    made: Any = spec
     if isinstance(spec, BuiltSpec):
         return spec.build(meta=meta, assets=assets)
-    assert isinstance(spec, ComposedSpec | OmniGen2Spec | OvisU1Spec)
-    return build_composed(spec, meta, assets)
+    if spec.kind == "mllm":
+        backbone, origin = build_backbone(made.backbone, meta, assets)
+        return MLLMSystem(backbone, origins={"backbone": origin})
+    if spec.kind == "bagel":
+        build: Any = resolved("diptych.recipes.bagel:build_bagel")  # imported for a BAGEL alone
+        return build(spec, meta=meta, assets=assets, autoencoders=build_autoencoder, tokenizers=build_tokenizer)
+    return build_composed(made, meta, assets)
 
 
 def build_composed(spec: ComposedSpec | OmniGen2Spec | OvisU1Spec, meta: bool, assets: Path | None) -> ComposedSystem:
     """A composed system, or one of its presets; UserError where its parts cannot meet."""
+    # The parts of the specification; a preset has no say in what it has no field for.
     settings = preset(spec)
+    given: dict[str, Any] = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    asks, between = given.get("conditioner", Part(kind="raw")), given.get("connector", Part(kind="identity"))
+    refiner_part, pooler_part = given.get("refiner"), given.get("pooler")
+    # Each part, as wide as its neighbours need it.
     backbone, backbone_origin = build_backbone(spec.backbone, meta, assets)
     width = settings.common().layers * backbone.width
-    own, nothing = isinstance(spec, ComposedSpec), Part(kind="identity")
-    asks = spec.conditioner if isinstance(spec, ComposedSpec) else Part(kind="raw")
     conditioner, conditioner_origin = build_conditioner(asks, backbone, meta)
     decoder, decoder_origin = build_decoder(spec.decoder, backbone.width, meta)
-    refiner_part: Part | None = getattr(spec, "refiner", None)
-    pooler_part: Part | None = getattr(spec, "pooler", None)
     refiner, refiner_origin = build_refiner(refiner_part, width, decoder, meta) if refiner_part else (None, None)
     autoencoder, autoencoder_origin = build_autoencoder(spec.autoencoder, meta)
     pooler, pooler_origin = build_pooler(pooler_part, meta) if pooler_part else (None, None)
-    between = spec.connector if isinstance(spec, ComposedSpec) else nothing
     if refiner is not None and between.kind != "identity":
         raise UserError("refiner: it takes the MLLM's states itself; leave out the connector")
     out = width if refiner is not None else decoder.condition_width
     connector, connector_origin = build_connector(between, width, out, meta)
-    origins: dict[str, Any] = {"backbone": backbone_origin}
-    if own:
-        origins |= {"conditioner": conditioner_origin, "connector": connector_origin}
-    if not isinstance(spec, OmniGen2Spec):
-        origins |= {"refiner": refiner_origin, "pooler": pooler_origin}
-    origins |= {"decoder": decoder_origin, "autoencoder": autoencoder_origin, "sampling": spec.sampling}
-    if isinstance(spec, OvisU1Spec):
-        origins["release"] = spec.release
+    # What the configuration file says of them, in the fields of the specification.
+    origins: dict[str, Any] = {
+        "backbone": backbone_origin,
+        "conditioner": conditioner_origin,
+        "connector": connector_origin,
+        "refiner": refiner_origin,
+        "pooler": pooler_origin,
+        "decoder": decoder_origin,
+        "autoencoder": autoencoder_origin,
+        "sampling": spec.sampling,
+        "release": given.get("release"),
+    }
+    origins = {name: origin for name, origin in origins.items() if name in given}
     system = ComposedSystem(
         settings,
         kind=spec.kind,
@@ -171,8 +175,8 @@ def preset(spec: ComposedSpec | OmniGen2Spec | OvisU1Spec) -> Preset:
 def build_refiner(part: Part, width: int, decoder: Decoder, meta: bool) -> tuple[TokenRefiner, dict[str, Any]]:
     """A refiner of states of this width for a decoder; its attention has twice the heads of Ovis-U1's decoder."""
     known = {"context_width": width, "hidden": decoder.condition_width}
-    if isinstance(decoder, OvisU1Decoder):
-        known["heads"] = 2 * decoder.config.heads
+    if decoder.refiner_heads is not None:
+        known["heads"] = decoder.refiner_heads
     return build_part("refiner", part, REFINERS, TokenRefiner, known, meta)
 
 

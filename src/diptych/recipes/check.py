@@ -18,8 +18,8 @@ from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
 from diptych.recipes.estimate import Memory, MemoryPlan
 from diptych.recipes.load import start
-from diptych.recipes.recipe import MLLMSpec, Part, Recipe, StageSpec
-from diptych.recipes.run import build_stage, check_parts, check_sizes, image_step, stage_settings
+from diptych.recipes.recipe import Part, Recipe, StageSpec
+from diptych.recipes.run import build_stage, check_parts, check_sizes, stage_settings
 from diptych.recipes.sources import build_data, build_source
 from diptych.systems.base import System
 from diptych.training.loop import freeze
@@ -131,7 +131,7 @@ def _origin(recipe: Recipe, system: System, name: str, part: nn.Module) -> str:
     named = getattr(spec, "init", {}).get(name)  # a plain model that a part of BAGEL starts from
     if named:
         return str(named)
-    components = ("backbone",) if isinstance(spec, MLLMSpec) else getattr(system, "components", ())
+    components = system.components or ("backbone",)
     owned = set(part.parameters())
     for component in components:
         origin: Part | None = getattr(spec, component, None)
@@ -165,7 +165,7 @@ def check_data(
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch_size, SHEET_SAMPLES)
     looked = replace(spec.data, cache=None)  # looking makes no latents
-    mixture, _ = build_data(looked, key(recipe.seed, name), few, image_step(system, images))
+    mixture, _ = build_data(looked, key(recipe.seed, name), few, system.image_step if images else 1)
     reports: list[report.SourceReport] = []
     for source_name, source_spec in spec.data.sources.items():
         source = build_source(source_name, source_spec, spec.data)

@@ -13,7 +13,6 @@ from diptych.core.errors import UserError
 from diptych.recipes.load import start
 from diptych.recipes.recipe import Recipe
 from diptych.recipes.run import save_model
-from diptych.systems.base import AssembledSystem
 
 PUBLISHED_PARTS = {
     "lmm.": "backbone",
@@ -55,7 +54,7 @@ def convert(source: Path, out: Path, recipe: Recipe | None) -> None:
             system = start(dataclasses.replace(recipe, start=str(file)))
         except UserError as error:
             raise UserError(str(error).replace(str(file), str(source))) from error
-        if not isinstance(system, AssembledSystem):
+        if not system.components:
             raise UserError(f"a recipe of kind {system.kind!r} starts from no file of weights")
         published = [entry.name for entry in entries(file)]
         for beginning, part in PUBLISHED_PARTS.items():

@@ -25,8 +25,7 @@ from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
 from diptych.recipes.tables import choose
-from diptych.systems.base import AssembledSystem, System
-from diptych.systems.presets import ComposedConfig, HieraConfig
+from diptych.systems.base import System
 from diptych.training import state
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
@@ -89,7 +88,7 @@ def _load_system(model: str) -> tuple[System, Sampling]:
     raise unreadable(folder, model)
 
 
-def families() -> list[Family]:
+def families() -> list[Family[Any]]:
     """Those whose releases are read and written, in the order in which they are asked."""
     found: list[Any] = [choose("family", name, FAMILIES, Family) for name in FAMILIES]
     return [family() for family in found]
@@ -129,10 +128,8 @@ def read_saved(folder: Path) -> tuple[System, Sampling]:
 def load_folder_weights(system: System, folder: Path) -> None:
     """The weights of a saved folder into a system; parts that the folder refers to are already there."""
 
-    def optional(name: str) -> bool:
-        return isinstance(system, AssembledSystem) and not system.stores(name)
-
-    load_into(system, read_tensors(weight_files(folder)), str(folder), optional=optional)
+    tensors = read_tensors(weight_files(folder))
+    load_into(system, tensors, str(folder), optional=lambda name: not system.stores(name))
 
 
 def from_checkpoint(checkpoint: Path, model: str) -> System:
@@ -164,20 +161,19 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
             if changes:
                 raise UserError(f"{where}: this system has no options that a stage could set")
             return None
-        settings = read(kind, merge(base, changes), where)
-        if isinstance(settings, ComposedConfig) and settings.mask_mode == "mask_token" != base["mask_mode"]:
+        settings = read(type(system.settings), merge(base, changes), where)
+        if getattr(settings, "mask_mode", None) == "mask_token" != base["mask_mode"]:
             raise UserError(f"{where}: mask_mode 'mask_token' is learned; set it for the system, not for a stage alone")
-        if isinstance(settings, HieraConfig) and dataclasses.asdict(settings)["alignment"] != base["alignment"]:
+        if dataclasses.asdict(settings).get("alignment") != base.get("alignment"):
             raise UserError(f"{where}: alignment has a projector of its own; set it for the system, weigh it by stage")
         return settings
 
-    kind = type(system.settings) if isinstance(system, AssembledSystem) else None
-    base = dataclasses.asdict(system.settings) if isinstance(system, AssembledSystem) else None
+    base = None if system.settings is None else dataclasses.asdict(system.settings)
     found = [wanted(position) for position in range(len(stages))]
 
     def apply(position: int) -> None:
         settings = found[position]
-        if isinstance(system, AssembledSystem) and settings is not None:
+        if settings is not None:
             system.settings = settings
 
     return apply
@@ -227,10 +223,9 @@ def words(system: System) -> dict[str, int]:
 
 def own_others(system: System, source: System) -> None:
     """Parts whose weights in `source` are not those that `system` names no longer stand for that name."""
-    if isinstance(system, AssembledSystem) and isinstance(source, AssembledSystem):
-        for part in system.components:
-            if system.origins[part].get("weights") != source.origins[part].get("weights"):
-                system.origins[part] = {**system.origins[part], "weights": None}
+    for part in system.components:
+        if system.origins[part].get("weights") != source.origins[part].get("weights"):
+            system.origins[part] = {**system.origins[part], "weights": None}
 
 
 def copy_weights(system: System, source: System, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from diptych.core.errors import UserError, unknown
 from diptych.recipes.recipe import StageSpec
 from diptych.systems.base import System
-from diptych.systems.composed import ComposedSystem
 
 ANSWERS = "cross_entropy"
 
@@ -17,7 +16,7 @@ def loss_terms(system: System, spec: StageSpec) -> set[str]:
     if tasks - {"understand"}:
         families.add("flow")
         families |= {f"flow_{name}" for name in system.scales}
-        if isinstance(system, ComposedSystem) and system.projector is not None:
+        if getattr(system, "projector", None) is not None:
             families |= {"align", *(f"align_{name}" for name in system.scales)}
     terms = {f"{family}.{task}" for family in families for task in tasks - {"understand"}}
     if "understand" in tasks:

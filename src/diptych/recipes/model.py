@@ -24,7 +24,6 @@ from diptych.inference.placement import (
     place,
 )
 from diptych.recipes.fit import fitted, memory
-from diptych.systems.base import AssembledSystem
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +93,7 @@ class Model(Engine):
             raise UserError(f"{place}: exists already; choose another folder")
         if place.exists():
             place.rmdir()
-        if isinstance(self.system, AssembledSystem):
-            self.system.origins["sampling"] = dataclasses.asdict(self.sampling)
+        self.system.keep_sampling(dataclasses.asdict(self.sampling))
 
         def write(temporary: Path) -> None:
             self.system.save_pretrained(temporary, None if dtype is None else number_format(dtype))

@@ -13,7 +13,7 @@ from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.parts.backbones.published import record_dtype
 from diptych.recipes.load import families, load_system
-from diptych.systems.base import AssembledSystem, System, formats
+from diptych.systems.base import System, formats
 
 Layout = Literal["diptych", "published"]
 
@@ -56,8 +56,7 @@ def write(
     system, sampling = load_system(model)
     if layout == "published":
         return export(system, folder, dtype)
-    if isinstance(system, AssembledSystem):
-        system.origins["sampling"] = dataclasses.asdict(sampling)
+    system.keep_sampling(dataclasses.asdict(sampling))
 
     def written(temporary: Path) -> None:
         system.save_pretrained(temporary, stored or dtype)

@@ -20,6 +20,7 @@ from diptych.checkpoints.finite import check_finite
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import make_folder, write_file, write_folder, write_text
+from diptych.core.image_sizes import both_sides
 from diptych.core.locks import only_writer
 from diptych.core.reading import read_yaml
 from diptych.core.sample import Batch
@@ -33,7 +34,7 @@ from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
 from diptych.reports.pictures import grid
-from diptych.systems.base import AssembledSystem, System
+from diptych.systems.base import System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
@@ -201,8 +202,8 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         check_sizes(system, spec.data)
     if spec.data.cache and recipe.run.num_workers:
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.num_workers to 0")
-    autoencoder = system.autoencoder if isinstance(system, AssembledSystem) else None
-    step = image_step(system, images)
+    autoencoder = getattr(system, "autoencoder", None)
+    step = system.image_step if images else 1
     mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch_size, step, autoencoder)
     batches = (
         [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch_size or spec.batch_size)
@@ -212,24 +213,17 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
 
 def check_sizes(system: System, data: DataSpec) -> None:
     """UserError where the system does not make images of a stage's size, or of one of its buckets."""
-    sizes = [(data.size, data.size) if isinstance(data.size, int) else data.size]
+    sizes = [both_sides(data.size)]
     if data.buckets is not None and isinstance(data.size, int):
-        sizes = make_buckets(data.size, image_step(system, True), data.buckets)
+        sizes = make_buckets(data.size, system.image_step, data.buckets)
     for size in sizes:
         system.latent_shape(*size)
         system.scale_sizes(*size)
 
 
-def image_step(system: System, images: bool) -> int:
-    """Image sides must be multiples of this."""
-    if not images or not isinstance(system, AssembledSystem):
-        return 1
-    return system.image_step
-
-
 def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: DataSpec, size: int) -> list[Batch]:
     """All held-out samples, each source in batches of its own; unreadable ones are left out."""
-    side = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+    side = both_sides(spec.size)
     batches: list[Batch] = []
     for _, source in sources:
         if source is None:
@@ -281,6 +275,5 @@ def scorer(system: System, recipe: Recipe, folder: Path) -> Callable[[int], dict
 
 def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype | None = None) -> None:
     """The whole system in save_pretrained layout, with the recipe's sampling defaults."""
-    if isinstance(system, AssembledSystem):
-        system.origins["sampling"] = dataclasses.asdict(recipe.sampling)
+    system.keep_sampling(dataclasses.asdict(recipe.sampling))
     write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))

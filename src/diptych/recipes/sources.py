@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from diptych.core.errors import UserError, attributed_to
+from diptych.core.image_sizes import both_sides
 from diptych.core.schema import resolved
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.filters import filtered
@@ -110,7 +111,7 @@ def build_data(
 
     parts = [hold_out(whole(name, source), spec.held_out) for name, source in spec.sources.items()]
     shares = [source.weight for source in spec.sources.values()]
-    size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+    size = both_sides(spec.size)
     sizes = None
     if spec.buckets is not None:
         if not isinstance(spec.size, int):

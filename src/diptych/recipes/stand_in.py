@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import both_sides
 from diptych.core.sample import Batch, Message, Sample, Task
 from diptych.parts.backbones.chat import CHATML
 from diptych.recipes.recipe import StageSpec
-from diptych.systems.bagel.system import BagelSystem
 from diptych.systems.base import System
 
 PROMPT_TOKENS = 64
@@ -52,10 +52,10 @@ def stand_in_tokenizer(image_token: str | None = None, image_id: int | None = No
 
 def lend_tokenizer(system: System) -> None:
     """Let a system that was built without files read texts, by the stand-in."""
-    if isinstance(system, BagelSystem):
-        system.tokenizer = stand_in_tokenizer()
-        return
     built: Any = system
+    if system.kind == "bagel":
+        built.tokenizer = stand_in_tokenizer()
+        return
     backbone = built.backbone
     kind = str(built.origins["backbone"]["kind"])
     config = backbone.plain_config()
@@ -74,8 +74,7 @@ def stand_in_batch(stage: StageSpec, count: int, length: float = 1.0) -> Batch:
     """
     if not stage.data.sources:
         raise UserError("a mixture needs at least one source")
-    side = stage.data.size
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = both_sides(stage.data.size)
     image = torch.zeros(3, height, width)
     # Tasks in the shares of their sources, each at least once where there is room: the largest remainder wins.
     weights: dict[Task, float] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -41,6 +41,12 @@ class System(nn.Module, abc.ABC):
     tasks: tuple[Task, ...]
     edit_follows: Literal["first", "last", "only"] = "first"
     """Which of several images gives an edit its shape; `only`: none does where there are several."""
+    settings: Any = None
+    """A frozen dataclass of the options that a stage may change; None for a system without any."""
+    origins: dict[str, Any]
+    """The configuration of each part, with `weights`, a name, as long as they are what was read from it."""
+    components: tuple[str, ...] = ()
+    """Attributes that hold the parts that `origins` tells of and that a saved folder may refer to."""
     alike: ClassVar[bool] = True
     """Whether `losses` runs the same passes of the sharded units for any two batches that have the same tasks."""
 
@@ -138,6 +144,23 @@ class System(nn.Module, abc.ABC):
         return next(self.parameters()).device
 
     @property
+    def image_step(self) -> int:
+        """Image sides must be multiples of this."""
+        return 1
+
+    @property
+    def longest_side(self) -> int | None:
+        """Longest side of an image that it makes, in pixels; None where there is no limit."""
+        return None
+
+    def stores(self, name: str) -> bool:
+        """Whether a saved folder holds the weight of this name."""
+        return True
+
+    def keep_sampling(self, sampling: Mapping[str, Any]) -> None:
+        """Keep these as the sampling defaults of the saved model; nothing for a system that makes no images."""
+
+    @property
     def token_side(self) -> int:
         """Side of a latent token in latent pixels, for guidance that works token by token."""
         return 1
@@ -186,15 +209,9 @@ class System(nn.Module, abc.ABC):
 class AssembledSystem(System):
     """A system of parts that each come from somewhere: an MLLM, a decoder, an autoencoder and what stands between.
 
-    settings: a frozen dataclass of the options that a stage may change. origins: the configuration of each part (with
-    `weights`, a name, as long as they are what was read from it), and the sampling defaults.
+    Its `origins` hold the sampling defaults besides.
     """
 
-    components: tuple[str, ...]
-    """Attributes that hold the parts that `origins` tells of."""
-
-    settings: Any
-    origins: dict[str, Any]
     backbone: Backbone
     decoder: Decoder
     autoencoder: Autoencoder
@@ -215,8 +232,15 @@ class AssembledSystem(System):
 
     @property
     def image_step(self) -> int:
-        """Image sides must be multiples of this."""
         return self.grid.step
+
+    @property
+    def longest_side(self) -> int | None:
+        longest = self.decoder.longest  # where the decoder's grid of positions ends
+        return None if longest is None else longest * self.autoencoder.factor
+
+    def keep_sampling(self, sampling: Mapping[str, Any]) -> None:
+        self.origins["sampling"] = dict(sampling)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self.grid.shape(height, width)

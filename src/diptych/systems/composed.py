@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diptych.core.condition import Condition, ScaleConditions, TokenCondition
+from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.image_sizes import AreaCap
@@ -43,7 +43,7 @@ from diptych.systems.branches import BranchVelocities
 from diptych.systems.meeting import check_parts
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Scales, Targets, canvas_size
 from diptych.systems.preparing import without as without_parts
-from diptych.systems.presets import ComposedConfig, Dropped, HieraConfig, Preset, ResolvedConfig
+from diptych.systems.presets import ComposedConfig, Dropped, Preset
 
 PARTS = ("backbone", "conditioner", "connector", "refiner", "pooler", "decoder", "autoencoder")
 """Attributes that hold the parts that have an origin of their own."""
@@ -135,7 +135,7 @@ class ComposedSystem(AssembledSystem):
     def without(self, batch: Batch, dropped: Dropped) -> Batch:
         return Batch(tuple(without_parts(sample, dropped) for sample in batch))
 
-    def condition(self, requests: Requests) -> Condition:
+    def condition(self, requests: Requests) -> Any:
         """What the decoder sees of requests, whatever the time."""
         config = self.options
         states, mask = self.states(requests)
@@ -150,7 +150,7 @@ class ComposedSystem(AssembledSystem):
             # Real tokens from the right: 1 is the last of a prompt.
             from_end = mask.flip(1).cumsum(1).flip(1)
             states, mask = masked_image.drop(states, mask, from_end <= config.max_states)
-        if isinstance(config, HieraConfig):
+        if self.scales:
             return scaled.conditions(self, states[:, -self.conditioner.count :])
         if config.condition == "queries":
             states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
@@ -213,11 +213,11 @@ class ComposedSystem(AssembledSystem):
     # Decoding
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output = torch.stack(self.decoder.denoise(list(x), t, last_scale(condition)))
+        output = torch.stack(self.decoder.denoise(list(x), t, condition.of_image()))
         return self.options.flow.to_velocity(output, x, t)
 
     def branches(self, conditions: Sequence[Condition]) -> BranchVelocities:
-        decoder = self.decoder.branches([last_scale(condition) for condition in conditions])
+        decoder = self.decoder.branches([condition.of_image() for condition in conditions])
         flow = self.options.flow
 
         def velocities(x: Tensor, t: Tensor, wanted: Sequence[int]) -> list[Tensor]:
@@ -233,10 +233,9 @@ class ComposedSystem(AssembledSystem):
         if inputs.requests is not None and inputs.targets is not None:
             rows = [row for row, task in enumerate(batch.tasks) if task != "understand"]
             condition = self.condition(inputs.requests)
-            if isinstance(condition, ScaleConditions):
+            if self.scales:
                 values = scaled.losses(self, condition, inputs.targets, draws.take(rows), inputs.names)
             else:
-                assert isinstance(condition, TokenCondition)
                 data = self.target_latents(inputs.targets, inputs.names)
                 values = {"flow": self.flow_losses(condition, data, draws.take(rows), inputs.names)}
             for name, value in values.items():
@@ -335,12 +334,11 @@ class ComposedSystem(AssembledSystem):
 
     @property
     def edit_follows(self) -> Literal["first", "last", "only"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        options = self.options
-        return "only" if isinstance(options, ResolvedConfig) and options.edits_fit else "first"
+        return "only" if getattr(self.options, "edits_fit", False) else "first"
 
     def edit_size(self, height: int, width: int) -> tuple[int, int] | None:
         config = self.options
-        if isinstance(config, ResolvedConfig) and config.edits_fit:
+        if self.edit_follows == "only":
             return AreaCap(max_pixels=config.max_pixels).fit(height, width, self.image_step)
         return None if config.canvas is None else canvas_size(config, height, width)
 
@@ -371,13 +369,6 @@ class ComposedSystem(AssembledSystem):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "kind": self.kind}
-
-
-def last_scale(condition: Condition) -> TokenCondition:
-    """The condition of the image itself, where there are several scales."""
-    seen = condition.scales[-1] if isinstance(condition, ScaleConditions) else condition
-    assert isinstance(seen, TokenCondition)
-    return seen
 
 
 def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ B batch, K scales, N_k queries of scale k, D MLLM width, C latent channels, h_k 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,7 @@ from diptych.core.prepared import SizeGroups
 from diptych.objectives.alignment import alignment_loss, resample
 from diptych.objectives.flow_matching import interpolate
 from diptych.parts.backbones.base import Backbone
-from diptych.parts.conditioners.base import Conditioner
-from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
-from diptych.parts.decoders.base import Decoder
-from diptych.parts.decoders.packing import Packed, PackingDecoder, check_layer
+from diptych.parts.decoders.packing import Packed, check_layer
 from diptych.parts.decoders.projector import AlignmentProjector
 from diptych.systems.preparing import Scales, Targets
 from diptych.systems.presets import ComposedConfig, HieraConfig
@@ -33,11 +30,10 @@ if TYPE_CHECKING:
     from diptych.systems.composed import ComposedSystem
 
 
-def scales(config: ComposedConfig, conditioner: Conditioner) -> Scales | None:
-    """The scales of a system; None for one that makes its image alone."""
+def scales(config: ComposedConfig, conditioner: Any) -> Scales | None:
+    """The scales of a system with `HierarchicalQueries`; None for one that makes its image alone."""
     if not isinstance(config, HieraConfig):
         return None
-    assert isinstance(conditioner, HierarchicalQueries), "checked when built"
     return Scales(
         names=conditioner.names,
         sides=conditioner.scales,
@@ -46,23 +42,25 @@ def scales(config: ComposedConfig, conditioner: Conditioner) -> Scales | None:
     )
 
 
-def projector(decoder: Decoder, backbone: Backbone, config: ComposedConfig) -> AlignmentProjector | None:
-    """The projector of the alignment that a configuration asks for."""
+def projector(decoder: Any, backbone: Backbone, config: ComposedConfig) -> AlignmentProjector | None:
+    """The projector of the alignment that a configuration asks for, for the states of a `PackingDecoder`."""
     if not isinstance(config, HieraConfig) or config.alignment is None:
         return None
-    assert isinstance(decoder, PackingDecoder), "checked when built"
     check_layer(decoder, config.alignment.layer)
     return AlignmentProjector(decoder.hidden, backbone.width, config.alignment.hidden)
 
 
+def options(system: ComposedSystem) -> HieraConfig:
+    """The options of a system with scales."""
+    return cast(HieraConfig, system.options)
+
+
 def conditions(system: ComposedSystem, states: Tensor) -> ScaleConditions:
     """Conditions of all scales from the states (B, Q, D) of the appended tokens."""
-    config, conditioner = system.options, system.conditioner
-    assert isinstance(config, HieraConfig)
-    assert isinstance(conditioner, HierarchicalQueries)
+    conditioner: Any = system.conditioner  # `HierarchicalQueries`, as `meeting.check_parts` makes sure
     own = [system.connector(scale) for scale in conditioner.split(states)]  # (B, N_k, C) each
     pooled = None if system.pooled is None else system.pooled(torch.cat(own, dim=1).mean(1))  # (B, P)
-    if config.scale_condition == "cumulative":
+    if options(system).scale_condition == "cumulative":
         own = [torch.cat(own[: k + 1], dim=1) for k in range(len(own))]
     return ScaleConditions(scales=tuple(TokenCondition(tokens=tokens, pooled=pooled) for tokens in own))
 
@@ -71,8 +69,7 @@ def losses(
     system: ComposedSystem, condition: ScaleConditions, targets: Targets, draws: Draws, names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Values (B,) of `flow_SCALE`, and with alignment of `align_SCALE`, for each scale."""
-    config = system.options
-    assert isinstance(config, HieraConfig)
+    config = options(system)
     data = scale_latents(system, targets, names)
     noise = [draws.normal(f"noise.{name}", *x.shape[1:]) for name, x in zip(system.scales, data, strict=True)]
     # Times (B,) of each scale, the same for all where they are shared.
@@ -106,8 +103,7 @@ def decode(
     system: ComposedSystem, config: HieraConfig, xs: list[Tensor], t: list[Tensor], seen: tuple[TokenCondition, ...]
 ) -> Packed:
     """All scales through the decoder: in one pass where they share their time, else one after the other."""
-    decoder = system.decoder
-    assert isinstance(decoder, PackingDecoder)
+    decoder: Any = system.decoder  # a `PackingDecoder`, as `meeting.check_parts` makes sure
     layer = None if config.alignment is None else config.alignment.layer
     if config.shared_timestep:
         return decoder.pack(xs, t[-1], seen, layer)

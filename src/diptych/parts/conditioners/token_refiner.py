@@ -88,8 +88,7 @@ class TokenRefiner(Part):
         """
         init_xavier(self)
         for block in self.blocks:
-            assert isinstance(block, RefinerBlock)
-            nn.init.zeros_(block.gates.weight)
+            nn.init.zeros_(block.gates.weight)  # type: ignore[union-attr]
         if self.cls is not None:
             nn.init.normal_(self.cls, std=0.02)
 

@@ -29,6 +29,8 @@ class Decoder(Part, abc.ABC):
     """Longest latent side that its position grid holds; None for any."""
     pooled_width: int | None = None
     """Width of the pooled vector that it needs beside the tokens; None for none."""
+    refiner_heads: int | None = None
+    """Attention heads of a refiner before it, where its release fixes them."""
     reads_context: bool = False
     """Whether it reads latents of context images beside the noise."""
     max_context: int | None = None

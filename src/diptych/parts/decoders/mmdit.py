@@ -199,8 +199,7 @@ class MMDiT(PackingDecoder):
         for module in self.time.linears:
             nn.init.normal_(module.weight, std=0.02)
         for module in (*self.double_blocks, *self.single_blocks):
-            assert isinstance(module, DoubleBlock | SingleBlock)
-            nn.init.zeros_(module.modulation.weight)
+            nn.init.zeros_(module.modulation.weight)  # type: ignore[union-attr]
         nn.init.zeros_(self.final_modulation.weight)
         nn.init.zeros_(self.final.weight)
 

@@ -141,10 +141,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, turn: Tensor, mask: Tensor | None, time: Tensor | None = None, first: int | None = None
     ) -> Tensor:
-        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) or None, time (B, 1, E) for a modulated block; first: how
+        """x (B, T, W), turn (B, T, K / 2), mask (B, 1, 1, T) or None, time (B, 1, E) of a modulated block; first: how
         many tokens are wanted, all by default."""
-        if isinstance(self.norm1, ModulatedNorm):
-            assert time is not None, "a modulated block needs the time vector"
+        if time is not None:
             normed, gate, mlp_scale, mlp_gate = self.norm1(x, time)
             x = self.norm2.gated(x[:, :first], gate, self.attn(normed, turn, mask, first))
             inner = self.ffn_norm1.times(x, mlp_scale)

@@ -133,6 +133,7 @@ class OvisU1Decoder(Decoder):
         self.patch = config.patch
         self.pooled_width = config.pooled_width or width
         self.reads_context = True
+        self.refiner_heads = 2 * config.heads
 
         self.image_in = nn.Linear(token, width)
         self.time = TimeEmbedding(width)
@@ -157,12 +158,10 @@ class OvisU1Decoder(Decoder):
         for module in self.time.linears:
             nn.init.normal_(module.weight, std=0.02)
         for module in self.double_blocks:
-            assert isinstance(module, DoubleXBlock)
-            nn.init.zeros_(module.image_modulation.weight)
-            nn.init.zeros_(module.text_modulation.weight)
+            nn.init.zeros_(module.image_modulation.weight)  # type: ignore[union-attr]
+            nn.init.zeros_(module.text_modulation.weight)  # type: ignore[union-attr]
         for module in self.single_blocks:
-            assert isinstance(module, SingleBlock)
-            nn.init.zeros_(module.modulation.weight)
+            nn.init.zeros_(module.modulation.weight)  # type: ignore[union-attr]
         nn.init.zeros_(self.final_modulation.weight)
         nn.init.zeros_(self.final.weight)
 

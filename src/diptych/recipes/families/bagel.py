@@ -16,14 +16,12 @@ from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.inference.sampling import Sampling
 from diptych.parts.autoencoders.flux import FILE
-from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.recipes.bagel import CONFIGS, WEIGHTS
 from diptych.recipes.families.base import Family, refuse_existing
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import BagelSpec, Part
 from diptych.systems.bagel.network import NetworkConfig
 from diptych.systems.bagel.system import BagelSystem
-from diptych.systems.base import System
 
 SAMPLING = Sampling(
     size=(1024, 1024),
@@ -39,8 +37,9 @@ SAMPLING = Sampling(
 """The published settings; the release counts times, of which 50 make 49 steps, and so does solver `bagel`."""
 
 
-class Bagel(Family):
+class Bagel(Family[BagelSystem]):
     name = "BAGEL"
+    kind = "bagel"
 
     def detect(self, folder: Path) -> bool:
         return all((folder / name).is_file() for name in (WEIGHTS, *CONFIGS))
@@ -49,18 +48,14 @@ class Bagel(Family):
         network, autoencoder = Part(kind="bagel", weights=model), Part(kind="flux", weights=model)
         return BagelSpec(kind="bagel", network=network, autoencoder=autoencoder), SAMPLING
 
-    def holds(self, system: System) -> bool:
-        return isinstance(system, BagelSystem)
-
-    def to_release(self, system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    def to_release(self, system: BagelSystem, folder: Path, *, dtype: torch.dtype | None = None) -> None:
         if system.config()["autoencoder"]["kind"] != "flux":
             raise UserError(f"{folder}: BAGEL's layout holds a 'flux' autoencoder, this system has another")
         if "lora" in system.named_parts():
             raise UserError(f"{folder}: BAGEL's layout has no place for LoRA adapters; merge them first")
         refuse_existing(folder)
-        assert isinstance(system, BagelSystem)
-        assert isinstance(system.autoencoder, KLAutoencoder)
-        model = system.autoencoder.model
+        autoencoder: Any = system.autoencoder
+        model = autoencoder.model
         source = system.origins["network"].get("weights")
         like = locate(source) if source else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
 from diptych.systems.base import System
 
+S = TypeVar("S", bound=System)
 
-class Family(abc.ABC):
+
+class Family(abc.ABC, Generic[S]):
     """What one family of models has published, in its own layout.
 
     A family with folders gives `detect`, `sizes` and perhaps `from_release`. One whose release is a single file of
@@ -29,6 +31,8 @@ class Family(abc.ABC):
 
     name: ClassVar[str]
     """In messages."""
+    kind: ClassVar[str | None] = None
+    """Of the systems that `to_release` may write."""
     one_file: ClassVar[bool] = False
 
     def detect(self, folder: Path) -> bool:
@@ -58,12 +62,12 @@ class Family(abc.ABC):
         cast_to_files(system)
         return system, sampling
 
-    @abc.abstractmethod
     def holds(self, system: System) -> bool:
         """Whether a system is one of this family, so that `to_release` may write it."""
+        return system.kind == self.kind
 
     @abc.abstractmethod
-    def to_release(self, system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    def to_release(self, system: S, folder: Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a system in the family's layout, for other programs that read it; `folder` appears whole or not at all.
 
         Weights that were read from a release and not trained come out to the bit, in their number formats.
@@ -75,7 +79,7 @@ class Family(abc.ABC):
             UserError: parts that the layout has no place for, or a folder that exists.
         """
 
-    def read_weights(self, system: System, file: Path) -> None:
+    def read_weights(self, system: S, file: Path) -> None:
         """A single file of published weights into a system of the family's parts, strictly.
 
         Raises:

@@ -17,8 +17,9 @@ MODEL_TYPES = ("internvl", "qwen2_5_vl")
 """`model_type` of a config.json, and our kind of backbone."""
 
 
-class PlainMLLM(Family):
+class PlainMLLM(Family[MLLMSystem]):
     name = "InternVL and Qwen2.5-VL"
+    kind = "mllm"
 
     def detect(self, folder: Path) -> bool:
         return read_json(folder / "config.json").get("model_type") in MODEL_TYPES
@@ -30,13 +31,12 @@ class PlainMLLM(Family):
 
     def from_release(self, folder: Path, model: str) -> tuple[System, Sampling]:
         system, sampling = super().from_release(folder, model)
-        assert isinstance(system, MLLMSystem)
         system.origins["backbone"] = {**system.origins["backbone"], "weights": model}
         return system, sampling
 
     def holds(self, system: System) -> bool:
-        return isinstance(system, MLLMSystem) and system.origins["backbone"]["kind"] in MODEL_TYPES
+        return super().holds(system) and system.origins["backbone"]["kind"] in MODEL_TYPES
 
-    def to_release(self, system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    def to_release(self, system: MLLMSystem, folder: Path, *, dtype: torch.dtype | None = None) -> None:
         refuse_existing(folder)
         write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))

@@ -13,22 +13,20 @@ from diptych.checkpoints.tensors import SHARD_BYTES, weight_files
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.inference.sampling import Sampling
-from diptych.parts.autoencoders.published import PublishedAutoencoder
 from diptych.recipes.families.base import Family, refuse_existing
 from diptych.recipes.names import locate
 from diptych.recipes.recipe import OmniGen2Spec, Part
-from diptych.systems.base import System
 from diptych.systems.composed import ComposedSystem
-from diptych.systems.presets import OmniGen2Settings
 
 OMNIGEN2_KINDS = {"backbone": "qwen2_5_vl", "decoder": "omnigen2", "autoencoder": "kl"}
 
 
-class OmniGen2Release(Family):
+class OmniGen2Release(Family[ComposedSystem]):
     """A folder of diffusers' pipeline layout. A part that is still the one of a release keeps that release's
     configuration and tokenizer files to the byte."""
 
     name = "OmniGen2"
+    kind = "omnigen2"
 
     def detect(self, folder: Path) -> bool:
         return omnigen2_files.is_published(folder)
@@ -44,18 +42,14 @@ class OmniGen2Release(Family):
         )
         return OmniGen2Spec(kind="omnigen2", **parts), sampling
 
-    def holds(self, system: System) -> bool:
-        return isinstance(system, ComposedSystem) and isinstance(system.settings, OmniGen2Settings)
-
     def to_release(
         self,
-        system: System,
+        system: ComposedSystem,
         folder: Path,
         *,
         dtype: torch.dtype | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        assert isinstance(system, ComposedSystem)
         for part, kind in OMNIGEN2_KINDS.items():
             have = system.origins[part]["kind"]
             if have != kind:
@@ -64,8 +58,8 @@ class OmniGen2Release(Family):
         source = system.origins["autoencoder"].get("weights")
         like = locate(source) if source else None
 
-        decoder, autoencoder = system.decoder, system.autoencoder
-        assert isinstance(autoencoder, PublishedAutoencoder)  # its kind was checked
+        decoder = system.decoder
+        autoencoder: Any = system.autoencoder  # of diffusers: its kind was checked
         formats = {part: release_format(system, part) for part in OMNIGEN2_KINDS}
 
         def save_mllm(place: Path) -> None:

@@ -14,10 +14,10 @@ from diptych.checkpoints.openuni import load_openuni, openuni_tensors
 from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.files import write_folder
 from diptych.recipes.families.base import Family, refuse_existing
-from diptych.systems.base import AssembledSystem, System
+from diptych.systems.base import System
 
 
-class OneFile(Family):
+class OneFile(Family[System]):
     """A family that is known by the kinds of its parts."""
 
     one_file = True
@@ -26,8 +26,6 @@ class OneFile(Family):
     tensors: ClassVar[Callable[[nn.Module], Iterable[tuple[str, Tensor]]]]
 
     def holds(self, system: System) -> bool:
-        if not isinstance(system, AssembledSystem):
-            return False
         return all(system.origins.get(part, {}).get("kind") == kind for part, kind in self.parts.items())
 
     def read_weights(self, system: System, file: Path) -> None:

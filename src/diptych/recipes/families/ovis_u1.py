@@ -19,15 +19,12 @@ from diptych.core.files import write_folder
 from diptych.core.schema import read
 from diptych.inference.placement import cast
 from diptych.inference.sampling import Sampling, from_legacy
-from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.published import image_settings
-from diptych.parts.decoders.ovis_u1 import OvisU1Decoder
 from diptych.recipes.build import build_system
 from diptych.recipes.families.base import Family, read_json, refuse_existing
 from diptych.recipes.recipe import OvisU1Spec, Part
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedSystem
-from diptych.systems.presets import OvisU1Config
 
 
 def release_spec(config: Mapping[str, Any], where: str, folder: Path | None = None) -> OvisU1Spec:
@@ -97,10 +94,11 @@ def prefix(name: str) -> str:
     return f"{first}.{second}" if first == "visual_generator" else first
 
 
-class OvisU1(Family):
+class OvisU1(Family[ComposedSystem]):
     """A system that was read from that layout keeps its config.json and number formats."""
 
     name = "Ovis-U1"
+    kind = "ovis_u1"
 
     def detect(self, folder: Path) -> bool:
         config = read_json(folder / "config.json")
@@ -113,34 +111,28 @@ class OvisU1(Family):
 
     def from_release(self, folder: Path, model: str) -> tuple[System, Sampling]:
         spec, sampling = self.sizes(folder, model)
-        system = build_system(spec, assets=folder)
-        assert isinstance(system, ComposedSystem)
+        system: Any = build_system(spec, assets=folder)
         read_release(system, folder, read_json(folder / "config.json"))
         return system, sampling
 
-    def holds(self, system: System) -> bool:
-        return isinstance(system, ComposedSystem) and isinstance(system.settings, OvisU1Config)
-
-    def to_release(self, system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-        assert isinstance(system, ComposedSystem)
+    def to_release(self, system: ComposedSystem, folder: Path, *, dtype: torch.dtype | None = None) -> None:
         if system.origins["autoencoder"]["kind"] != "kl":
             raise UserError(f"{folder}: Ovis-U1's layout holds an Ovis-U1 with a KL autoencoder, and nothing else")
-        if not isinstance(system.backbone, Ovis):
-            raise UserError(
-                f"{folder}: Ovis-U1's layout holds an Ovis MLLM, not {system.origins['backbone']['kind']!r}"
-            )
+        mllm = system.origins["backbone"]["kind"]
+        if mllm != "ovis":
+            raise UserError(f"{folder}: Ovis-U1's layout holds an Ovis MLLM, not {mllm!r}")
+        backbone: Any = system.backbone
         refiner, decoder = system.refiner, system.decoder
         assert refiner is not None  # parts of this preset
-        assert isinstance(decoder, OvisU1Decoder)
         if refiner.config.pool != "cls" or system.options.layers != 2 or refiner.config.blocks != 2:
             raise UserError(f"{folder}: Ovis-U1's layout holds a refiner of two layers' states with a CLS token only")
         refuse_existing(folder)
         published = system.origins.get("release") or {}
         config = published.get("config") or write_config(
             {
-                "backbone": system.backbone.plain_config(),
+                "backbone": backbone.plain_config(),
                 "refiner": dataclasses.asdict(refiner.config),
-                "decoder": dataclasses.asdict(decoder.config),
+                "decoder": decoder.plain_config(),
                 "autoencoder": {
                     k: v for k, v in system.origins["autoencoder"]["config"].items() if not k.startswith("_")
                 },
@@ -155,12 +147,12 @@ class OvisU1(Family):
                 kept = dtype or (getattr(torch, given) if given else tensor.dtype)
                 kept = kept if tensor.is_floating_point() else tensor.dtype
                 yield name, tensor.detach().to(kept)
-                if published.get("head") and name == "llm.model.embed_tokens.weight" and system.backbone.tied:
+                if published.get("head") and name == "llm.model.embed_tokens.weight" and backbone.tied:
                     yield HEAD, tensor.detach().to(kept).clone()
 
         def write(temporary: Path) -> None:
             (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-            pixels = system.backbone.settings
+            pixels = backbone.settings
             told = {key: getattr(pixels, ours) for key, ours in PIXELS.items()}
             (temporary / "preprocessor_config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
             write_tensors(temporary, tensors())

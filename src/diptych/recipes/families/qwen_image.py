@@ -27,7 +27,7 @@ QWEN_IMAGE_PROMPTS = Prompts(
 TEMPLATE_TOKENS = 34
 
 
-class QwenImageRelease(Family):
+class QwenImageRelease(Family[System]):
     """A folder of diffusers' pipeline layout, read only."""
 
     name = "Qwen-Image"
@@ -59,9 +59,6 @@ class QwenImageRelease(Family):
             **schedule(folder / "scheduler" / "scheduler_config.json"),
         )
         return spec, sampling
-
-    def holds(self, system: System) -> bool:
-        return False  # its weights go out as LoRA adapters alone
 
     def to_release(self, system: System, folder: Path, *, dtype: torch.dtype | None = None) -> None:
         raise UserError(f"{folder}: whole Qwen-Image pipelines are not written")

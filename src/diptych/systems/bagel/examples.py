@@ -69,6 +69,11 @@ def encode_by_shape(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor]
     return [latents[row] for row in range(len(images))]
 
 
+def images_in(parts: Sequence[Part]) -> int:
+    """How many images a request or conversation has."""
+    return sum(not isinstance(part, str) for part in parts)
+
+
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """An image (3, H, W) in [-1, 1] at `size` (H, W): levels of 8 bits and Pillow's bicubic, as the release does it;
     the image itself where it has the size already."""
@@ -132,7 +137,7 @@ class Reader:
         # 1. Texts and vision patches; images that become latents are kept for the next step.
         planned: list[list[Piece | Tensor]] = []
         for parts, name in zip(requests, where, strict=True):
-            images = sum(not isinstance(part, str) for part in parts)
+            images = images_in(parts)
             plan: list[Piece | Tensor] = []
             for part in parts:
                 if isinstance(part, str):
@@ -151,8 +156,7 @@ class Reader:
             for plan in planned
         ]
         for pieces, parts, name in zip(found, requests, where, strict=True):
-            images = sum(not isinstance(part, str) for part in parts)
-            self.check(sum(piece.item.cost for piece in pieces), config, name, images)
+            self.check(sum(piece.item.cost for piece in pieces), config, name, images_in(parts))
         return found
 
     def request(self, sample: Sample) -> list[Part]:
@@ -178,7 +182,7 @@ class Reader:
             return self._told(sample, config)
         example = Example()
         parts = self.request(sample)
-        count = sum(not isinstance(part, str) for part in parts)
+        count = images_in(parts)
         chances = iter(draws.uniform("drop", 2 * len(parts))[0].tolist())
         for part in parts:
             first, second = next(chances), next(chances)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class Text:
     learned: bool = False
     drop: bool = False
     end_label: int | None = None
+    noised: ClassVar[bool] = False
+    opens: ClassVar[bool] = True
+    closes: ClassVar[bool] = True
+    mode: ClassVar[int] = Mode.CAUSAL
 
     @property
     def cost(self) -> int:
@@ -47,9 +52,26 @@ class Text:
         return 0 if self.drop else len(self.ids) + 2
 
     @property
+    def advance(self) -> int:
+        """How far the rotary id goes on to what follows."""
+        return self.cost
+
+    @property
     def targets(self) -> int:
         """Tokens that are predicted: its ids and eos."""
         return len(self.ids) + 1 if self.learned and not self.drop else 0
+
+    def add(self, row: Row, markers: Markers, position: int, tables: Tables) -> None:
+        """Its tokens at the end of a row, from rotary id `position` on."""
+        start = row.length
+        for offset, id in enumerate([markers.bos, *self.ids, markers.eos]):
+            row.token(id, position + offset)
+        if self.learned:
+            targets = [*self.ids, markers.eos]
+            for offset, label in enumerate(targets):
+                row.learn(start + offset, label, 1 / math.sqrt(len(targets)))
+        if self.end_label is not None:
+            row.learn(row.length - 1, self.end_label, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +83,25 @@ class Vision:
     columns: int
     drop: bool = False
     end_label: int | None = None
+    noised: ClassVar[bool] = False
+    opens: ClassVar[bool] = True
+    closes: ClassVar[bool] = True
+    mode: ClassVar[int] = Mode.FULL
+    targets: ClassVar[int] = 0
+    advance: ClassVar[int] = 1
+    table: ClassVar[str] = "vision"
 
     @property
     def cost(self) -> int:
         """Tokens in a row."""
         return 0 if self.drop else self.rows * self.columns + 2
+
+    def add(self, row: Row, markers: Markers, position: int, tables: Tables) -> None:
+        """As of `Text`. UserError for a grid that is larger than the tower's table."""
+        ids = tables.places(self)
+        row.vision_places += row.image(len(ids), markers, position, self.end_label)
+        row.vision_ids.append(ids)
+        row.vision_lengths.append(len(ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +120,37 @@ class Latent:
     closes: bool = True
     step: int | None = None
     end_label: int | None = None
+    targets: ClassVar[int] = 0
+    table: ClassVar[str] = "latent"
 
     @property
     def cost(self) -> int:
         """Tokens in a row."""
         return 0 if self.drop else self.rows * self.columns + 2
+
+    @property
+    def mode(self) -> int:
+        """Who sees its tokens."""
+        return Mode.NOISE if self.noised and self.step is None else Mode.FULL
+
+    @property
+    def advance(self) -> int:
+        """As of `Text`; what comes after noise stands where the noise stands, until it is read."""
+        if self.drop:
+            return 1
+        return int(not self.noised) if self.step is None else self.step
+
+    def add(self, row: Row, markers: Markers, position: int, tables: Tables) -> None:
+        """As of `Text`. UserError for a grid that is larger than the table of latents."""
+        ids = tables.places(self)
+        places = row.image(len(ids), markers, position, self.end_label)
+        row.latent_places += places
+        row.latent_ids.append(ids)
+        row.latent_grids.append((self.rows, self.columns))
+        if self.noised:
+            row.flow_places += places
+            row.targets += self.opens
+        row.latent_times.append(row.targets - 1 if self.noised else -1)
 
 
 Item = Text | Vision | Latent
@@ -105,12 +167,12 @@ class Tables:
 
     def places(self, item: Vision | Latent) -> Tensor:
         """Places of an image's tokens in its table, (n,). UserError when it has more along a side than the table."""
-        side = self.vision if isinstance(item, Vision) else self.latent
+        side: int = getattr(self, item.table)
         return (stretched_ids if self.stretched else grid_ids)(item.rows, item.columns, side)
 
 
 @dataclass
-class _Row:
+class Row:
     """Lists that grow while a row is packed; `Pack` says what they hold."""
 
     length: int = 0
@@ -138,6 +200,17 @@ class _Row:
         self.text_places.append(self.length)
         self.positions.append(position)
         self.length += 1
+
+    def image(self, count: int, markers: Markers, position: int, end_label: int | None) -> range:
+        """An image of `count` tokens between its markers, all at one rotary id; the places of its tokens."""
+        self.token(markers.start_image, position)
+        places = range(self.length, self.length + count)
+        self.positions += [position] * count
+        self.length += count
+        self.token(markers.end_image, position)
+        if end_label is not None:
+            self.learn(self.length - 1, end_label, 1.0)
+        return places
 
     def learn(self, place: int, label: int, weight: float) -> None:
         self.learned_places.append(place)
@@ -214,89 +287,29 @@ def pack(
     Raises:
         UserError: an image with more tokens along a side than its table.
     """
-    row = _Row()
+    row = Row()
     for number, items in enumerate(samples):
-        begun = row.length
+        begun = opened = row.length
         position = starts[number] if starts else 0
-        opened = row.length
         for item in items:
-            if item.drop:
-                position += not isinstance(item, Text)
-                continue
-            first = not isinstance(item, Latent) or item.opens
-            last = not isinstance(item, Latent) or item.closes
-            if first:
-                opened = row.length
-                row.modes.append(_mode(item))
-            if isinstance(item, Text):
-                position = _add_text(row, item, markers, position)
-            else:
-                _add_image(row, item, markers, position, tables.places(item))
-                position += _advance(item)
-            if last:
-                row.split_lengths.append(row.length - opened)
+            if not item.drop:
+                if item.opens:
+                    opened = row.length
+                    row.modes.append(item.mode)
+                item.add(row, markers, position, tables)
+                if item.closes:
+                    row.split_lengths.append(row.length - opened)
+            position += item.advance
         row.sample_lengths.append(row.length - begun)
     return _frozen(row)
 
 
 def next_position(items: Sequence[Item], start: int = 0) -> int:
     """Rotary id of what follows these items."""
-    for item in items:
-        if isinstance(item, Text):
-            start += item.cost
-        else:
-            start += 1 if item.drop else _advance(item)
-    return start
+    return start + sum(item.advance for item in items)
 
 
-def _mode(item: Item) -> int:
-    if isinstance(item, Text):
-        return Mode.CAUSAL
-    return Mode.NOISE if isinstance(item, Latent) and item.noised and item.step is None else Mode.FULL
-
-
-def _advance(item: Vision | Latent) -> int:
-    if isinstance(item, Vision):
-        return 1
-    return item.step if item.step is not None else int(not item.noised)
-
-
-def _add_text(row: _Row, item: Text, markers: Markers, position: int) -> int:
-    start = row.length
-    for offset, id in enumerate([markers.bos, *item.ids, markers.eos]):
-        row.token(id, position + offset)
-    if item.learned:
-        targets = [*item.ids, markers.eos]
-        for offset, label in enumerate(targets):
-            row.learn(start + offset, label, 1 / math.sqrt(len(targets)))
-    if item.end_label is not None:
-        row.learn(row.length - 1, item.end_label, 1.0)
-    return position + item.cost
-
-
-def _add_image(row: _Row, item: Vision | Latent, markers: Markers, position: int, ids: Tensor) -> None:
-    row.token(markers.start_image, position)
-    places = range(row.length, row.length + len(ids))
-    row.positions += [position] * len(ids)
-    row.length += len(ids)
-    if isinstance(item, Vision):
-        row.vision_places += places
-        row.vision_ids.append(ids)
-        row.vision_lengths.append(len(ids))
-    else:
-        row.latent_places += places
-        row.latent_ids.append(ids)
-        row.latent_grids.append((item.rows, item.columns))
-        if item.noised:
-            row.flow_places += places
-            row.targets += item.opens
-        row.latent_times.append(row.targets - 1 if item.noised else -1)
-    row.token(markers.end_image, position)
-    if item.end_label is not None:
-        row.learn(row.length - 1, item.end_label, 1.0)
-
-
-def _frozen(row: _Row) -> Pack:
+def _frozen(row: Row) -> Pack:
     def whole(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long)
 

@@ -12,7 +12,6 @@ from diptych.core.prepared import Prepared, Preparer
 from diptych.core.sample import Sample, Task
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.examples import Example, Reader
-from diptych.systems.bagel.items import Latent, Text
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,12 @@ class BagelPreparer(Preparer):
             raise UserError(f"{sample.id}: task {sample.task!r} is none of BAGEL's; it has {', '.join(self.tasks)}")
         example = self.reader.example(sample, self.settings, draws)
         if sample.task == "understand":
-            targets = [item.targets for item in example.items if isinstance(item, Text) and item.targets]
+            targets = [item.targets for item in example.items if item.targets]
             family, count = "cross_entropy", float(sum(targets))
             weight = sum(map(math.sqrt, targets)) if self.settings.mean == "root" else count
         else:
-            noised = [item for item in example.items if isinstance(item, Latent) and item.noised]
-            family, count = "flow", float(sum(item.rows * item.columns for item in noised))
+            noised = [item for item in example.items if item.noised]
+            family, count = "flow", float(sum(item.cost - 2 for item in noised))
             weight = count
         weight = 1.0 if self.settings.mean == "sample" else weight
         return Prepared(
