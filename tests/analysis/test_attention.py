@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,3 +171,39 @@ def test_mistakes(tiny_model: Path) -> None:
     mllm = load("toy/mllm")
     with pytest.raises(UserError, match="makes no images"):
         word_attention.attend(mllm, [words.parse("a red circle")])
+
+
+@pytest.mark.parametrize("name", ["bagel", "omnigen2", "ovis_u1", "hieraquery", "tiny"])
+def test_words_are_watched_on_the_way_that_the_model_draws(
+    name: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own solver, guidance and schedule: the latents are those that `generate` goes through."""
+    engine = load(str(tiny_model)) if name == "tiny" else toy(name)
+    system, text = engine.system, "a red circle left of a blue square"
+    walks: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    branches, velocity = system.branches, system.velocity
+
+    def drawing(conditions: Any) -> Any:
+        inner = branches(conditions)
+
+        def velocities(x: torch.Tensor, t: torch.Tensor, wanted: Any) -> Any:
+            walks[0].append(x[0].clone())
+            return inner(x, t, wanted)
+
+        return velocities
+
+    def watching(x: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+        if not walks[1] or not torch.equal(walks[1][-1], x[0]):  # not the other branches of a step
+            walks[1].append(x[0].clone())
+        return velocity(x, t, condition)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "branches", drawing)
+        sample = Sample(id="prompt", task="text_to_image", text=text)
+        engine.tensors([sample], n=1, seed=0, prompt_expansion=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "velocity", watching)
+        word_attention.attend(engine, [words.parse(text)], steps=2)
+    assert len(walks[1]) >= 2
+    for drawn, watched in zip(*walks, strict=False):
+        torch.testing.assert_close(watched, drawn, atol=1e-4, rtol=1e-4)

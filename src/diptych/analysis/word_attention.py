@@ -32,8 +32,8 @@ from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
 from diptych.inference.engine import Engine
-from diptych.inference.sampling import shift_at
-from diptych.inference.solvers import times
+from diptych.inference.guidance import Branch
+from diptych.inference.scales import View, views
 from diptych.parts.backbones.internvl import InternVL
 from diptych.parts.backbones.ovis import Ovis
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
@@ -123,29 +123,39 @@ def attend(
         raise UserError(f"{engine.name}: makes no images from text, so no words to attend to")
     if isinstance(system.decoder, ZImage):
         raise UserError(f"{engine.name}: Z-Image pads image and text together; its words cannot be told apart")
-    if not 1 <= steps <= engine.sampling.steps:
-        raise UserError(f"steps must be from 1 to the model's {engine.sampling.steps}, not {steps}")
+    [view] = views(system, engine.sampling.size, "last")
+    most = len(engine.plan(view, engine.sampling)[0].times)
+    if not 1 <= steps <= most:
+        raise UserError(f"steps must be from 1 to the model's {most}, not {steps}")
     found: list[WordAttention] = []
     for number, prompt in enumerate(prompts):
-        found.append(_one(engine, system, prompt, steps, key(seed, number, 0)))
+        found.append(_one(engine, system, view, prompt, steps, key(seed, number, 0)))
         if progress is not None:
             progress(number + 1, len(prompts))
     return found
 
 
-def _one(engine: Engine, system: AssembledSystem, prompt: Prompt, steps: int, noise: int) -> WordAttention:
+def _one(engine: Engine, system: AssembledSystem, view: View, prompt: Prompt, steps: int, noise: int) -> WordAttention:
     sampling = engine.sampling
     sample = Sample(id=f"prompt {prompt.text!r}", task="text_to_image", text=prompt.text, size=sampling.size)
     batch = Batch((sample,)).to(system.device)
     request = read(system, batch)
-    null = _last(system.encode(system.without(batch, "text_and_images"))) if sampling.cfg != 1 else None
-    shape = system.latent_shape(*sampling.size)
-    latents = shape[1] * shape[2] // _side(system) ** 2
-    t = times(sampling.steps, shift_at(sampling.timestep_shift, shape[1] * shape[2] // 4))
-    x = Draws([noise], system.device).normal("noise", *shape)
+    # The model's own solver and guidance; what the prompt gets is measured in the branch that has it.
+    solver, guidance = engine.plan(view, sampling)
+    others: dict[Branch, Condition] = {
+        branch: view.of(system.encode(engine.version(branch, batch, sampling.negative)))
+        for branch in guidance.branches(batch)
+        if branch != "full"
+    }
+    latents = view.shape[1] * view.shape[2] // _side(system) ** 2
     by_step: list[Tensor] = []
     texts: list[list[float]] = []
-    for now, after in zip(t[:steps].tolist(), t[1 : steps + 1].tolist(), strict=True):
+    made: list[int] = []
+    walk = solver.walk(
+        Draws([noise], system.device).normal(view.noise, *view.shape), lambda step: made.append(step.number)
+    )
+    x, now = next(walk)
+    while True:
         rows: list[Tensor] = []
         masses: list[float] = []
 
@@ -160,12 +170,19 @@ def _one(engine: Engine, system: AssembledSystem, prompt: Prompt, steps: int, no
             v = system.velocity(x, at, request.condition)
         if not rows:
             raise UserError(f"{engine.name}: no attention of the image to the prompt was found in its decoder")
-        if null is not None:
-            bare = system.velocity(x, at, null)
-            v = bare + sampling.cfg * (v - bare)
-        x = x + (after - now) * v
-        by_step.append(torch.stack(rows).cpu())  # (layers, G, L)
-        texts.append(masses)
+        if len(by_step) == len(made):  # a solver may ask again within a step
+            by_step.append(torch.stack(rows).cpu())  # (layers, G, L)
+            texts.append(masses)
+        if others and guidance.acts(now):
+            velocities: dict[Branch, Tensor] = {name: system.velocity(x, at, other) for name, other in others.items()}
+            velocities["full"] = v
+            v = guidance.combine(velocities, now)
+        try:
+            x, now = walk.send(v)
+        except StopIteration:
+            break
+        if len(made) == steps:
+            break
     share = torch.stack(by_step)  # (steps, layers, G, L)
     tokenizer = tokenizer_of(system)
 
