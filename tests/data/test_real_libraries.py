@@ -46,3 +46,31 @@ def test_images_saved_as_parquet_carry_bytes_or_paths(tmp_path: Path) -> None:
     sample = ParquetSource(tmp_path / "p.parquet", cache=tmp_path / "cache").load(0, ItemDraws(0), (8, 8))
     assert sample.image is not None
     assert sample.image[:, 0, 0].tolist() == [1, -1, -1]
+
+
+def stored(path: Path) -> dict[str, Any]:
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()[0]["image"]
+
+
+def test_an_image_painted_in_place_is_stored_as_its_file_was(tmp_path: Path) -> None:
+    """Nothing of ours is written through `datasets`; who prepares data with it has to copy the image first."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    image = Image.open(tmp_path / "a.png")
+    image.paste("blue", (0, 0, 8, 8))
+    features = datasets.Features({"image": datasets.Image()})
+    painted = datasets.Dataset.from_dict({"image": [image]}, features=features)
+    assert painted[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    copied = datasets.Dataset.from_dict({"image": [image.copy()]}, features=features)
+    assert copied[0]["image"].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_parquet_holds_paths_and_a_saved_folder_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    paths = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).cast_column("image", datasets.Image())
+    paths.to_parquet(tmp_path / "p.parquet")
+    assert stored(tmp_path / "p.parquet") == {"bytes": None, "path": str(tmp_path / "a.png")}
+    paths.save_to_disk(tmp_path / "saved")
+    read = datasets.load_from_disk(tmp_path / "saved").cast_column("image", datasets.Image(decode=False))
+    assert read[0]["image"]["bytes"] == png("red")
