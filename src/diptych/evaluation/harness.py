@@ -143,6 +143,8 @@ def one_seed(
         meet(worker)
     if place is not None and not worker.rank:
         gather_replies(store, place, items)
+        if task.submits:
+            task.write_submission(place, store.read(items)[0])
     if journal is None:
         return Drawn(rows=[], missing=[], pictures={}, model=None)
     # 3. Outputs without a row are scored, each process its part; the first one takes the others' rows over.

@@ -228,6 +228,15 @@ class Task(abc.ABC):
     def about(self) -> dict[str, Any]:
         """Everything that decides the scores of given outputs: models, prompts, convention."""
 
+    @property
+    def submits(self) -> bool:
+        """Whether the outputs are scored elsewhere, and are written for it."""
+        return False
+
+    def write_submission(self, place: Path, outputs: Sequence[Output]) -> None:
+        """Write outputs in the form that the benchmark's publisher scores."""
+        raise NotImplementedError(f"{self.name}: is scored here")
+
     def made_with(self) -> dict[str, Any]:
         """Everything of the task that decides the outputs, beside the model and its sampling."""
         listed = [(item.id, item.text or item.prompt, item.position) for item in self.items()]

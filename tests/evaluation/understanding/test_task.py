@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,6 +185,31 @@ def test_what_only_counts_together_is_compared_together(
     assert (first["ocrbench"]["overall"], second["ocrbench"]["overall"]) == (0, 4)
     assert any("the share of right replies" in warning for warning in found["pope"].warnings)
     assert found["mmvp"].items == 2
+
+
+def test_replies_without_published_answers_are_written_for_the_server(
+    published: Published, tools: Tools, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "question": f'Which <{row["index"]}> & "why"?'} for row in choices(3)]
+    for row in rows:
+        del row["answer"]
+    published("mmbench_test_en", rows)
+    say(monkeypatch, engine, {}, "B\x07")
+    out = tmp_path / "out"
+    evaluate(engine, ["mmbench_test_en"], output=out, tools=tools, only="generate")
+    sheet = out / "mmbench_test_en" / "submission.xlsx"
+    with zipfile.ZipFile(sheet) as archive:
+        for name in archive.namelist():
+            ElementTree.fromstring(archive.read(name))
+        tree = ElementTree.fromstring(archive.read("xl/sheet1.xml"))
+    lines = [["".join(cell.itertext()) for cell in row] for row in tree[0]]
+    columns = [name for name in rows[0] if name != "image"]
+    assert lines[0] == [*columns, "prediction"]
+    assert lines[1:] == [[*(str(row[name]) for name in columns), "B"] for row in rows]
+    before = sheet.read_bytes()
+    with pytest.raises(UserError, match=r"no answer in the file.*submission.xlsx"):
+        evaluate(engine, ["mmbench_test_en"], output=out, tools=tools)
+    assert sheet.read_bytes() == before
 
 
 def test_killed_and_resumed_loses_and_repeats_nothing(published: Published, tmp_path: Path) -> None:

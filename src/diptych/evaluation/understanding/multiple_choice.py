@@ -84,7 +84,7 @@ def read_letters(
         if row.get("answer") in (None, ""):
             raise UserError(
                 f"row {row.get('index')}: no answer in the file, so it cannot be scored here; "
-                "its publisher's server scores the replies"
+                "its publisher's server scores the replies, which stand in submission.xlsx beside them"
             )
         letter = None if reply is None else reader(reply, choices(row))
         read.append(letter)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diptych.core.files import write_bytes
 from diptych.core.sample import Message, Sample
 from diptych.evaluation.download import STATED, Data, File, check, file_digest
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
@@ -19,6 +20,7 @@ from diptych.evaluation.understanding.judged import Reading
 from diptych.evaluation.understanding.profiles import PLAIN, PROFILES
 from diptych.evaluation.understanding.question import question
 from diptych.evaluation.understanding.scored import Scored
+from diptych.evaluation.understanding.submission import NAME, submission
 from diptych.inference.engine import Engine, from_pil
 
 ATTEMPTS = 3
@@ -140,6 +142,15 @@ class Understanding(ReplyTask):
             label = prompt_label(self.tools, self.benchmark.reading.name)
             judging = {"judge_prompt": label, **judge_about(self.tools.require_judge(self.name))}
         return {"files": "; ".join(self.located[1].values()), **judging}
+
+    @property
+    def submits(self) -> bool:
+        """The publisher keeps the answers, as of MMBench's test splits."""
+        return self.benchmark.reading is None and not any(item.facts["row"].get("answer") for item in self.questions)
+
+    def write_submission(self, place: Path, outputs: Sequence[Output]) -> None:
+        rows = [output.item.facts["row"] for output in outputs]
+        write_bytes(place / NAME, submission(rows, [output.reply or "" for output in outputs]))
 
     def made_with(self) -> dict[str, Any]:
         return {**super().made_with(), "profile": self.tools.profile, "files": self.located[1]}
