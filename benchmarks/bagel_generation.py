@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from diptych.core.positions import grid_ids
-from diptych.inference.solvers import times
 from diptych.parts.backbones.mot import MoTConfig
 from diptych.parts.backbones.siglip_navit import SigLIPConfig
 from diptych.systems.bagel.context import Piece, condition, empty_context, latent_piece, read, text_piece, vision_piece
@@ -119,6 +118,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    from diptych.inference.solvers import times
+
     torch.set_num_threads(1)
     net = network(args.width, args.layers)
     torch.nn.init.normal_(net.port.proj_out.weight, std=0.02)
