@@ -29,7 +29,8 @@ class Case:
 
 
 def _case(about: str, function: str, **options: Any) -> Case:
-    return Case(about, *function.split("."), options)
+    module, name = function.split(".")
+    return Case(about, module, name, options)
 
 
 CASES: dict[str, Case] = {

@@ -11,12 +11,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    SanaPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from cases.sampling import branches
@@ -108,7 +106,8 @@ def sana() -> Ways:
     padded = torch.cat([negative, torch.zeros(1, 48, 256)], dim=1)
     mask = torch.arange(60)[None] < 12
     parts: Any = {"vae": None, "text_encoder": None, "tokenizer": None}
-    pipeline = quiet(SanaPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=decoder.model, **parts))
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    pipeline = quiet(SanaPipeline(scheduler=scheduler, transformer=decoder.model, **parts))
 
     def theirs() -> Any:
         return pipeline(

@@ -44,6 +44,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--solver", help="euler, heun (two calls a step), bagel, dpmpp_2m, unipc, flow_match_euler")
     group.add_argument("--timestep-shift", metavar="SHIFT", help="of the times: a number, root, flux or qwen_image")
     group.add_argument(
+        "--cache", help="velocities from earlier steps where they change little: off, safe, fast, or a threshold"
+    )
+    group.add_argument(
         "--prompt-expansion", type=int, metavar="TOKENS", help="to write before each image about it, 0 for none"
     )
     group.add_argument("--batch-size", type=int, help="images per decoder run")
@@ -58,6 +61,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Engine.generate` that were given."""
     found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
     given: dict[str, Any] = {"steps": args.steps, "cfg": args.cfg, "solver": args.solver, "batch_size": args.batch_size}
+    given["cache"] = None if args.cache is None else shift(args.cache)
     given["timestep_shift"] = None if args.timestep_shift is None else shift(args.timestep_shift)
     given["scales"] = getattr(args, "scales", None)
     given["image_cfg"] = getattr(args, "image_cfg", None)

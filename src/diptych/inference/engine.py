@@ -20,6 +20,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
 from diptych.data.imaging import AnyImage, as_image, to_tensor
+from diptych.inference.caching import cached, threshold_of
 from diptych.inference.chat import Chat
 from diptych.inference.edit_sizes import edit_size
 from diptych.inference.guidance import ALWAYS, Branch, Guidance, guided
@@ -308,7 +309,12 @@ class Engine:
                     drawn: list[Tensor] = []
                     for view, solver, guidance in passes:
                         seen: dict[Branch, Condition] = {name: view.of(shared[name]) for name in branches}
-                        velocity = guided(self.system.branches(list(seen.values())), list(seen), guidance)
+                        compared = cached(
+                            self.system.branches(list(seen.values())),
+                            threshold_of(settings.cache),
+                            settings.cache_order,
+                        )
+                        velocity = guided(compared, list(seen), guidance)
                         latents = solver.solve(velocity, draws.normal(view.noise, *view.shape), watch)
                         drawn.append(self.system.to_images(latents).clamp(-1, 1).float().cpu())  # (B, 3, H, W)
                     for place, (_, row) in enumerate(block):

@@ -12,6 +12,7 @@ from annotated_types import Interval, Le
 from diptych.core.errors import UserError, unknown
 from diptych.core.ranges import check_ranges
 from diptych.inference.bagel_guidance import BagelGuidance
+from diptych.inference.caching import threshold_of
 from diptych.inference.guidance import ALWAYS, ChainGuidance, Guidance, OmniGen2Guidance, QwenImageGuidance
 from diptych.inference.solvers import SOLVERS, Solver, make_solver
 from diptych.objectives.flow_matching import resolution_shift, root_shift
@@ -43,7 +44,10 @@ class Sampling:
     options ({"kind": "bagel", "interval": [0.4, 1.0], "renorm": "global"}); see `GUIDANCES`. cfg_range: steps that are
     guided, first and last as shares of all steps. negative: the text that guidance leads away from.
     timestep_shift: of the times; "root" (OmniGen2's), "flux" and "qwen_image" go by the latent's size. shift_terminal:
-    the time that the last step begins at, 0 for what the grid gives. solver: see `inference.solvers`. batch_size:
+    the time that the last step begins at, 0 for what the grid gives. solver: see `inference.solvers`. cache:
+    how wrong a velocity may be that is derived from those of earlier steps instead of computed ("safe", "fast", or the
+    threshold itself; see `inference.caching`). cache_order: 0 repeats the last velocity, 1 draws a line through the last
+    two, and so on. batch_size:
     images per decoder run (each takes as many rows as guidance has branches).
     prompt_expansion: tokens that a model may write before each image about what is to be in it (BAGEL's thinking), 0
     for none; prompt_expansion_temperature: at which they are drawn, 0 for the likeliest. edit: other values of these
@@ -60,6 +64,8 @@ class Sampling:
     timestep_shift: Shift = 1.0
     shift_terminal: float = 0.0
     solver: str = "euler"
+    cache: float | Literal["off", "safe", "fast"] = "off"
+    cache_order: Annotated[int, Interval(ge=0, le=3)] = 0
     batch_size: int = 16
     prompt_expansion: int = 0
     prompt_expansion_temperature: float = 0.0
@@ -85,6 +91,7 @@ class Sampling:
             raise unknown("solver", self.solver, SOLVERS)
         if self.solver == "dpmpp_2m" and self.shift_terminal:
             raise UserError("shift_terminal does not go with solver 'dpmpp_2m', whose times end at 0")
+        threshold_of(self.cache)
         self.guide()
         if self.prompt_expansion < 0:
             raise UserError(f"prompt_expansion must not be negative, not {self.prompt_expansion}")
