@@ -46,9 +46,8 @@ class Sampling:
     timestep_shift: of the times; "root" (OmniGen2's), "flux" and "qwen_image" go by the latent's size. shift_terminal:
     the time that the last step begins at, 0 for what the grid gives. solver: see `inference.solvers`. cache:
     how wrong a velocity may be that is derived from those of earlier steps instead of computed ("safe", "fast", or the
-    threshold itself; see `inference.caching`). cache_order: 0 repeats the last velocity, 1 draws a line through the last
-    two, and so on. batch_size:
-    images per decoder run (each takes as many rows as guidance has branches).
+    threshold itself; see `inference.caching`). cache_order: 0 repeats the last velocity, 1 draws a line through the
+    last two, and so on. batch_size: images per decoder run (each takes as many rows as guidance has branches).
     prompt_expansion: tokens that a model may write before each image about what is to be in it (BAGEL's thinking), 0
     for none; prompt_expansion_temperature: at which they are drawn, 0 for the likeliest. edit: other values of these
     fields for edits.
