@@ -63,8 +63,7 @@ class Bench:
 
     def tell(self, what: str, name: str, tried: int, lost: Sequence[str]) -> None:
         self.rows.append(f"| {what} | {name} | {tried:,} | {len(lost)} |")
-        if ALL or lost:
-            pass
+        print(self.rows[-1], *lost[:20], sep="\n", flush=True)
         assert not lost, "\n".join(lost[:20])
 
 

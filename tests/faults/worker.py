@@ -38,9 +38,11 @@ def serve(model: str) -> None:
         importlib.import_module(name)
     load(model)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork takes one thread along"
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         jobs = json.loads(line)
-        [start(job) for job in jobs]
+        children = [start(job) for job in jobs]
+        print(json.dumps([end(job, *child) for job, child in zip(jobs, children, strict=True)]), flush=True)
 
 
 def start(job: dict[str, Any]) -> tuple[int, int]:
