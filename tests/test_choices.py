@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS
+from diptych.recipes import plain as plain_recipes
 from diptych.recipes import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ ROW = re.compile(r"^\| [^|]+ \| `([\w./]+): ([\w.]+)` \| `([^`]+)` \| [^|]+ \|$"
 ROWS = [
     match.groups() for line in (ROOT / "docs" / "choices.md").read_text().splitlines() if (match := ROW.match(line))
 ]
-NAMES = recipes.names()
+NAMES = plain_recipes.names()
 
 
 @cache
@@ -105,7 +106,7 @@ OTHERS: dict[str, tuple[float, ...]] = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_of_headers_are_the_recipes(name: str) -> None:
-    text = " ".join(recipes.header(name))
+    text = " ".join(plain_recipes.header(name))
     for kind, pattern in NAMED.items():
         for match in pattern.finditer(text):
             value = float(match.group(1).replace(",", ""))
@@ -118,7 +119,9 @@ def test_numbers_of_headers_are_the_recipes(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_that_headers_name_are_there(name: str) -> None:
     families = "|".join(sorted({each.split("/")[0] for each in NAMES} - {"toy"}))
-    for match in re.finditer(rf"(?<![\w./-])((?:{families})/[\w./]*\w)(?![\w{{*/])", " ".join(recipes.header(name))):
+    for match in re.finditer(
+        rf"(?<![\w./-])((?:{families})/[\w./]*\w)(?![\w{{*/])", " ".join(plain_recipes.header(name))
+    ):
         if match.group(1).split("/")[0] not in ("toy",) and "." not in match.group(1).rsplit("/", 1)[-1]:
             assert match.group(1) in NAMES or any(each.startswith(match.group(1)) for each in NAMES), match.group(1)
 

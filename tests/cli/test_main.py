@@ -33,6 +33,42 @@ def test_help_of_every_command_without_torch() -> None:
         assert f"usage: diptych {name}" in done.stdout
 
 
+LISTED = """
+import sys
+from diptych.cli.main import main
+assert main(["recipes"]) == 0
+assert main(["recipes", "iomm/b_"]) == 0
+assert main(["recipes", "toy/iomm_finetune_mix"]) == 0
+heavy = {"torch", "transformers", "numpy", "PIL", "diptych.recipes.recipe"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_recipes_are_listed_and_shown_without_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", LISTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+LOADED = """
+import sys
+import diptych
+diptych.load("toy/iomm", device="cpu")
+others = {
+    "diffusers", "peft", "transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.siglip.modeling_siglip",
+    "diptych.systems.bagel.system", "diptych.parts.backbones.ovis", "diptych.parts.backbones.t5",
+    "diptych.parts.decoders.omnigen2", "diptych.parts.decoders.ovis_u1", "diptych.parts.autoencoders.kl",
+    "diptych.parts.conditioners.clip_text", "diptych.evaluation.evaluate", "matplotlib",
+} & set(sys.modules)
+assert not others, others
+"""
+
+
+def test_a_model_imports_the_parts_that_it_has() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_exit_code_and_one_line_of_a_process() -> None:
     command = [sys.executable, "-m", "diptych", "generate", "toy/iomm", "a red circle", "-o", "one.txt"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -111,6 +111,12 @@ def test_check_names_the_row(tiny_plain: dict[str, Any], capsys: pytest.CaptureF
 def test_recipes(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     assert "iomm/b_pretrain_image" in capsys.readouterr().out
+    assert main(["recipes", "hieraquery/ab"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("hieraquery/ablation/") and len(line) <= 120 for line in lines)
+    assert main(["recipes", "iomm/b_pretrain_imaje"]) == 2
+    assert "iomm/b_pretrain_image" in capsys.readouterr().err
     assert main(["recipes", "tiny.yaml", "--set", "seed=9"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("# A tiny recipe.\n# not run\n")

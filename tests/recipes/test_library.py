@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 from diptych.core.schema import read
+from diptych.recipes import plain as plain_recipes
 from diptych.recipes import recipe as recipes
 from diptych.recipes.build import build_system
 from diptych.recipes.published import SIZES, published_config
@@ -60,7 +61,7 @@ def released() -> Iterator[None]:
     built.cache_clear()
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", plain_recipes.names())
 def test_recipe_builds_on_meta(name: str) -> None:
     recipe = loaded(name)
     system = built(shape(recipe))
@@ -72,9 +73,9 @@ def test_recipe_builds_on_meta(name: str) -> None:
             assert count(system.named_parts()[part]) > 0
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", plain_recipes.names())
 def test_header_says_where_it_comes_from_and_how_it_is_run(name: str) -> None:
-    lines = recipes.header(name)
+    lines = plain_recipes.header(name)
     assert len(lines) >= 2
     command = f"train {name}" if name != "toy/quickstart" else "diptych quickstart"
     assert any(command in line for line in lines)
@@ -94,7 +95,7 @@ def test_every_parameter_is_in_exactly_one_part() -> None:
         assert set(owned) == {id(p) for p in system.parameters()}
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("iomm/")])
+@pytest.mark.parametrize("name", [name for name in plain_recipes.names() if name.startswith("iomm/")])
 def test_iomm_recipes_have_the_tables_values(name: str) -> None:
     """Tables 4, 5 and 6: rate, clipping, decay, batch and steps from epochs."""
     recipe = loaded(name)
@@ -145,7 +146,7 @@ def test_unknown_sizes_name_the_known_ones() -> None:
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in SIZES.glob("*.json"))
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("toy/sgt_")])
+@pytest.mark.parametrize("name", [name for name in plain_recipes.names() if name.startswith("toy/sgt_")])
 def test_tuning_does_not_repeat_the_training_of_its_start(name: str) -> None:
     recipe = loaded(name)
     assert list(recipe.stages) == ["tune"]

@@ -10,7 +10,8 @@ import yaml
 
 from diptych.core.errors import UserError
 from diptych.recipes.load import stage_settings
-from diptych.recipes.recipe import find, header, load, load_plain, merge, parse, set_value
+from diptych.recipes.plain import find, header, load_plain, merge, set_value
+from diptych.recipes.recipe import load, parse
 from diptych.recipes.run import difference, start
 from diptych.systems.composed import ComposedSystem
 

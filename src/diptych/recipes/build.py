@@ -16,10 +16,8 @@ from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.base import Conditioner, Connector
-from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
-from diptych.parts.decoders.lora import add_lora
 from diptych.parts.part import Part as PartClass
 from diptych.recipes.legacy import read_config
 from diptych.recipes.names import locate, shipped
@@ -227,6 +225,8 @@ def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str
     """A decoder; its condition is as wide as the MLLM where the recipe does not say."""
     decoder, origin = build_part("decoder", part, DECODERS, Decoder, {"condition_width": width}, meta)
     if part.lora:
+        from diptych.parts.decoders.lora import add_lora  # peft and diffusers, for adapters alone
+
         add_lora(decoder, **dataclasses.asdict(part.lora))
     return decoder, origin
 
@@ -238,11 +238,11 @@ def build_autoencoder(part: Part, meta: bool) -> tuple[Autoencoder, dict[str, An
 
 
 @attributed_to("pooler")
-def build_pooler(part: Part, meta: bool) -> tuple[ClipText, dict[str, Any]]:
+def build_pooler(part: Part, meta: bool) -> tuple[Any, dict[str, Any]]:
     """A text encoder that gives one vector for a prompt, frozen, by the name of its weights."""
     if not part.weights and not meta:
         raise UserError("pooler: it is never trained, so that it needs `weights`")
-    return build_part("pooler", part, POOLERS, ClipText, {}, meta)
+    return build_part("pooler", part, POOLERS, PartClass, {}, meta)
 
 
 P = TypeVar("P", bound=PartClass)

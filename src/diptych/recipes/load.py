@@ -23,7 +23,8 @@ from diptych.recipes.families.mllm import MODEL_TYPES
 from diptych.recipes.legacy import read_config, with_new_names
 from diptych.recipes.model import Model
 from diptych.recipes.names import locate
-from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, merge, parse
+from diptych.recipes.plain import merge
+from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, parse
 from diptych.recipes.tables import choose
 from diptych.systems.base import System
 from diptych.training import state

@@ -20,9 +20,10 @@ from diptych.evaluation import evaluate, toyeval
 from diptych.evaluation.results import TaskResult, versions
 from diptych.inference.engine import Engine, from_pil, to_pil
 from diptych.recipes.load import load
+from diptych.recipes.plain import load_plain as load_recipe
+from diptych.recipes.plain import set_value
 from diptych.recipes.quickstart_folder import check_room, clear, marked
-from diptych.recipes.recipe import Recipe, StageSpec, parse, set_value
-from diptych.recipes.recipe import load_plain as load_recipe
+from diptych.recipes.recipe import Recipe, StageSpec, parse
 from diptych.recipes.run import train_recipe
 from diptych.reports import quickstart as reports
 from diptych.reports.pictures import grid

@@ -21,7 +21,8 @@ from diptych.evaluation import toyfeatures, toyscales, toyvqa
 from diptych.evaluation.evaluate import TOYS
 from diptych.recipes.build import build_system
 from diptych.recipes.names import locate
-from diptych.recipes.recipe import Recipe, load_plain, merge, parse, set_value
+from diptych.recipes.plain import load_plain, merge, set_value
+from diptych.recipes.recipe import Recipe, parse
 from diptych.recipes.run import check_parts
 
 STUDIES = Path(__file__).parent / "studies"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diptych.recipes.recipe import find, load
+from diptych.recipes.plain import find
+from diptych.recipes.recipe import load
 from diptych.recipes.run import log, train_recipe
 
 RUNS = Path("runs")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.causal import cut
 from diptych.parts.conditioners.base import Conditioner
-from diptych.parts.conditioners.clip_text import ClipText
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
@@ -44,6 +43,9 @@ from diptych.systems.meeting import check_parts
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Scales, Targets, canvas_size
 from diptych.systems.preparing import without as without_parts
 from diptych.systems.presets import ComposedConfig, Dropped, Preset
+
+if TYPE_CHECKING:
+    from diptych.parts.conditioners.clip_text import ClipText
 
 PARTS = ("backbone", "conditioner", "connector", "refiner", "pooler", "decoder", "autoencoder")
 """Attributes that hold the parts that have an origin of their own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,11 @@ from diptych.core.sample import Message, Sample, Task
 from diptych.objectives.masked_image import keep_tokens
 from diptych.parts.backbones.native_resolution import covering, resized, whole_size
 from diptych.parts.backbones.processor import ModelInputs, Processor, VisionInputs, join_inputs
-from diptych.parts.conditioners.clip_text import ClipTokens
 from diptych.systems.presets import ComposedConfig, Dropped
 from diptych.systems.prompts import without_placeholders
+
+if TYPE_CHECKING:
+    from diptych.parts.conditioners.clip_text import ClipTokens
 
 log = logging.getLogger(__name__)
 
