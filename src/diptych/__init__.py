@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diptych.inference.sampling import Sampling
     from diptych.recipes.load import load
     from diptych.recipes.train import train
+    from diptych.serving.client import connect
     from diptych.systems.base import System
     from diptych.toyworld.samples import ToyWorld
 
@@ -28,6 +29,7 @@ __all__ = [
     "System",
     "ToyWorld",
     "UserError",
+    "connect",
     "evaluate",
     "load",
     "train",
@@ -42,6 +44,7 @@ _PLACES = {
     "System": "diptych.systems.base",
     "ToyWorld": "diptych.toyworld.samples",
     "UserError": "diptych.core.errors",
+    "connect": "diptych.serving.client",
     "evaluate": "diptych.evaluation.evaluate",
     "load": "diptych.recipes.load",
     "train": "diptych.recipes.train",

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.cli import options, pictures
     from diptych.cli.progress import steps_bar
     from diptych.core.errors import UserError
+    from diptych.inference.provenance import facts
     from diptych.inference.scales import scale_names
 
     # What is asked for, refused before the model is loaded.
@@ -53,6 +54,6 @@ def run(args: argparse.Namespace) -> int:
     resolved = engine.settings({name: value for name, value in settings.items() if name != "scales"}, edits=True)
     told = {"instruction": args.instruction, "source": ", ".join((args.image, *args.also))}
     for number, (image, file) in enumerate(zip(images, places, strict=True)):
-        about = pictures.facts(resolved, model=args.model, seed=seeds[number // len(names)], **told)
+        about = facts(resolved, model=args.model, seed=seeds[number // len(names)], **told)
         pictures.save_picture(image, file, about)
     return 0

@@ -27,6 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, help="images per prompt (1)")
     parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there")
+    parser.add_argument("--server", metavar="URL", help="ask a running `diptych serve`, in which MODEL is loaded")
     add_scales(parser)
     add_sampling(parser)
 
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         pictures.destinations(args.out, stems, max(counts))  # refuses one file for several
     if args.prompts is None and not args.scales:
         pictures.refuse_existing([file for files in places for file in files], args.overwrite)
+
+    if args.server is not None:
+        return _asked_of_server(args, lines, counts, places, settings)
 
     # The model, and its images in batches of the same settings.
     engine = options.open_model(args)
@@ -119,8 +123,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _asked_of_server(
+    args: argparse.Namespace, lines: list[Any], counts: list[int], places: list[list[Path]], settings: dict[str, Any]
+) -> int:
+    """The same images from a running server, each written as it comes, with what the server says of it."""
+    from diptych.cli import pictures
+    from diptych.core.errors import UserError
+    from diptych.serving.client import RemoteModel
+
+    if args.scales not in (None, "last"):
+        raise UserError("--scales does not go with --server; ask the model itself")
+    if args.device != "auto":
+        raise UserError("--device does not go with --server; the server chose one")
+    pictures.refuse_existing([file for files in places for file in files], args.overwrite)
+    model = RemoteModel(args.server, args.model)
+    for line, count, files in zip(lines, counts, places, strict=True):
+        first = args.seed if line.seed is None else line.seed
+        for k in range(count):
+            options = {name: value for name, value in {**settings, **line.options}.items() if name != "scales"}
+            expansions: list[str] = []
+            abouts: list[dict[str, str]] = []
+            (image,) = model.generate(line.prompt, seed=[first + k], expansions=expansions, abouts=abouts, **options)
+            for text in expansions:
+                print(f"expansion: {text}", file=sys.stderr)
+            pictures.save_picture(image, files[k], {**abouts[0], "seed": str(first + k)})
+    return 0
+
+
 def _about(engine: Any, model: str, job: Job) -> dict[str, str]:
-    from diptych.cli.pictures import facts
+    from diptych.inference.provenance import facts
 
     settings = engine.settings({name: value for name, value in job.options.items() if name != "scales"})
     return facts(settings, model=model, seed=job.seed, prompt=job.prompt)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +11,6 @@ from diptych.core.files import write_file
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from diptych.inference.sampling import Sampling
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -52,28 +48,11 @@ def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
         raise UserError(f"{there[0]}{more}: exists already; give another -o, or --overwrite")
 
 
-def facts(settings: Sampling, *, model: str, seed: int, **others: str) -> dict[str, str]:
-    """What a picture carries: all that makes it again. `settings`, as JSON, are all of its sampling's."""
-    from importlib.metadata import version
-
-    plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "edit"}
-    told = {
-        "model": model,
-        "seed": str(seed),
-        "settings": json.dumps(plain),
-        "software": f"diptych {version('diptych')}",
-    }
-    return {**others, **told}
-
-
 def save_picture(image: Image.Image, file: Path, about: dict[str, str]) -> None:
     """Write a picture and print its name; PNG files carry how they were made."""
-    from PIL.PngImagePlugin import PngInfo
+    from diptych.inference.provenance import png_info
 
-    info = PngInfo()
-    for name, value in about.items():
-        info.add_itxt(name, value)
-    options: dict[str, Any] = {"pnginfo": info} if file.suffix.lower() == ".png" else {"quality": 95}
+    options: dict[str, Any] = {"pnginfo": png_info(about)} if file.suffix.lower() == ".png" else {"quality": 95}
     write_file(file, lambda temporary: image.save(temporary, **options))
     print(file)
 

@@ -28,6 +28,7 @@ def drawn(temperature: float, uniform: Tensor, top_p: float = 1.0) -> NextToken:
         if top_p < 1:  # a token stays while those before it, likeliest first, do not reach top_p
             ranked, order = probabilities.sort(-1, descending=True)
             kept = ranked.cumsum(-1) - ranked < top_p
+            kept[..., 0] = True
             probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked * kept)
         shares = probabilities.cumsum(-1)  # (B, V)
         wanted = uniform[:, step, None] * shares[:, -1:]

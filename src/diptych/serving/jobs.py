@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ class DrawingJob(Job):
     """Images of one request.
 
     keys: of the noise of each image. settings: how they are sampled. scales: of `Engine.tensors`. partials: how many
-    estimates are decoded on the way of each image. sized: whether the caller gave a size.
+    estimates are decoded on the way of each image. sized: whether the caller gave a size. area: of an image, in areas
+    of the model's usual one.
     Its result: `Drawn`.
     """
 
@@ -74,10 +76,11 @@ class DrawingJob(Job):
     scales: str = "last"
     partials: int = 0
     sized: bool = False
+    area: float = 1.0
 
     @property
     def rows(self) -> int:
-        return len(self.keys)
+        return len(self.keys) * max(1, math.ceil(self.area))
 
 
 @dataclass(frozen=True, kw_only=True)

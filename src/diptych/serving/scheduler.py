@@ -73,7 +73,10 @@ class Scheduler:
             QueueFull: too many wait already. Closing: the server is being shut down. UserError: larger than any room.
         """
         if job.rows > self.bounds.rows:
-            raise UserError(f"a request of {job.rows} images is larger than the {self.bounds.rows} that run at a time")
+            raise UserError(
+                f"the request takes the room of {job.rows} usual images, and {self.bounds.rows} run at a time; ask for "
+                "fewer or smaller ones"
+            )
         with self._change:
             if self._closing:
                 raise Closing
@@ -241,5 +244,5 @@ class Scheduler:
             taken = time.monotonic() - job.started
             self._seconds = 0.8 * self._seconds + 0.2 * taken
             if isinstance(job, DrawingJob):
-                self.metrics.count("diptych_images_total", job.rows)
+                self.metrics.count("diptych_images_total", len(job.keys))
         job.tell(event)

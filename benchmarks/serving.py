@@ -1,0 +1,258 @@
+"""Speed and load of `diptych serve` over loopback; ratios are of one run.
+
+python benchmarks/serving.py            # everything, a few minutes
+python benchmarks/serving.py batching   # or: cache, overhead, load, kill
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+import diptych
+
+PROMPTS = ["a red circle left of a blue square", "three green crosses", "a yellow triangle above a red cross"]
+PARTS = ("batching", "cache", "overhead", "load", "kill")
+
+
+class Server:
+    """A server process on a free port."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "diptych", "serve", *arguments, "--port", "0", "--device", "cpu"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline().rpartition(":")[2])
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def post(
+        self, path: str, body: bytes, kind: str = "application/json", leave: float | None = None
+    ) -> tuple[int, bytes]:
+        """The answer; (0, b"") for a client that leaves after so many seconds."""
+        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        try:
+            line.request("POST", path, body, {"Content-Type": kind})
+            if leave is not None:
+                time.sleep(leave)
+                return 0, b""
+            answer = line.getresponse()
+            return answer.status, answer.read()
+        finally:
+            line.close()
+
+    def draw(self, **fields: Any) -> dict[str, Any]:
+        status, data = self.post("/v1/images/generations", json.dumps(fields).encode())
+        assert status == 200, data
+        return json.loads(data)
+
+    def memory(self) -> float:
+        return psutil.Process(self.process.pid).memory_info().rss / 1e6
+
+    def metric(self, name: str) -> float:
+        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        line.request("GET", "/metrics")
+        text = line.getresponse().read().decode()
+        line.close()
+        return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(f"{name} ")), 0.0)
+
+
+def batching() -> dict[str, float]:
+    """16 requests of one picture, 25 steps with guidance: at once in a server that batches, and in one that does not."""
+
+    def fields(place: int) -> dict[str, Any]:
+        return {"prompt": PROMPTS[place % 3], "seed": place, "num_inference_steps": 25, "guidance_scale": 4.0,
+                "think": False}  # fmt: skip
+
+    seconds: dict[str, float] = {}
+    for name, more in (("on", []), ("off", ["--no-batching"])):
+        with Server("toy/iomm", "--no-cache", "--no-page", *more) as server, ThreadPoolExecutor(16) as pool:
+            for _ in range(2):  # the first round warms up
+                begun = time.monotonic()
+                list(pool.map(lambda place: server.draw(**fields(place)), range(16)))
+                seconds[name] = time.monotonic() - begun
+            if name == "on":
+                first = sorted(pool.map(lambda place: first_partial(server, fields(place)), range(16)))
+                seconds["first partial, p95"] = first[15]
+    return {**{f"{key} s": value for key, value in seconds.items()}, "ratio": seconds["off"] / seconds["on"]}
+
+
+def first_partial(server: Server, fields: dict[str, Any]) -> float:
+    """Seconds to the first estimate of a stream."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+    begun = time.monotonic()
+    body = json.dumps({**fields, "stream": True, "partial_images": 3})
+    line.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+    answer = line.getresponse()
+    answer.readline()
+    taken = time.monotonic() - begun
+    answer.read()
+    line.close()
+    return taken
+
+
+def cache() -> dict[str, float]:
+    """The same request, with and without the cache's answer; medians."""
+    with Server("toy/iomm", "--no-page") as server:
+        server.draw(prompt=PROMPTS[0], seed=1)
+        made, repeated = [], []
+        for seed in range(2, 12):
+            for times in (made, repeated):
+                begun = time.monotonic()
+                server.draw(prompt=PROMPTS[0], seed=seed)
+                times.append(time.monotonic() - begun)
+    one, two = statistics.median(made), statistics.median(repeated)
+    return {"made ms": 1e3 * one, "repeated ms": 1e3 * two, "ratio": one / two}
+
+
+def overhead() -> dict[str, float]:
+    """Time of a small request that is not the engine's: the whole less queue, prepare, draw and write."""
+    with Server("toy/iomm", "--no-cache", "--no-page") as server:
+        names = ("prepare", "draw", "write")
+        spent: list[float] = []
+        for seed in range(40):
+            before = sum(server.metric(f'diptych_phase_seconds_total{{phase="{name}"}}') for name in names)
+            begun = time.monotonic()
+            server.draw(prompt=PROMPTS[0], seed=seed, num_inference_steps=2, think=False)
+            whole = time.monotonic() - begun
+            after = sum(server.metric(f'diptych_phase_seconds_total{{phase="{name}"}}') for name in names)
+            spent.append(1e3 * (whole - (after - before)))
+    return {"median ms": statistics.median(spent[5:])}
+
+
+def load(count: int, clients: int) -> dict[str, float]:
+    """Mixed requests from many clients, each result compared with that of the model alone."""
+    iomm, ovis = diptych.load("toy/iomm", device="cpu"), diptych.load("toy/ovis-u1", device="cpu")
+    source = iomm.generate(PROMPTS[0], seed=[1], steps=4)[0]
+    out = io.BytesIO()
+    source.save(out, "PNG")
+    png = out.getvalue()
+    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    drawn = {
+        (text, seed): np.asarray(iomm.generate(text, seed=[seed], steps=4, prompt_expansion=0)[0]).astype(int)
+        for text in PROMPTS
+        for seed in range(5)
+    }
+    edited = {
+        seed: np.asarray(ovis.edit(source, "make the background navy", seed=[seed], steps=3, prompt_expansion=0)[0])
+        for seed in range(4)
+    }
+    questions = ["what color is the circle?", "how many circles are there?"]
+    answers = {text: ovis.ask(source, text) for text in questions}
+    said = {text: ovis.ask(None, text) for text in questions}
+    counts: dict[str, int] = {}
+    wrong: list[str] = []
+    lock = threading.Lock()
+
+    def picture(data: bytes) -> np.ndarray:
+        row = json.loads(data)["data"][0]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(row["b64_json"])))).astype(int)
+
+    def one(place: int) -> None:
+        choose = random.Random(place)
+        kind = choose.choices(["generate", "edit", "ask", "chat", "cancelled", "malformed"], [4, 2, 3, 2, 1, 1])[0]
+        good = True
+        if kind == "generate":
+            text, seed = choose.choice(PROMPTS), choose.randrange(5)
+            body = {"model": "toy/iomm", "prompt": text, "seed": seed, "num_inference_steps": 4, "think": False}
+            status, data = server.post("/v1/images/generations", json.dumps(body).encode())
+            good = status == 200 and np.abs(picture(data) - drawn[text, seed]).max() <= 1
+        elif kind == "edit":
+            seed = choose.randrange(4)
+            texts = {"model": "toy/ovis-u1", "prompt": "make the background navy", "seed": str(seed),
+                     "num_inference_steps": "3", "think": "false"}  # fmt: skip
+            from diptych.serving.client import form
+
+            body, content = form(texts, [("image", png)])
+            status, data = server.post("/v1/images/edits", body, content)
+            good = status == 200 and np.abs(picture(data) - edited[seed].astype(int)).max() <= 1
+        elif kind in ("ask", "chat"):
+            text = choose.choice(questions)
+            parts = [{"type": "text", "text": text}]
+            if kind == "ask":
+                parts = [{"type": "image_url", "image_url": {"url": url}}, *parts]  # type: ignore[list-item]
+            turns = {"model": "toy/ovis-u1", "messages": [{"role": "user", "content": parts}], "max_tokens": 64}
+            status, data = server.post("/v1/chat/completions", json.dumps(turns).encode())
+            wanted = (answers if kind == "ask" else said)[text]
+            good = status == 200 and json.loads(data)["choices"][0]["message"]["content"] == wanted
+        elif kind == "cancelled":
+            body = {"model": "toy/iomm", "prompt": "a circle", "num_inference_steps": 500, "n": 2}
+            server.post("/v1/images/generations", json.dumps(body).encode(), leave=0.05)
+        else:
+            body = choose.choice(
+                [b"{", b'{"prompt": ""}', b'{"prompt": "a", "n": 99}', b'{"prompt": "a", "size": "7x7"}']
+            )
+            status, data = server.post("/v1/images/generations", body)
+            good = status == 400 and "error" in json.loads(data)
+        with lock:
+            counts[kind] = counts.get(kind, 0) + 1
+            if not good:
+                wrong.append(f"{kind} {place}")
+
+    with Server("toy/iomm", "toy/ovis-u1", "--no-cache", "--no-page") as server, ThreadPoolExecutor(clients) as pool:
+        list(pool.map(one, range(50)))
+        before, begun = server.memory(), time.monotonic()
+        list(pool.map(one, range(50, count)))
+        taken, after = time.monotonic() - begun, server.memory()
+    print(f"wrong: {wrong[:10] or 'none'}; {counts}", file=sys.stderr)
+    return {
+        "requests": count, "wrong": len(wrong), "requests a second": (count - 50) / taken, "memory after 50 MB": before,
+        "memory at the end MB": after, "growth %": 100 * (after / before - 1),
+    }  # fmt: skip
+
+
+def kill() -> dict[str, float]:
+    """A server that is killed while it draws, and one that is started again: the same picture."""
+    fields = {"prompt": PROMPTS[0], "seed": 3, "num_inference_steps": 60}
+    with Server("toy/iomm", "--no-page") as server, ThreadPoolExecutor(4) as pool:
+        wanted = server.draw(**fields)["data"][0]["b64_json"]
+        broken = [pool.submit(server.post, "/v1/images/generations", json.dumps({**fields, "seed": s}).encode())
+                  for s in range(10, 14)]  # fmt: skip
+        time.sleep(0.3)
+        os.kill(server.process.pid, signal.SIGKILL)
+        failed = sum(each.exception() is not None for each in broken)
+    begun = time.monotonic()
+    with Server("toy/iomm", "--no-page") as server:
+        started = time.monotonic() - begun
+        same = server.draw(**fields)["data"][0]["b64_json"] == wanted
+    return {"requests that broke off": failed, "seconds to start again": started, "same picture": float(same)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which; all when not given")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=50)
+    args = parser.parse_args()
+    results: dict[str, dict[str, float]] = {}
+    for name in args.parts or PARTS:
+        made = {"batching": batching, "cache": cache, "overhead": overhead, "kill": kill}
+        results[name] = load(args.requests, args.clients) if name == "load" else made[name]()
+        print(name, ", ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
+    print(json.dumps({**results, "cores": psutil.cpu_count(), "load average": psutil.getloadavg()[0]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What the API, the page and the tools share: a request's life from its model to its events."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diptych.core.draws import key
+from diptych.core.errors import UserError
+from diptych.core.sample import Sample
+from diptych.inference.engine import Engine, from_pil
+from diptych.inference.provenance import facts
+from diptych.inference.sampling import Sampling
+from diptych.serving.cache import AnswerCache
+from diptych.serving.errors import ApiError, bad
+from diptych.serving.jobs import DrawingJob, Drawn, Event, Job
+from diptych.serving.metrics import Metrics
+from diptych.serving.models import Models
+from diptych.serving.pictures import keep_masked
+from diptych.serving.scheduler import Scheduler
+from diptych.systems.base import AssembledSystem
+
+MOST_STEPS = 1000
+MOST_AREA = 16
+"""Area of an image, in areas of the model's usual one."""
+THOUGHT = 256
+"""Tokens of a thought where a request asks for one and the model's settings say no number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """timeout: seconds that a request may take. body: bytes of one. reading: seconds in which it must arrive.
+    cache: bytes of answers that are kept, 0 for none. urls: hosts from which pictures may be fetched. key: that
+    requests must bring. cors: origins of pages that may call. verbose: whether prompts are logged."""
+
+    timeout: float = 600.0
+    body: int = 64 << 20
+    reading: float = 30.0
+    cache: int = 64 << 20
+    urls: tuple[str, ...] = ()
+    key: str = ""
+    cors: tuple[str, ...] = ()
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawCall:
+    """Pictures that are asked for. options: of `Sampling`. mask: (H, W) what is kept of the first image, 0..1. noise:
+    keys of the noise of each, in place of the seed. think: whether the model is to write before it draws."""
+
+    model: str
+    prompt: str
+    images: Sequence[Image.Image] = ()
+    mask: np.ndarray | None = None
+    n: int = 1
+    seed: int | None = None
+    noise: Sequence[int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    quality: str = "auto"
+    think: bool | None = None
+    scales: str = "last"
+    partials: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Pictures of a call: at each scale, with what each carries."""
+
+    images: list[list[Image.Image]]
+    abouts: list[dict[str, str]]
+    seeds: list[int]
+    expansions: list[str]
+    settings: Sampling
+    drawn: Drawn
+    prompt_tokens: int
+
+
+@dataclass
+class Service:
+    """The parts of a running server."""
+
+    models: Models
+    scheduler: Scheduler
+    metrics: Metrics
+    options: Options
+    cache: AnswerCache
+
+    async def run(self, make: Callable[[Callable[[Event], None]], Job]) -> AsyncIterator[Event]:
+        """Submit a job and give its events up to "done"; it is cancelled when the reader leaves, or in time.
+
+        Raises:
+            ApiError: it took too long. What it failed with, otherwise.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def tell(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = make(tell)
+        self.scheduler.submit(job)
+        end = loop.time() + self.options.timeout
+        try:
+            while True:
+                try:
+                    event = await asyncio.wait_for(events.get(), max(0.0, end - loop.time()))
+                except TimeoutError:
+                    message = f"the request took longer than {self.options.timeout:g} s"
+                    raise ApiError(504, message, code="timeout") from None
+                if event.kind == "failed":
+                    raise event.value
+                yield event
+                if event.kind == "done":
+                    return
+        finally:
+            job.cancel()
+
+    async def draw(self, call: DrawCall) -> AsyncIterator[Event]:
+        """Pictures: "partial" events with masked estimates, and at last "done" with `Made`."""
+        async with self.models.use(call.model) as engine:
+            settings = settings_of(engine, call)
+            task = "edit" if call.images else "text_to_image"
+            if task not in engine.system.tasks:
+                what = "cannot edit pictures" if call.images else "makes no pictures"
+                raise bad("model", f"{call.model} {what}", "unsupported_task")
+            check_size(engine, settings)
+            seed = secrets.randbelow(1 << 31) if call.seed is None else call.seed
+            seeds = [seed + place for place in range(call.n)]
+            keys = list(call.noise) if call.noise is not None else [key(own, 0, 0) for own in seeds]
+            context = await asyncio.to_thread(lambda: tuple(from_pil(image) for image in call.images))
+            sample = Sample(id="request", task=task, text=call.prompt, context_images=context)
+
+            def make(tell: Callable[[Event], None]) -> Job:
+                return DrawingJob(
+                    engine=engine,
+                    tell=tell,
+                    sample=sample,
+                    keys=keys,
+                    settings=settings,
+                    scales=call.scales,
+                    partials=call.partials,
+                    sized="size" in call.options,
+                    area=settings.size[0] * settings.size[1] / (engine.sampling.size[0] * engine.sampling.size[1]),
+                )
+
+            def masked(image: Image.Image) -> Image.Image:
+                return image if call.mask is None else keep_masked(image, call.images[0], call.mask)
+
+            async for event in self.run(make):
+                if event.kind == "partial":
+                    yield Event(kind="partial", value=masked(event.value), image=event.image, index=event.index)
+                elif event.kind == "done":
+                    drawn: Drawn = event.value
+                    what = {"instruction": call.prompt} if call.images else {"prompt": call.prompt}
+                    abouts = [facts(settings, model=call.model, seed=own, **what) for own in seeds]
+                    for about, text in zip(abouts, drawn.expansions, strict=False):
+                        about["expansion"] = text
+                    yield Event(
+                        kind="done",
+                        value=Made(
+                            images=[[masked(image) for image in row] for row in drawn.images],
+                            abouts=abouts,
+                            seeds=seeds,
+                            expansions=drawn.expansions,
+                            settings=settings,
+                            drawn=drawn,
+                            prompt_tokens=count_words(engine, call.prompt),
+                        ),
+                    )
+                else:
+                    yield event
+
+
+QUALITIES = {"auto": 1.0, "low": 0.5, "medium": 1.0, "standard": 1.0, "high": 2.0, "hd": 2.0}
+"""Steps of a quality, in the model's own number."""
+FIELDS = {
+    "size": "size",
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "image_cfg": "image_guidance_scale",
+    "negative": "negative_prompt",
+}
+"""What requests call a setting."""
+
+
+def settings_of(engine: Engine, call: DrawCall) -> Sampling:
+    """The settings of a call; an error names the field that is wrong."""
+    edits = bool(call.images)
+    settings = engine.settings({}, edits=edits)
+    for name, value in call.options.items():
+        try:
+            settings = settings.over({name: value})
+        except UserError as error:
+            field_name = FIELDS.get(name, "sampling")
+            raise bad(field_name, str(error)) from error
+    if QUALITIES[call.quality] != 1:
+        if "steps" in call.options:
+            raise bad("quality", "it chooses the number of steps; leave out num_inference_steps, or quality")
+        settings = settings.over({"steps": max(1, round(settings.steps * QUALITIES[call.quality]))})
+    if settings.steps > MOST_STEPS:
+        raise bad("num_inference_steps", f"must be from 1 to {MOST_STEPS}, not {settings.steps}")
+    if call.think is not None:
+        if call.think and not engine.system.expands:
+            raise bad("think", f"{call.model} writes nothing before it draws; leave it out")
+        settings = settings.over({"prompt_expansion": (settings.prompt_expansion or THOUGHT) if call.think else 0})
+    return settings
+
+
+def check_size(engine: Engine, settings: Sampling) -> None:
+    """Refuse a size that the model cannot make, with the nearest that it can."""
+    height, width = settings.size
+    usual = engine.sampling.size[0] * engine.sampling.size[1]
+    try:
+        engine.system.latent_shape(height, width)
+        if engine.system.scales:
+            engine.system.scale_sizes(height, width)
+        fits = height * width <= MOST_AREA * usual and max(height, width) <= longest(engine)
+    except UserError:
+        fits = False
+    if not fits:
+        near_h, near_w = nearest_size(engine, height, width)
+        raise bad("size", f"{width}x{height} is no size of this model; the nearest is {near_w}x{near_h}")
+
+
+def longest(engine: Engine) -> int:
+    """The greatest side that a model makes, in pixels."""
+    system = engine.system
+    if isinstance(system, AssembledSystem) and system.decoder.longest is not None:
+        return system.decoder.longest * system.autoencoder.factor
+    return 1 << 14
+
+
+def nearest_size(engine: Engine, height: int, width: int) -> tuple[int, int]:
+    """(height, width) near the wanted one that the model makes."""
+    system = engine.system
+    step = system.image_step if isinstance(system, AssembledSystem) else 16
+    most = longest(engine) // step * step
+    area = MOST_AREA * engine.sampling.size[0] * engine.sampling.size[1]
+    scale = min(1.0, (area / (height * width)) ** 0.5)
+    sides = [min(most, max(step, round(side * scale / step) * step)) for side in (height, width)]
+    while sides[0] * sides[1] > area:
+        sides[sides.index(max(sides))] -= step
+    return sides[0], sides[1]
+
+
+def count_words(engine: Engine, text: str) -> int:
+    """Tokens of a text; 0 where the model has no tokenizer of its own."""
+    tokenizer: Any = getattr(engine.system, "tokenizer", None)
+    return 0 if tokenizer is None else len(tokenizer(text)["input_ids"])
