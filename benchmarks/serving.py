@@ -80,7 +80,7 @@ class Server:
 
 
 def batching() -> dict[str, float]:
-    """16 requests of one picture, 25 steps with guidance: at once in a server that batches, and in one that does not."""
+    """16 requests, 25 steps with guidance: at once to a server that batches, and to one that does not."""
 
     def fields(place: int) -> dict[str, Any]:
         return {"prompt": PROMPTS[place % 3], "seed": place, "num_inference_steps": 25, "guidance_scale": 4.0,
