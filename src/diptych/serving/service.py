@@ -14,6 +14,7 @@ from PIL import Image
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
+from diptych.inference.caching import threshold_of
 from diptych.inference.engine import Engine, from_pil
 from diptych.inference.provenance import facts
 from diptych.inference.sampling import Sampling
@@ -206,6 +207,10 @@ def settings_of(engine: Engine, call: DrawCall) -> Sampling:
         settings = settings.over({"steps": max(1, round(settings.steps * QUALITIES[call.quality]))})
     if settings.steps > MOST_STEPS:
         raise bad("num_inference_steps", f"must be from 1 to {MOST_STEPS}, not {settings.steps}")
+    # Cached velocities are of a solver's own steps, which requests share here.
+    if "cache" in call.options and threshold_of(settings.cache) > 0:
+        raise bad("sampling", "cache does not go with a server, where requests share steps; leave it out")
+    settings = settings.over({"cache": "off"})
     if call.think is not None:
         if call.think and not engine.system.expands:
             raise bad("think", f"{call.model} writes nothing before it draws; leave it out")
