@@ -25,6 +25,7 @@ from diptych.recipes.run import train_recipe
 from diptych.systems.composed import ComposedSystem
 from diptych.training import state
 from diptych.training.metrics import read_metrics
+from diptych.training.saving import Saver
 
 
 def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> bool:
@@ -174,7 +175,10 @@ def test_numbers_that_are_not_finite_read_back_as_they_are(tmp_path: Path) -> No
     """A weight that turned into NaN is no fault of the disk."""
     parameter = nn.Parameter(torch.tensor([float("nan"), 1.0]))
     held = state.Held(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
-    state.save(tmp_path, state.Progress(total=1), held, {}, keep=2, check=True)
+    saver = Saver(tmp_path, keep=2)
+    saver.start(state.Progress(total=1), held, {}, check=True)
+    saver.finish()
+    assert len(state.checkpoints(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), UserError("too many bad items")])

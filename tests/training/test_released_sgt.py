@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -34,20 +32,11 @@ def step_of(rank: int) -> Step:
 
 
 @pytest.fixture
-def scales(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+def scales() -> list[dict[str, float]]:
     """What each rank multiplies by, all ranks having told each other their counts."""
     stage = recipes.load("sgt/bagel/released")[0].stages["tune"]
-    told: list[Any] = []
-
-    def collect(own: list[Any]) -> list[Any]:
-        told.extend(own)
-        return own
-
-    monkeypatch.setattr(training_step, "gather_object", collect)
-    for rank in RANKS:
-        training_step.family_scales(step_of(rank), stage.balance)
-    monkeypatch.setattr(training_step, "gather_object", lambda own: told)
-    return [training_step.family_scales(step_of(rank), stage.balance) for rank in RANKS]
+    said = [training_step.own_counts(step_of(rank), stage.balance) for rank in RANKS]
+    return [training_step.family_scales(step_of(rank), stage.balance, said) for rank in RANKS]
 
 
 def test_losses_and_derivatives_are_the_releases(scales: list[dict[str, float]]) -> None:

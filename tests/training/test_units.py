@@ -23,12 +23,14 @@ from diptych.recipes.build import build_system
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import train_recipe
 from diptych.systems.composed import ComposedSystem
-from diptych.training import state
+from diptych.training import saving, state
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
 from diptych.training.ema import EMA
 from diptych.training.loop import freeze, stop_signal
 from diptych.training.metrics import Metrics, read_metrics
-from diptych.training.optimizers import build_optimizers, set_rate, trainable
+from diptych.training.muon import Muon
+from diptych.training.optimizers import apply_update, build_optimizers, set_rate, trainable
+from diptych.training.saving import Saver
 from diptych.training.schedule import factor
 from diptych.training.step import Report, mean_losses, not_finite, precision, weight
 
@@ -132,14 +134,11 @@ def test_weights_of_terms() -> None:
 
 
 def test_losses_are_means_over_all_processes() -> None:
-    one = Report(
-        losses={"flow.image": [1.0, 2.0]}, weights={"flow.image": [1.0, 3.0]}, ids={"image": ["a", "b"]}, stop=False
-    )
+    one = Report(losses={"flow.image": [1.0, 2.0]}, weights={"flow.image": [1.0, 3.0]}, ids={"image": ["a", "b"]})
     two = Report(
         losses={"flow.image": [6.0], "flow.edit": [4.0]},
         weights={"flow.image": [1.0], "flow.edit": [1.0]},
         ids={"image": ["c"], "edit": ["d"]},
-        stop=True,
     )
     assert mean_losses([one, two]) == {"loss/flow.edit": 4.0, "loss/flow.image": (1 + 3 * 2 + 6) / 5}
     assert not_finite([one, two], 1.0) == ""
@@ -148,7 +147,6 @@ def test_losses_are_means_over_all_processes() -> None:
         losses={"flow.edit": [1.0, float("nan")]},
         weights={"flow.edit": [1.0, 1.0]},
         ids={"edit": ["e", "f"]},
-        stop=False,
     )
     assert not_finite([one, bad], 1.0) == "loss flow.edit is not finite for task 'edit', samples f"
 
@@ -252,9 +250,11 @@ def test_keep_and_leftovers(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     held = state.Held(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
     (tmp_path / ".step-00000001.4000001.partial").mkdir(parents=True)
+    saver = Saver(tmp_path, keep=2)
     (tmp_path / "step-00000009").mkdir()  # no progress.json: never complete, never read
     for total in (1, 2, 3, 4):
-        state.save(tmp_path, state.Progress(total=total), held, {}, keep=2)
+        saver.start(state.Progress(total=total), held, {})
+    saver.finish()
     assert [path.name for path in state.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     assert not list(tmp_path.glob(".*"))
 
@@ -262,9 +262,12 @@ def test_keep_and_leftovers(tmp_path: Path) -> None:
 def test_a_checkpoint_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     held = state.Held(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
-    monkeypatch.setattr(state, "read_tensors", lambda files: iter([("w", torch.ones(2))]))
+    monkeypatch.setattr(saving, "read_tensors", lambda files: iter([("w", torch.ones(2))]))
+    saver = Saver(tmp_path, keep=2)
+    saver.start(state.Progress(total=1), held, {}, check=True)
     with pytest.raises(UserError, match="w reads back differently"):
-        state.save(tmp_path, state.Progress(total=1), held, {}, keep=2, check=True)
+        saver.finish()
+    assert not list(tmp_path.iterdir()), "nothing of it is left"
 
 
 @pytest.mark.parametrize(
@@ -285,3 +288,25 @@ def test_a_checkpoint_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_bad_numbers(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_muon_is_torchs() -> None:
+    """The same steps as torch.optim.Muon, whose iterations run in bfloat16; and none where it is to be skipped."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(12, 8)) for _ in range(3)]
+    for matrix in weights[1:]:
+        matrix.data.copy_(weights[0].data)
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    theirs, ours, skipped = torch.optim.Muon([weights[0]], **options), Muon([weights[1]], **options), Muon([weights[2]])
+    for _ in range(3):
+        grad = torch.randn(12, 8)
+        for matrix in weights:
+            matrix.grad = grad.clone()
+        theirs.step()
+        apply_update([ours], torch.zeros(()))
+    assert float((weights[0] - weights[1]).detach().abs().max()) < 1e-3
+    before = weights[2].detach().clone()
+    weights[2].grad = torch.full((12, 8), float("nan"))
+    apply_update([skipped], torch.ones(()))
+    assert torch.equal(weights[2], before)
+    assert not skipped.state[weights[2]]["momentum_buffer"].any()

@@ -81,11 +81,12 @@ def write_tensors(
     stem: str = "model",
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    metadata: Callable[[Iterable[str]], dict[str, str]] | None = None,
 ) -> None:
     """Write `stem`.safetensors, or numbered shards with `stem`.safetensors.index.json once one shard is full.
 
     Tensors are taken one at a time, so that no more than a shard is in host memory. Their checksums, taken before they
-    are written, stand in the files' metadata.
+    are written, stand in the files' metadata, and with them what `metadata` gives for the names in a file.
     """
     shards: list[tuple[str, list[str]]] = []
     pending: dict[str, Tensor] = {}
@@ -94,7 +95,7 @@ def write_tensors(
     def flush() -> None:
         nonlocal pending, size
         name = f"{stem}-{len(shards) + 1:05d}.safetensors"
-        write_safetensors(folder / name, pending)
+        write_safetensors(folder / name, pending, metadata(pending) if metadata else {})
         shards.append((name, list(pending)))
         pending, size = {}, 0
 
@@ -117,13 +118,13 @@ def write_tensors(
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file in the safetensors format, with a checksum of each tensor in its metadata.
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one file in the safetensors format, with a checksum of each tensor in its metadata, beside `metadata`.
 
     The same tensors always give the same bytes; the library's own writer orders the metadata by chance.
     """
     sums = {name: checksum(tensor) for name, tensor in sorted(tensors.items())}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", CHECKSUMS: json.dumps(sums)}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", CHECKSUMS: json.dumps(sums), **(metadata or {})}}
     start = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # large numbers first: all aligned
     for name in order:

@@ -74,7 +74,7 @@ def write_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a hidden file, which ends in the suffix of `path`, and give it that name; see `write_bytes`."""
     temporary = hidden(path, "partial", path.suffix)
-    with _said_in_one_line(path):
+    with said_in_one_line(path):
         try:
             make_folder(path.parent)
             temporary.touch()
@@ -95,26 +95,40 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: it could not be written (a full disk, no permission); what was there before is untouched.
     """
-    temporary, old = hidden(path, "partial"), hidden(path, "old")
-    with _said_in_one_line(path):
-        try:
-            remove_litter(path.parent, path.name)
-            make_folder(path.parent)
-            temporary.mkdir()
+    temporary = begin_folder(path)
+    try:
+        with said_in_one_line(path):
             write(temporary)
-            _as_readable_as(temporary)
-            _sync_tree(temporary)
-            if path.exists():
-                os.replace(path, old)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
-            sync(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        commit_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def begin_folder(path: Path) -> Path:
+    """A hidden folder, to be filled and then to become `path`; see `write_folder`."""
+    temporary = hidden(path, "partial")
+    with said_in_one_line(path):
+        remove_litter(path.parent, path.name)
+        make_folder(path.parent)
+        temporary.mkdir()
+    return temporary
+
+
+def commit_folder(temporary: Path, path: Path) -> None:
+    """Give a folder that is complete the name `path`; see `write_folder`."""
+    old = hidden(path, "old")
+    with said_in_one_line(path):
+        _as_readable_as(temporary)
+        sync_tree(temporary)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -200,7 +214,8 @@ def _litter(folder: Path, deep: bool) -> Iterator[tuple[Path, re.Match[str]]]:
             yield path, match
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """`sync` of all that is in a folder."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if not path.is_symlink():
             sync(path)
@@ -216,7 +231,8 @@ def _as_readable_as(folder: Path) -> None:
 
 
 @contextmanager
-def _said_in_one_line(path: Path) -> Iterator[None]:
+def said_in_one_line(path: Path) -> Iterator[None]:
+    """What keeps `path` from being written, as a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

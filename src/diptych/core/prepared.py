@@ -40,6 +40,8 @@ class PreparedBatch:
 
     inputs: the system's own. counts, weights: by the name of each loss term ("flow.edit"), aligned with its values.
     borrowed: tasks of samples that stand here only so that all processes run the same passes; they count nothing.
+    passes: how often every process runs the sharded modules for this batch, where processes differ (`System.passes`);
+    0 for as often as the batch itself needs.
     """
 
     ids: tuple[str, ...]
@@ -48,6 +50,7 @@ class PreparedBatch:
     counts: dict[str, list[float]]
     weights: dict[str, list[float]]
     borrowed: tuple[Task, ...] = field(default=())
+    passes: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

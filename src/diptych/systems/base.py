@@ -47,8 +47,9 @@ class System(nn.Module, abc.ABC):
     """The configuration of each part, with `weights`, a name, as long as they are what was read from it."""
     components: tuple[str, ...] = ()
     """Attributes that hold the parts that `origins` tells of and that a saved folder may refer to."""
-    alike: ClassVar[bool] = True
-    """Whether `losses` runs the same passes of the sharded units for any two batches that have the same tasks."""
+    runs_every_unit: ClassVar[bool] = False
+    """Whether each pass of `losses` runs every sharded unit whatever its tasks. Where it does not, two batches run the
+    same units only if they have the same tasks."""
 
     @abc.abstractmethod
     def preparer(self) -> Preparer:
@@ -84,6 +85,10 @@ class System(nn.Module, abc.ABC):
 
         A value is a mean over the sample's own elements; `batch.weights` says how much it counts in a mean of several.
         """
+
+    def passes(self, batch: PreparedBatch) -> int:
+        """How often `losses` runs the sharded units for a batch; known without the weights."""
+        return 1
 
     @abc.abstractmethod
     def without(self, batch: Batch, dropped: Dropped) -> Batch:

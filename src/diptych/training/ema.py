@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from diptych.training.tensors import local
+
 
 class EMA:
     """Averages a = d a + (1 - d) w after each step, in float32.
@@ -24,13 +26,21 @@ class EMA:
         self.average: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the weights as they are now into the average."""
+    def update(self, skip: Tensor | None = None) -> None:
+        """Take the weights as they are now into the average.
+
+        Args:
+            skip: 1.0 where the average is to stay as it is (`optimizers.apply_update`).
+        """
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warmup else self.decay
-        now = [parameter.detach().float() for parameter in self.parameters.values()]
-        before = [self.average[name] for name in self.parameters]
-        torch._foreach_lerp_(before, now, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        now = [local(parameter.detach()).float() for parameter in self.parameters.values()]
+        before = [local(self.average[name]) for name in self.parameters]
+        if skip is None:
+            torch._foreach_lerp_(before, now, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        weight = (1 - decay) * (1 - skip)
+        torch._foreach_lerp_(before, now, [weight] * len(now))  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

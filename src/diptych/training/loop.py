@@ -29,10 +29,21 @@ from diptych.training import state
 from diptych.training.config import Balance, RunConfig, StageConfig
 from diptych.training.ema import EMA
 from diptych.training.metrics import Metrics
-from diptych.training.optimizers import build_optimizers, set_rate, trainable
+from diptych.training.optimizers import apply_update, build_optimizers, set_rate, trainable
 from diptych.training.parallel import clip, prepare, shard
+from diptych.training.saving import Saver
 from diptych.training.schedule import factor
-from diptych.training.step import backward, counts_of, exchange, mean_losses, not_finite, precision
+from diptych.training.step import (
+    Outcome,
+    agree,
+    backward,
+    counts_of,
+    fetch,
+    mean_losses,
+    not_finite,
+    not_usable,
+    precision,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +90,7 @@ def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accele
     last = newest_checkpoint(run.folder / "checkpoints", accelerator) if run.resume else None
     progress = state.read_progress(last) if last else state.Progress()
     if run.config.strategy == "fsdp":
-        shard(system, accelerator, [{source.task for source in stage.data.sources} for stage in stages])
+        shard(system, accelerator)
     board = run.config.tensorboard
     whole = progress.total - progress.pending
     metrics = Metrics(run.folder, start=whole, tensorboard=board, main=accelerator.is_main_process)
@@ -123,33 +134,55 @@ def train_stage(
         state.load(last, held)
     check_items(stage, progress)
     saved, whole = progress.total if last else None, True
+    checkpoints = run.folder / "checkpoints"
+    saver = Saver(checkpoints, keep=often.keep_checkpoints, keep_stages=often.keep_stages, rank=rank, world=world)
+    outcomes: list[Outcome] = []  # of the steps since the last fetch
+    skip = torch.zeros((), device=accelerator.device)  # 1.0 from the first loss or gradient on that is no number
 
-    def save() -> None:
+    def read_outcomes() -> None:
+        first = progress.total - len(outcomes)
+        for number, (reports, norm) in enumerate(fetch(outcomes, config.balance)):
+            if bad := not_finite(reports, norm):
+                # Nothing has been learned since: the weights are those before this step.
+                back = progress.total - first - number
+                progress.step, progress.total, progress.pending = progress.step - back, progress.total - back, False
+                if ema:
+                    ema.steps -= back
+                outcomes.clear()
+                if saved != progress.total:
+                    save()
+                saver.finish()
+                where = f"stage {config.name!r}, step {progress.step}"
+                raise UserError(f"{where}: {bad}; saved in {checkpoints}")
+            progress.note({**mean_losses(reports), "grad_norm": norm})
+        outcomes.clear()
+
+    def save(alone: bool = False) -> None:
         nonlocal saved
-        checkpoints = run.folder / "checkpoints"
+        if not alone:
+            read_outcomes()
         metrics.sync()
-        state.save(
-            checkpoints,
-            progress,
-            held,
-            run.recipe,
-            keep=often.keep_checkpoints,
-            keep_stages=often.keep_stages,
-            main=main,
-            check=saved is None,
-        )
+        writer = Saver(checkpoints, keep=often.keep_checkpoints, keep_stages=often.keep_stages) if alone else saver
+        writer.start(progress, held, run.recipe, check=saved is None)
+        if alone:
+            writer.finish()
         saved = progress.total
 
     def rescue() -> None:
+        if world == 1:
+            saver.finish()
         if whole and main and saved != progress.total > 0 and not isinstance(system, FSDPModule):
-            save()
-            log.warning("stopped by an error; step %d is saved in %s", progress.total, run.folder / "checkpoints")
+            save(alone=world > 1)
+            if world == 1:
+                saver.finish()
+            log.warning("stopped by an error; step %d is saved in %s", progress.total, checkpoints)
 
     def follow(rate: float, bar: Any) -> None:
         """What comes after a step: its row, held-out losses, pictures and scores."""
         ends = progress.step == config.steps
         logged = progress.total % often.log_every == 0 or ends
         if logged:
+            read_outcomes()
             row = {**progress.means(), "lr": rate}
             metrics.write(progress.total, config.name, row)
             shown = {name: f"{x:.4f}" for name, x in row.items() if name.startswith("loss/")}
@@ -180,7 +213,7 @@ def train_stage(
         workers=often.num_workers,
         rank=rank,
         world=world,
-        same_tasks=isinstance(system, FSDPModule),
+        same_tasks=isinstance(system, FSDPModule) and not system.runs_every_unit,
     )
     title = {"total": config.steps, "initial": progress.step, "disable": not main}
     with saving_first(rescue), progress_bar(config.name, "step", **title) as bar:
@@ -191,31 +224,28 @@ def train_stage(
             torch.manual_seed(key(run.seed, config.name, step.number, rank))
             rate = config.optimizer.lr * factor(config.schedule, step.number, config.steps)
             set_rate(optimizers, rate)
-            terms = backward(model, step, config, accelerator)
+            plan = agree(step, system, config.balance, stopped(), saver.status())
+            saver.advance(plan.saving)
+            terms = backward(model, plan, config, accelerator)
             norm = clip(list(parameters.values()), config.max_grad_norm)
-            reports = exchange(terms, step, stopped(), config.balance)
-            if bad := not_finite(reports, norm):
-                if saved != progress.total:
-                    save()
-                where = f"stage {config.name!r}, step {step.number}"
-                raise UserError(f"{where}: {bad}; saved in {run.folder / 'checkpoints'}")
+            outcomes.append(Outcome(step=step, terms=terms, norm=norm))
+            skip = torch.maximum(skip, not_usable(outcomes[-1], accelerator))
             whole = False  # an error within the next lines leaves weights of no step
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            apply_update(optimizers, skip)
             if ema:
-                ema.update()
+                ema.update(skip)
 
-            progress.advance({**mean_losses(reports), "grad_norm": norm})
+            progress.step, progress.total, progress.pending = progress.step + 1, progress.total + 1, True
             whole = True
             ends = progress.step == config.steps
             bar.update()
             follow(rate, bar)
-            halt = any(report.stop for report in reports)
-            if due(progress.step, often.save_every, ends) or ends or halt:
+            if due(progress.step, often.save_every, ends) or ends or plan.stop:
                 save()
-            if halt and not ends:
+            if plan.stop and not ends:
+                saver.finish()
                 return False
+    saver.finish()
     if ema:
         ema.copy_in()
     return True

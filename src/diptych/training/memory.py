@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from diptych.training.config import StageConfig
 from diptych.training.ema import EMA
-from diptych.training.optimizers import build_optimizers, trainable
+from diptych.training.optimizers import apply_update, build_optimizers, trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +132,16 @@ def trace_step(
         # The optimiser's state exists from its first step on: it is made before the step that is traced.
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        skip = torch.zeros(())
+        apply_update(optimizers, skip)
         tracker.peak = tracker.now
         for _ in range(passes):
             forward().backward()
         gradients = sum(p.grad.untyped_storage().nbytes() for p in parameters.values() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), stage.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        apply_update(optimizers, skip)
         if ema:
-            ema.update()
+            ema.update(skip)
         states = sum(
             value.untyped_storage().nbytes()
             for optimizer in optimizers

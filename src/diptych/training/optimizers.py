@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from diptych.training.config import OptimizerConfig
+from diptych.training.muon import Muon
+
+FUSED = _get_fused_kernels_supported_devices()
+"""Devices on which a step of AdamW is one kernel, which can leave the weights as they are (`apply_update`)."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -32,7 +37,7 @@ def build_optimizers(
     found: list[Optimizer] = []
     if muon:
         found.append(
-            torch.optim.Muon(
+            Muon(
                 muon,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
@@ -41,11 +46,9 @@ def build_optimizers(
             )
         )
     if rest:
-        found.append(
-            torch.optim.AdamW(
-                rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=True
-            )
-        )
+        options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        fused = all(p.device.type in FUSED for p in rest)  # the meta device has no kernels
+        found.append(torch.optim.AdamW(rest, lr=config.lr, fused=fused, foreach=not fused, **options))
     return found
 
 
@@ -54,3 +57,16 @@ def set_rate(optimizers: Sequence[Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+
+def apply_update(optimizers: Sequence[Optimizer], skip: Tensor) -> None:
+    """An optimiser step, and gradients cleared.
+
+    Args:
+        skip: 1.0 on the device where weights and state are to stay as they are, as after a gradient that is no number;
+            else 0.0. The host need not know which.
+    """
+    for optimizer in optimizers:
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's GradScaler gives it to fused optimisers
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

@@ -14,31 +14,23 @@ from torch.distributed.tensor import DTensor
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import PreparedBatch
-from diptych.core.sample import Task
 from diptych.systems.base import System
-from diptych.training.state import whole
 from diptych.training.step import LossStep
+from diptych.training.tensors import whole
 
 OCCASIONAL = "vision"
 """The part that a step without images does not run. Sharded, it would wait for processes whose samples have none, so
 it stays with the parameters that are gathered at once in every step, whose gradients are put together at once too."""
 
 
-def shard(system: System, accelerator: Accelerator, tasks: Sequence[set[Task]]) -> None:
+def shard(system: System, accelerator: Accelerator) -> None:
     """Shard a system in place: each of its units by itself, all else together.
 
-    Args:
-        tasks: those of each stage.
-
     Raises:
-        UserError: one process alone, or a stage that mixes tasks in a system whose passes cannot be made alike.
+        UserError: one process alone.
     """
     if accelerator.num_processes == 1:
         raise UserError("run.strategy: 'fsdp' shards over several processes; start with torchrun --nproc-per-node N")
-    if not system.alike and any("understand" in mixed and len(mixed) > 1 for mixed in tasks):
-        raise UserError(
-            f"run.strategy: 'fsdp' cannot mix 'understand' with other tasks in a {system.kind!r}; use 'auto'"
-        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if accelerator.mixed_precision == "bf16" else MixedPrecisionPolicy()
@@ -80,9 +72,9 @@ def prepare(system: System, accelerator: Accelerator) -> nn.Module:
     return step if isinstance(system, FSDPModule) else accelerator.prepare_model(step)
 
 
-def clip(parameters: Sequence[nn.Parameter], largest: float) -> float:
-    """Scale gradients down to a norm of `largest`; the norm that they had, over all processes."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, largest)))
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm of `max_norm`; the norm that they had, over all processes, on their device."""
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).detach()
 
 
 def leave() -> None:

@@ -1,30 +1,32 @@
-"""A run's checkpoints: written beside and renamed, read back once, enough to continue bit for bit.
+"""A run's checkpoints: what they hold, which are whole, and how a run goes on from one bit for bit.
 
-A checkpoint holds the weights that learn, their averages, the optimisers' tensors, the step and the resolved recipe.
-The step is the place in the data and in the schedule, and with the recipe's seed it is every random state: each step
-seeds its own draws. Parts that do not learn are those of the recipe.
+`saving.py` writes them. A checkpoint holds the weights that learn, their averages, the optimisers' tensors, the step
+and the resolved recipe. The step is the place in the data and in the schedule, and with the recipe's seed it is every
+random state: each step seeds its own draws. Parts that do not learn are those of the recipe.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from diptych.checkpoints.tensors import checksum, read_tensors, weight_files, write_tensors
+from diptych.checkpoints.chunks import read_block, read_chunks, whole_shape
+from diptych.checkpoints.tensors import read_tensors, weight_files
 from diptych.core.errors import UserError, attributed_to
-from diptych.core.files import remove_folder, remove_litter, write_folder
+from diptych.core.files import remove_folder
 from diptych.core.reading import read_object
 from diptych.training.ema import EMA
+from diptych.training.tensors import local
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,9 @@ class Progress:
     """Where a run stands: `stage` (position in the recipe), `step` within it, `total` steps over all stages.
 
     unlogged: each metric's values in the steps since the last logged row. pending: the step was made, but what follows
-    it (its row, held-out losses, pictures, scores) was not. items: how many items each of the stage's
-    sources has, and a digest of some of them. tensors: how many of each kind the checkpoint holds.
+    it (its row, held-out losses, pictures, scores) was not. items: how many items each of the stage's sources has, and a
+    digest of some of them. tensors: how many of each kind the checkpoint holds, parts of sharded ones counted each.
+    processes: how many wrote it, each its own files.
     """
 
     stage: int = 0
@@ -52,10 +55,10 @@ class Progress:
     pending: bool = False
     items: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     tensors: dict[str, int] = field(default_factory=dict[str, int])
+    processes: int = 1
 
-    def advance(self, metrics: dict[str, float]) -> None:
-        """One step further, with its metrics."""
-        self.step, self.total, self.pending = self.step + 1, self.total + 1, True
+    def note(self, metrics: dict[str, float]) -> None:
+        """Keep the metrics of a step for the next logged row."""
         for name, value in metrics.items():
             self.unlogged.setdefault(name, []).append(value)
 
@@ -78,16 +81,13 @@ class Held:
     ema: EMA | None
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one (all processes take part); others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, target: Tensor) -> Tensor:
-    """A full tensor laid out and placed as `target` is."""
-    if isinstance(target, DTensor):
-        return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
-    return tensor.to(target.device)
+def groups(held: Held) -> dict[str, Iterator[tuple[str, Tensor]]]:
+    """The tensors of a checkpoint, by kind."""
+    made: dict[str, Iterator[tuple[str, Tensor]]] = {
+        "trained": iter(held.weights.items()),
+        "optimizer": optimizer_tensors(held.optimizers, held.parameters),
+    }
+    return made if held.ema is None else {**made, "ema": iter(held.ema.average.items())}
 
 
 def optimizer_tensors(
@@ -98,72 +98,17 @@ def optimizer_tensors(
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for entry, value in state.items():
-                yield f"{names[parameter]}:{entry}", whole(torch.as_tensor(value))
+                yield f"{names[parameter]}:{entry}", torch.as_tensor(value)
 
 
-def save(
-    folder: Path,
-    progress: Progress,
-    held: Held,
-    recipe: dict[str, Any],
-    *,
-    keep: int,
-    keep_stages: bool = False,
-    main: bool = True,
-    check: bool = False,
-) -> None:
-    """Write a checkpoint of the step into `folder` and keep the last `keep`, and with `keep_stages` the last one of
-    each stage. All processes call it, `main` writes.
-
-    With `check`, the weights that were written are read again and compared.
-
-    Raises:
-        UserError: it could not be written, or reads back differently; the checkpoints before it are untouched.
-    """
-    final = folder / f"{PREFIX}{progress.total:08d}"
-    progress.ema_steps = held.ema.steps if held.ema else 0
-    groups: dict[str, Iterator[tuple[str, Tensor]]] = {
-        "trained": ((name, whole(parameter)) for name, parameter in held.weights.items()),
-        "optimizer": optimizer_tensors(held.optimizers, held.parameters),
-    }
-    if held.ema is not None:
-        groups["ema"] = ((name, whole(value)) for name, value in held.ema.average.items())
-    if not main:
-        for tensors in groups.values():
-            for _ in tensors:  # sharded tensors are put together by all processes
-                pass
-        return
-
-    def counted(stem: str, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        progress.tensors[stem] = 0
-        for name, tensor in tensors:
-            progress.tensors[stem] += 1
-            yield name, tensor
-
-    def write(temporary: Path) -> None:
-        progress.tensors = {}
-        for stem, tensors in groups.items():
-            write_tensors(temporary, counted(stem, tensors), stem)
-        (temporary / "recipe.json").write_text(json.dumps(recipe, indent=1), encoding="utf-8")
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-
-    write_folder(final, write)
-    if check:
-        read_back(final, held.weights)
-    there = checkpoints(folder)
-    last_of_stage = {read_progress(path).stage: path for path in there} if keep_stages else {}
-    for old in there[:-keep]:
-        if old not in last_of_stage.values():
-            remove_folder(old)
-    remove_litter(folder)
+def stem_of(kind: str, rank: int, world: int) -> str:
+    """The beginning of the names of the files that a process writes."""
+    return kind if world == 1 else f"{kind}-p{rank + 1:05d}-of-{world:05d}"
 
 
-def read_back(checkpoint: Path, weights: dict[str, nn.Parameter]) -> None:
-    """UserError when a written weight is not the one in memory, byte by byte; sharded ones are not compared."""
-    back = dict(read_tensors(weight_files(checkpoint, "trained")))
-    for name, parameter in weights.items():
-        if not isinstance(parameter, DTensor) and checksum(back[name]) != checksum(parameter):
-            raise UserError(f"{checkpoint}: {name} reads back differently from what was written; is the disk sound?")
+def files_of(checkpoint: Path, kind: str, processes: int) -> list[Path]:
+    """The files of one kind of tensors, of all processes that wrote the checkpoint; UserError where one is missing."""
+    return [file for rank in range(processes) for file in weight_files(checkpoint, stem_of(kind, rank, processes))]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -209,7 +154,7 @@ def damage(checkpoint: Path) -> str | None:
         for stem in KINDS:
             if stem not in progress.tensors and stem != "trained":
                 continue
-            count = sum(1 for _ in read_tensors(weight_files(checkpoint, stem)))
+            count = sum(1 for _ in read_tensors(files_of(checkpoint, stem, progress.processes)))
             if count != progress.tensors.get(stem, count):
                 return f"{checkpoint}: {stem} holds {count} of {progress.tensors[stem]} tensors"
     except UserError as error:
@@ -230,46 +175,81 @@ def read_recipe(checkpoint: Path) -> dict[str, Any]:
     return read_object(checkpoint / "recipe.json")
 
 
+class Stored:
+    """The tensors of one kind in a checkpoint, whose parts are read as they are wanted.
+
+    Raises:
+        UserError: a file that is missing or cannot be read, or a tensor of which a part is missing.
+    """
+
+    def __init__(self, checkpoint: Path, kind: str) -> None:
+        self.checkpoint, self.kind = checkpoint, kind
+        self.chunks = read_chunks(files_of(checkpoint, kind, read_progress(checkpoint).processes))
+
+    def read(self, name: str, target: Tensor | None = None) -> Tensor:
+        """A tensor laid out and placed as `target`, of which this process reads its own part; without, the whole one.
+
+        Raises:
+            UserError: another shape or number format than the target's, or damage.
+        """
+        chunks = self.chunks[name]
+        shape, dtype = whole_shape(chunks), chunks[0].dtype
+        if target is None:
+            return read_block(chunks, (0,) * len(shape), shape)
+        if shape != tuple(target.shape) or dtype != target.dtype:
+            raise UserError(
+                f"{self.checkpoint}: {name} is {dtype} {list(shape)} there and {target.dtype} {list(target.shape)} here"
+            )
+        if not isinstance(target, DTensor):
+            return read_block(chunks, (0,) * len(shape), shape).to(target.device)
+        mesh, placements = target.device_mesh, target.placements
+        size, offset = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+        part = read_block(chunks, tuple(offset), tuple(size)).to(target.device)
+        return DTensor.from_local(part, mesh, placements, shape=target.shape, stride=target.stride())
+
+
 @torch.no_grad()
 def load_weights(checkpoint: Path, parameters: dict[str, nn.Parameter], *, averaged: bool = False) -> None:
     """Trained (or averaged, where the run averages) weights into parameters, strictly."""
-    values = dict(read_tensors(weight_files(checkpoint, "trained")))
-    _same_names(checkpoint, set(values), set(parameters))
-    if averaged and any(checkpoint.glob("ema*.safetensors")):
-        values |= dict(read_tensors(weight_files(checkpoint, "ema")))
+    stored = Stored(checkpoint, "trained")
+    _same_names(checkpoint, set(stored.chunks), set(parameters))
+    average = Stored(checkpoint, "ema") if averaged and any(checkpoint.glob("ema*.safetensors")) else None
     for name, parameter in parameters.items():
-        parameter.copy_(like(values[name], parameter))
+        source = average if average is not None and name in average.chunks else stored
+        local(parameter).copy_(local(source.read(name, parameter)))
 
 
 @torch.no_grad()
 def load(checkpoint: Path, held: Held) -> None:
-    """Weights, optimiser state and averages as they were saved, strictly."""
+    """Weights, optimiser state and averages as they were saved, strictly; any number of processes may have done so."""
     load_weights(checkpoint, held.weights)
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_tensors(weight_files(checkpoint, "optimizer")):
+    stored, progress = Stored(checkpoint, "optimizer"), read_progress(checkpoint)
+    entries: dict[str, dict[str, str]] = {}
+    for name in stored.chunks:
         parameter, _, entry = name.rpartition(":")
-        states.setdefault(parameter, {})[entry] = tensor
-    found = sum(map(len, states.values()))
-    wanted = read_progress(checkpoint).tensors.get("optimizer", found)
-    incomplete = [name for name, state in states.items() if state.keys() != next(iter(states.values())).keys()]
+        entries.setdefault(parameter, {})[entry] = name
+    found = sum(map(len, stored.chunks.values()))
+    wanted = progress.tensors.get("optimizer", found)
+    incomplete = [name for name, state in entries.items() if state.keys() != next(iter(entries.values())).keys()]
     if found != wanted or (incomplete and len(held.optimizers) == 1):
         which = f" (of {incomplete[0]} some are missing)" if incomplete else ""
         raise UserError(f"{checkpoint}: the optimiser's state has {found} of {wanted} tensors{which}")
-    if unknown := sorted(set(states) - set(held.parameters)):
+    if unknown := sorted(set(entries) - set(held.parameters)):
         raise UserError(f"{checkpoint}: the optimiser's state is of {unknown[0]}, which this stage does not train")
     for optimizer in held.optimizers:
         owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in held.parameters.items():
             if parameter in owned:
+                count = torch.zeros((), device=parameter.device)
                 optimizer.state[parameter] = {
-                    entry: value if entry == COUNTER else like(value, parameter)
-                    for entry, value in states.get(name, {}).items()
+                    entry: stored.read(key, count if entry == COUNTER else parameter)
+                    for entry, key in entries.get(name, {}).items()
                 }
     if held.ema is not None:
-        values = dict(read_tensors(weight_files(checkpoint, "ema")))
-        _same_names(checkpoint, set(values), set(held.ema.average))
-        held.ema.average = {name: like(values[name], average) for name, average in held.ema.average.items()}
-        held.ema.steps = read_progress(checkpoint).ema_steps
+        averages = Stored(checkpoint, "ema")
+        _same_names(checkpoint, set(averages.chunks), set(held.ema.average))
+        held.ema.average = {name: averages.read(name, average) for name, average in held.ema.average.items()}
+        held.ema.steps = progress.ema_steps
 
 
 def _same_names(checkpoint: Path, found: set[str], wanted: set[str]) -> None:

@@ -1,15 +1,17 @@
-"""One optimiser step's gradients, and what all processes tell each other of it."""
+"""One optimiser step: what processes agree on before it, its gradients, and what they report after it.
+
+Losses stay on the device until they are fetched, so that the host never waits for the device within a step.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diptych.core.draws import Draws
@@ -18,6 +20,7 @@ from diptych.data.loader import Step
 from diptych.systems.base import System
 from diptych.training.attention import WrittenOut
 from diptych.training.config import Balance, StageConfig
+from diptych.training.host_group import gather
 
 NAMED = 8
 """Samples that an error names at most."""
@@ -36,16 +39,15 @@ class LossStep(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one process says of a step.
+    """What one process says of a step after it.
 
     losses: values of each term, one per sample of its task. weights: how much each counts in their mean. ids: samples
-    by task, in the same order. stop: whether a signal asks this process to stop.
+    by task, in the same order.
     """
 
     losses: dict[str, list[float]]
     weights: dict[str, list[float]]
     ids: dict[str, list[str]]
-    stop: bool
 
 
 @contextmanager
@@ -61,24 +63,63 @@ def attention(accelerator: Accelerator) -> AbstractContextManager[object]:
     return WrittenOut() if plain else nullcontext()
 
 
-def backward(model: nn.Module, step: Step, config: StageConfig, accelerator: Accelerator) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a process tells the others before a step.
+
+    counts: how many values each family of terms has in it, and their weights' sum. passes: of each batch
+    (`System.passes`). stop: whether a signal asks it to stop. saving: of `Saver.status`.
+    """
+
+    counts: dict[str, tuple[int, float]]
+    passes: tuple[int, ...]
+    stop: bool
+    saving: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step of this process and what all have agreed on. scales: as of `family_scales`. stop: whether the run stops
+    after it. saving: the status of each process's part of a checkpoint."""
+
+    step: Step
+    scales: dict[str, float]
+    stop: bool = False
+    saving: tuple[str, ...] = ()
+
+
+def agree(step: Step, system: System, balance: Balance, stop: bool = False, saving: str = "idle") -> Plan:
+    """Agree with the other processes on a step, over the hosts."""
+    passes = tuple(system.passes(part.batch) for part in step.passes)
+    everyone = gather(Said(counts=own_counts(step, balance), passes=passes, stop=stop, saving=saving))
+    most = [max(row) for row in zip(*(said.passes for said in everyone), strict=True)]
+    padded = [
+        replace(part, batch=replace(part.batch, passes=count)) for part, count in zip(step.passes, most, strict=True)
+    ]
+    return Plan(
+        step=replace(step, passes=tuple(padded)),
+        scales=family_scales(step, balance, [said.counts for said in everyone]),
+        stop=any(said.stop for said in everyone),
+        saving=tuple(said.saving for said in everyone),
+    )
+
+
+def backward(model: nn.Module, plan: Plan, config: StageConfig, accelerator: Accelerator) -> dict[str, Tensor]:
     """Gradients of the weighted mean loss over the step's samples on all processes; unweighted terms, detached.
 
     A value counts by its weight in the mean over all values of its family ("flow") in the step, however these are cut
     into passes and divided among processes (`StageConfig.balance`).
     """
-    scales = family_scales(step, config.balance)
+    step, scales = plan.step, plan.scales
     values: dict[str, list[Tensor]] = {}
     for number, part in enumerate(step.passes):
-        batch = part.batch.to(accelerator.device)
+        batch = part.batch.to(accelerator.device, non_blocking=True)
         with nullcontext() if number + 1 == len(step.passes) else accelerator.no_sync(model):
             with precision(accelerator):
                 terms = model(batch, Draws(part.keys, accelerator.device))
             weighted: list[Tensor] = []
             for name, losses in terms.items():
-                counts = scales[family_of(name)] * torch.tensor(
-                    counts_of(part.batch, config.balance)[name], device=losses.device
-                )
+                counts = scales[family_of(name)] * to_device(counts_of(part.batch, config.balance)[name], losses.device)
                 factor = 0.0 if task_of(name) in batch.borrowed else weight(config.loss_weights, name)
                 weighted.append(factor * (losses.float() * counts).sum())
             with attention(accelerator):
@@ -94,19 +135,32 @@ def counts_of(batch: PreparedBatch, balance: Balance) -> dict[str, list[float]]:
     return batch.counts if balance == "tokens" else batch.weights
 
 
-def family_scales(step: Step, balance: Balance) -> dict[str, float]:
-    """For each family of terms, what the counts of its values are multiplied by in the loss of this process.
+def to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers on a device, whose copy the host does not wait for."""
+    made = torch.tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
-    The mean of the gradients over the processes is then that of the whole step's loss.
-    """
+
+def own_counts(step: Step, balance: Balance) -> dict[str, tuple[int, float]]:
+    """How many values each family of terms has in a step of this process, and the sum of their weights."""
     own: dict[str, tuple[int, float]] = {}
     for part in step.passes:
         for name, weights in counts_of(part.batch, balance).items():
             if task_of(name) not in part.batch.borrowed:
                 count, total = own.get(family_of(name), (0, 0.0))
                 own[family_of(name)] = (count + len(weights), total + math.fsum(weights))
+    return own
+
+
+def family_scales(step: Step, balance: Balance, everywhere: Sequence[dict[str, tuple[int, float]]]) -> dict[str, float]:
+    """For each family of terms, what the counts of its values are multiplied by in the loss of this process.
+
+    The mean of the gradients over the processes is then that of the whole step's loss.
+
+    Args:
+        everywhere: `own_counts` of each process.
+    """
     names = {family_of(name) for part in step.passes for name in part.batch.weights}
-    everywhere: list[dict[str, tuple[int, float]]] = gather_object([own])
     counts = {name: sum(row.get(name, (0, 0.0))[0] for row in everywhere) for name in names}
     totals = {name: math.fsum(row.get(name, (0, 0.0))[1] for row in everywhere) for name in names}
     shares = {name: counts[name] / step.size if balance == "samples" else len(everywhere) for name in names}
@@ -130,8 +184,40 @@ def weight(weights: dict[str, float], name: str) -> float:
     return weights.get(name, weights.get(family, weights.get(family.partition("_")[0], 1.0)))
 
 
-def exchange(terms: dict[str, Tensor], step: Step, stop: bool, balance: Balance = "samples") -> list[Report]:
-    """The reports of all processes, in order; the same list on each."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step gave, still on the device. terms: values of this process's samples. norm: of the gradient."""
+
+    step: Step
+    terms: dict[str, Tensor]
+    norm: Tensor
+
+
+def not_usable(outcome: Outcome, accelerator: Accelerator) -> Tensor:
+    """1.0 where any process has a loss or gradient that is no number, else 0.0; on the device."""
+    values = torch.cat([outcome.norm.float().reshape(1), *(x.reshape(-1) for x in outcome.terms.values())])
+    bad = (~torch.isfinite(values)).any().float()
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+    return bad
+
+
+def fetch(outcomes: Sequence[Outcome], balance: Balance) -> list[tuple[list[Report], float]]:
+    """The reports of all processes on each of some steps, and the gradient's norms: one copy from the device, which
+    the host waits for."""
+    flat = [x.float().reshape(-1) for outcome in outcomes for x in (*outcome.terms.values(), outcome.norm)]
+    numbers: Iterator[float] = iter(torch.cat(flat).tolist() if flat else [])
+    own: list[tuple[Report, float]] = []
+    for outcome in outcomes:
+        sizes = {name: x.numel() for name, x in outcome.terms.items()}
+        losses = {name: [next(numbers) for _ in range(size)] for name, size in sizes.items()}
+        own.append((report(losses, outcome.step, balance), next(numbers)))
+    everyone = gather([said for said, _ in own])
+    return [([said[place] for said in everyone], norm) for place, (_, norm) in enumerate(own)]
+
+
+def report(losses: dict[str, list[float]], step: Step, balance: Balance) -> Report:
+    """Of a step of this process with these values of each term."""
     ids: dict[str, list[str]] = {}
     weights: dict[str, list[float]] = {}
     for part in step.passes:
@@ -141,8 +227,7 @@ def exchange(terms: dict[str, Tensor], step: Step, stop: bool, balance: Balance 
         for id, task in zip(part.batch.ids, part.batch.tasks, strict=True):
             if task not in part.batch.borrowed:
                 ids.setdefault(task, []).append(id)
-    losses = {name: x.tolist() for name, x in terms.items()}
-    return gather_object([Report(losses=losses, weights=weights, ids=ids, stop=stop)])
+    return Report(losses=losses, weights=weights, ids=ids)
 
 
 def mean_losses(reports: Sequence[Report]) -> dict[str, float]:

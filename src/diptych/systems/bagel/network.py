@@ -48,6 +48,10 @@ class States:
     latent: Tensor
     kept: list[list[KeyValue]]
 
+    def zero(self) -> Tensor:
+        """A zero whose gradient reaches every parameter that the run used, as zeros."""
+        return 0 * (self.text.float().sum() + self.vision.float().sum() + self.latent.float().sum())
+
 
 class BagelNetwork(nn.Module):
     """Language model of two experts, vision tower and connector, and the port of the latents.

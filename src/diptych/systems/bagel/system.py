@@ -38,7 +38,7 @@ from diptych.systems.bagel.answer import write
 from diptych.systems.bagel.config import BagelConfig, Wording, owners, token_sums
 from diptych.systems.bagel.context import CacheCondition, ContextStore, Piece, condition, read
 from diptych.systems.bagel.examples import Example, Reader, encode_by_shape, find_markers, split
-from diptych.systems.bagel.items import Markers, Pack, pack
+from diptych.systems.bagel.items import Markers, Pack, Text, pack
 from diptych.systems.bagel.network import BagelNetwork, States
 from diptych.systems.bagel.prepare import BagelPreparer
 from diptych.systems.base import AssembledSystem, formats
@@ -53,7 +53,7 @@ class BagelSystem(AssembledSystem):
     kind = "bagel"
     edit_follows = "last"
     tasks = ("text_to_image", "edit", "understand")
-    alike: ClassVar[bool] = False  # samples share packed rows, whose number differs
+    runs_every_unit: ClassVar[bool] = True  # both experts run in each packed row, be it without tokens
     components = ("network", "autoencoder")
 
     def __init__(
@@ -252,10 +252,9 @@ class BagelSystem(AssembledSystem):
     # Training
 
     def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
-        settings = self.settings
         examples: Sequence[Example] = batch.inputs
         latents = self._latents(examples)
-        rows = rows_within([example.cost for example in examples], settings.row_tokens)
+        rows = self._rows(batch)
         flow, flow_weight, told, told_weight = (torch.zeros(len(batch), device=self.device) for _ in range(4))
         for row in rows:
             where = torch.tensor(row, device=self.device)
@@ -270,7 +269,23 @@ class BagelSystem(AssembledSystem):
                 terms[f"flow.{task}"] = flow[found] / flow_weight[found].clamp_min(1)
         if asked := batch.rows("understand"):
             terms["cross_entropy.understand"] = told[asked] / told_weight[asked].clamp_min(1)
+        first = next(iter(terms))
+        for _ in range(len(rows), batch.passes):
+            terms[first] = terms[first] + self._empty_row()
         return terms
+
+    def passes(self, batch: PreparedBatch) -> int:
+        return len(self._rows(batch))
+
+    def _rows(self, batch: PreparedBatch) -> list[list[int]]:
+        """The samples of each packed row."""
+        return rows_within([example.cost for example in batch.inputs], self.settings.row_tokens)
+
+    def _empty_row(self) -> Tensor:
+        """A zero that depends on all that a packed row runs, of a row that holds nothing: a sharded process runs it
+        while others run a row of samples."""
+        row = pack([[Text(ids=())]], self.reader.markers, self.network.sides())
+        return self.network.run(row, None, None, None, kernel=self.settings.attention).zero()
 
     def _latents(self, examples: Sequence[Example]) -> list[list[Tensor]]:
         """Clean latent tokens (n, c) of each example's latent items; images are encoded in batches by shape."""
@@ -321,7 +336,8 @@ class BagelSystem(AssembledSystem):
             flow = token_sums(errors, owner, len(examples))
             flow_weight = token_sums(torch.ones_like(errors), owner, len(examples))
         told, told_weight = self._told(row, states, len(examples))
-        return flow, flow_weight, told, told_weight
+        zero = states.zero()  # gradients of zeros, not none, for what no loss of this row depends on
+        return flow + zero, flow_weight, told + zero, told_weight
 
     def _flow_errors(
         self, states: States, found: Tensor, latents: Tensor, noise: Tensor, noisy: Tensor, times: Tensor

@@ -1,0 +1,41 @@
+"""Two steps of each toy system on mixed tasks; run by torchrun in test_sharded.py, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from golden_runs import RUNS
+
+from diptych.recipes.recipe import load
+from diptych.recipes.run import train_recipe
+from diptych.training.parallel import leave
+
+CASES = {"bagel": "adamw", "omnigen2": "adamw", "ovis_u1": "adamw", "hieraquery": "adamw", "bagel-muon": "muon"}
+
+
+def run(case: str, folder: Path, strategy: str) -> Path:
+    """The folder of a run of two steps, four passes each on one process and two on each of two."""
+    name = case.partition("-")[0]
+    values: dict[str, Any] = json.loads(json.dumps(RUNS[name]))
+    base, _ = load(values["base"])
+    for stage in values["stages"].values():
+        stage |= {"steps": 2, "batch_size": 8, "micro_batch_size": 2, "max_grad_norm": 1.0, "schedule": {}}
+        stage["optimizer"] |= {"kind": CASES[case], "lr": 2e-5}
+        stage["data"]["held_out"] = 0
+    if name == "bagel":
+        values["system"] |= {"row_tokens": 160, "sample_tokens": 160}  # some pairs of samples need two rows
+    values["run"]["strategy"] = strategy
+    path = folder / f"{case}.yaml"
+    path.write_text(yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
+    assert train_recipe(*load(str(path)), folder / case)
+    return folder / case
+
+
+if __name__ == "__main__":
+    for each in CASES:
+        run(each, Path(sys.argv[1]), "fsdp")
+    leave()

@@ -1,0 +1,46 @@
+"""Sharded steps that mix all tasks of a system are those of one process, losses and weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sharded import CASES, run
+
+from diptych.training.metrics import read_metrics
+from diptych.training.state import Stored
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two processes; a pass that one of them runs alone would wait forever."""
+    folder = tmp_path_factory.mktemp("together")
+    script = Path(__file__).with_name("sharded.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_sharded_processes_are_one(case: str, together: Path, tmp_path: Path) -> None:
+    """Mutants: an empty row left out; a row that gives no gradient to an expert; Muon on shards."""
+    one = run(case, tmp_path, "auto")
+    rows, shared = (read_metrics(folder / "metrics.jsonl") for folder in (one, together / case))
+    assert len(rows) == len(shared) == 2
+    for alone, both in zip(rows, shared, strict=True):
+        assert alone.pop("stage") == both.pop("stage")
+        assert both == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    before, after = (Stored(folder / "checkpoints" / "step-00000002", "trained") for folder in (one, together / case))
+    assert before.chunks.keys() == after.chunks.keys()
+    for name in before.chunks:
+        first, second = before.read(name), after.read(name)
+        assert float((first - second).abs().max()) < 1e-5, name
