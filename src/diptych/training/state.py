@@ -42,8 +42,8 @@ class Progress:
     """Where a run stands: `stage` (position in the recipe), `step` within it, `total` steps over all stages.
 
     unlogged: each metric's values in the steps since the last logged row. pending: the step was made, but what follows
-    it (its row, held-out losses, pictures, scores) was not. items: how many items each of the stage's sources has, and a
-    digest of some of them. tensors: how many of each kind the checkpoint holds, parts of sharded ones counted each.
+    it (its row, held-out losses, pictures, scores) was not. items: how many items each of the stage's sources has, and
+    a digest of some of them. tensors: how many of each kind the checkpoint holds, parts of sharded ones counted each.
     processes: how many wrote it, each its own files.
     """
 
