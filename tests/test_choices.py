@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from diptych.evaluation.evaluate import DRAWN
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS
+from diptych.evaluation.understanding.profiles import PROFILES
 from diptych.recipes import plain as plain_recipes
 from diptych.recipes import recipe as recipes
 
@@ -124,6 +127,23 @@ def test_recipes_that_headers_name_are_there(name: str) -> None:
     ):
         if match.group(1).split("/")[0] not in ("toy",) and "." not in match.group(1).rsplit("/", 1)[-1]:
             assert match.group(1) in NAMES or any(each.startswith(match.group(1)) for each in NAMES), match.group(1)
+
+
+def test_the_table_of_benchmarks_is_whole() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    section = text.split("\n## Each benchmark: ")[1].split("\n## ")[0]
+    rows = [
+        line.split(" | ") for line in section.split("| task | prompt |")[1].splitlines()[2:] if line.startswith("|")
+    ]
+    assert all(len(row) == 5 for row in rows), "task, prompt, rule, source, and what differs"
+    named = {name for row in rows for name in re.findall(r"`([\w*]+)`", row[0])}
+    for task in (*DRAWN, *BENCHMARKS):
+        assert any(fnmatch(task, pattern) for pattern in named), task
+    for pattern in named:
+        assert any(fnmatch(task, pattern) for task in (*DRAWN, *BENCHMARKS)), pattern
+    limits = dict(re.findall(r"`(\w+)` (\d+)", section.split("the class's: ")[1].split(" |")[0]))
+    classes = {name: profile.max_new_tokens for name, profile in PROFILES.items() if profile.max_new_tokens}
+    assert {name: int(limit) for name, limit in limits.items()} == classes
 
 
 def test_readme_names_what_there_is() -> None:

@@ -4,6 +4,9 @@
 data sets, and the others in those of its class for a family of models, with that class's limit of tokens; `system`
 stands for the class of the model at hand. Of the kit's special cases these are kept: what MME, HallusionBench and
 MM-Vet get instead. Not kept are its Chinese wordings, and step-by-step prompts of single sizes.
+
+The texts of the kit's profiles are its benchmark prompts, kept to the character, spaces and line ends included: they
+are part of what a published score was measured with, and another wording is another score.
 """
 
 from __future__ import annotations
