@@ -17,7 +17,7 @@ from diptych.training.parallel import leave
 CASES = {"bagel": "adamw", "omnigen2": "adamw", "ovis_u1": "adamw", "hieraquery": "adamw", "bagel-muon": "muon"}
 
 
-def run(case: str, folder: Path, strategy: str) -> Path:
+def run(case: str, folder: Path, strategy: str, resume: bool = False) -> Path:
     """The folder of a run of two steps, four passes each on one process and two on each of two."""
     name = case.partition("-")[0]
     values: dict[str, Any] = json.loads(json.dumps(RUNS[name]))
@@ -28,10 +28,10 @@ def run(case: str, folder: Path, strategy: str) -> Path:
         stage["data"]["held_out"] = 0
     if name == "bagel":
         values["system"] |= {"row_tokens": 160, "sample_tokens": 160}  # some pairs of samples need two rows
-    values["run"]["strategy"] = strategy
+    values["run"] |= {"strategy": strategy, "save_every": 1}
     path = folder / f"{case}.yaml"
     path.write_text(yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
-    assert train_recipe(*load(str(path)), folder / case)
+    assert train_recipe(*load(str(path)), folder / case, resume=resume)
     return folder / case
 
 

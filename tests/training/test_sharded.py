@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,25 @@ def test_two_sharded_processes_are_one(case: str, together: Path, tmp_path: Path
     for name in before.chunks:
         first, second = before.read(name), after.read(name)
         assert float((first - second).abs().max()) < 1e-5, name
+
+
+def test_one_process_goes_on_from_two(together: Path, tmp_path: Path) -> None:
+    """A checkpoint that two processes wrote, resumed by one after all were killed while they wrote the next.
+
+    Mutants: a process's files left out; chunks put in each other's places; a partial checkpoint taken."""
+    folder = tmp_path / "bagel"
+    shutil.copytree(together / "bagel", folder)
+    shutil.rmtree(folder / "model")
+    last = folder / "checkpoints" / "step-00000002"
+    last.rename(last.with_name(".step-00000002.4000001.partial"))
+    run("bagel", tmp_path, "auto", resume=True)
+    first, second = (read_metrics(path / "metrics.jsonl") for path in (together / "bagel", folder))
+    assert len(first) == len(second) == 2
+    for two, one in zip(first, second, strict=True):
+        assert two.pop("stage") == one.pop("stage")
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
+    for kind in ("trained", "optimizer", "ema"):
+        two, one = (Stored(path / "checkpoints" / last.name, kind) for path in (together / "bagel", folder))
+        assert one.chunks.keys() == two.chunks.keys()
+        for name in one.chunks:
+            assert float((one.read(name) - two.read(name)).abs().max()) < 1e-5, name
