@@ -33,9 +33,9 @@ from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.linear import IdentityConnector, LinearConfig
 from diptych.parts.conditioners.raw import Raw, RawConfig
-from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
+from diptych.parts.lora import add_lora
 from diptych.recipes.families.omnigen2 import OmniGen2Release
 from diptych.recipes.load import load_system
 from diptych.recipes.pack import save

@@ -17,8 +17,8 @@ from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.backbones.qwen2_5_vl import Qwen2_5VL
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.parts.conditioners.raw import Raw
-from diptych.parts.decoders.lora import add_lora
 from diptych.parts.decoders.qwen_image import LORA_TARGETS, QwenImage
+from diptych.parts.lora import add_lora
 from diptych.recipes import recipe as recipes
 from diptych.systems.composed import ComposedSystem
 from diptych.systems.presets import ComposedConfig

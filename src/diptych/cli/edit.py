@@ -54,6 +54,6 @@ def run(args: argparse.Namespace) -> int:
     resolved = engine.settings({name: value for name, value in settings.items() if name != "scales"}, edits=True)
     told = {"instruction": args.instruction, "source": ", ".join((args.image, *args.also))}
     for number, (image, file) in enumerate(zip(images, places, strict=True)):
-        about = facts(resolved, model=args.model, seed=seeds[number // len(names)], **told)
+        about = facts(resolved, model=options.model_words(args), seed=seeds[number // len(names)], **told)
         pictures.save_picture(image, file, about)
     return 0

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         for line, files in zip(lines, places, strict=True)
         for k, file in enumerate(files)
     ]
-    abouts = [_about(engine, args.model, job) for job in jobs]
+    abouts = [_about(engine, options.model_words(args), job) for job in jobs]
     if args.prompts is not None and not args.overwrite:
         done = [all(pictures.made_before(f, a) for f in j.files) for j, a in zip(jobs, abouts, strict=True)]
         if any(done):

@@ -36,6 +36,7 @@ COMMANDS = {
     "recipes": "list the recipes, or show one",
     "save": "a model as a folder, in our layout or the published one",
     "convert": "a published file of weights as a MODEL, or as safetensors",
+    "lora": "LoRA written for other libraries, read from them, merged, extracted",
     "pack": "a run's model as one small folder",
     "confusions": "how the toy world's detector reads its own images",
     "doctor": "look at this machine and this installation",

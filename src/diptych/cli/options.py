@@ -31,6 +31,13 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         "--offload", default="none", metavar="WHAT", help="keep in host memory: model (parts that do not run), layers"
     )
     group.add_argument("--tile", type=int, metavar="PIXELS", help="decode larger images in squares of this side")
+    group.add_argument(
+        "--lora",
+        metavar="LORA[:SCALE]",
+        action="append",
+        default=[],
+        help="add a LoRA to the weights: a file, folder or hub id, and its scale (1); once for each",
+    )
     group.add_argument("--fit", metavar="MEMORY", help="choose what is not given of these so that it fits: 24GB, 16GiB")
 
 
@@ -99,11 +106,16 @@ def open_model(args: argparse.Namespace) -> Engine:
     from diptych.recipes.load import load
 
     transformers_logging.disable_progress_bar()
-    given: Any = {name: getattr(args, name) for name in ("dtype", "quantize", "offload", "tile", "fit")}
+    given: Any = {name: getattr(args, name) for name in ("dtype", "quantize", "offload", "tile", "fit", "lora")}
     model = load(args.model, device=device(args.device), **given)
     if model.fit:
         print(model.fit, file=sys.stderr)
     return model
+
+
+def model_words(args: argparse.Namespace) -> str:
+    """The model and the LoRAs that were added to it, as pictures carry them."""
+    return " + ".join([args.model, *args.lora])
 
 
 def device(name: str) -> str:

@@ -131,7 +131,8 @@ def blocks(system: System) -> list[nn.Module]:
 
 
 def quantize(modules: Iterable[nn.Module], format: Quantization) -> int:
-    """Put the weights of all linear layers inside `modules` into a quantised format; how many layers there were.
+    """Put the weights of all linear layers inside `modules`, but for those of adapters, into a quantised format; how
+    many layers there were.
 
     Raises:
         UserError: the library is not installed, or a layer learns.
@@ -144,9 +145,11 @@ def quantize(modules: Iterable[nn.Module], format: Quantization) -> int:
         ) from error
     count = 0
     for module in modules:
-        for parent in list(module.modules()):
+        for place, parent in list(module.named_modules()):
             for name, layer in list(parent.named_children()):
-                if type(layer) is not nn.Linear:  # a subclass computes something of its own
+                if (
+                    type(layer) is not nn.Linear or LORA in f".{place}.{name}"
+                ):  # a subclass computes something of its own
                     continue
                 if layer.weight.requires_grad:
                     raise UserError(f"quantize {format}: layer {name} learns; freeze it, or train LoRA on it")

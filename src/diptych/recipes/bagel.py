@@ -15,13 +15,13 @@ from transformers import AutoTokenizer
 from diptych.checkpoints import bagel
 from diptych.checkpoints.streaming import entries, stream
 from diptych.checkpoints.tensors import load_into, weight_files
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.reading import read_object
 from diptych.core.schema import read
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.mot import MoTConfig
 from diptych.parts.backbones.siglip_navit import SigLIPConfig
-from diptych.parts.decoders.lora import add_lora
+from diptych.parts.lora import add_lora
 from diptych.recipes.names import locate
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import BagelSpec, Part
@@ -54,7 +54,8 @@ def build_bagel(
     network, tokenizer = _network(spec, meta, assets, tokenizers)
     autoencoder, autoencoder_origin = autoencoders(spec.autoencoder, meta)
     if spec.network.lora:
-        add_lora(network.llm, **dataclasses.asdict(spec.network.lora))
+        with attributed_to("network.lora"):
+            add_lora(network.llm, **dataclasses.asdict(spec.network.lora))
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
     own = {
         "config": dataclasses.asdict(network.config),

@@ -107,6 +107,8 @@ def build_system(
     if isinstance(spec, BuiltSpec):
         return spec.build(meta=meta, assets=assets)
     if spec.kind == "mllm":
+        if made.backbone.lora:
+            raise UserError("backbone.lora: a plain MLLM is saved in its published layout, which has no adapters")
         backbone, origin = build_backbone(made.backbone, meta, assets)
         return MLLMSystem(backbone, origins={"backbone": origin})
     if spec.kind == "bagel":
@@ -183,6 +185,17 @@ def build_refiner(part: Part, width: int, decoder: Decoder, meta: bool) -> tuple
 
 @attributed_to("backbone")
 def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
+    """A backbone, with adapters where the recipe gives them, and what its configuration file will say of it."""
+    backbone, origin = plain_backbone(part, meta, assets)
+    if part.lora:
+        from diptych.parts.lora import add_lora  # peft, for adapters alone
+
+        with attributed_to("lora"):
+            add_lora(backbone, **dataclasses.asdict(part.lora))
+    return backbone, origin
+
+
+def plain_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone, and what its configuration file will say of it.
 
     Models named in its configuration (`llm` and `vision` of an Ovis) give their sizes and weights.
@@ -225,9 +238,10 @@ def build_decoder(part: Part, width: int, meta: bool) -> tuple[Decoder, dict[str
     """A decoder; its condition is as wide as the MLLM where the recipe does not say."""
     decoder, origin = build_part("decoder", part, DECODERS, Decoder, {"condition_width": width}, meta)
     if part.lora:
-        from diptych.parts.decoders.lora import add_lora  # peft and diffusers, for adapters alone
+        from diptych.parts.lora import add_lora  # peft, for adapters alone
 
-        add_lora(decoder, **dataclasses.asdict(part.lora))
+        with attributed_to("lora"):
+            add_lora(decoder, **dataclasses.asdict(part.lora))
     return decoder, origin
 
 
@@ -261,6 +275,9 @@ def build_part(
         UserError: an unknown kind or key, sizes that do not fit, or `weights` that hold no such part.
     """
     cls = choose(role, part.kind, table, base)
+    if role != "decoder" and (part.lora or part.quantize != "none"):
+        have = "lora" if part.lora else "quantize"
+        raise UserError(f"{role}: {have} is for a decoder, a backbone, or BAGEL's network")
     where = f"{role}.config"
     device = torch.device("meta" if meta else "cpu")
     weights = part.weights

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from diptych.checkpoints.finite import check_finite
-from diptych.checkpoints.tensors import PICKLES, load_into, read_tensors, weight_files
+from diptych.checkpoints.tensors import LORA, PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.schema import read
-from diptych.inference.placement import Offload, Quantization, cast, number_format
+from diptych.inference.placement import Offload, Quantization, cast, number_format, quantize
 from diptych.inference.sampling import Sampling
 from diptych.recipes.build import FAMILIES, build_system
 from diptych.recipes.families.base import Family, read_json
@@ -24,12 +24,15 @@ from diptych.recipes.legacy import read_config, with_new_names
 from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.plain import merge
-from diptych.recipes.recipe import VARIANTS, Recipe, StageSpec, SystemSpec, parse
+from diptych.recipes.recipe import VARIANTS, Part, Recipe, StageSpec, SystemSpec, parse
 from diptych.recipes.tables import choose
 from diptych.systems.base import System
 from diptych.training import state
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
+
+if TYPE_CHECKING:
+    from diptych.recipes.lora import Given
 
 
 def load(
@@ -41,6 +44,7 @@ def load(
     offload: Offload = "none",
     tile: int | None = None,
     fit: str | int | None = None,
+    lora: Sequence[Given] | Given = (),
 ) -> Model:
     """A model that generates, edits and answers.
 
@@ -55,12 +59,14 @@ def load(
         tile: side in pixels of the squares that larger images are decoded in.
         fit: memory of the device ("24GB", or bytes) that the model is to take at most: the choices above that are left
             open are made so that it fits (`recipes.fit`).
+        lora: LoRA files, folders or hub ids in any format that `docs/lora.md` lists, each with a scale
+            ("style.safetensors:0.8", or a pair); their updates are added.
 
     Raises:
         UserError: files that are not readable or do not fit, a device or format that is not there, or a model that
             no choice fits into `fit`.
     """
-    placing: Any = {"quantize": quantize, "offload": offload, "tile": tile, "fit": fit}
+    placing: Any = {"quantize": quantize, "offload": offload, "tile": tile, "fit": fit, "lora": lora}
     return Model.from_pretrained(model, device=device, dtype=dtype, **placing)
 
 
@@ -180,30 +186,76 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
     return apply
 
 
-def start(recipe: Recipe) -> System:
+def start(recipe: Recipe, *, quantized: bool = False) -> System:
     """The system that a recipe starts from: its own parts, with the weights of `start` on top where given.
 
     Random weights are those of the recipe's seed, so that a resumed run has the same ones.
+
+    Args:
+        quantized: put the parts that the recipe quantises into their formats, for training.
+
+    Raises:
+        UserError: weights that do not fit, or a quantised part that a stage trains whole.
     """
     torch.manual_seed(key(recipe.seed, "weights"))
     system = build_system(recipe.system)
-    if recipe.start is None:
-        return system
-    file = Path(recipe.start).expanduser()
+    if recipe.start is not None:
+        read_start(system, recipe.start)
+    if quantized:
+        quantize_frozen(system, recipe)
+    return system
+
+
+def quantize_frozen(system: System, recipe: Recipe) -> None:
+    """Put the parts whose `quantize` the recipe sets into that format, their adapters excepted."""
+    for name, format in quantized_parts(recipe).items():
+        part: Any = getattr(system, name)
+        own = {id(p) for p in part.parameters()}
+        parts = system.named_parts()
+        for stage_name, stage in recipe.stages.items():
+            for trained in stage.train:
+                whole = parts[trained].parameters() if trained in parts and trained != "lora" else ()
+                if any(id(p) in own for p in whole):
+                    raise UserError(
+                        f"stages.{stage_name}.train: {trained!r} is quantised ({name}.quantize: {format}) and cannot "
+                        "be trained whole; train lora on it, or leave out quantize"
+                    )
+        for parameter in part.parameters():
+            parameter.requires_grad_(False)
+        inside = {id(module) for module in part.modules()}
+        quantize([unit for unit in system.shard_units() if id(unit) in inside], format)
+
+
+def quantized_parts(recipe: Recipe) -> dict[str, Quantization]:
+    """Formats by the names of the parts that are quantised in training."""
+    found: dict[str, Quantization] = {}
+    for name in ("backbone", "decoder", "network"):
+        part = getattr(recipe.system, name, None)
+        if isinstance(part, Part) and part.quantize != "none":
+            found[name] = part.quantize
+    return found
+
+
+def read_start(system: System, name: str) -> None:
+    """The weights of a recipe's `start` into its system."""
+    file = Path(name).expanduser()
     if file.suffix == ".safetensors" or file.suffix in PICKLES:
         for family in families():
             if family.one_file and family.holds(system):
                 family.read_weights(system, file)
-                return system
+                return
         raise UserError(
             f"start: {file}: single files of weights are read for systems of OpenUni's or MetaQuery's parts, as in "
             "iomm/openuni_l_finetune_mix and metaquery/sana; this one has others"
         )
-    source, _ = load_system(recipe.start)
-    check_words(system, source, recipe.start)
-    copy_weights(system, source, recipe.start)
+    source, _ = load_system(name)
+    check_words(system, source, name)
+    copy_weights(system, source, name)
     own_others(system, source)
-    return system
+
+
+BASE_LAYER = ".base_layer."
+"""In the names of weights of layers that have adapters."""
 
 
 def check_words(system: System, source: System, name: str) -> None:
@@ -230,5 +282,9 @@ def own_others(system: System, source: System) -> None:
 
 
 def copy_weights(system: System, source: System, name: str) -> None:
-    """Every weight of `source` into `system`, strictly."""
-    load_into(system, ((key, value) for key, value in source.state_dict().items()), name)
+    """Every weight of `source` into `system`, strictly; adapters of `system` stay as they are where it has none."""
+    tensors = source.state_dict()
+    adapted = {name.replace(BASE_LAYER, "."): name for name in system.state_dict() if BASE_LAYER in name}
+    rename = {} if any(BASE_LAYER in name for name in tensors) else adapted
+    optional = {name for name in system.state_dict() if LORA in name} - tensors.keys()
+    load_into(system, iter(tensors.items()), name, optional=lambda key: key in optional, rename=rename)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub import HfApi
@@ -25,6 +25,9 @@ from diptych.inference.placement import (
 )
 from diptych.recipes.fit import fitted, memory
 
+if TYPE_CHECKING:
+    from diptych.recipes.lora import Given
+
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
@@ -34,9 +37,11 @@ class Model(Engine):
     """An engine that can be saved and shared; `diptych.load` gives one.
 
     fit: what was chosen to make it fit into a device's memory, and why; empty where nothing was asked for.
+    lora: what was added to its weights, with scales.
     """
 
     fit: str = ""
+    lora: Sequence[str] = ()
 
     @classmethod
     def from_pretrained(
@@ -49,6 +54,7 @@ class Model(Engine):
         offload: Offload = "none",
         tile: int | None = None,
         fit: str | int | None = None,
+        lora: Sequence[Given] | Given = (),
     ) -> Self:
         """The model of a name, a run folder, a saved folder or a hub id; arguments as of `diptych.load`."""
         from diptych.recipes.load import load_system
@@ -61,6 +67,10 @@ class Model(Engine):
         # The model, and where it goes.
         system, sampling = load_system(name)
         model = cls(system, sampling, name)
+        if lora:
+            from diptych.recipes.lora import add, as_list  # imports every system
+
+            model.lora = add(system, as_list(lora))
         if budget is not None:
             place_at, batch_size, why = fitted(model, place_at, budget)
             model.sampling = dataclasses.replace(sampling, batch_size=batch_size)
@@ -88,6 +98,12 @@ class Model(Engine):
         Raises:
             UserError: a folder that exists and is not empty.
         """
+        if self.lora:
+            raise UserError(f"{self.name}: has LoRA beside its weights ({self.lora[0]}); diptych lora merge saves both")
+        if self.placement is not None and self.placement.quantize != "none":
+            raise UserError(
+                f"{self.name}: was loaded as {self.placement.quantize}; load it without quantize to save it"
+            )
         place = Path(folder).expanduser()
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{place}: exists already; choose another folder")

@@ -22,6 +22,7 @@ from diptych.core.schema import Variants, read
 from diptych.data.caption_file import CaptionFile
 from diptych.data.filters import Filters
 from diptych.data.reading import CONTEXT_PIXELS
+from diptych.inference.placement import Quantization
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
 from diptych.recipes.plain import load_plain
@@ -35,13 +36,15 @@ Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """Low-rank adapters: inner width, scale in units of it (the update is alpha / rank times B A), dropout of their
-    input, and the last parts of the names of the layers that get one ("to_q", "to_out.0")."""
+    """Low-rank adapters: inner width, scale in units of it (the update is alpha / rank times B A; with `rslora`, alpha
+    / sqrt(rank)), dropout of their input, and the last parts of the names of the layers that get one ("to_q",
+    "to_out.0")."""
 
     rank: Count
     alpha: Positive
     targets: tuple[str, ...]
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -56,7 +59,8 @@ class Part:
     comes from a saved Diptych model that holds one. subfolder: inside it ("vae").
     config: sizes, read from the weights' own config where weights are given. tokenizer: of a backbone that starts from
     random weights ("toyworld" trains one on the toy world's texts; else a folder with tokenizer files).
-    lora: rank, alpha, dropout, for decoders that are tuned that way.
+    lora: adapters, of a decoder, of a backbone's language model, or of BAGEL's network; stages train them as `lora`.
+    quantize: format of the frozen weights under adapters in training (`inference.placement.Quantization`; QLoRA).
     """
 
     kind: str
@@ -65,6 +69,7 @@ class Part:
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: str | None = None
     lora: LoraSpec | None = None
+    quantize: Quantization = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

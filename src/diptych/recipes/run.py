@@ -29,7 +29,7 @@ from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation import evaluate
 from diptych.inference.engine import Engine
 from diptych.recipes.legacy import with_new_names
-from diptych.recipes.load import from_checkpoint, stage_settings, start
+from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
@@ -73,7 +73,7 @@ def train_recipe(
 def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, announce: Callable[[str], None]) -> bool:
     """What `train_recipe` does once the folder is its own."""
     accelerator = make_accelerator(recipe.run)
-    system = start(recipe)
+    system = start(recipe, quantized=True)
     check_finite(system, recipe.start or "the weights that the recipe's parts start from")
     check_parts(recipe, system)
     trained = [name for stage in recipe.stages.values() for name in stage.train]
@@ -100,7 +100,8 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
         for item, reason in stage.data.skipped.items():
             announce(f"skipped {item}: {reason}")
     if done and accelerator.is_main_process:
-        if recipe.run.strategy == "fsdp":  # no process has the whole system; the last checkpoint does
+        # No process of a sharded run has the whole system, nor a quantised one its weights; the last checkpoint does.
+        if recipe.run.strategy == "fsdp" or quantized_parts(recipe):
             system = from_checkpoint(state.checkpoints(folder / "checkpoints")[-1], str(folder))
             system.own(dict.fromkeys(trained))
         save_model(system, recipe, folder / "model")

@@ -281,15 +281,6 @@ class AssembledSystem(System):
         """Components whose weights are those of the name in `origins`, so that a saved folder only refers to them."""
         return [name for name in self.components if self.origins[name].get("weights")]
 
-    def decoder_parts(self) -> dict[str, nn.Module]:
-        """`decoder`, and `lora` where the decoder has adapters, which are then left out of `decoder`."""
-        adapters = [p for name, p in self.decoder.named_parameters() if LORA in name]
-        if not adapters:
-            return {"decoder": self.decoder}
-        own = set(adapters)
-        rest = [p for p in self.decoder.parameters() if p not in own]
-        return {"decoder": nn.ParameterList(rest), "lora": nn.ParameterList(adapters)}
-
     def stores(self, name: str) -> bool:
         """Whether a saved folder holds the weight of this name: all but the referred-to, whose adapters it holds."""
         return LORA in name or not name.startswith(tuple(f"{away}." for away in self.referenced()))
@@ -303,6 +294,20 @@ def formats(system: nn.Module, dtype: torch.dtype | None = None) -> str | dict[s
     parts = {name: part for name, part in system.named_children() if any(True for _ in part.parameters())}
     found = {name: str(weight_format(part)).removeprefix("torch.") for name, part in parts.items()}
     return found if len({*found.values()}) > 1 else next(iter(found.values()), "float32")
+
+
+def with_adapters_apart(parts: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Parts whose adapters are a part of their own, `lora`, where there are any."""
+    adapters = {p for part in parts.values() for name, p in part.named_parameters() if LORA in f".{name}"}
+    if not adapters:
+        return parts
+    apart: dict[str, nn.Module] = {}
+    found: list[nn.Parameter] = []
+    for name, part in parts.items():
+        own = [p for p in part.parameters() if p in adapters]
+        found += own
+        apart[name] = nn.ParameterList([p for p in part.parameters() if p not in adapters]) if own else part
+    return {**apart, "lora": nn.ParameterList(found)}
 
 
 def trains(module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.projector import AlignmentProjector
 from diptych.systems import conversation, scaled
-from diptych.systems.base import AssembledSystem, trains
+from diptych.systems.base import AssembledSystem, trains, with_adapters_apart
 from diptych.systems.branches import BranchVelocities
 from diptych.systems.meeting import check_parts
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Scales, Targets, canvas_size
@@ -354,7 +354,7 @@ class ComposedSystem(AssembledSystem):
         parts = dict(self.backbone.named_parts())
         kind = self.origins.get("conditioner", {}).get("kind", "raw")
         name = {"residual_query_adapter": "adapter", "raw": "raw"}.get(kind, "queries")
-        parts |= {name: self.conditioner, "connector": self.connector, **self.decoder_parts()}
+        parts |= {name: self.conditioner, "connector": self.connector, "decoder": self.decoder}
         parts["autoencoder"] = self.autoencoder
         optional = {
             "refiner": self.refiner,
@@ -364,7 +364,7 @@ class ComposedSystem(AssembledSystem):
             "mask_token": None if self.mask_token is None else nn.ParameterList([self.mask_token]),
         }
         parts |= {name: part for name, part in optional.items() if part is not None}
-        return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+        return with_adapters_apart({name: part for name, part in parts.items() if any(True for _ in part.parameters())})
 
     def shard_units(self) -> Iterable[nn.Module]:
         return [*self.backbone.shard_units(), *self.decoder.shard_units()]

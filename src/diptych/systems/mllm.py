@@ -19,7 +19,7 @@ from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.processor import ModelInputs, Processor
 from diptych.systems import conversation
-from diptych.systems.base import System
+from diptych.systems.base import System, with_adapters_apart
 from diptych.systems.preparing import prepare_answer
 from diptych.systems.presets import Dropped
 
@@ -72,7 +72,7 @@ class MLLMSystem(System):
         return self.backbone.processor.tokenizer
 
     def named_parts(self) -> dict[str, nn.Module]:
-        return dict(self.backbone.named_parts())
+        return with_adapters_apart(dict(self.backbone.named_parts()))
 
     def shard_units(self) -> Iterable[nn.Module]:
         return self.backbone.shard_units()

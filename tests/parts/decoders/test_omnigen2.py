@@ -21,10 +21,10 @@ from diptych.core.errors import UserError
 from diptych.core.positions import time_waves
 from diptych.core.rope import rotate, rotation
 from diptych.objectives import flow_matching
-from diptych.parts.decoders.lora import add_lora, load_lora, save_lora
 from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
 from diptych.parts.decoders.omnigen2_layout import Layout
 from diptych.parts.layers import WAVES, RMSNorm
+from diptych.parts.lora import add_lora, load_lora, save_lora
 from diptych.training.recompute import recompute_blocks
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "omnigen2"

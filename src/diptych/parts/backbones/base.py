@@ -173,6 +173,11 @@ class Backbone(nn.Module, abc.ABC):
         """Write the backbone in its own published layout: configuration, safetensors and the assets."""
 
     @property
+    def adapter_home(self) -> nn.Module:
+        """Where adapters live: the library's model where there is one, so that files of adapters fit it directly."""
+        return self
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the language model; UserError where it was built without one."""
         return self.processor.tokenizer

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError
@@ -120,6 +120,11 @@ class ImageTextBackbone(Backbone, abc.ABC):
     def save_assets(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+    @property
+    def adapter_home(self) -> nn.Module:
+        """transformers' model."""
+        return self.model
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """config.json, safetensors and assets, in transformers' own layout; weights as `dtype` where one is given."""

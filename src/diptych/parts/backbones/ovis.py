@@ -243,6 +243,11 @@ class Ovis(Backbone):
     def shard_units(self) -> list[nn.Module]:
         return [*self.visual_tokenizer.backbone.trunk.blocks, *self.llm.model.layers]
 
+    @property
+    def adapter_home(self) -> nn.Module:
+        """The language model, transformers' own."""
+        return self.llm
+
     def save_assets(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 

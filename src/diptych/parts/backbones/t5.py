@@ -168,6 +168,11 @@ class T5(Backbone):
     def named_parts(self) -> dict[str, nn.Module]:
         return {"t5": self.encoder}
 
+    @property
+    def adapter_home(self) -> nn.Module:
+        """transformers' encoder."""
+        return self.encoder
+
     def shard_units(self) -> list[nn.Module]:
         return list(self.encoder.encoder.block)
 

@@ -46,6 +46,11 @@ class Decoder(Part, abc.ABC):
         weights use another time or sign converts here, so that velocity-trained weights give noise - data.
         """
 
+    @property
+    def adapter_home(self) -> nn.Module:
+        """Where adapters live: the library's model where there is one, so that files of adapters fit it directly."""
+        return self
+
     def refine(self, condition: TokenCondition) -> TokenCondition:
         """What it makes of a condition before the first step, whatever the time: once per image, not per step."""
         return condition

@@ -44,11 +44,16 @@ class Cost:
 
 
 def cost_of(decoder: nn.Module, blocks: int) -> Cost:
-    """The cost rule of a decoder of this many blocks, where its weights lie."""
-    parameters = list(decoder.parameters())
-    device = parameters[0].device.type if parameters and parameters[0].device.type in RATE else "cpu"
+    """The cost rule of a decoder of this many blocks, where its weights lie.
+
+    Weights are counted by the layers' sizes, so that a decoder whose blocks are quantised, or away in host memory,
+    groups its rows as it would otherwise, and draws the same picture.
+    """
+    first = next(decoder.parameters(), None)
+    device = first.device.type if first is not None and first.device.type in RATE else "cpu"
+    weights = sum(x.in_features * x.out_features for x in decoder.modules() if isinstance(x, nn.Linear))
     rate = RATE[device] * (torch.get_num_threads() if device == "cpu" else 1)
-    token = 2 * sum(parameter.numel() for parameter in parameters) / rate
+    token = 2 * weights / rate
     return Cost(call=blocks * BLOCK_CALL[device] / max(token, 1e-12), fills=FILLS[device])
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.pretrained import build, load, save
@@ -25,6 +26,11 @@ class PublishedDecoder(Decoder):
         self.channels = channels
         self.condition_width = condition_width
         self.patch = patch
+
+    @property
+    def adapter_home(self) -> nn.Module:
+        """diffusers' model."""
+        return self.model
 
     @classmethod
     @abc.abstractmethod

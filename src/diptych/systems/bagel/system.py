@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from diptych.checkpoints.tensors import LORA, own_tensors, write_tensors
+from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -41,7 +41,7 @@ from diptych.systems.bagel.examples import Example, Reader, encode_by_shape, fin
 from diptych.systems.bagel.items import Markers, Pack, Text, pack
 from diptych.systems.bagel.network import BagelNetwork, States
 from diptych.systems.bagel.prepare import BagelPreparer
-from diptych.systems.base import AssembledSystem, formats
+from diptych.systems.base import AssembledSystem, formats, with_adapters_apart
 from diptych.systems.conversation import expand_captions
 from diptych.systems.preparing import LatentGrid
 from diptych.systems.presets import Dropped
@@ -387,13 +387,7 @@ class BagelSystem(AssembledSystem):
             "connector": network.connector,
             "autoencoder": self.autoencoder,
         }
-        adapters = [p for name, p in network.named_parameters() if LORA in name]
-        if adapters:
-            own = set(adapters)
-            for name in ("llm", "decoder"):
-                parts[name] = nn.ParameterList([p for p in parts[name].parameters() if p not in own])
-            parts["lora"] = nn.ParameterList(adapters)
-        return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+        return with_adapters_apart({name: part for name, part in parts.items() if any(True for _ in part.parameters())})
 
     def shard_units(self) -> Iterable[nn.Module]:
         return [*self.network.llm.layers, *self.network.vision.layers]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
-from diptych.parts.decoders.lora import add_lora, load_lora, save_lora
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.qwen_image import LORA_TARGETS, QwenImage
+from diptych.parts.lora import add_lora, load_lora, save_lora
 
 SIZES = {
     "in_channels": 16,
