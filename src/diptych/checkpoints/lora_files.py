@@ -229,7 +229,7 @@ def peft_config(layers: Mapping[str, Update]) -> dict[str, Any]:
     """PEFT's configuration of these updates: the commonest rank and alpha, and the layers that have others."""
     ranks = [down.shape[0] for down, _, _ in layers.values()]
     alphas = [alpha for _, _, alpha in layers.values()]
-    rank, alpha = (max(set(values), key=values.count) for values in (ranks, alphas))
+    rank, alpha = max({*ranks}, key=ranks.count), max({*alphas}, key=alphas.count)
     escaped = {name: re.escape(name) for name in layers}
     return {
         "peft_type": "LORA",

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{folder}: {count} layers merged")
         return 0
     if args.action == "extract":
-        files, left = lora.extract(*args.names, folder, args.rank, args.to)
+        files, left = lora.extract(args.names[0], args.names[1], folder, args.rank, args.to)
         print(f"{left:.1%} of the difference is left out at rank {args.rank}")
     elif args.action == "import":
         files = lora.export_lora(args.names[0], folder, "peft", args.names[1])

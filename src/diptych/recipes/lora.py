@@ -12,7 +12,6 @@ from torch import nn
 from diptych.checkpoints.lora_files import FORMATS, PEFT_CONFIG, Update, read_lora, stripped, write_lora
 from diptych.core.errors import UserError, nearest, unknown
 from diptych.core.files import write_folder
-from diptych.inference.sampling import Sampling
 from diptych.parts.added_lora import Factors, attach, difference, fold, trained
 from diptych.parts.decoders.omnigen2 import OmniGen2
 from diptych.parts.decoders.published import PublishedDecoder
@@ -162,15 +161,9 @@ def save_merged(model: str, given: Sequence[Given], folder: Path, layout: str = 
     if layout == "published":
         export(system, folder)
     else:
-        with_sampling(system, sampling)
+        system.keep_sampling(dataclasses.asdict(sampling))
         write_folder(folder, system.save_pretrained)
     return count
-
-
-def with_sampling(system: System, sampling: Sampling) -> None:
-    """Keep the sampling settings of a system that is about to be saved."""
-    if isinstance(system, AssembledSystem):
-        system.origins["sampling"] = dataclasses.asdict(sampling)
 
 
 def export_lora(model: str, folder: Path, format: str, source: str | None = None) -> list[Path]:
