@@ -16,7 +16,8 @@ import diptych
 from diptych.core.errors import UserError
 from diptych.parts.lora import adapted_module, add_lora, load_lora, lora_config, save_lora
 from diptych.recipes.load import load_system, start
-from diptych.recipes.recipe import load_plain, parse
+from diptych.recipes.plain import load_plain
+from diptych.recipes.recipe import parse
 
 LLM = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "rslora": True, "targets": ["q_proj", "v_proj"]}
 HOMES = {
