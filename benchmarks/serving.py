@@ -88,7 +88,7 @@ def batching() -> dict[str, float]:
 
     seconds: dict[str, float] = {}
     for name, more in (("on", []), ("off", ["--no-batching"])):
-        with Server("toy/iomm", "--no-cache", "--no-page", *more) as server, ThreadPoolExecutor(16) as pool:
+        with Server("toy/iomm", "--no-cache", *more) as server, ThreadPoolExecutor(16) as pool:
             for _ in range(2):  # the first round warms up
                 begun = time.monotonic()
                 list(pool.map(lambda place: server.draw(**fields(place)), range(16)))
@@ -115,7 +115,7 @@ def first_partial(server: Server, fields: dict[str, Any]) -> float:
 
 def cache() -> dict[str, float]:
     """The same request, with and without the cache's answer; medians."""
-    with Server("toy/iomm", "--no-page") as server:
+    with Server("toy/iomm") as server:
         server.draw(prompt=PROMPTS[0], seed=1)
         made, repeated = [], []
         for seed in range(2, 12):
@@ -129,7 +129,7 @@ def cache() -> dict[str, float]:
 
 def overhead() -> dict[str, float]:
     """Time of a small request that is not the engine's: the whole less queue, prepare, draw and write."""
-    with Server("toy/iomm", "--no-cache", "--no-page") as server:
+    with Server("toy/iomm", "--no-cache") as server:
         names = ("prepare", "draw", "write")
         spent: list[float] = []
         for seed in range(40):
@@ -211,7 +211,7 @@ def load(count: int, clients: int) -> dict[str, float]:
             if not good:
                 wrong.append(f"{kind} {place}")
 
-    with Server("toy/iomm", "toy/ovis-u1", "--no-cache", "--no-page") as server, ThreadPoolExecutor(clients) as pool:
+    with Server("toy/iomm", "toy/ovis-u1", "--no-cache") as server, ThreadPoolExecutor(clients) as pool:
         list(pool.map(one, range(50)))
         before, begun = server.memory(), time.monotonic()
         list(pool.map(one, range(50, count)))
@@ -226,7 +226,7 @@ def load(count: int, clients: int) -> dict[str, float]:
 def kill() -> dict[str, float]:
     """A server that is killed while it draws, and one that is started again: the same picture."""
     fields = {"prompt": PROMPTS[0], "seed": 3, "num_inference_steps": 60}
-    with Server("toy/iomm", "--no-page") as server, ThreadPoolExecutor(4) as pool:
+    with Server("toy/iomm") as server, ThreadPoolExecutor(4) as pool:
         wanted = server.draw(**fields)["data"][0]["b64_json"]
         broken = [pool.submit(server.post, "/v1/images/generations", json.dumps({**fields, "seed": s}).encode())
                   for s in range(10, 14)]  # fmt: skip
@@ -234,7 +234,7 @@ def kill() -> dict[str, float]:
         os.kill(server.process.pid, signal.SIGKILL)
         failed = sum(each.exception() is not None for each in broken)
     begun = time.monotonic()
-    with Server("toy/iomm", "--no-page") as server:
+    with Server("toy/iomm") as server:
         started = time.monotonic() - begun
         same = server.draw(**fields)["data"][0]["b64_json"] == wanted
     return {"requests that broke off": failed, "seconds to start again": started, "same picture": float(same)}

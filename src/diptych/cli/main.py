@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": "images from a prompt",
     "edit": "an image changed as an instruction says",
     "ask": "answers to a question about images",
-    "serve": "models over HTTP: OpenAI's API, a web page, tools for agents",
+    "serve": "models over HTTP: OpenAI's API, and tools for agents",
     "eval": "score a model, or pictures, on benchmarks",
     "compare": "two evaluations side by side",
     "sweep": "a model's scores over a grid of sampling settings",

@@ -1,4 +1,4 @@
-"""Serve models over HTTP: OpenAI's API for images and chat, a web page, and tools for agents.
+"""Serve models over HTTP: OpenAI's API for images and chat, and tools for agents.
 
 The server listens on this machine alone unless --host says otherwise. A key is best given by the environment variable
 DIPTYCH_API_KEY. Ctrl-C lets running requests end, for 30 seconds at most.
@@ -28,7 +28,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait (256)")
     parser.add_argument("--no-batching", action="store_true", help="run requests one after the other")
     parser.add_argument("--no-cache", action="store_true", help="make exact repeats anew")
-    parser.add_argument("--no-page", action="store_true", help="leave out the web page")
     parser.add_argument("--no-tools", action="store_true", help="leave out the tools for agents (MCP)")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of a request (600)")
     parser.add_argument("--read-timeout", type=float, default=30, metavar="SECONDS", help="of its arrival (30)")
@@ -84,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
             rows=args.rows,
             queue=args.queue,
             batching=not args.no_batching,
-            page=not args.no_page,
             tools=not args.no_tools,
             options=Options(
                 timeout=args.timeout,

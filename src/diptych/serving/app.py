@@ -42,7 +42,7 @@ class Status:
 
 
 def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
-    """The application. mounts: the page and the tools."""
+    """The application. mounts: the tools."""
     files = Files()
     images, chat = ImagesApi(service, files), ChatApi(service)
 
@@ -86,7 +86,7 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
 
     app = Starlette(routes=routes, lifespan=lifespan)
     for mount in mounts:
-        app.mount(mount.path, mount.app)
+        app.router.routes.append(Route(mount.path, mount.app))
     # The router alone: Starlette's own middleware would answer errors before the guard sees them.
     guarded: ASGIApp = Guard(app.router, app, service, status)
     if service.options.cors:
@@ -99,7 +99,7 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
 
 
 class Mount:
-    """Another application under a path; life: what must run while it is served."""
+    """Another application at a path; life: what must run while it is served."""
 
     def __init__(
         self, path: str, app: ASGIApp, life: Callable[[], AbstractAsyncContextManager[object]] | None = None

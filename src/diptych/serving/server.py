@@ -20,6 +20,7 @@ from diptych.serving.metrics import Metrics
 from diptych.serving.models import Models, measured_rows
 from diptych.serving.scheduler import Bounds, Scheduler
 from diptych.serving.service import Options, Service
+from diptych.serving.tools import tools_mount
 
 log = logging.getLogger(__name__)
 LAST_SECONDS = 30
@@ -38,7 +39,6 @@ class Settings:
     rows: int | None = None
     queue: int = 256
     batching: bool = True
-    page: bool = True
     tools: bool = True
     options: Options = field(default_factory=Options)
 
@@ -116,8 +116,8 @@ async def run(settings: Settings, service: Service, status: Status, listener: so
 
 
 def mounts(settings: Settings, service: Service) -> list[Mount]:
-    """The page and the tools, where they are wanted."""
-    return []
+    """The tools, where they are wanted."""
+    return [tools_mount(service, settings.host)] if settings.tools else []
 
 
 def bound(host: str, port: int) -> socket.socket:
