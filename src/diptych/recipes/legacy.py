@@ -7,12 +7,15 @@ A recipe that uses an old name is refused with the new one. Saved models and che
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from diptych.core.errors import UserError
 from diptych.inference import sampling
 from diptych.systems.base import FORMAT_VERSION
+
+log = logging.getLogger(__name__)
 
 SYSTEM = {
     "drop": "cfg_dropout",
@@ -65,6 +68,13 @@ KEYS: dict[str, dict[str, str]] = {
 }
 """Old keys to new ones by section; `*` stands for any name. A dotted new key is a key of a mapping in the section."""
 
+SHORT = {
+    "stages.*": {"batch", "micro_batch", "clip"},
+    "stages.*.data": {"bad_share"},
+    "run": {"keep", "workers"},
+}
+"""Old keys that a recipe may still use, with a warning: only their spelling has changed, and no other key is near."""
+
 VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "system": {"shared_timestep": {"shared": True, "own": False}},
     "stages.*.settings": {"shared_timestep": {"shared": True, "own": False}},
@@ -86,6 +96,28 @@ def refuse_old(plain: dict[str, Any]) -> None:
                 value = section.get(key)
                 if isinstance(value, str) and value in values:
                     raise UserError(f"{where}.{key}: the value {value!r} is now called {values[value]!r}")
+
+
+def spelled_out(plain: dict[str, Any], where: str, *, only: bool = True) -> dict[str, Any]:
+    """A recipe's plain values with the keys of `SHORT` as they are called today; each is warned of.
+
+    Args:
+        only: whether a section may not hold a key's new name as well (in one file), or the old one replaces it (set on
+            top of a recipe).
+
+    Raises:
+        UserError: a section that holds both.
+    """
+    plain = copy.deepcopy(plain)
+    for pattern, short in SHORT.items():
+        for place, section in _sections(plain, pattern):
+            for old in sorted(short & section.keys()):
+                new = KEYS[pattern][old]
+                if only and new in section:
+                    raise UserError(f"{where}: {place} has both {old!r} and {new!r}, which is its name now; keep one")
+                log.warning("%s: the key %r of %s is now called %r; it is read as that", where, old, place, new)
+                section[new] = section.pop(old)
+    return plain
 
 
 def with_new_names(plain: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""What lies in a folder of pictures: how many, with which captions, of which sizes and in which scripts."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diptych.core.draws import key
+from diptych.core.errors import UserError
+from diptych.core.sample import Task
+from diptych.data.folder import FolderSource
+from diptych.data.jsonl import JsonlSource
+from diptych.data.source import BadItem, ItemDraws, Source, size_table
+
+GLANCE = 64
+"""Items whose captions are read."""
+SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "HANGUL", "HIRAGANA", "KATAKANA")
+"""First words of Unicode names, by which letters are told apart; with CJK."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """kind, path: of the source that reads the folder. items: usable ones. dropped: the others, with reasons.
+    sizes: (height, width) of the images that say theirs, (N, 2). texts: captions or instructions of some of the items.
+    scripts: in which writing these are, the most frequent first."""
+
+    kind: str
+    path: Path
+    task: Task
+    items: int
+    dropped: dict[str, str]
+    sizes: np.ndarray
+    texts: tuple[str, ...]
+    scripts: tuple[str, ...]
+
+    @property
+    def side(self) -> int:
+        """Median side of a square of the images' areas, in pixels; 0 where no image says its size."""
+        return int(np.median(np.sqrt(self.sizes.prod(axis=1)))) if len(self.sizes) else 0
+
+    @property
+    def aspect(self) -> float:
+        """Ratio of long to short side that 95% of the images stay below."""
+        if not len(self.sizes):
+            return 1.0
+        return float(np.quantile(self.sizes.max(axis=1) / self.sizes.min(axis=1), 0.95))
+
+
+def survey(folder: Path, task: Task | None = None) -> Survey:
+    """Look at a folder.
+
+    Args:
+        task: what it is to be learned for; None for captioned images where there are captions, else images alone.
+
+    Raises:
+        UserError: no such folder, nothing usable in it, or several files of rows for `edit` and `understand`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
+    source: Source
+    if task in ("edit", "understand"):
+        files = sorted(path for path in folder.glob("*.json*") if path.suffix in (".json", ".jsonl"))
+        if len(files) != 1:
+            have = ", ".join(path.name for path in files) or "none"
+            raise UserError(f"{folder}: task {task} needs one JSONL file of rows in the folder (docs/data.md); {have}")
+        kind, path, source = "jsonl", files[0], JsonlSource(files[0], task=task, name=folder.resolve().name)
+    else:
+        kind, path = "folder", folder
+        try:
+            source = FolderSource(folder, task=task or "text_to_image", name=folder.resolve().name)
+        except UserError:
+            if task is not None:
+                raise
+            source = FolderSource(folder, task="image", name=folder.resolve().name)
+    sizes = source.sizes()
+    table = size_table([] if sizes is None else sizes)
+    texts = _texts(source)
+    return Survey(
+        kind=kind,
+        path=path,
+        task=source.task,
+        items=len(source),
+        dropped=dict(source.dropped),
+        sizes=table[(table > 0).all(axis=1)],
+        texts=texts,
+        scripts=tuple(script for script, _ in Counter(map(script_of, texts)).most_common() if script),
+    )
+
+
+def _texts(source: Source) -> tuple[str, ...]:
+    """Texts of items that lie evenly in the source, unreadable ones passed over."""
+    found: list[str] = []
+    for index in np.linspace(0, len(source) - 1, min(GLANCE, len(source)), dtype=int):
+        try:
+            sample = source.load(int(index), ItemDraws(key(0, int(index))), (32, 32))
+        except BadItem:
+            continue
+        asked = [message.text for message in sample.messages if message.role == "user"]
+        found += [text for text in (sample.text, *asked[:1]) if text]
+    return tuple(found)
+
+
+def script_of(text: str) -> str:
+    """The writing that most letters of a text are in, "" for a text without letters."""
+    names = [unicodedata.name(letter, "").split()[0] for letter in text if unicodedata.name(letter, "")]
+    known = Counter(name for name in names if name in (*SCRIPTS, "CJK"))
+    return known.most_common(1)[0][0] if known else ""
