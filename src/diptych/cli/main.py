@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "run a recipe",
     "curves": "the losses of runs, drawn",
     "study": "run a set of recipes at equal budget and tabulate them",
+    "new": "a recipe for a folder of your own pictures",
     "check": "look at a recipe and its data before a run",
     "index": "read the headers of data once, so that training starts at once",
     "recipes": "list the recipes, or show one",

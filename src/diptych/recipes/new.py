@@ -3,107 +3,189 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Task
 from diptych.data.survey import Survey, survey
-from diptych.recipes import build
+from diptych.recipes.build import build_system
 from diptych.recipes.check import check_system
-from diptych.recipes.fit import bytes_of
+from diptych.recipes.fit import amount, memory
 from diptych.recipes.from_model import with_system
-from diptych.recipes.recipe import Recipe, parse
-from diptych.recipes.run import image_step
+from diptych.recipes.recipe import parse
 from diptych.systems.base import System
 
-ATTENTION = ("attn", "attention", "q_proj", "to_q")
-"""What names of attention hold, as modules or as their layers."""
 SIDES = (1024, 768, 512, 384, 256)
 """Image sides that are tried, largest first, where a card is to hold the step."""
+ATTENTION = re.compile(r"to_(q|k|v|out#0|add_out)|(add_)?(q|k|v|o|out)_proj|qkv|((image|text|self)_)?out")
+"""Last names of the linear layers of attention in the decoders and language models here."""
 LARGE = 100_000_000
 """Parameters from which a model counts as no toy: bfloat16, recomputed activations, a lower rate."""
 VISITS = 25
-"""How often each picture is seen."""
+"""How often each picture is seen, as far as `STEPS` allows."""
+STEPS = (100, 4000)
+BATCH = 4
+PROMPTS = 4
+"""Captions of the folder that are drawn while training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the recipe says that depends on model, folder and card."""
+    """What the recipe says that depends on model, folder and card.
+
+    owner: the part of the system that gets adapters. targets: last names of the layers that do. side: of images, in
+    pixels. micro_batch_size: samples of a pass.
+    """
 
     model: str
+    owner: str
     targets: tuple[str, ...]
     side: int
-    buckets: float | None
-    batch_size: int
-    steps: int
-    held_out: int
+    micro_batch_size: int
     large: bool
-    prompts: tuple[str, ...]
 
 
 def new_recipe(
     folder: Path, model: str, *, task: Task | None = None, card: str | None = None
-) -> tuple[str, Survey, list[str]]:
-    """The text of a recipe, what lies in the folder, and what was chosen and why, a line each.
+) -> tuple[str, Survey, str]:
+    """The text of a recipe, what lies in the folder, and how the size of the images was chosen.
 
     Args:
-        card: memory of the device that is to hold a step ("24GB"); None to take the model's own image size.
+        folder: pictures, with captions or without; for edits and conversations one JSONL file with its pictures.
+        task: what is to be learned; by default drawing from captions where there are any, else from images alone.
+        card: memory of the device that is to hold a step ("24GB"); None for the size of model and pictures.
 
     Raises:
-        UserError: nothing usable in the folder, a model without adapters for the task, or a card that no size fits.
+        UserError: nothing usable in the folder, a model without a part for the task, or a card that no size fits.
     """
     look = survey(folder, task)
-    draft = {"start": model, "stages": {}}
-    system = build.build_system(parse_system(draft), meta=True)
-    side = own_side(draft, system, look)
+    drafted = with_system({"start": model, "stages": {}})
+    stage = {"train": ["decoder"], "steps": 1, "batch_size": 1, "data": {"sources": {}}}
+    system = build_system(parse({**drafted, "stages": {"draft": stage}}, model).system, meta=True)
     large = sum(parameter.numel() for parameter in system.parameters()) >= LARGE
+    side, reason = image_side(drafted, system, look)
+    owner, part = adapted(system, look.task)
     settings = Settings(
         model=model,
-        targets=attention_layers(adapted(system, look.task)),
+        owner=owner,
+        targets=attention_layers(part, generates=look.task != "understand"),
         side=side,
-        buckets=2.0 if look.aspect > 1.1 and look.task != "understand" else None,
-        batch_size=min(4, look.items),
-        steps=max(100, min(4000, look.items * VISITS // 4)),
-        held_out=min(32, look.items // 10),
+        micro_batch_size=min(BATCH, look.items),
         large=large,
-        prompts=sample_prompts(look),
     )
-    said = [f"images of {side} px, the model's own size" if side >= look.side else f"images of {side} px"]
     if card is not None:
-        settings, line = fitting(settings, look, card)
-        said = [line]
-    return text(settings, look), look, said
+        settings, reason = fitting(settings, look, card)
+    return text(settings, look), look, reason
 
 
-def parse_system(draft: dict[str, Any]) -> Any:
-    """The specification of the system that a recipe without one takes."""
-    stage = {"train": ["decoder"], "steps": 1, "batch_size": 1, "data": {"sources": {}}}
-    return parse(with_system({**draft, "stages": {"draft": stage}}), draft["start"]).system
-
-
-def own_side(draft: dict[str, Any], system: System, look: Survey) -> int:
-    """The model's image side, or the largest multiple of its step that the pictures fill."""
-    size = with_system(draft).get("sampling", {}).get("size") or [512, 512]
-    step = max(image_step(system, look.task != "understand"), 1)
-    model = max(size)
+def image_side(drafted: dict[str, Any], system: System, look: Survey) -> tuple[int, str]:
+    """The model's image side, or the largest multiple of its step that the pictures fill, and why."""
+    model = max(drafted.get("sampling", {}).get("size") or [512])
+    if look.task == "understand":
+        return model, "conversations are read at the size of their pictures"
     if not look.side or look.side >= model:
-        return int(model)
-    return max(look.side // step, 1) * step
+        return model, f"images of {model} px, the model's own size"
+    step = system.image_step
+    side = max(look.side // step, 1) * step
+    return side, f"images of {side} px: most pictures are smaller than the model's own {model} px"
 
 
 def adapted(system: System, task: Task) -> tuple[str, nn.Module]:
-    """Key of the recipe's system under which `lora` stands, and the module whose layers it names: what draws, or what
-    answers."""
-    network = getattr(system, "network", None)
-    if isinstance(network, nn.Module):
-        return "network", network
-    for name in ("backbone",) if task == "understand" else ("decoder",):
+    """The part that gets adapters, by its name in a recipe: what draws, or for conversations what answers."""
+    for name in ("network", "backbone" if task == "understand" else "decoder"):
         part = getattr(system, name, None)
         if isinstance(part, nn.Module):
             return name, part
-    raise UserError(f"this model has no part for task {task} that adapters could be put on")
+    raise UserError(f"this model has no part for task {task} that could get adapters")
+
+
+def attention_layers(part: nn.Module, *, generates: bool) -> tuple[str, ...]:
+    """Last names of the linear layers of attention, as targets of adapters; of BAGEL those of one of its experts."""
+    leaves: set[str] = set()
+    expert = "gen" if generates else "und"
+    for name, module in part.named_modules():
+        *path, last = re.sub(r"\.(?=\d+$)", "#", name).split(".")
+        if not isinstance(module, nn.Linear) or not ATTENTION.fullmatch(last) or not any(map(str.isdigit, path)):
+            continue
+        if path[-1] in ("gen", "und"):
+            leaves |= {f"{expert}.{last}"}
+        elif not name.startswith("vision."):
+            leaves |= {last.replace("#", ".")}
+    paired = {leaf for leaf in leaves if leaf.startswith(f"{expert}.")}
+    if not leaves:
+        raise UserError("this model's layers of attention have no names that are known; write `lora: targets` yourself")
+    return tuple(sorted(paired or leaves))
+
+
+def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]:
+    """The largest images, and then passes, whose step the card holds.
+
+    Raises:
+        UserError: not even the smallest fits; the message says what that needs.
+    """
+    budget, need = memory(card), 0
+    for side in dict.fromkeys([settings.side, *(side for side in SIDES if side < settings.side)]):
+        for count in sorted({settings.micro_batch_size, 1}, reverse=True):
+            tried = replace(settings, side=side, micro_batch_size=count)
+            recipe = parse(with_system(yaml.safe_load(text(tried, look))), settings.model)
+            need = check_system(recipe).stages[0].memory.total
+            if need <= budget:
+                return tried, f"images of {side} px, {count} a pass: a step takes about {amount(need)} of {card}"
+    raise UserError(
+        f"--card {card}: not even one image of {side} px a pass fits; that takes about {amount(need, up=True)}"
+    )
+
+
+def text(settings: Settings, look: Survey) -> str:
+    """The recipe as commented YAML."""
+    steps = min(max(look.items * VISITS // BATCH, STEPS[0]), STEPS[1])
+    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": str(look.path.resolve())}
+    shapes = look.aspect > 1.1 and look.task != "understand"
+    run: dict[str, Any] = {"save_every": max(steps // 4, 1), "validate_every": max(steps // 4, 1)}
+    if look.task == "text_to_image":
+        run["sample_every"] = max(steps // 4, 1)
+    if settings.large:
+        run |= {"precision": "bf16", "checkpointing": ["llm" if look.task == "understand" else "decoder"]}
+    lora = {"rank": 16, "alpha": 16, "targets": list(settings.targets)}
+    captions = list(dict.fromkeys(look.texts))[:: max(len(dict.fromkeys(look.texts)) // PROMPTS, 1)][:PROMPTS]
+    lines = [
+        f"# {settings.model}, tuned by low-rank adapters on {look.path.resolve().name}: {look.items:,} items.",
+        "# Written by `diptych new`. Look at it, then:  diptych check FILE;  diptych train FILE --out runs/mine",
+        f"start: {_flow(settings.model)}  # the system, its prompts and its sampling are this model's",
+        "seed: 0",
+        "system:",
+        f"  {settings.owner}:",
+        f"    lora: {_flow(lora)}  # more rank learns more, and forgets more",
+        "stages:",
+        "  tune:",
+        "    train: [lora]",
+        f"    steps: {steps}  # each picture about {steps * BATCH / look.items:.0f} times",
+        f"    batch_size: {min(BATCH, look.items)}",
+        f"    micro_batch_size: {settings.micro_batch_size}  # samples of a pass; smaller takes less memory",
+        f"    optimizer: {{kind: adamw, lr: {'1.0e-4' if settings.large else '1.0e-3'}}}",
+        f"    schedule: {{kind: cosine, warmup: {min(100, steps // 10)}, end: 0.1}}",
+        "    data:",
+        f"      size: {settings.side}  # of the images, in pixels",
+        *(["      buckets: 2.0  # pictures keep their shapes, up to twice as long as wide"] if shapes else []),
+        f"      held_out: {min(32, look.items // 10)}  # not learned; their loss tells when to stop",
+        "      max_bad_fraction: 0.05  # of unreadable pictures, which are named and passed over",
+        "      sources:",
+        f"        mine: {_flow(source)}",
+        f"run: {_flow(run)}",
+    ]
+    if look.task == "text_to_image" and captions:
+        lines += ["sample_prompts:  # drawn into samples/ while it learns", *(f"  - {_flow(text)}" for text in captions)]
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML in one line."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    ).strip()

@@ -1,0 +1,44 @@
+"""A recipe for pictures of one's own."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="pictures, each with a caption in a .txt of its name, or none")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="what is to learn them")
+    parser.add_argument(
+        "--task", choices=("image", "text_to_image", "edit", "understand"), help="what is learned (by what the folder has)"
+    )
+    parser.add_argument("--card", metavar="MEMORY", help="of the device that is to hold a step, such as 24GB")
+    parser.add_argument("--output", "-o", metavar="FILE", help="the recipe (FOLDER's name with .yaml)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from diptych.core.errors import UserError
+    from diptych.core.files import write_text
+    from diptych.recipes.new import new_recipe
+
+    folder = Path(args.folder).expanduser()
+    output = Path(args.output or f"{folder.resolve().name}.yaml").expanduser()
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {output}: a recipe's name ends in .yaml")
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another name with --output")
+    text, look, reason = new_recipe(folder, args.model, task=args.task, card=args.card)
+    print(f"{folder}: {look.items:,} usable for task {look.task}, {len(look.dropped):,} dropped")
+    for why, count in Counter(look.dropped.values()).most_common(5):
+        print(f"  dropped, {why}: {count:,}")
+    if look.side:
+        print(f"  sizes: {look.side} px on the side at the median, 95% up to {look.aspect:.2f} times as long as wide")
+    if look.texts:
+        scripts = ", ".join(script.capitalize() for script in look.scripts) or "none"
+        print(f"  texts: {sum(map(len, look.texts)) / len(look.texts):.0f} characters on average; letters: {scripts}")
+    print(f"  {reason}")
+    write_text(output, text)
+    print(f"{output}\ntry: diptych check {output}\n     diptych train {output} --out runs/{output.stem}")
+    return 0
