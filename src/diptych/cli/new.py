@@ -10,7 +10,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="pictures, each with a caption in a .txt of its name, or none")
     parser.add_argument("--model", required=True, metavar="MODEL", help="what is to learn them")
     parser.add_argument(
-        "--task", choices=("image", "text_to_image", "edit", "understand"), help="what is learned (by what the folder has)"
+        "--task",
+        choices=("image", "text_to_image", "edit", "understand"),
+        help="what is learned (by what the folder has)",
     )
     parser.add_argument("--card", metavar="MEMORY", help="of the device that is to hold a step, such as 24GB")
     parser.add_argument("--output", "-o", metavar="FILE", help="the recipe (FOLDER's name with .yaml)")

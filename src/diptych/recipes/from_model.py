@@ -11,6 +11,7 @@ from diptych.core.errors import UserError
 from diptych.recipes.families.base import read_json
 from diptych.recipes.legacy import read_config
 from diptych.recipes.names import locate
+from diptych.recipes.plain import merge
 
 TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
@@ -56,8 +57,6 @@ def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def with_system(plain: dict[str, Any]) -> dict[str, Any]:
     """A recipe's plain values with the system and the sampling of its `start` under its own, where its system names no
     kind; others as they are."""
-    from diptych.recipes.recipe import merge
-
     given = plain.get("system")
     if plain.get("start") is None or not (given is None or isinstance(given, dict)) or "kind" in (given or {}):
         return plain

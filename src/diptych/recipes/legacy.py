@@ -7,15 +7,12 @@ A recipe that uses an old name is refused with the new one. Saved models and che
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator
 from typing import Any
 
 from diptych.core.errors import UserError
 from diptych.inference import sampling
+from diptych.recipes.short_keys import sections
 from diptych.systems.base import FORMAT_VERSION
-
-log = logging.getLogger(__name__)
 
 SYSTEM = {
     "drop": "cfg_dropout",
@@ -68,13 +65,6 @@ KEYS: dict[str, dict[str, str]] = {
 }
 """Old keys to new ones by section; `*` stands for any name. A dotted new key is a key of a mapping in the section."""
 
-SHORT = {
-    "stages.*": {"batch", "micro_batch", "clip"},
-    "stages.*.data": {"bad_share"},
-    "run": {"keep", "workers"},
-}
-"""Old keys that a recipe may still use, with a warning: only their spelling has changed, and no other key is near."""
-
 VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "system": {"shared_timestep": {"shared": True, "own": False}},
     "stages.*.settings": {"shared_timestep": {"shared": True, "own": False}},
@@ -86,48 +76,26 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
 def refuse_old(plain: dict[str, Any]) -> None:
     """UserError for the first old key or value in a recipe's plain values."""
     for pattern, keys in KEYS.items():
-        for where, section in _sections(plain, pattern):
+        for where, section in sections(plain, pattern):
             for old, new in keys.items():
                 if old in section:
                     raise UserError(f"{where}: the key {old!r} is now called {new!r}")
     for pattern, keys_values in VALUES.items():
-        for where, section in _sections(plain, pattern):
+        for where, section in sections(plain, pattern):
             for key, values in keys_values.items():
                 value = section.get(key)
                 if isinstance(value, str) and value in values:
                     raise UserError(f"{where}.{key}: the value {value!r} is now called {values[value]!r}")
 
 
-def spelled_out(plain: dict[str, Any], where: str, *, only: bool = True) -> dict[str, Any]:
-    """A recipe's plain values with the keys of `SHORT` as they are called today; each is warned of.
-
-    Args:
-        only: whether a section may not hold a key's new name as well (in one file), or the old one replaces it (set on
-            top of a recipe).
-
-    Raises:
-        UserError: a section that holds both.
-    """
-    plain = copy.deepcopy(plain)
-    for pattern, short in SHORT.items():
-        for place, section in _sections(plain, pattern):
-            for old in sorted(short & section.keys()):
-                new = KEYS[pattern][old]
-                if only and new in section:
-                    raise UserError(f"{where}: {place} has both {old!r} and {new!r}, which is its name now; keep one")
-                log.warning("%s: the key %r of %s is now called %r; it is read as that", where, old, place, new)
-                section[new] = section.pop(old)
-    return plain
-
-
 def with_new_names(plain: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe's plain values with its old names replaced."""
     plain = copy.deepcopy(plain)
-    for _, section in [*_sections(plain, "system"), ("", plain)]:
+    for _, section in [*sections(plain, "system"), ("", plain)]:
         if isinstance(section.get("sampling"), dict):
             section["sampling"] = sampling.from_legacy(section["sampling"])
     for pattern, keys in KEYS.items():
-        for _, section in _sections(plain, pattern):
+        for _, section in sections(plain, pattern):
             for old, new in keys.items():
                 if old not in section:
                     continue
@@ -137,7 +105,7 @@ def with_new_names(plain: dict[str, Any]) -> dict[str, Any]:
                     place = place.setdefault(name, {})
                 place[last] = section.pop(old)
     for pattern, keys_values in VALUES.items():
-        for _, section in _sections(plain, pattern):
+        for _, section in sections(plain, pattern):
             for key, values in keys_values.items():
                 value = section.get(key)
                 if isinstance(value, str) and value in values:
@@ -158,16 +126,3 @@ def read_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         )
     config = {name: value for name, value in config.items() if name != "format_version"}
     return with_new_names({"system": config})["system"] if version == 1 else config
-
-
-def _sections(plain: dict[str, Any], pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The mappings that a pattern names, with their places."""
-    places: list[tuple[str, Any]] = [("", plain)]
-    for name in pattern.split("."):
-        inner: list[tuple[str, Any]] = []
-        for where, mapping in places:
-            if isinstance(mapping, dict):
-                names = list(mapping) if name == "*" else [name] if name in mapping else []
-                inner += [(f"{where}.{key}" if where else str(key), mapping[key]) for key in names]
-        places = inner
-    return iter([(where, mapping) for where, mapping in places if isinstance(mapping, dict)])

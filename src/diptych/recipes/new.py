@@ -180,12 +180,17 @@ def text(settings: Settings, look: Survey) -> str:
         f"run: {_flow(run)}",
     ]
     if look.task == "text_to_image" and captions:
-        lines += ["sample_prompts:  # drawn into samples/ while it learns", *(f"  - {_flow(text)}" for text in captions)]
+        lines += [
+            "sample_prompts:  # drawn into samples/ while it learns",
+            *(f"  - {_flow(text)}" for text in captions),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _flow(value: Any) -> str:
     """A value as YAML in one line."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
-    ).strip()
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True).strip()
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_text, read_yaml, yaml_value
+from diptych.recipes.short_keys import spelled_out
 
 LIBRARY = Path(__file__).parent / "library"
 
@@ -37,7 +38,7 @@ def load_plain(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     plain = _with_bases(find(name), ())
     for override in overrides:
         set_value(plain, override)
-    return plain
+    return spelled_out(plain, "--set", over=True)
 
 
 def header(name: str) -> list[str]:
@@ -70,6 +71,7 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     plain = read_yaml(path)
     if not isinstance(plain, dict):
         raise UserError(f"{path}: a recipe is a mapping")
+    plain = spelled_out(plain, str(path))
     base = plain.pop("base", None)
     if base is None:
         return plain

@@ -301,6 +301,8 @@ def parse(plain: Mapping[str, Any], where: str = "") -> Recipe:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, Any]]:
-    """A recipe and its resolved plain values."""
-    plain = load_plain(name, overrides)
+    """A recipe and its resolved plain values; without a system of its own it has that of its `start`."""
+    from diptych.recipes.from_model import with_system  # which builds on this file
+
+    plain = with_system(load_plain(name, overrides))
     return parse(plain, name), plain
