@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diptych.core.draws import Draws
 from diptych.core.prepared import PreparedBatch
@@ -92,7 +93,8 @@ def agree(step: Step, system: System, balance: Balance, stop: bool = False, savi
     """Agree with the other processes on a step, over the hosts."""
     passes = tuple(system.passes(part.batch) for part in step.passes)
     everyone = gather(Said(counts=own_counts(step, balance), passes=passes, stop=stop, saving=saving))
-    most = [max(row) for row in zip(*(said.passes for said in everyone), strict=True)]
+    sharded = isinstance(system, FSDPModule)  # otherwise no process waits for another within a pass
+    most = [max(row) if sharded else 0 for row in zip(*(said.passes for said in everyone), strict=True)]
     padded = [
         replace(part, batch=replace(part.batch, passes=count)) for part, count in zip(step.passes, most, strict=True)
     ]

@@ -256,6 +256,7 @@ class BagelSystem(AssembledSystem):
         latents = self._latents(examples)
         rows = self._rows(batch)
         flow, flow_weight, told, told_weight = (torch.zeros(len(batch), device=self.device) for _ in range(4))
+        zeros: list[Tensor] = []
         for row in rows:
             where = torch.tensor(row, device=self.device)
             sums = self._row([examples[i] for i in row], [latents[i] for i in row], draws.take(row))
@@ -263,15 +264,17 @@ class BagelSystem(AssembledSystem):
             flow_weight = flow_weight.index_add(0, where, sums[1])
             told = told.index_add(0, where, sums[2])
             told_weight = told_weight.index_add(0, where, sums[3])
+            zeros.append(sums[4])
         terms: dict[str, Tensor] = {}
         for task in ("text_to_image", "edit"):
             if found := batch.rows(task):
                 terms[f"flow.{task}"] = flow[found] / flow_weight[found].clamp_min(1)
         if asked := batch.rows("understand"):
             terms["cross_entropy.understand"] = told[asked] / told_weight[asked].clamp_min(1)
-        first = next(iter(terms))
-        for _ in range(len(rows), batch.passes):
-            terms[first] = terms[first] + self._empty_row()
+        if batch.passes:  # sharded: gradients of zeros, not none, for what no loss of this process depends on
+            zeros += [self._empty_row() for _ in range(len(rows), batch.passes)]
+            first = next(iter(terms))
+            terms[first] = terms[first] + torch.stack(zeros).sum()
         return terms
 
     def passes(self, batch: PreparedBatch) -> int:
@@ -307,8 +310,8 @@ class BagelSystem(AssembledSystem):
 
     def _row(
         self, examples: Sequence[Example], tokens: Sequence[Sequence[Tensor]], draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums and weights of squared errors and of cross-entropies of a packed row, each (samples,).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Sums and weights of squared errors and of cross-entropies of a packed row, each (samples,); `States.zero`.
 
         Args:
             tokens: clean latent tokens (n, c) of each example's latent items; the last are those of its target.
@@ -336,8 +339,7 @@ class BagelSystem(AssembledSystem):
             flow = token_sums(errors, owner, len(examples))
             flow_weight = token_sums(torch.ones_like(errors), owner, len(examples))
         told, told_weight = self._told(row, states, len(examples))
-        zero = states.zero()  # gradients of zeros, not none, for what no loss of this row depends on
-        return flow + zero, flow_weight, told + zero, told_weight
+        return flow, flow_weight, told, told_weight, states.zero()
 
     def _flow_errors(
         self, states: States, found: Tensor, latents: Tensor, noise: Tensor, noisy: Tensor, times: Tensor
