@@ -164,6 +164,8 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         args = generator().parser_of(words[0]).parse_strictly(words[1:])
         if getattr(args, "size", None) is not None and words[0] != "confusions":
             options.size(args.size)
+        if words[0] == "new" and args.output is not None:
+            Path(args.output).write_text("base: toy/iomm_finetune_mix\n")  # the real one: tests/test_your_pictures.py
         if words[0] in ("train", "check") and args.recipe != "RECIPE":
             recipe.load(args.recipe, args.set)
         if words[0] == "study" and args.name is not None:

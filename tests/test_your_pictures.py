@@ -1,0 +1,80 @@
+"""docs/your-pictures.md, followed as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from diptych.cli.main import main
+from diptych.core.errors import UserError
+from diptych.recipes.new import new_recipe
+from diptych.recipes.recipe import load
+
+PAGE = Path(__file__).parent.parent / "docs" / "your-pictures.md"
+SUBJECTS = {"an astronaut": skimage.data.astronaut, "coffee": skimage.data.coffee, "a cat": skimage.data.chelsea}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 captioned cuttings of photographs, of several shapes."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for number, (subject, read) in enumerate(list(SUBJECTS.items()) * 20):
+        picture = Image.fromarray(np.asarray(read())).convert("RGB")
+        left, top = (int(value) for value in chance.integers(0, 100, 2))
+        picture.crop((left, top, left + 200, top + 150)).resize((64, 48 + number % 3 * 16)).save(
+            folder / f"{number}.png"
+        )
+        (folder / f"{number}.txt").write_text(f"a photograph of {subject}, number {number}")
+    return folder
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [
+        shlex.split(line)[1:]
+        for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert [command[0] for command in commands] == ["new", "check", "train", "generate", "lora", "generate"]
+    short = {"train": ["--set", "stages.tune.steps=2", "run.sample_every=0"], "generate": ["--steps", "2"]}
+    for command in commands:
+        assert main([*command, *short.get(command[0], [])]) == 0, command
+    assert "60 usable for task text_to_image" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    with Image.open("frog.png") as drawn, Image.open("again.png") as again:
+        assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
+
+
+def test_a_card_decides(pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"--card 1MB: not even one image of \d+ px a pass fits; that takes about"):
+        new_recipe(pictures, "toy/iomm", card="1MB")
+    _, _, reason = new_recipe(pictures, "toy/iomm", card="10GB")
+    assert reason.startswith("images of 32 px, 4 a pass")
+
+
+def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
+    """No sources, prompts or stages of a base remain."""
+    text, look, _ = new_recipe(pictures, "toy/omnigen2")
+    (tmp_path / "mine.yaml").write_text(text)
+    recipe, _ = load(str(tmp_path / "mine.yaml"))
+    assert "base:" not in text
+    assert list(recipe.stages) == ["tune"]
+    assert list(recipe.stages["tune"].data.sources) == ["mine"]
+    assert set(recipe.sample_prompts) <= set(look.texts)
+    assert recipe.stages["tune"].data.held_out == 6
+
+
+def test_nothing_is_overwritten(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("mine")
+    assert main(["new", str(pictures), "--model", "toy/iomm", "--output", "mine.yaml"]) == 2
+    assert "mine.yaml: exists already" in capsys.readouterr().err
+    assert Path("mine.yaml").read_text() == "mine"
