@@ -35,7 +35,7 @@ from diptych.parts.conditioners.prefix import condition_states
 from diptych.recipes.build import build_system
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
-from diptych.systems import asking
+from diptych.systems import composed
 from diptych.systems.base import System
 from diptych.training.loop import freeze
 from measure import Peak, in_own_process, machine, synchronize
@@ -107,11 +107,11 @@ def prefix_reuse(wanted: bool) -> Iterator[None]:
         assert reuse, "the language model is frozen here"
         return condition_states(*args, reuse=wanted, **options)
 
-    asking.condition_states = states  # type: ignore[assignment]
+    composed.condition_states = states  # type: ignore[assignment]
     try:
         yield
     finally:
-        asking.condition_states = condition_states
+        composed.condition_states = condition_states
 
 
 def peak(size: str, batch: int, device: str, reuse: bool) -> tuple[int, int]:
