@@ -37,7 +37,7 @@ def png_info(about: Mapping[str, str]) -> PngInfo:
 def carried(image: Image.Image) -> dict[str, Any]:
     """What a picture says of how it was made, its settings read; empty for one that says nothing."""
     image.load()
-    texts = {name: value for name, value in image.info.items() if isinstance(value, str)}
+    texts = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
     if "settings" not in texts or not texts.get("software", "").startswith("diptych "):
         return {}
     try:

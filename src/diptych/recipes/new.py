@@ -130,7 +130,8 @@ def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]
         UserError: not even the smallest fits; the message says what that needs.
     """
     budget, need = memory(card), 0
-    for side in dict.fromkeys([settings.side, *(side for side in SIDES if side < settings.side)]):
+    sides = [settings.side, *(side for side in SIDES if side < settings.side)]
+    for side in sides:
         for count in sorted({settings.micro_batch_size, 1}, reverse=True):
             tried = replace(settings, side=side, micro_batch_size=count)
             recipe = parse(with_system(yaml.safe_load(text(tried, look))), settings.model)
@@ -138,7 +139,7 @@ def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]
             if need <= budget:
                 return tried, f"images of {side} px, {count} a pass: a step takes about {amount(need)} of {card}"
     raise UserError(
-        f"--card {card}: not even one image of {side} px a pass fits; that takes about {amount(need, up=True)}"
+        f"--card {card}: not even one image of {sides[-1]} px a pass fits; that takes about {amount(need, up=True)}"
     )
 
 
