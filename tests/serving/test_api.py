@@ -221,6 +221,20 @@ def test_an_edit_is_that_of_the_library(client: Client, drawn: Image.Image) -> N
     assert np.abs(levels(picture_of(answer.data[0])) - levels(wanted)).max() <= 1
 
 
+@pytest.mark.parametrize("size", [None, "auto"])
+def test_an_edit_has_the_shape_of_its_image(client: Client, size: Any) -> None:
+    picture = Image.new("RGB", (48, 32), "red")
+    options: dict[str, Any] = {} if size is None else {"size": size}
+    answer = client.images.edit(
+        model="toy/ovis-u1",
+        image=("a.png", png(picture)),
+        prompt="make it green",
+        extra_body={"num_inference_steps": 1},
+        **options,
+    )
+    assert picture_of(answer.data[0]).size == (32, 24)  # Ovis-U1's canvas, of at most 32x32 in area here
+
+
 def test_image_guidance_changes_an_edit(client: Client, drawn: Image.Image) -> None:
     def edited(scale: float) -> np.ndarray:
         extra = {"seed": 3, "image_guidance_scale": scale, "num_inference_steps": 4}
