@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def run(case: str, folder: Path, strategy: str, resume: bool = False) -> Path:
     if name == "bagel":
         values["system"] |= {"row_tokens": 160, "sample_tokens": 160}  # some pairs of samples need two rows
     values["run"] |= {"strategy": strategy, "save_every": 1}
-    path = folder / f"{case}.yaml"
+    path = folder / f"{case}-{os.environ.get('RANK', '0')}.yaml"  # each process writes its own
     path.write_text(yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
     assert train_recipe(*load(str(path)), folder / case, resume=resume)
     return folder / case
