@@ -207,8 +207,8 @@ def test_diffusers_pipelines_draw_the_same_from_our_file(
     [file] = write_lora(tmp_path, {"decoder": own}, "diffusers")
     assert changes(name, file, caplog, monkeypatch) == "as trained"
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    # SD3's loader also looks for adapters of its text encoder, and says that there are none.
-    assert not [text for text in said if "prefix='text_encoder'" not in text], "nothing is left over"
+    # SD3's loader also looks for adapters of its text encoders, and says that there are none.
+    assert not [text for text in said if "prefix='text_encoder" not in text], "nothing is left over"
 
 
 @pytest.mark.parametrize("name", list(DECODERS))
