@@ -70,7 +70,11 @@ def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
     assert list(recipe.stages) == ["tune"]
     assert list(recipe.stages["tune"].data.sources) == ["mine"]
     assert set(recipe.sample_prompts) <= set(look.texts)
-    assert recipe.stages["tune"].data.held_out == 6
+    stage = recipe.stages["tune"]
+    assert (stage.steps, stage.batch_size, stage.data.held_out, stage.data.buckets) == (375, 4, 6, 2.0)
+    assert (stage.optimizer.lr, stage.schedule.warmup, stage.schedule.end) == (1e-3, 37, 0.1)
+    assert len(recipe.sample_prompts) == 4
+    assert recipe.run.precision == "fp32"
 
 
 def test_nothing_is_overwritten(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

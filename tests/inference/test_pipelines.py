@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 
+import tiny_sizes
 from diptych.core.condition import ScaleConditions, TokenCondition
 from diptych.core.draws import Draws, key
 from diptych.core.sample import Batch, Sample
@@ -203,35 +204,7 @@ def ours(engine: Engine, **options: Any) -> Tensor:
     return (torch.stack(engine.tensors(samples, n=1, seed=SEED, **options)) + 1) / 2
 
 
-SANA = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 8,
-    "cross_attention_dim": 16,
-    "caption_channels": 12,
-    "sample_size": 8,
-}
-DC = {
-    "latent_channels": 4,
-    "attention_head_dim": 4,
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "encoder_layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1),
-    "encoder_qkv_multiscales": ((), (5,)),
-    "decoder_qkv_multiscales": ((), (5,)),
-    "decoder_norm_types": "batch_norm",
-    "decoder_act_fns": "relu",
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "conv",
-    "scaling_factor": 0.41407,
-}
+SANA = {**tiny_sizes.SANA, "sample_size": 8}
 
 
 @pytest.mark.parametrize(("steps", "cfg"), [(4, 4.5), (18, 1.0)])
@@ -239,10 +212,10 @@ DC = {
 def test_sana(steps: int, cfg: float, tiny_plain: dict[str, Any]) -> None:
     settings = load_recipe("metaquery/sana")[0].sampling
     options = {"solver": settings.solver, "timestep_shift": settings.timestep_shift}
-    decoder, autoencoder = {"kind": "sana", "config": SANA}, {"kind": "dc", "config": DC}
+    decoder, autoencoder = {"kind": "sana", "config": SANA}, {"kind": "dc", "config": tiny_sizes.PUBLISHED_DC}
     engine = engine_of(tiny_plain, decoder, autoencoder, **options)
     assert isinstance(engine.system, AssembledSystem)
-    transformer, vae = SanaTransformer2DModel(**SANA).eval(), AutoencoderDC(**DC).eval()  # type: ignore[arg-type]
+    transformer, vae = SanaTransformer2DModel(**SANA).eval(), AutoencoderDC(**tiny_sizes.PUBLISHED_DC).eval()  # type: ignore[arg-type]
     transformer.load_state_dict(engine.system.decoder.model.state_dict())
     vae.load_state_dict(engine.system.autoencoder.model.state_dict())
     released = {"algorithm_type": "dpmsolver++", "prediction_type": "flow_prediction", "flow_shift": 3.0}

@@ -9,7 +9,7 @@ import torch
 
 from diptych.core.errors import UserError
 from diptych.recipes.load import load_system, start
-from diptych.recipes.names import shipped
+from diptych.recipes.names import SHIPPED, shipped
 from diptych.recipes.recipe import load
 
 RECIPE = """
@@ -36,6 +36,7 @@ def test_system_and_sampling_are_the_model_s(model: str, tmp_path: Path) -> None
     assert plain["system"]["kind"] == system.config()["kind"]
     assert 0.4 in {getattr(built.settings, name, None) for name in ("cfg_dropout", "cfg_dropout_text")}  # type: ignore[attr-defined]
     assert (recipe.sampling.steps, recipe.sampling.cfg) == (3, sampling.cfg)
+    assert str(SHIPPED) not in str(plain), "no path of this machine"
     weights = dict(system.named_parameters())
     assert all(torch.equal(value, weights[name]) for name, value in built.named_parameters())
 

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import tiny_sizes
 from diptych.checkpoints.lora_files import DIFFUSERS_WEIGHTS, METADATA, Update, read_lora, write_lora
 from diptych.core.errors import UserError
 from diptych.parts.added_lora import Factors, attach, trained
@@ -45,27 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*gradient checkpointing:UserWarning"),
 ]
-QWEN: dict[str, Any] = {
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 12,
-    "axes_dims_rope": (4, 6, 6),
-}
-SANA: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 8,
-    "cross_attention_dim": 16,
-    "caption_channels": 12,
-    "timestep_scale": 0.5,
-}
+SANA = {**tiny_sizes.SANA, "timestep_scale": 0.5}
 SD3_SIZES: dict[str, Any] = {
     "sample_size": 8,
     "patch_size": 2,
@@ -80,30 +61,11 @@ SD3_SIZES: dict[str, Any] = {
     "pos_embed_max_size": 8,
 }
 DECODERS: dict[str, tuple[type[PublishedDecoder], dict[str, Any]]] = {
-    "qwen_image": (QwenImage, QWEN),
+    "qwen_image": (QwenImage, tiny_sizes.QWEN_IMAGE),
     "sana": (Sana, SANA),
     "sd3": (SD3, SD3_SIZES),
 }
 TARGETS = ["to_q", "to_v", "to_out.0"]
-DC: Any = {
-    "latent_channels": 4,
-    "attention_head_dim": 4,
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "encoder_layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1),
-    "encoder_qkv_multiscales": ((), (5,)),
-    "decoder_qkv_multiscales": ((), (5,)),
-}
-KL: Any = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
 RANK, ALPHA = 3, 7.0
 """A scale that is not 1, so that a lost alpha shows."""
 
@@ -152,11 +114,11 @@ def pipeline(name: str, model: Any) -> Any:
         made: Any = QwenImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, **parts)
     elif name == "sana":
         flow: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-        made = SanaPipeline(scheduler=DPMSolverMultistepScheduler(**flow), vae=AutoencoderDC(**DC), **parts)
+        made = SanaPipeline(scheduler=DPMSolverMultistepScheduler(**flow), vae=AutoencoderDC(**tiny_sizes.DC), **parts)
     else:
         parts |= {"text_encoder_2": None, "text_encoder_3": None, "tokenizer_2": None, "tokenizer_3": None}
         made = StableDiffusion3Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL(**KL), **parts
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL(**tiny_sizes.KL), **parts
         )
     made.set_progress_bar_config(disable=True)
     return made

@@ -26,9 +26,9 @@ def system_of(model: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
     from diptych.recipes.load import families, unreadable
 
     folder = locate(model)
-    for place in (folder, folder / "model"):
+    for place, name in ((folder, model), (folder / "model", f"{model}/model")):
         if "kind" in read_json(place / "config.json"):
-            return *_saved(place), True
+            return *_saved(place, name), True
         for family in families():
             if family.detect(place):
                 spec, sampling = family.sizes(place, model)
@@ -43,14 +43,16 @@ def _plain(values: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(values)))
 
 
-def _saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _saved(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """System and sampling of a folder that Diptych saved; its tokenizer is found by the name, so that no recipe holds a
+    path of this machine."""
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     config.pop("dtype", None)
     sampling = config.pop("sampling", None) or {}
-    for name in ("backbone", "network"):
-        part = config.get(name)
+    for role in ("backbone", "network"):
+        part = config.get(role)
         if isinstance(part, dict) and not part.get("weights") and any((folder / file).is_file() for file in TOKENIZER):
-            config[name] = {**part, "tokenizer": str(folder.resolve())}
+            config[role] = {**part, "tokenizer": name}
     return config, sampling
 
 

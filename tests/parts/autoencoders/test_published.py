@@ -1,4 +1,4 @@
-"""KL and DC autoencoders against the diffusers classes they wrap, at tiny size."""
+"""KL and tiny_sizes.PUBLISHED_DC autoencoders against the diffusers classes they wrap, at tiny size."""
 
 from __future__ import annotations
 
@@ -11,42 +11,17 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import tiny_sizes
 from diptych.core.errors import UserError
 from diptych.parts.autoencoders.dc import DCAutoencoder
 from diptych.parts.autoencoders.flux import sample_latents
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.parts.autoencoders.published import PublishedAutoencoder
 
-KL: dict[str, Any] = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
-DC: dict[str, Any] = {
-    "latent_channels": 4,
-    "attention_head_dim": 4,
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "encoder_layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1),
-    "encoder_qkv_multiscales": ((), (5,)),
-    "decoder_qkv_multiscales": ((), (5,)),
-    "decoder_norm_types": "batch_norm",
-    "decoder_act_fns": "relu",
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "conv",
-    "scaling_factor": 0.41407,
-}
+KL: dict[str, Any] = {**tiny_sizes.KL, "layers_per_block": 1, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 KINDS: list[Any] = [
     pytest.param(KLAutoencoder, KL, id="kl"),
-    pytest.param(DCAutoencoder, DC, id="dc"),
+    pytest.param(DCAutoencoder, tiny_sizes.PUBLISHED_DC, id="dc"),
 ]
 
 
@@ -69,7 +44,7 @@ def test_kl_scale_shift_and_mode() -> None:
 
 
 def test_dc_scale() -> None:
-    ours = make(DCAutoencoder, DC)
+    ours = make(DCAutoencoder, tiny_sizes.PUBLISHED_DC)
     theirs: AutoencoderDC = ours.model
     images = torch.rand(2, 3, 8, 12) * 2 - 1
     with torch.no_grad():

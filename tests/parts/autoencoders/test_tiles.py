@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tiny_sizes
 from diptych.core.errors import UserError
 from diptych.parts.autoencoders import base
 from diptych.parts.autoencoders.base import Autoencoder, ramp, tile_starts
@@ -16,26 +17,7 @@ from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.parts.autoencoders.qwen_image import QwenImageAutoencoder
 from diptych.training.memory import AllocationTracker
 
-KL = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "latent_channels": 4,
-}
-DC = {
-    "latent_channels": 4,
-    "attention_head_dim": 4,
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-    "encoder_layers_per_block": (1, 1),
-    "decoder_layers_per_block": (1, 1),
-    "encoder_qkv_multiscales": ((), (5,)),
-    "decoder_qkv_multiscales": ((), (5,)),
-}
+KL = {**tiny_sizes.KL, "layers_per_block": 1}
 FLUX = {"channels": 32, "multipliers": [1, 1], "blocks": 1, "latent_channels": 4}
 QWEN_IMAGE = {
     "base_dim": 8,
@@ -46,7 +28,12 @@ QWEN_IMAGE = {
     "latents_mean": [0.0, 0.0],
     "latents_std": [1.0, 1.0],
 }
-KINDS = [(KLAutoencoder, KL), (DCAutoencoder, DC), (FluxAutoencoder, FLUX), (QwenImageAutoencoder, QWEN_IMAGE)]
+KINDS = [
+    (KLAutoencoder, KL),
+    (DCAutoencoder, tiny_sizes.DC),
+    (FluxAutoencoder, FLUX),
+    (QwenImageAutoencoder, QWEN_IMAGE),
+]
 
 
 class Local(Autoencoder):

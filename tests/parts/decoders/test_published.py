@@ -10,6 +10,7 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 
+import tiny_sizes
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.parts.decoders.published import PublishedDecoder
@@ -29,31 +30,11 @@ ZIMAGE: dict[str, Any] = {
     "axes_dims": [4, 6, 6],
     "axes_lens": [128, 32, 32],
 }
-SANA: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_layers": 2,
-    "num_cross_attention_heads": 2,
-    "cross_attention_head_dim": 8,
-    "cross_attention_dim": 16,
-    "caption_channels": 12,
-    "timestep_scale": 0.5,
-}
-QWEN: dict[str, Any] = {
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 12,
-    "axes_dims_rope": (4, 6, 6),
-}
+SANA: dict[str, Any] = {**tiny_sizes.SANA, "timestep_scale": 0.5}
 ALL: list[Any] = [
     pytest.param(ZImage, ZIMAGE, id="zimage"),
     pytest.param(Sana, SANA, id="sana"),
-    pytest.param(QwenImage, QWEN, id="qwen_image"),
+    pytest.param(QwenImage, tiny_sizes.QWEN_IMAGE, id="qwen_image"),
 ]
 SIGMA = torch.tensor([0.25, 0.75])
 MASK = torch.tensor([[True] * 5, [True, True, True, False, False]])
@@ -98,7 +79,7 @@ def test_sana_as_its_pipeline() -> None:
 
 @torch.no_grad()
 def test_qwen_image_as_its_pipeline() -> None:
-    ours = make(QwenImage, QWEN)
+    ours = make(QwenImage, tiny_sizes.QWEN_IMAGE)
     x, tokens = inputs()
     out = ours.model(
         hidden_states=QwenImagePipeline._pack_latents(x, 2, 4, 4, 8),
@@ -166,9 +147,9 @@ def test_published_sizes(kind: type[PublishedDecoder], config: dict[str, Any], m
 
 
 def test_qwen_image_built_on_meta_runs_once_filled() -> None:
-    real = make(QwenImage, QWEN)
+    real = make(QwenImage, tiny_sizes.QWEN_IMAGE)
     with torch.device("meta"):
-        decoder = QwenImage.from_config(QWEN)
+        decoder = QwenImage.from_config(tiny_sizes.QWEN_IMAGE)
     decoder.load_state_dict(real.state_dict(), assign=True)
     x, tokens = inputs()
     condition = TokenCondition(tokens=tokens)
@@ -180,7 +161,7 @@ def test_qwen_image_built_on_meta_runs_once_filled() -> None:
     [
         (Sana, {**SANA, "out_channels": 8}, "learned sigma"),
         (Sana, {**SANA, "guidance_embeds": True}, "guidance"),
-        (QwenImage, {**QWEN, "zero_cond_t": True}, "zero_cond_t"),
+        (QwenImage, {**tiny_sizes.QWEN_IMAGE, "zero_cond_t": True}, "zero_cond_t"),
         (ZImage, {**ZIMAGE, "all_patch_size": (1, 2), "all_f_patch_size": (1, 1)}, "patch"),
         (ZImage, {**ZIMAGE, "cap_feat_dims": 3}, "cap_feat_dim"),
     ],
@@ -191,7 +172,7 @@ def test_bad_config(kind: type[PublishedDecoder], config: dict[str, Any], says: 
 
 
 def test_bad_input() -> None:
-    ours = make(QwenImage, QWEN)
+    ours = make(QwenImage, tiny_sizes.QWEN_IMAGE)
     tokens = TokenCondition(tokens=torch.zeros(1, 2, 12))
     for shape, condition, says in (
         ((1, 3, 4, 4), tokens, "3 channels"),
