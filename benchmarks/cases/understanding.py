@@ -24,11 +24,11 @@ def built(plain: dict[str, Any]) -> Any:
     return build_system(read(SystemSpec, plain, "", VARIANTS))
 
 
-def questions() -> dict[str, Callable[[], Any]]:
-    """Eight questions about each of eight images of 32 px, at most 16 tokens an answer."""
+def questions(side: int = 32) -> dict[str, Callable[[], Any]]:
+    """Eight questions about each of eight images of `side` px, at most 16 tokens an answer."""
     plain = copy.deepcopy(load_plain("toy/ovis_u1")["system"])
     system = built(plain).eval()
-    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    images = torch.rand(8, 3, side, side) * 2 - 1
     conversations, pictures = [], []
     for image in images:
         for number in range(8):

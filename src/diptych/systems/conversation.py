@@ -52,8 +52,24 @@ def answer(
     if keep_last is not None and keep_last < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: the MLLM takes {backbone.max_length} tokens in all")
     sequences = backbone.tokenize(conversations, images=images, generate=True, whole=not too_long)
-    vision = backbone.vision_tokens([image for row in images for image in row])
+    vision = distinct_vision_tokens(backbone, [image for row in images for image in row])
     return backbone.generate(sequences, vision, max_new_tokens=max_new_tokens, choose=choose, keep_last=keep_last)
+
+
+def distinct_vision_tokens(backbone: Backbone, images: Sequence[Tensor]) -> list[Tensor]:
+    """`Backbone.vision_tokens`, each distinct image read once; images (3, H, W) in [-1, 1]."""
+    distinct: list[Tensor] = []
+    places: list[int] = []
+    candidates: dict[tuple[torch.Size, float], list[int]] = {}
+    for image in images:
+        like = candidates.setdefault((image.shape, float(image.double().sum())), [])
+        place = next((place for place in like if torch.equal(distinct[place], image)), len(distinct))
+        if place == len(distinct):
+            distinct.append(image)
+            like.append(place)
+        places.append(place)
+    tokens = backbone.vision_tokens(distinct)
+    return [tokens[place] for place in places]
 
 
 def expand_captions(

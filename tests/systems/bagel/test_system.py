@@ -13,6 +13,7 @@ from torch import Tensor
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
+from diptych.core.tokens import NextToken
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.objectives.flow_matching import FlowMatching
@@ -106,6 +107,44 @@ def test_requests_in_a_batch_are_what_they_are_alone(system: BagelSystem) -> Non
         alone = engine.tensors([request], n=2, seed=4, image_cfg=1.5, positions=[row])
         for got, expected in zip(together[2 * row : 2 * row + 2], alone, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_questions_about_one_image_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight questions about two images, two of them twice: each image is read once, the answers are those of each
+    question by itself, and rows that are finished leave the batch."""
+    system = build().eval()
+    texts = ["how many?", "which colour?", "what is left of it?", "how many?"]
+    talks = [[Message(role="user", text=f"<image>{text}")] for text in texts] * 2
+    images = [[picture(seed)] for seed in (6, 7) for _ in texts]
+    ends = torch.tensor([1, 1, 1, 1, 1, 1, 3, 6])
+    assert system.reader.markers.eos not in range(5, 13)
+
+    def choose(first: int) -> NextToken:
+        def chosen(logits: Tensor, step: int) -> Tensor:
+            rows = ends[first : first + len(logits)]
+            return torch.where(step >= rows, system.reader.markers.eos, 5 + logits[:, 5:13].argmax(-1))
+
+        return chosen
+
+    alone: list[str] = []
+    for row, (talk, shown) in enumerate(zip(talks, images, strict=True)):
+        system.store.held.clear()
+        alone += system.generate_text([talk], [shown], max_new_tokens=8, choose=choose(row))
+    separately = system.store.read_tokens
+
+    rows: list[int] = []
+    run = system.network.llm.forward
+
+    def counted(und: Tensor, *arguments: Any) -> Any:
+        rows.append(len(und))
+        return run(und, *arguments)
+
+    system.store.held.clear()
+    monkeypatch.setattr(system.network.llm, "forward", counted)
+    assert system.generate_text(talks, images, max_new_tokens=8, choose=choose(0)) == alone
+    assert system.store.read_tokens - separately < 0.7 * separately, "0.75 where only repeated questions are read once"
+    assert rows[-6:] == [8, 2, 2, 1, 1, 1]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,65 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from diptych.core.errors import UserError
-from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.base import Backbone, Prefix
+from diptych.parts.backbones.base import Prefix
 from diptych.parts.backbones.processor import Sequences
+
+SPARE = 64
+"""Least number of further tokens for which room is made when keys and values are moved to grow."""
+
+
+@dataclass
+class Room:
+    """Memory in which the keys and values of one layer grow without being moved at each token.
+
+    keys, values: (B, K, C, d), C the tokens that it has room for. used: the tokens that were written. Whoever continues
+    all of them may write behind them; whoever continues fewer, because another run went on first, moves elsewhere.
+    """
+
+    keys: Tensor
+    values: Tensor
+    used: int
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of a transformers cache that writes new tokens into the room behind its own, where there is some.
+
+    With gradients it concatenates, as the layer that it extends does: what others read must not be written into.
+    """
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, room: Room | None = None) -> None:
+        super().__init__()
+        self.room = room
+        if keys is not None and values is not None:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values (B, K, N, d) behind the earlier ones, (B, K, S + N, d)."""
+        before = self.get_seq_length()
+        if torch.is_grad_enabled() or before == 0:
+            self.room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        after = before + key_states.shape[2]
+        room = self.room
+        if room is None or room.used != before or room.keys.shape[2] < after:
+            assert self.keys is not None
+            assert self.values is not None
+            spare = max(SPARE, after // 4)
+            room = Room(_with_room(self.keys, after + spare), _with_room(self.values, after + spare), before)
+        room.keys[:, :, before:after] = key_states
+        room.values[:, :, before:after] = value_states
+        room.used = after
+        self.room = room
+        self.keys, self.values = room.keys[:, :, :after], room.values[:, :, :after]
+        return self.keys, self.values
+
+
+def _with_room(x: Tensor, length: int) -> Tensor:
+    """A copy of (B, K, S, d) in memory for `length` tokens."""
+    grown = x.new_empty((*x.shape[:2], length, x.shape[3]))
+    grown[:, :, : x.shape[2]] = x
+    return grown
 
 
 @dataclass(frozen=True)
@@ -26,11 +82,13 @@ class KeyValues:
     mask: (B, S) bool, True where a token is real.
     layers: keys and values by layer, each (B, K, S, d).
     offset: (B, 1) what the next position is beyond the number of real tokens, None for nothing.
+    rooms: by layer the memory in which they can grow; none where they are moved by whoever continues them.
     """
 
     mask: Tensor
     layers: tuple[tuple[Tensor, Tensor], ...]
     offset: Tensor | None = None
+    rooms: tuple[Room | None, ...] = ()
 
     def next(self) -> Tensor:
         """The position after the last real token, (B, 1)."""
@@ -74,13 +132,10 @@ class KeyValues:
         return KeyValues(mask[:, kept], layers, None if self.offset is None else self.offset[index])
 
     def writable(self) -> DynamicCache:
-        """A transformers cache that begins with these tensors; its growth concatenates, so they stay as they are."""
+        """A transformers cache that begins with these tensors; its growth leaves them as they are."""
         cache = DynamicCache()
-        for keys, values in self.layers:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
+        rooms = self.rooms or (None,) * len(self.layers)
+        cache.layers.extend(GrowingLayer(k, v, room) for (k, v), room in zip(self.layers, rooms, strict=True))
         return cache
 
 
@@ -134,7 +189,8 @@ def run_causal(
     kept = None
     if cache and written is not None:
         written_layers: list[Any] = written.layers
-        kept = KeyValues(seen, tuple((layer.keys, layer.values) for layer in written_layers), offset)
+        rooms = tuple(getattr(layer, "room", None) for layer in written_layers)
+        kept = KeyValues(seen, tuple((layer.keys, layer.values) for layer in written_layers), offset, rooms)
     return Prefix(hidden=hidden, mask=mask, cache=kept)
 
 
@@ -180,55 +236,3 @@ def cut(
     ids, images, loss_mask = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.loss_mask))
     shorter = Sequences(ids=ids, mask=mask, images=images & mask, loss_mask=loss_mask & mask)
     return shorter, embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))
-
-
-@torch.no_grad()
-def continued(
-    backbone: Backbone,
-    embeddings: Tensor,
-    sequences: Sequences,
-    *,
-    ends: Collection[int],
-    max_new_tokens: int,
-    choose: NextToken = likeliest,
-) -> list[list[int]]:
-    """Continuations of right-padded prompts, each up to and without its first token of `ends`.
-
-    Args:
-        embeddings: (B, L, D) input embeddings of `sequences`, vision tokens placed.
-        ends: token ids that end a turn.
-        max_new_tokens: at most this many tokens; fewer where the model's `max_length` is reached.
-        choose: the next token of each.
-    """
-    lengths = sequences.mask.sum(1)  # (B,)
-    room = backbone.max_length - int(lengths.max())
-    if room < 1:
-        raise UserError(f"a prompt of {int(lengths.max())} tokens leaves no room to answer in {backbone.max_length}")
-
-    device = embeddings.device
-    state = backbone.run(embeddings, sequences.mask, positions=sequences.positions, cache=True)
-    hidden = state.hidden[torch.arange(len(lengths), device=device), lengths - 1]  # (B, D)
-    stop = torch.tensor(sorted(ends), device=device)
-    one = torch.ones((len(lengths), 1), dtype=torch.bool, device=device)
-    done = ~one[:, 0]
-    tokens: list[Tensor] = []
-    budget = min(max_new_tokens, room)
-    for step in range(budget):
-        new = choose(backbone.logits(hidden), step)  # (B,)
-        tokens.append(new)
-        done = done | torch.isin(new, stop)
-        if step + 1 == budget or bool(done.all()):
-            break
-        state = backbone.run(backbone.embed(new[:, None]), one, state, cache=True)
-        hidden = state.hidden[:, 0]
-    if not tokens:
-        return [[] for _ in range(len(lengths))]
-
-    return [_until(row, ends) for row in torch.stack(tokens, dim=1).tolist()]
-
-
-def _until(row: list[int], ends: Collection[int]) -> list[int]:
-    for position, token in enumerate(row):
-        if token in ends:
-            return row[:position]
-    return row

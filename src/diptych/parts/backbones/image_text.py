@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
+from diptych.parts.backbones.answers import continued
 from diptych.parts.backbones.base import Backbone
-from diptych.parts.backbones.causal import continued, cut
+from diptych.parts.backbones.causal import cut
 from diptych.parts.backbones.chat import Chat
 from diptych.parts.backbones.processor import Processor, Sequences
 from diptych.parts.backbones.published import check_rows, without_origin, write_model

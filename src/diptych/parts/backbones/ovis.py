@@ -25,8 +25,9 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.aimv2 import AIMv2Config
+from diptych.parts.backbones.answers import continued
 from diptych.parts.backbones.base import Backbone, Prefix
-from diptych.parts.backbones.causal import continued, cut, run_causal
+from diptych.parts.backbones.causal import cut, run_causal
 from diptych.parts.backbones.native_resolution import Pixels
 from diptych.parts.backbones.ovis_chat import NO_THOUGHTS, OvisChat
 from diptych.parts.backbones.ovis_processor import OvisProcessor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.tokens import NextToken, likeliest
+from diptych.parts.backbones.answers import WORTH_LEAVING
 from diptych.parts.backbones.attention import RowAttention
 from diptych.systems.bagel.context import Context, condition
 from diptych.systems.bagel.items import Markers
@@ -45,23 +46,37 @@ def write(
     tokens = torch.full((batch,), markers.bos, device=device)
     stop = torch.tensor(sorted(ends), device=device)
     done = torch.zeros(batch, dtype=torch.bool, device=device)
+    going = torch.arange(batch, device=device)  # the contexts that the rows of the run belong to
     fed: list[Tensor] = []
     logits: list[Tensor] = []
     none = torch.zeros(0, network.config.llm.hidden_size, dtype=network.dtype, device=device)
     for step in range(most):
+        # What was found is read by the rows that go on.
         fed.append(tokens)
-        attention = RowAttention(batch, 1, layers, mask=mask, keep=True)
-        hidden, _ = network.llm(network.llm.embed_tokens(tokens), none, ids + step, attention)
+        attention = RowAttention(len(going), 1, layers, mask=mask, keep=True)
+        hidden, _ = network.llm(network.llm.embed_tokens(tokens[going]), none, ids + step, attention)
         layers = tuple(attention.kept)
         if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
-        scores = network.llm.lm_head(hidden)  # (B, V)
+            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+        scores = network.llm.lm_head(hidden)  # (rows, V)
+
+        # The next token of each context; those that left have logits of zero, and what is found for them is not read.
+        if len(going) < batch:
+            scores = scores.new_zeros((batch, scores.shape[1])).index_copy_(0, going, scores)
         if keep_logits:
             logits.append(scores)
         tokens = choose(scores, step)
         done = done | torch.isin(tokens, stop)
-        if bool(done.all()):
+        count = batch - int(done.sum())
+        if count == 0:
             break
+
+        # Rows that are finished leave once they are many, since leaving copies the cache of those that stay.
+        if count <= WORTH_LEAVING * len(going):
+            kept = (~done[going]).nonzero()[:, 0]
+            going, ids = going[kept], ids[kept]
+            mask = None if mask is None else mask[kept]
+            layers = tuple((k[kept], v[kept]) for k, v in layers)
     rows = torch.stack(fed, dim=1).tolist() if fed else [[] for _ in range(batch)]
     return Written([_until(row, ends) for row in rows], torch.stack(logits) if logits else torch.zeros(0))
 

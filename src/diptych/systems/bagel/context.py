@@ -104,6 +104,24 @@ def read(
     return grown
 
 
+def shared_beginnings(requests: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+    """(Request, number of its first pieces) of each longest beginning that several requests share and that is none of
+    them as a whole; requests are given by the keys of their pieces."""
+    beginnings: dict[tuple[str, ...], tuple[int, int]] = {}
+    for row, keys in enumerate(requests):
+        counts = [_common(keys, other) for place, other in enumerate(requests) if place != row]
+        count = max((count for count in counts if count < len(keys)), default=0)
+        if count:
+            beginnings.setdefault(tuple(keys[:count]), (row, count))
+    return list(beginnings.values())
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many first entries two lists share."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 class ContextStore:
     """Contexts of the last requests, so that guidance branches and later turns continue what was read already.
 
@@ -124,6 +142,17 @@ class ContextStore:
         if weights != self.weights:
             self.held.clear()
             self.weights = weights
+        # What several requests begin with, such as an image with many questions, is read once and first.
+        keys = [tuple(piece.key for piece in pieces) for pieces in requests]
+        distinct = dict(zip(keys, requests, strict=True))
+        rows = list(distinct.values())
+        common = shared_beginnings(list(distinct))
+        self._read(network, markers, [rows[row][:count] for row, count in common])
+        done = dict(zip(distinct, self._read(network, markers, rows), strict=True))
+        return [done[key] for key in keys]
+
+    def _read(self, network: BagelNetwork, markers: Markers, requests: Sequence[Sequence[Piece]]) -> list[Context]:
+        """The context of each request, from what is held and one run over the rest; all of them are held."""
         begun: list[Context] = []
         rest: list[Sequence[Piece]] = []
         for pieces in requests:
@@ -148,9 +177,7 @@ class ContextStore:
         best: tuple[str, ...] = ()
         shared = 0
         for held in self.held:
-            common = 0
-            while common < min(len(held), len(keys)) and held[common] == keys[common]:
-                common += 1
+            common = _common(held, keys)
             if common > shared:
                 best, shared = held, common
         if shared == 0:
