@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from diptych.cli.main import main
@@ -51,10 +52,11 @@ def make(path: Path, content: Any, places: dict[str, str]) -> None:
     """A file, link or folder from its description.
 
     A string is text. A mapping holds one of: text (with encoding), hex, base64, repeat (a text and how often), json,
-    yaml, recipe (values over the sound recipe's), image (size, mode, format, and cut: bytes that are left),
-    safetensors (name: [shape, dtype, value]), tar (a list of [name, content]), parquet (columns),
-    model (a copy of a sound model: `config` are values put into its config.json, `files` are added, `remove` are
-    removed, `tensors` a mapping of names to values), link (a target), folder (true), fifo (true); and mode, the rights.
+    yaml, recipe (values over the sound recipe's), image (size, mode, format, text: what a PNG says of itself, and cut:
+    bytes that are left), safetensors (name: [shape, dtype, value]), raw (a header of safetensors as text or JSON, and
+    how many bytes follow), tar (a list of [name, content]), parquet (columns), model (a copy of a sound model: `config`
+    are values put into its config.json, `files` are added, `remove` are removed, `tensors` a mapping of names to
+    values), link (a target), folder (true), fifo (true); and mode, the rights.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
@@ -119,12 +121,20 @@ def data_of(content: Any, places: dict[str, str]) -> bytes:
         return yaml.safe_dump(content["yaml"]).encode()
     if "recipe" in content:
         return yaml.safe_dump({"base": places["recipe"], **content["recipe"]}).encode()
+    if "raw" in content:
+        head, size = content["raw"]
+        text = (head if isinstance(head, str) else json.dumps(head)).encode()
+        return len(text).to_bytes(8, "little") + text + bytes(size)
     if "image" in content:
         about = content["image"]
         width, height = about.get("size", [32, 32])
         noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(noise).convert(about.get("mode", "RGB")).save(buffer, about.get("format", "PNG"))
+        words = PngInfo()
+        for name, said in about.get("text", {}).items():
+            words.add_itxt(name, said)
+        options = {"pnginfo": words} if about.get("text") else {}
+        Image.fromarray(noise).convert(about.get("mode", "RGB")).save(buffer, about.get("format", "PNG"), **options)
         return buffer.getvalue()[: about.get("cut")]
     raise AssertionError(f"no such content: {content}")
 

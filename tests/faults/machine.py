@@ -45,13 +45,18 @@ class Ended:
     err: str
 
 
+def compiler() -> str | None:
+    """The C compiler; None where there is none."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+
+
 def compiled(folder: Path) -> Path:
     """The layer, compiled."""
     library = folder / "interpose.so"
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    assert compiler, "the fault suite needs a C compiler (cc)"
+    command = compiler()
+    assert command, "the fault suite needs a C compiler (cc)"
     source = str(HERE / "interpose.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"], check=True)
+    subprocess.run([command, "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"], check=True)
     return library
 
 

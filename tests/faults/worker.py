@@ -7,9 +7,11 @@ like a new process.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
@@ -25,18 +27,19 @@ def serve(model: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from diptych.cli.main import COMMANDS
+    from PIL import Image
+
+    import diptych
     from diptych.recipes.load import load
 
-    for name in COMMANDS:
-        importlib.import_module(f"diptych.cli.{name}")
-    for name in ("quickstart", "study_run", "pack", "train", "check"):
-        importlib.import_module(f"diptych.recipes.{name}")
-    for name in ("webdataset", "parquet", "folder", "jsonl", "size_index"):
-        importlib.import_module(f"diptych.data.{name}")
-    for name in ("matplotlib.pyplot", "jinja2", "safetensors.torch", "transformers", "tokenizers", "accelerate"):
+    for module in pkgutil.walk_packages(diptych.__path__, "diptych."):
+        if not module.name.startswith(("diptych.serving", "diptych.recipes.lmms", "diptych.__main__")):
+            importlib.import_module(module.name)
+    for name in ("matplotlib.pyplot", "jinja2", "transformers", "tokenizers", "accelerate", "einops._torch_specific"):
         importlib.import_module(name)
+    Image.init()
     load(model)
+    gc.freeze()  # a collection in a child need not look at all that is here, and copy its pages
     assert len(os.listdir("/proc/self/task")) == 1, "a fork takes one thread along"
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

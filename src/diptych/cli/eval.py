@@ -11,7 +11,6 @@ on where it was.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +143,10 @@ def run(args: argparse.Namespace) -> int:
 
 def own_device(device: str) -> str:
     """The GPU of this process, where a launcher started several."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "cuda" and local is not None else device
+    from diptych.core import environment
+
+    local = environment.number("LOCAL_RANK", -1)
+    return f"cuda:{local}" if device == "cuda" and local >= 0 else device
 
 
 def seeds_of(args: argparse.Namespace) -> list[int] | None:
@@ -169,6 +170,7 @@ def seeds_of(args: argparse.Namespace) -> list[int] | None:
 def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tools:
     """Data, judge and weights as the options name them."""
 
+    from diptych.core import environment
     from diptych.core.errors import UserError, unknown
     from diptych.core.reading import read_object
     from diptych.evaluation.download import Data, default_folder
@@ -192,8 +194,8 @@ def tools_of(args: argparse.Namespace, output: Path | None, device: str) -> Tool
                 raise UserError(f"--judge-prompts {args.judge_prompts}: {name} needs text, not {text!r}")
     judge = judge_of(args, device)
     if judge is not None and output is not None:
-        rank = os.environ.get("RANK", "0")
-        judge = CachedJudge(judge, output / ("judge.jsonl" if rank == "0" else f"judge.{rank}.jsonl"))
+        rank = environment.number("RANK", 0)
+        judge = CachedJudge(judge, output / (f"judge.{rank}.jsonl" if rank else "judge.jsonl"))
     given: dict[str, Any] = {"detector": args.detector, "clip": args.clip}
     given["inception"] = None if args.inception is None else Path(args.inception).expanduser()
     return Tools(

@@ -104,6 +104,8 @@ def surroundings(error: Exception) -> str | None:
         return f"a file could not be written or read ({error.strerror})" if error.errno in DISK else None
     if isinstance(error, ValueError) and ("null byte" in str(error) or "null character" in str(error)):
         return "the name of a file holds a null character"
+    if "determine home directory" in str(error):
+        return "a path begins with ~ and that home folder is not known; write the whole path"
     if "TextEncodeInput" in str(error):  # what tokenizers say of a lone surrogate
         return "a text is not valid UTF-8"
     if isinstance(error, UnicodeEncodeError):

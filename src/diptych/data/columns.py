@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from diptych.core.errors import UserError
-from diptych.core.files import write_folder, write_json
+from diptych.core.files import make_folder, write_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def writing(folder: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time makes what is in a folder; the others wait. A process that ends lets go of it."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = (folder / ".lock").open("w")
     with file:
         try:

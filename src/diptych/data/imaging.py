@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import threading
 import warnings
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diptych.core import environment
 from diptych.core.errors import UserError, unknown
 from diptych.data import jpeg
 from diptych.data.colour import WHITE, UnknownRange, to_srgb
@@ -60,12 +60,7 @@ _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 def pixel_limit() -> int:
     """Largest image that is read where nothing else is said: what the environment variable DIPTYCH_MAX_PIXELS says, or
     Pillow's limit against decompression bombs (89,478,485)."""
-    text = os.environ.get(_LIMIT_VARIABLE)
-    if text is None:
-        return Image.MAX_IMAGE_PIXELS or sys.maxsize
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{_LIMIT_VARIABLE}={text}: must be a whole number of pixels")
-    return int(text)
+    return environment.number(_LIMIT_VARIABLE, Image.MAX_IMAGE_PIXELS or sys.maxsize, least=1)
 
 
 def read_image(

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from diptych.core import environment
 from diptych.core.errors import UserError
 from diptych.core.files import write_file
 from diptych.core.progress import progress_bar
@@ -229,7 +230,7 @@ def _scan_all(missing: Sequence[tuple[Path, Path]]) -> None:
     """Scans shards, in several processes where there are many."""
     if not missing:
         return
-    wanted = int(os.environ.get(_PROCESSES) or min(os.cpu_count() or 1, 16))
+    wanted = environment.number(_PROCESSES, min(os.cpu_count() or 1, 16), least=1)
     processes = max(1, min(wanted, len(missing) // _SHARDS_A_PROCESS))
     with progress_bar("indexing", "shard", total=len(missing), delay=_QUIET_SECONDS) as bar:
         if processes == 1:
@@ -242,14 +243,12 @@ def _scan_all(missing: Sequence[tuple[Path, Path]]) -> None:
 
 def _scan_in_processes(missing: Sequence[tuple[Path, Path]], processes: int, update: Callable[[], Any]) -> None:
     """Processes of their own, since threads would wait for each other and forks of a process with threads may hang."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "diptych.data.tar_index"]
     with ExitStack() as stack:
         workers: list[subprocess.Popen[str]] = []
         for place in range(processes):
-            worker = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            worker = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             stack.callback(_end, worker)
             workers.append(worker)
             assert worker.stdin is not None

@@ -12,13 +12,13 @@ neither mixed in nor overwritten: the journal's first line says what they were m
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diptych.core import environment
 from diptych.core.errors import UserError
 from diptych.evaluation.fingerprint import made_by
 from diptych.evaluation.journal import Journal
@@ -58,7 +58,10 @@ class Worker:
     @staticmethod
     def here() -> Worker:
         """Of a launcher (torchrun) where there is one."""
-        return Worker(rank=int(os.environ.get("RANK", "0")), count=int(os.environ.get("WORLD_SIZE", "1")))
+        count, rank = environment.number("WORLD_SIZE", 1, least=1), environment.number("RANK", 0)
+        if rank >= count:
+            raise UserError(f"RANK is {rank} and WORLD_SIZE {count}; a launcher such as torchrun sets both")
+        return Worker(rank=rank, count=count)
 
     def name(self, stem: str) -> str:
         """The name of this process's journal."""

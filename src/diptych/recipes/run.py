@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
 from diptych.checkpoints.finite import check_finite
+from diptych.core import environment
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import make_folder, write_file, write_folder, write_text
@@ -65,7 +66,7 @@ def train_recipe(
             `diptych check` would find.
     """
     plain = json.loads(json.dumps(plain))
-    first = os.environ.get("RANK", "0") == "0"
+    first = environment.number("RANK", 0) == 0
     with only_writer(folder, "diptych train") if first else nullcontext():
         return _train(recipe, plain, folder, claim(folder, plain, resume), announce)
 
@@ -155,6 +156,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         UserError: several that would each train alone.
     """
     refuse_lonely_process()
+    launched = environment.number("WORLD_SIZE", 1, least=1)
+    for variable in ("RANK", "LOCAL_RANK") if launched > 1 else ():
+        if variable not in os.environ or environment.number(variable, 0) >= launched:
+            raise UserError(f"WORLD_SIZE is {launched} and {variable} not below it; start processes with torchrun")
+    if launched > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE is {launched} without MASTER_ADDR and MASTER_PORT; start processes with torchrun")
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -162,7 +169,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         cpu=cpu,  # unless told, processes without a GPU do not find each other
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched (WORLD_SIZE), but each would train alone on "

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from diptych.core import environment
 from diptych.core.errors import UserError
 from diptych.core.files import make_folder, write_text
 from diptych.core.locks import only_writer
@@ -66,7 +67,7 @@ def run_study(
     """
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if environment.number("WORLD_SIZE", 1, least=1) > 1:
         raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
     runs = plan(study, study.seeds if seeds is None else seeds, out)
     tasks = asked(study)
