@@ -17,7 +17,7 @@ from diptych.core.errors import UserError
 from diptych.data.control import CONTROLS, ControlSource
 from diptych.data.filters import Filters, filtered
 from diptych.data.folder import FolderSource
-from diptych.data.imaging import to_picture
+from diptych.data.imaging import to_pil
 from diptych.data.parquet import ParquetSource
 from diptych.data.proxies.pictures import DepthMaps
 from diptych.data.source import ItemDraws
@@ -60,9 +60,9 @@ def test_maps_are_of_the_image_that_is_wanted(control: str, folder: Path) -> Non
         again = source.load(index, ItemDraws(7), SIZE).context_images[0]
         assert torch.equal(seen, again)  # a function of seed and id, whatever the visit draws
         if control == "canny":
-            grey = cv2.cvtColor(np.asarray(to_picture(plain.image)), cv2.COLOR_RGB2GRAY)
+            grey = cv2.cvtColor(np.asarray(to_pil(plain.image)), cv2.COLOR_RGB2GRAY)
             edges = np.asarray(cv2.Canny(grey, 100, 200))
-            assert np.array_equal(np.asarray(to_picture(seen))[..., 0], edges)
+            assert np.array_equal(np.asarray(to_pil(seen))[..., 0], edges)
             assert edges.any()
         else:
             same = (seen == plain.image).all(0)
@@ -73,9 +73,9 @@ def test_maps_are_of_the_image_that_is_wanted(control: str, folder: Path) -> Non
 
 def test_outpainting_shows_a_rectangle_on_grey(folder: Path) -> None:
     sample = ControlSource(pairs(folder), "outpainting").load(0, ItemDraws(0), SIZE)
-    shown = np.asarray(to_picture(sample.context_images[0]))
+    shown = np.asarray(to_pil(sample.context_images[0]))
     rows, columns = np.nonzero((shown != 127).any(-1))
-    inside = np.asarray(to_picture(sample.image))[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]  # type: ignore[arg-type]
+    inside = np.asarray(to_pil(sample.image))[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]  # type: ignore[arg-type]
     assert np.array_equal(shown[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1], inside)
 
 

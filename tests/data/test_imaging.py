@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data as pictures
 
 from diptych.core.errors import UserError
-from diptych.data.imaging import as_image, check_fit, fit, image_size, read_image, to_picture, to_tensor
+from diptych.data.imaging import as_image, check_fit, fit, image_size, read_image, to_pil, to_tensor
 from diptych.data.source import BadItem
 
 
@@ -158,7 +158,7 @@ def test_tensor_and_picture_are_inverse() -> None:
     tensor = to_tensor(image)
     assert tensor.min() >= -1
     assert tensor.max() <= 1
-    assert np.array_equal(np.asarray(to_picture(tensor)), np.asarray(image))
+    assert np.array_equal(np.asarray(to_pil(tensor)), np.asarray(image))
 
 
 def test_draft_decoding_keeps_the_picture() -> None:

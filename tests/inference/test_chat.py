@@ -9,7 +9,8 @@ from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Message
-from diptych.inference.engine import Engine, from_pil
+from diptych.data.imaging import from_pil
+from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 
 

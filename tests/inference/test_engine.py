@@ -14,7 +14,8 @@ from PIL import Image
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
-from diptych.inference.engine import Engine, from_pil, image_list, to_pil
+from diptych.data.imaging import from_pil, image_list, to_pil
+from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.recipes.load import load
 

@@ -37,7 +37,7 @@ def text(doc):
 
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Path:
-    from diptych.inference.engine import to_pil
+    from diptych.data.imaging import to_pil
     from diptych.toyworld.samples import ToyWorld
 
     world = ToyWorld(5, 32, text_only=0.0, captions=0.0)

@@ -15,7 +15,8 @@ import diptych
 from diptych.core.draws import key
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample
 from diptych.core.tokens import likeliest
-from diptych.inference.engine import Engine, from_pil
+from diptych.data.imaging import from_pil
+from diptych.inference.engine import Engine
 from diptych.serving.drawing import Conditions, Joined, Picture, advance
 from diptych.serving.jobs import DrawingJob, Drawn, Event, TextJob, Written
 from diptych.serving.metrics import Metrics

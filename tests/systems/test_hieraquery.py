@@ -24,7 +24,7 @@ from diptych.recipes.recipe import parse
 from diptych.recipes.run import check_sizes, train_recipe
 from diptych.systems import scaled
 from diptych.systems.composed import ComposedSystem
-from diptych.systems.preparing import resample
+from diptych.systems.grids import resample
 from diptych.training.step import weight
 
 BODY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

@@ -40,7 +40,7 @@ from diptych.recipes.families.omnigen2 import OmniGen2Release
 from diptych.recipes.load import load_system
 from diptych.recipes.pack import save
 from diptych.systems.composed import ComposedSystem
-from diptych.systems.preparing import shrunk
+from diptych.systems.grids import shrunk
 from diptych.systems.presets import OmniGen2Settings
 from diptych.training.loop import freeze
 

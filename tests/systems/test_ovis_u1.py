@@ -25,7 +25,8 @@ from torch import nn
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
-from diptych.inference.engine import Engine, from_pil, to_pil
+from diptych.data.imaging import from_pil, to_pil
+from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.parts.backbones.ovis import Ovis
 from diptych.recipes.build import build_system

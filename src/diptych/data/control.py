@@ -18,7 +18,7 @@ from torch import Tensor
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import Sample
-from diptych.data.imaging import FitMode, check_fit, fit, to_picture, to_tensor
+from diptych.data.imaging import FitMode, check_fit, fit, to_pil, to_tensor
 from diptych.data.proxies.annotated import Pixels
 from diptych.data.proxies.degradations import holed
 from diptych.data.proxies.perception import canny
@@ -164,7 +164,7 @@ class ControlSource(Source):
     def _map(self, id: str, image: Tensor, size: Size) -> Tensor:
         if self.control.make is not None:
             rng = np.random.Generator(np.random.PCG64(key(self.seed, id, self.kind)))
-            return to_tensor(Image.fromarray(self.control.make(np.asarray(to_picture(image)), rng)))
+            return to_tensor(Image.fromarray(self.control.make(np.asarray(to_pil(image)), rng)))
         assert self.maps is not None
         path = PurePath(id.removeprefix(f"{self.name}/"))
         plane = self.maps.read(str(path), id)

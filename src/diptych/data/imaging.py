@@ -10,7 +10,7 @@ import io
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -211,10 +211,22 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(levels)
 
 
-def to_picture(tensor: Tensor) -> Image.Image:
+def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] to an RGB image; values outside are clamped."""
     pixels = tensor.detach().float().cpu().clamp(-1, 1).add(1.0).mul(127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pil(image: AnyImage) -> Tensor:
+    """An image, however it is given (`as_image`), to (3, H, W) float32 in [-1, 1]."""
+    return to_tensor(as_image(image))
+
+
+def image_list(images: AnyImage | Sequence[AnyImage | Sequence[AnyImage]]) -> list[AnyImage]:
+    """One image as a list; of a sequence, its images and those of the sequences in it, in order."""
+    if isinstance(images, AnyImage):
+        return [images]
+    return [image for entry in images for image in image_list(entry)]
 
 
 def check_fit(mode: str, where: str) -> FitMode:

@@ -15,7 +15,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import Preparer
 from diptych.core.sample import Sample
-from diptych.data.imaging import to_picture
+from diptych.data.imaging import to_pil
 from diptych.data.mixture import accepted
 from diptych.data.rows import PROFILES
 from diptych.data.source import BadItem, ItemDraws, Size, Source
@@ -174,10 +174,10 @@ def _cell(sample: Sample, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
 
 def _strip(sample: Sample, width: int) -> Image.Image:
     """Images read, an arrow, the image made, side by side in `width` pixels."""
-    pictures = [to_picture(image) for image in sample.context_images]
+    pictures = [to_pil(image) for image in sample.context_images]
     arrow = bool(pictures) and sample.image is not None
     if sample.image is not None:
-        pictures.append(to_picture(sample.image))
+        pictures.append(to_pil(sample.image))
     if not pictures:
         return Image.new("RGB", (width, 1), "white")
     side = max(1, (width - (_ARROW if arrow else 0)) // len(pictures))

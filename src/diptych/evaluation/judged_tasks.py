@@ -13,11 +13,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
+from diptych.data.imaging import to_pil
 from diptych.evaluation import dpg, wise
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
 from diptych.evaluation.judging import failed, fill, judge_about, judged, picture_bytes, prompt_label, wording
 from diptych.evaluation.task import Item, Output, PictureTask, Row, Summary, Tools, numbered
-from diptych.inference.engine import to_pil
 
 
 class DPG(PictureTask):

@@ -25,11 +25,12 @@ from diptych.core.errors import UserError, attributed_to
 from diptych.core.filenames import relative_name
 from diptych.core.reading import read_text
 from diptych.core.sample import Message, Sample
+from diptych.data.imaging import from_pil, to_pil
 from diptych.evaluation import intervals
 from diptych.evaluation.download import Data
 from diptych.evaluation.intervals import SHARE, Bounds, Weights
 from diptych.evaluation.judge import Judge
-from diptych.inference.engine import Engine, from_pil, to_pil
+from diptych.inference.engine import Engine
 
 Row = dict[str, Any]
 """What is known of an output: `id`, `category`, `prompt`, `score` (None where there is none), `failure`, and more."""

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.data.imaging import to_pil
 from diptych.evaluation import intervals
 from diptych.evaluation.task import Item, Output, PictureTask, Progress, Row, Summary, Tools, units
-from diptych.inference.engine import Engine, to_pil
+from diptych.inference.engine import Engine
 from diptych.inference.scales import scale_names
 from diptych.toyworld.detector import detect
 from diptych.toyworld.samples import ToyWorld

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from diptych.core.sample import IMAGE_PLACEHOLDER
+from diptych.data.imaging import to_pil
 from diptych.evaluation import intervals
 from diptych.evaluation.task import Item, Output, ReplyTask, Row, Summary, Tools
-from diptych.inference.engine import to_pil
 from diptych.toyworld.language import QUESTION_KINDS
 from diptych.toyworld.render import render
 from diptych.toyworld.samples import ToyWorld

@@ -19,7 +19,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
-from diptych.data.imaging import AnyImage, as_image, to_tensor
+from diptych.data.imaging import AnyImage, from_pil, image_list, to_pil
 from diptych.inference.caching import cached, threshold_of
 from diptych.inference.chat import Chat
 from diptych.inference.edit_sizes import edit_size
@@ -383,21 +383,3 @@ DROPPED: dict[Branch, Dropped] = {"null": "text_and_images", "image": "text", "t
 
 ENCODED: tuple[Branch, ...] = ("null", "full", "image", "text")
 """The order in which the branches of guidance are encoded: a cache may continue what another branch read."""
-
-
-def image_list(images: AnyImage | Sequence[AnyImage | Sequence[AnyImage]]) -> list[AnyImage]:
-    """One image as a list; of a sequence, its images and those of the sequences in it, in order."""
-    if isinstance(images, AnyImage):
-        return [images]
-    return [image for entry in images for image in image_list(entry)]
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] to an 8-bit RGB picture."""
-    levels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
-
-
-def from_pil(image: AnyImage) -> Tensor:
-    """An image, however it is given (`diptych.data.imaging.as_image`), to (3, H, W) float32 in [-1, 1]."""
-    return to_tensor(as_image(image))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
+from diptych.data.imaging import from_pil
 from diptych.data.rows import ROLES
-from diptych.inference.engine import from_pil
 from diptych.recipes.lmms_tasks import refuse_drawing
 from diptych.recipes.load import load
 

@@ -16,9 +16,10 @@ import torch
 
 from diptych.core.files import write_file, write_text
 from diptych.core.locks import only_writer
+from diptych.data.imaging import from_pil, to_pil
 from diptych.evaluation import evaluate, toyeval
 from diptych.evaluation.results import TaskResult, versions
-from diptych.inference.engine import Engine, from_pil, to_pil
+from diptych.inference.engine import Engine
 from diptych.recipes.load import load
 from diptych.recipes.plain import load_plain as load_recipe
 from diptych.recipes.plain import set_value

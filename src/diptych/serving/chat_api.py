@@ -17,7 +17,7 @@ from diptych.core.draws import Draws, key
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.core.tokens import drawn as drawn_token
-from diptych.inference.engine import from_pil
+from diptych.data.imaging import from_pil
 from diptych.serving.cache import fingerprint
 from diptych.serving.errors import ApiError, bad
 from diptych.serving.fetching import fetch_picture

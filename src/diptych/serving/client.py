@@ -15,8 +15,7 @@ from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.core.web import checked_key, checked_url
-from diptych.data.imaging import AnyImage, as_image
-from diptych.inference.engine import image_list
+from diptych.data.imaging import AnyImage, as_image, image_list
 from diptych.inference.requests import noise_keys
 
 KEY = "DIPTYCH_API_KEY"

@@ -19,7 +19,8 @@ from torch import Tensor
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.sample import Batch, Sample
-from diptych.inference.engine import ENCODED, Engine, to_pil
+from diptych.data.imaging import to_pil
+from diptych.inference.engine import ENCODED, Engine
 from diptych.inference.guidance import Branch, Guidance
 from diptych.inference.requests import cut
 from diptych.inference.sampling import Sampling

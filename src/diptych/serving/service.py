@@ -14,8 +14,9 @@ from PIL import Image
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
+from diptych.data.imaging import from_pil
 from diptych.inference.caching import threshold_of
-from diptych.inference.engine import Engine, from_pil
+from diptych.inference.engine import Engine
 from diptych.inference.provenance import facts
 from diptych.inference.sampling import Sampling
 from diptych.serving.cache import AnswerCache

@@ -17,7 +17,7 @@ from PIL.Image import Image as Picture
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
 from diptych.core.tokens import likeliest
-from diptych.inference.engine import from_pil
+from diptych.data.imaging import from_pil
 from diptych.serving.app import Mount
 from diptych.serving.errors import ApiError
 from diptych.serving.jobs import TextJob

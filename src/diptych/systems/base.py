@@ -23,7 +23,7 @@ from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
 from diptych.systems.branches import BranchVelocities, joined
-from diptych.systems.preparing import LatentGrid
+from diptych.systems.grids import LatentGrid
 from diptych.systems.presets import Dropped
 
 FORMAT_VERSION = 2

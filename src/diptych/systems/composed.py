@@ -39,8 +39,9 @@ from diptych.parts.decoders.projector import AlignmentProjector
 from diptych.systems import conversation, scaled
 from diptych.systems.base import AssembledSystem, trains, with_adapters_apart
 from diptych.systems.branches import BranchVelocities
+from diptych.systems.grids import Scales, canvas_size
 from diptych.systems.meeting import check_parts
-from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Scales, Targets, canvas_size
+from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Targets
 from diptych.systems.preparing import without as without_parts
 from diptych.systems.presets import ComposedConfig, Dropped, Preset
 

@@ -23,7 +23,8 @@ from diptych.objectives.flow_matching import interpolate
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.packing import Packed, check_layer
 from diptych.parts.decoders.projector import AlignmentProjector
-from diptych.systems.preparing import Scales, Targets
+from diptych.systems.grids import Scales
+from diptych.systems.preparing import Targets
 from diptych.systems.presets import ComposedConfig, HieraConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diptych.data.imaging import to_picture
+from diptych.data.imaging import to_pil
 from diptych.data.proxies.coco import CocoPictures
 from diptych.data.proxies.pictures import ToyPictures
 from diptych.data.proxies.source import ProxySource
@@ -37,8 +37,8 @@ def sheet(proxy: str, photographs: Path) -> Image.Image:
     for column, (source, index) in enumerate([(toy, 0), (photos, 0), (photos, 1)]):
         sample = source.load(index, ItemDraws(0), (SIDE, SIDE))
         assert sample.image is not None
-        page.paste(to_picture(sample.context_images[0]), (column * SIDE, 0))
-        page.paste(to_picture(sample.image), (column * SIDE, SIDE))
+        page.paste(to_pil(sample.context_images[0]), (column * SIDE, 0))
+        page.paste(to_pil(sample.image), (column * SIDE, SIDE))
     return page
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diptych.core.image_sizes import AreaCap, SideRange
 from diptych.core.sample import Sample
-from diptych.data.imaging import read_image, to_picture, to_tensor
+from diptych.data.imaging import read_image, to_pil, to_tensor
 from diptych.data.mixture import Mixture
 from diptych.data.proxies import perception, released
 from diptych.data.proxies.annotated import Annotated, Segment, own_view
@@ -201,7 +201,7 @@ def only(source: ProxySource) -> Sample:
 
 
 def levels(image: Any) -> Levels:
-    return np.asarray(to_picture(image))
+    return np.asarray(to_pil(image))
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_ready_pairs_give_the_releases_samples(name: str, proxy: str, files: Pat
     close(levels(sample.image), SAMPLES[facts_["target"]], share=5e-3)
     [seen] = sample.context_images
     assert np.array_equal(levels(seen), SAMPLES["photo"]), "the picture is given at its own size"
-    close(vision(to_picture(seen)), SAMPLES[facts_["vision"]], share=5e-3)
+    close(vision(to_pil(seen)), SAMPLES[facts_["vision"]], share=5e-3)
     assert sample.text in PROXIES[proxy].instructions
 
 
@@ -247,7 +247,7 @@ def test_damage_comes_before_resizing(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(released, "GeneratorDice", lambda rng: dice)
     source = ProxySource(FolderPictures(files / "photo"), proxies=proxy, style="released", stretch=True)
     sample = only(source)
-    close(vision(to_picture(sample.context_images[0])), SAMPLES[facts_["vision"]], share=5e-3)
+    close(vision(to_pil(sample.context_images[0])), SAMPLES[facts_["vision"]], share=5e-3)
     close(levels(sample.image), SAMPLES[facts_["target"]], share=5e-3)
 
 
@@ -373,7 +373,7 @@ def test_the_target_is_supervised_and_never_the_input(proxy: str, style: str, ph
     assert tuple(sample.image.shape) == (3, 64, 64)
     photo = Image.open(photographs / "images" / pictures.id(0)).convert("RGB")
     clean = to_tensor(resized(photo, (64, 64), stretch=True))
-    seen = to_tensor(resized(to_picture(sample.context_images[0]), (64, 64), stretch=True))
+    seen = to_tensor(resized(to_pil(sample.context_images[0]), (64, 64), stretch=True))
     restores = not PROXIES[proxy].needs and proxy != "edges"
     if restores:
         assert (sample.image - clean).abs().max() <= 2 / 255, "the clean picture is wanted"

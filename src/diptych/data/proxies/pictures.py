@@ -12,7 +12,7 @@ from PIL import Image
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.data.folder import FolderSource
-from diptych.data.imaging import image_size, read_image, to_picture
+from diptych.data.imaging import image_size, read_image, to_pil
 from diptych.data.proxies.annotated import Annotated, Known, Pictures, Segment
 from diptych.data.source import BadItem, Size, file_stamp
 from diptych.toyworld.render import depth, masks, render
@@ -255,5 +255,5 @@ def annotated(scene: Scene, size: int) -> Annotated:
         name=f"{scene.background} background",
         thing=False,
     )
-    picture = to_picture(render(scene, size))
+    picture = to_pil(render(scene, size))
     return Annotated(image=picture, segments=(*segments, ground), depth=depth(scene, size).numpy())

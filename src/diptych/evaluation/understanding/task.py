@@ -10,6 +10,7 @@ from typing import Any
 
 from diptych.core.files import write_bytes
 from diptych.core.sample import Message, Sample
+from diptych.data.imaging import from_pil
 from diptych.evaluation.download import STATED, Data, File, check, file_digest
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
 from diptych.evaluation.judging import failed, judge_about, judged, prompt_label, wording
@@ -21,7 +22,7 @@ from diptych.evaluation.understanding.profiles import PLAIN, PROFILES
 from diptych.evaluation.understanding.question import question
 from diptych.evaluation.understanding.scored import Scored
 from diptych.evaluation.understanding.submission import NAME, submission
-from diptych.inference.engine import Engine, from_pil
+from diptych.inference.engine import Engine
 
 ATTEMPTS = 3
 """How often a judge is asked the same before an answer that cannot be used is a failure."""

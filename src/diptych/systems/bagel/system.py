@@ -38,12 +38,12 @@ from diptych.systems.bagel.answer import write
 from diptych.systems.bagel.config import BagelConfig, Wording, owners, token_sums
 from diptych.systems.bagel.context import CacheCondition, ContextStore, Piece, condition, read
 from diptych.systems.bagel.examples import Example, Reader, encode_by_shape, find_markers, split
-from diptych.systems.bagel.items import Markers, Pack, Text, pack
+from diptych.systems.bagel.items import Markers, Text, pack
 from diptych.systems.bagel.network import BagelNetwork, States
 from diptych.systems.bagel.prepare import BagelPreparer
 from diptych.systems.base import AssembledSystem, formats, with_adapters_apart
 from diptych.systems.conversation import expand_captions
-from diptych.systems.preparing import LatentGrid
+from diptych.systems.grids import LatentGrid
 from diptych.systems.presets import Dropped
 
 
@@ -190,15 +190,6 @@ class BagelSystem(AssembledSystem):
         max_new_tokens: int = 64,
         choose: NextToken = likeliest,
     ) -> list[str]:
-        return self._answer(conversations, images, max_new_tokens, choose)
-
-    def _answer(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[Tensor]],
-        most: int,
-        choose: NextToken = likeliest,
-    ) -> list[str]:
         reader = self.reader
         names = [f"conversation {number}" for number in range(len(conversations))]
         parts = [
@@ -206,10 +197,10 @@ class BagelSystem(AssembledSystem):
             for messages, pictures, name in zip(conversations, images, names, strict=True)
         ]
         requests = reader.pieces(parts, self.settings, draw=False, where=names, encode=self.to_latents)
-        return self._write(requests, most, choose)
+        return self._write(requests, max_new_tokens, choose)
 
     @torch.no_grad()
-    def _write(self, requests: Sequence[Sequence[Piece]], most: int, choose: NextToken = likeliest) -> list[str]:
+    def _write(self, requests: Sequence[Sequence[Piece]], max_tokens: int, choose: NextToken) -> list[str]:
         assert self.tokenizer is not None
         reader = self.reader
         contexts = self.store.contexts(self.network, reader.markers, requests)
@@ -218,7 +209,7 @@ class BagelSystem(AssembledSystem):
             raise UserError(
                 f"a conversation leaves no room to answer in {room + max(c.position for c in contexts)} tokens"
             )
-        ends, most = {reader.markers.eos}, min(most + 1, room)
+        ends, most = {reader.markers.eos}, min(max_tokens + 1, room)
         written = write(self.network, reader.markers, contexts, most=most, ends=ends, choose=choose)
         fed = [row[1:] for row in written.fed]
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in fed]
@@ -237,17 +228,19 @@ class BagelSystem(AssembledSystem):
     def expand(self, batch: Batch, max_tokens: int, choose: NextToken = likeliest) -> tuple[Batch, list[str]]:
         wording = self.settings.wording.think_image
         if "{text}" in wording:
-            return expand_captions(
-                batch, wording, lambda asked: self._answer(asked, [[] for _ in asked], max_tokens, choose)
-            )
+
+            def answer(asked: Sequence[Sequence[Message]]) -> list[str]:
+                return self.generate_text(asked, [[] for _ in asked], max_new_tokens=max_tokens, choose=choose)
+
+            return expand_captions(batch, wording, answer)
         plan = Message(role="system", text=wording)
         asked = [replace(sample, messages=(plan, *sample.messages)) for sample in batch]
         thoughts = self._write(self._pieces(asked), max_tokens, choose)
-        told = tuple(
+        requests = tuple(
             replace(sample, messages=(*sample.messages, Message(role="assistant", text=thought)))
             for sample, thought in zip(asked, thoughts, strict=True)
         )
-        return Batch(told), thoughts
+        return Batch(requests), thoughts
 
     # Training
 
@@ -255,26 +248,24 @@ class BagelSystem(AssembledSystem):
         examples: Sequence[Example] = batch.inputs
         latents = self._latents(examples)
         rows = self._rows(batch)
-        flow, flow_weight, told, told_weight = (torch.zeros(len(batch), device=self.device) for _ in range(4))
-        zeros: list[Tensor] = []
+        # Sums over each sample's tokens of squared errors and of cross-entropies, and of their weights.
+        sums = torch.zeros(4, len(batch), device=self.device)
+        states: list[States] = []
         for row in rows:
-            where = torch.tensor(row, device=self.device)
-            sums = self._row([examples[i] for i in row], [latents[i] for i in row], draws.take(row))
-            flow = flow.index_add(0, where, sums[0])
-            flow_weight = flow_weight.index_add(0, where, sums[1])
-            told = told.index_add(0, where, sums[2])
-            told_weight = told_weight.index_add(0, where, sums[3])
-            zeros.append(sums[4])
+            run, values = self._row([examples[i] for i in row], [latents[i] for i in row], draws.take(row))
+            sums = sums.index_add(1, torch.tensor(row, device=self.device), values)
+            states.append(run)
+        flow, flow_weight, text, text_weight = sums
         terms: dict[str, Tensor] = {}
         for task in ("text_to_image", "edit"):
-            if found := batch.rows(task):
-                terms[f"flow.{task}"] = flow[found] / flow_weight[found].clamp_min(1)
-        if asked := batch.rows("understand"):
-            terms["cross_entropy.understand"] = told[asked] / told_weight[asked].clamp_min(1)
+            if drawn := batch.rows(task):
+                terms[f"flow.{task}"] = flow[drawn] / flow_weight[drawn].clamp_min(1)
+        if answered := batch.rows("understand"):
+            terms["cross_entropy.understand"] = text[answered] / text_weight[answered].clamp_min(1)
         if batch.passes:  # sharded: gradients of zeros, not none, for what no loss of this process depends on
-            zeros += [self._empty_row() for _ in range(len(rows), batch.passes)]
+            states += [self._empty_row() for _ in range(len(rows), batch.passes)]
             first = next(iter(terms))
-            terms[first] = terms[first] + torch.stack(zeros).sum()
+            terms[first] = terms[first] + torch.stack([run.zero() for run in states]).sum()
         return terms
 
     def passes(self, batch: PreparedBatch) -> int:
@@ -284,11 +275,11 @@ class BagelSystem(AssembledSystem):
         """The samples of each packed row."""
         return rows_within([example.cost for example in batch.inputs], self.settings.row_tokens)
 
-    def _empty_row(self) -> Tensor:
-        """A zero that depends on all that a packed row runs, of a row that holds nothing: a sharded process runs it
-        while others run a row of samples."""
+    def _empty_row(self) -> States:
+        """All that a packed row runs, of a row that holds nothing: a sharded process runs it while others run a row of
+        samples."""
         row = pack([[Text(ids=())]], self.reader.markers, self.network.sides())
-        return self.network.run(row, None, None, None, kernel=self.settings.attention).zero()
+        return self.network.run(row, None, None, None, kernel=self.settings.attention)
 
     def _latents(self, examples: Sequence[Example]) -> list[list[Tensor]]:
         """Clean latent tokens (n, c) of each example's latent items; images are encoded in batches by shape."""
@@ -310,73 +301,57 @@ class BagelSystem(AssembledSystem):
 
     def _row(
         self, examples: Sequence[Example], tokens: Sequence[Sequence[Tensor]], draws: Draws
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Sums and weights of squared errors and of cross-entropies of a packed row, each (samples,); `States.zero`.
+    ) -> tuple[States, Tensor]:
+        """A packed row: its last states, and (4, samples) sums and weights of each sample's squared errors, then of its
+        cross-entropies.
 
         Args:
             tokens: clean latent tokens (n, c) of each example's latent items; the last are those of its target.
         """
-        network, settings = self.network, self.settings
-        row = pack(
-            [example.items for example in examples],
-            self.reader.markers,
-            network.sides(),
-        )
-        patches = [x for example in examples for x in example.patches]
-        clean = [x for latents in tokens for x in latents]
+        network, settings, device = self.network, self.settings, self.device
+        row = pack([example.items for example in examples], self.reader.markers, network.sides())
+
+        # Noisy latents. A target has a time and noise of its own; images that are read have time 0 and no noise.
+        items = [(n, x, place + 1 == len(own)) for n, own in enumerate(tokens) for place, x in enumerate(own)]
         latents = noise = times = noisy = None
-        if clean:
-            latents = torch.cat(clean).to(self.device)  # (N, c)
-            noise = torch.cat(self._noise(tokens, draws)).to(self.device)
-            times = row.token_times(self._times(tokens, draws))  # (N,)
+        if items:
+            drawn = [number for number, x in enumerate(tokens) if x]
+            drawn_times = settings.flow.times(draws.take(drawn), [len(tokens[number][-1]) for number in drawn])
+            times = row.token_times(drawn_times.to(device))  # (N,)
+            latents = torch.cat([x for _, x, _ in items]).to(device)  # (N, c)
+            noise = torch.cat(
+                [
+                    draws.take([number]).normal("noise", *x.shape)[0].to(x) if is_target else torch.zeros_like(x)
+                    for number, x, is_target in items
+                ]
+            ).to(device)
             noisy = (1 - times[:, None]) * latents + times[:, None] * noise
+
+        # Both experts over the whole row.
+        patches = [x for example in examples for x in example.patches]
         states = network.run(row, torch.cat(patches) if patches else None, noisy, times, kernel=settings.attention)
-        flow, flow_weight = (torch.zeros(len(examples), device=self.device) for _ in range(2))
+
+        # Squared velocity error of each token to denoise, the mean over its channels.
+        flow = flow_weight = text = text_weight = torch.zeros(len(examples), device=device)
         if latents is not None and noise is not None and times is not None and noisy is not None:
-            found = torch.searchsorted(row.latent_places, row.flow_places).to(self.device)
-            errors = self._flow_errors(states, found, latents, noise, noisy, times)
-            owner = owners(row.flow_places, row.samples).to(self.device)
+            places = torch.searchsorted(row.latent_places, row.flow_places).to(device)
+            output = network.port.leave(states.latent[places]).float()[..., None]  # (n, c, 1): a token is an image
+            data, noise, noisy, t = (x[places].float() for x in (latents, noise, noisy, times))
+            errors = settings.flow.loss(output, data[..., None], noise[..., None], noisy[..., None], t)
+            owner = owners(row.flow_places, row.samples).to(device)
             flow = token_sums(errors, owner, len(examples))
             flow_weight = token_sums(torch.ones_like(errors), owner, len(examples))
-        told, told_weight = self._told(row, states, len(examples))
-        return flow, flow_weight, told, told_weight, states.zero()
 
-    def _flow_errors(
-        self, states: States, found: Tensor, latents: Tensor, noise: Tensor, noisy: Tensor, times: Tensor
-    ) -> Tensor:
-        """Squared velocity error of each token to denoise, mean over its channels, (tokens,) in float32."""
-        output = self.network.port.leave(states.latent[found]).float()[..., None]  # (n, c, 1): a token is an image
-        data, noise, noisy, t = (x[found].float() for x in (latents, noise, noisy, times))
-        return self.settings.flow.loss(output, data[..., None], noise[..., None], noisy[..., None], t)
-
-    def _told(self, row: Pack, states: States, count: int) -> tuple[Tensor, Tensor]:
-        """Sums and weights of the cross-entropies of a row, each (samples,)."""
-        if len(row.labels) == 0:
-            zero = torch.zeros(count, device=self.device)
-            return zero, zero
-        found = torch.searchsorted(row.text_places, row.learned_places).to(self.device)
-        logits = self.network.llm.lm_head(states.text[found]).float()  # (E, V)
-        losses = F.cross_entropy(logits, row.labels.to(self.device), reduction="none")
-        owner = owners(row.learned_places, row.samples).to(self.device)
-        weights = row.label_weights.to(self.device) if self.settings.mean == "root" else torch.ones_like(losses)
-        return token_sums(losses * weights, owner, count), token_sums(weights, owner, count)
-
-    def _noise(self, tokens: Sequence[Sequence[Tensor]], draws: Draws) -> list[Tensor]:
-        """Noise of every latent item, (n, c) each; zeros where an image is read."""
-        noise: list[Tensor] = []
-        for number, latents in enumerate(tokens):
-            for place, latent in enumerate(latents):
-                if place == len(latents) - 1:  # the target
-                    noise.append(draws.take([number]).normal("noise", *latent.shape)[0].to(latent))
-                else:
-                    noise.append(torch.zeros_like(latent))
-        return noise
-
-    def _times(self, tokens: Sequence[Sequence[Tensor]], draws: Draws) -> Tensor:
-        """A time for each sample with a target, in order."""
-        rows = [number for number, latents in enumerate(tokens) if latents]
-        counts = [len(tokens[row][-1]) for row in rows]
-        return self.settings.flow.times(draws.take(rows), counts).to(self.device)
+        # Cross-entropy of each token to learn.
+        if len(row.labels):
+            places = torch.searchsorted(row.text_places, row.learned_places).to(device)
+            logits = network.llm.lm_head(states.text[places]).float()  # (E, V)
+            losses = F.cross_entropy(logits, row.labels.to(device), reduction="none")
+            owner = owners(row.learned_places, row.samples).to(device)
+            weights = row.label_weights.to(device) if settings.mean == "root" else torch.ones_like(losses)
+            text = token_sums(losses * weights, owner, len(examples))
+            text_weight = token_sums(weights, owner, len(examples))
+        return states, torch.stack([flow, flow_weight, text, text_weight])
 
     # Structure
 
