@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import diptych
+import warm
 
 
 @dataclass
 class Running:
     """A server. address: without a path; log: the file of what it says."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes] | ForkServerProcess
     address: str
     log: Path
 
@@ -30,33 +33,45 @@ class Running:
     def memory(self) -> int:
         return psutil.Process(self.process.pid).memory_info().rss
 
+    def wait(self, seconds: float) -> int | None:
+        """The code with which it ends; None if it still runs."""
+        if isinstance(self.process, ForkServerProcess):
+            self.process.join(seconds)
+            return self.process.exitcode
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
-def started(log: Path, *arguments: str, **environment: str) -> Running:
-    """A server, once it listens."""
-    source = str(Path(diptych.__file__).parent.parent)
-    values = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **environment}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "diptych", "serve", *arguments, "--port", "0", "-v", "--device", "cpu"],
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=values,
-        )  # fmt: skip
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if "http://" not in line:
-        process.kill()
-        raise AssertionError(f"no server: {line}{log.read_text()}")
-    return Running(process, line.split()[-1], log)
+
+def started(log: Path, *arguments: str, interpreter: bool = False, **environment: str) -> Running:
+    """A server, once it listens; in an interpreter of its own, or forked (`warm`)."""
+    words = ("serve", *arguments, "--port", "0", "-v", "--device", "cpu")
+    if interpreter:
+        source = str(Path(diptych.__file__).parent.parent)
+        values = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **environment}
+        with log.open("w") as said:
+            process: Any = subprocess.Popen(
+                [sys.executable, "-m", "diptych", *words], stdout=said, stderr=said, env=values
+            )
+    else:
+        process = warm.command(*words, output=log, environment=environment)
+    server = Running(process, "", log)
+    until = time.monotonic() + 120
+    while not server.address:
+        if server.wait(0.02) is not None or time.monotonic() > until:
+            process.kill()
+            raise AssertionError(f"no server: {log.read_text()}")
+        if log.is_file() and (line := re.search(r"^serving .* at (http:\S+)\n", log.read_text(), re.MULTILINE)):
+            server.address = line[1]
+    return server
 
 
 def ended(server: Running) -> None:
     server.process.terminate()
-    try:
-        server.process.wait(timeout=40)
-    except subprocess.TimeoutExpired:
+    if server.wait(40) is None:
         server.process.kill()
-        server.process.wait()
-    if server.process.stdout is not None:
-        server.process.stdout.close()
+        server.wait(10)
 
 
 def wait_until(condition: Any, seconds: float = 20) -> None:

@@ -4,11 +4,7 @@ import io
 import logging
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import warm
+from data.scanning import scan_and_tell
 from diptych.core.errors import UserError
 from diptych.data import columns, tar_index
 from diptych.data.buckets import buckets
@@ -25,6 +23,7 @@ from diptych.data.mixture import Mixture
 from diptych.data.source import ItemDraws
 from diptych.data.subset import hold_out
 from diptych.data.webdataset import WebDatasetSource
+from serving_process import wait_until
 
 SIZES = [(20, 30), (30, 20), (24, 24)]
 
@@ -166,47 +165,18 @@ def test_an_indexing_in_processes_names_what_is_wrong(shards: Path, monkeypatch:
         WebDatasetSource(str(shards / "*.tar"))
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from diptych.data import tar_index
-from diptych.data.webdataset import WebDatasetSource
-scan = tar_index.scan
-def slow(path):
-    print(path.name, flush=True)
-    time.sleep(float(sys.argv[2]))
-    return scan(path)
-tar_index.scan = slow
-source = WebDatasetSource(sys.argv[1])
-print(len(source), flush=True)
-"""
-
-
-def start(shards: Path, seconds: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", KILLED, str(shards / "*.tar"), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_two_processes_and_one_is_killed(shards: Path, processes: list[subprocess.Popen[str]]) -> None:
+def test_two_processes_and_one_is_killed(shards: Path, tmp_path: Path) -> None:
     """The one that indexes is killed in the middle; the one that waits goes on where it was, and scans none twice."""
-    processes.append(start(shards, 0.3))
-    assert processes[0].stdout is not None
-    assert [processes[0].stdout.readline().strip() for _ in range(2)] == ["0.tar", "1.tar"]
-    processes.append(start(shards, 0.0))
-    time.sleep(0.1)
-    processes[0].send_signal(signal.SIGKILL)
-    out, error = processes[1].communicate(timeout=60)
-    assert out.split() in (["1.tar", "2.tar", "3.tar", "40"], ["2.tar", "3.tar", "40"]), error
-    assert read(WebDatasetSource(str(shards / "*.tar"))) == EXPECTED
+    pattern, said = str(shards / "*.tar"), [tmp_path / "first", tmp_path / "second"]
+    first = warm.start(scan_and_tell, pattern, "1.tar", output=said[0])
+    with warm.ended(first):
+        wait_until(lambda: said[0].is_file() and said[0].read_text().split() == ["0.tar", "1.tar"])
+        second = warm.start(scan_and_tell, pattern, None, output=said[1])
+        wait_until(lambda: said[1].is_file() and "waiting for another process" in said[1].read_text())
+    with warm.ended(second):
+        second.join(60)
+    assert said[1].read_text().splitlines()[1:] == ["1.tar", "2.tar", "3.tar", "40"]
+    assert read(WebDatasetSource(pattern)) == EXPECTED
 
 
 def test_other_version_and_damaged_index(shards: Path, scanned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,8 @@
-"""A process that makes and scores CLIPScore's pictures, alone or under torchrun: clip_child.py MODEL DATA CLIP OUT."""
+"""What a process does that makes and scores CLIPScore's pictures, alone or in a group."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 from diptych.evaluation import download
@@ -12,8 +11,9 @@ from diptych.evaluation.evaluate import evaluate
 from diptych.evaluation.task import Tools
 from diptych.recipes.load import load
 
-model, data, clip, output = sys.argv[1:]
-sha256 = hashlib.sha256((Path(data) / "clipscore" / "8k_coco.txt").read_bytes()).hexdigest()
-download.FILES["clipscore"] = (File(url="https://nowhere.invalid/8k_coco.txt", sha256=sha256, licence="none"),)
-tools = Tools(data=Data(folder=Path(data), online=False), clip=clip)
-evaluate(load(model, device="cpu"), ["clipscore"], output=output, tools=tools)
+
+def score(model: str, data: Path, clip: str, output: Path) -> None:
+    sha256 = hashlib.sha256((data / "clipscore" / "8k_coco.txt").read_bytes()).hexdigest()
+    download.FILES["clipscore"] = (File(url="https://nowhere.invalid/8k_coco.txt", sha256=sha256, licence="none"),)
+    tools = Tools(data=Data(folder=data, online=False), clip=clip)
+    evaluate(load(model, device="cpu"), ["clipscore"], output=output, tools=tools)

@@ -6,9 +6,6 @@ import csv
 import io
 import json
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import warm
 from diptych.core.errors import UserError
 from diptych.evaluation import download
 from diptych.evaluation.compare import compare, paired
@@ -29,6 +27,7 @@ from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.task import Rewritten, Tools
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
+from evaluation.wise_child import score
 
 Write = Callable[[str, dict[str, str]], Path]
 Server = Any
@@ -317,14 +316,12 @@ def test_killed_and_resumed_loses_and_repeats_nothing(
     out = tmp_path / "out"
     good = {"text": "Consistency: 2\nRealism: 2\nAesthetic Quality: 2"}
     judge_server.script = lambda text, times: good if len(judge_server.asked) <= 5 else {**good, "wait": 30}
-    child = Path(__file__).with_name("wise_child.py")
-    words = [sys.executable, str(child), str(wise_data), str(wise_pictures), str(out), judge_server.url]
-    process = subprocess.Popen(words)
+    process = warm.start(score, wise_data, wise_pictures, out, judge_server.url, output=tmp_path / "said")
     limit = time.monotonic() + 300
-    while len(judge_server.asked) < 6 and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    while len(judge_server.asked) < 6 and process.is_alive() and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     first = dict(judge_server.asked)
     assert len(first) == 6
     judge_server.script = lambda text, times: good

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import warm
 from diptych.core.errors import UserError
 from diptych.evaluation.download import Data
 from diptych.evaluation.evaluate import evaluate
@@ -21,6 +19,7 @@ from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.task import Tools
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
+from evaluation.clip_child import score
 
 Write = Callable[[str, dict[str, str]], Path]
 Server = Any
@@ -165,14 +164,10 @@ def test_figures_beside_the_score_are_means_over_seeds(
 def test_two_processes_make_and_score_what_one_does(
     tiny_model: Path, data: Path, tiny_eyes: tuple[str, str], tmp_path: Path
 ) -> None:
-    child = Path(__file__).with_name("clip_child.py")
     results: list[dict[str, Any]] = []
     for count in (2, 1):
         out = tmp_path / str(count)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
-        words = [sys.executable, *launcher, str(child), str(tiny_model), str(data), tiny_eyes[1], str(out)]
-        done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
+        warm.group(score, str(tiny_model), data, tiny_eyes[1], out, count=count, output=tmp_path / f"said{count}")
         results.append(json.loads((out / "results.json").read_text())["tasks"]["clipscore"])
     two, one = results
     assert (two["images"], two["missing"]) == (2, 0)

@@ -1,9 +1,8 @@
-"""A process that scores WISE pictures, to be killed: python wise_child.py DATA IMAGES OUTPUT URL."""
+"""What a process does that scores WISE pictures, to be killed."""
 
 from __future__ import annotations
 
-import hashlib
-import sys
+from hashlib import sha256
 from pathlib import Path
 
 from diptych.evaluation import download
@@ -14,12 +13,13 @@ from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.judged_tasks import WiseLegacy
 from diptych.evaluation.task import Tools
 
-data, images, output, url = sys.argv[1:]
-download.FILES["wise_legacy"] = tuple(
-    File(url=f"https://nowhere.invalid/{name}", sha256=hashlib.sha256(path.read_bytes()).hexdigest(), licence="none")
-    for name in WiseLegacy.files
-    for path in [Path(data) / "wise_legacy" / name]
-)
-judge = CachedJudge(EndpointJudge(Endpoint(url=url, model="m", workers=1)), Path(output) / "judge.jsonl")
-tools = Tools(data=Data(folder=Path(data), online=False), judge=judge)
-evaluate(None, ["wise_legacy"], output=output, images=images, tools=tools)
+
+def score(data: Path, images: Path, output: Path, url: str) -> None:
+    """Ask the judge at this address, a question at a time."""
+    download.FILES["wise_legacy"] = tuple(
+        File(url=f"https://nowhere.invalid/{path.name}", sha256=sha256(path.read_bytes()).hexdigest(), licence="none")
+        for path in (data / "wise_legacy" / name for name in WiseLegacy.files)
+    )
+    judge = CachedJudge(EndpointJudge(Endpoint(url=url, model="m", workers=1)), output / "judge.jsonl")
+    tools = Tools(data=Data(folder=data, online=False), judge=judge)
+    evaluate(None, ["wise_legacy"], output=output, images=images, tools=tools)

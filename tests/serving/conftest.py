@@ -14,7 +14,9 @@ from serving_process import Running, ended, started
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """toy/iomm and toy/ovis-u1, served."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    made = started(log, "toy/iomm", "toy/ovis-u1", "--read-timeout", "3", "--max-body", "4", "--rows", "12")
+    made = started(
+        log, "toy/iomm", "toy/ovis-u1", "--read-timeout", "3", "--max-body", "4", "--rows", "12", interpreter=True
+    )
     yield made
     ended(made)
 

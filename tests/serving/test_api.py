@@ -8,7 +8,6 @@ import io
 import json
 import socket
 import struct
-import subprocess
 import threading
 import time
 import zlib
@@ -23,6 +22,7 @@ import pytest
 from PIL import Image
 
 import diptych
+from diptych.cli.main import main
 from diptych.inference.provenance import carried
 from serving_process import Running, ended, started, wait_until
 
@@ -791,7 +791,7 @@ def test_a_shutdown_lets_end_what_runs(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(40)
     assert sorted(status for status, _, _ in answers) == [200, 503]
-    assert server.process.wait(30) in (0, 143)
+    assert server.wait(30) in (0, 143)
     ended(server)
 
 
@@ -801,10 +801,8 @@ def test_a_public_address_without_a_key_is_warned_of(tmp_path: Path) -> None:
     ended(server)
 
 
-def test_a_port_that_is_taken_is_one_line(server: Running) -> None:
-    import sys
-
-    command = [sys.executable, "-m", "diptych", "serve", "toy/mllm", "--port", str(server.port)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert f"--port {server.port}: cannot listen there" in done.stderr
+def test_a_port_that_is_taken_is_one_line(server: Running, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "toy/mllm", "--port", str(server.port)]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert f"--port {server.port}: cannot listen there" in said

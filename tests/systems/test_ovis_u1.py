@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import warm
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Message, Sample
@@ -336,19 +334,16 @@ def test_a_run_killed_in_the_middle_of_stage_3_and_resumed_is_the_whole_run(
     plain["run"] |= {"save_every": 2}
     (tmp_path / "six.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     train_recipe(parse(plain), plain, tmp_path / "whole")
-    command = [sys.executable, "-m", "diptych", "train", str(tmp_path / "six.yaml"), "--out", str(tmp_path / "parts")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
     checkpoints = tmp_path / "parts" / "checkpoints"
     limit = time.monotonic() + 900
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    words = ("train", str(tmp_path / "six.yaml"), "--out", str(tmp_path / "parts"))
+    child = warm.command(*words, output=tmp_path / "said")
+    with warm.ended(child):
         while not in_stage(checkpoints, 3):
-            assert child.poll() is None, "the run ended before it could be killed"
+            assert child.is_alive(), "the run ended before it could be killed"
             assert time.monotonic() < limit, "the run never came to stage 3"
             time.sleep(0.01)
-    finally:
-        child.kill()
-    assert child.wait() == -signal.SIGKILL
+    assert child.exitcode == -signal.SIGKILL
     last = state.read_progress(state.checkpoints(checkpoints)[-1])
     assert last.stage == 3
     assert 2 <= last.step < 40

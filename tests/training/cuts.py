@@ -1,9 +1,8 @@
-"""One step of each toy system in one process or several; run by torchrun in test_cuts.py, in a folder of its own."""
+"""One step of each toy system in one process or several, in a folder of its own."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,10 @@ def step(name: str, folder: Path, micro: int | None = None, balance: str = "samp
     return {key: value for row in rows for key, value in row.items() if key not in ("stage", "step", "lr")}
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    for each in RUNS:
-        step(each, place)
-    for way in BALANCES[1:]:
-        step("bagel", place, None, way)
+def steps(folder: Path) -> None:
+    """All that test_cuts.py compares, by a process of a group."""
+    for name in RUNS:
+        step(name, folder)
+    for balance in BALANCES[1:]:
+        step("bagel", folder, None, balance)
     leave()

@@ -1,10 +1,9 @@
-"""Two steps of each toy system on mixed tasks; run by torchrun in test_sharded.py, in a folder of its own."""
+"""Two steps of each toy system on mixed tasks, in a folder of its own."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ def run(case: str, folder: Path, strategy: str, resume: bool = False) -> Path:
     return folder / case
 
 
-if __name__ == "__main__":
-    for each in CASES:
-        run(each, Path(sys.argv[1]), "fsdp")
+def every_case(folder: Path) -> None:
+    """All runs that test_sharded.py compares, by a process of a group."""
+    for case in CASES:
+        run(case, folder, "fsdp")
     leave()

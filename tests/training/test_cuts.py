@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from cuts import BALANCES, step
+from cuts import BALANCES, step, steps
 from golden_runs import RUNS
 
+import warm
 from diptych.training.metrics import read_metrics
 
 Steps = dict[tuple[str, str], dict[str, float]]
@@ -38,15 +36,7 @@ def test_passes_change_nothing(name: str, balance: str, whole: Steps, tmp_path: 
 @pytest.mark.slow
 def test_processes_change_nothing(whole: Steps, tmp_path: Path) -> None:
     """The same for two processes; mutant: means by process."""
-    script = Path(__file__).with_name("cuts.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
+    warm.group(steps, tmp_path, output=tmp_path / "said")
     for (name, balance), expected in whole.items():
         rows = read_metrics(tmp_path / f"{name}-None-{balance}" / "metrics.jsonl")
         got = {key: value for row in rows for key, value in row.items() if key not in ("stage", "step", "lr")}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import warm
 from diptych.core.errors import UserError
 from diptych.recipes.load import load_system
 from diptych.recipes.recipe import load, parse
@@ -56,30 +55,23 @@ def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> bool:
     return train_recipe(parse(plain), plain, folder, resume=resume)
 
 
-def start(plain: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[str]:
-    """The same in a process of its own."""
-    recipe = folder.with_suffix(".yaml")
+def signalled(
+    plain: dict[str, Any], folder: Path, step: int, number: signal.Signals, *options: str
+) -> tuple[int | None, str]:
+    """The same in a process of its own, which gets a signal once the metrics reach a step: its code, what it said."""
+    recipe, path, said = folder.with_suffix(".yaml"), folder / "metrics.jsonl", folder.with_suffix(".said")
     recipe.write_text(yaml.safe_dump(plain, sort_keys=False))
-    return subprocess.Popen(
-        [sys.executable, "-m", "diptych", "train", str(recipe), "--out", str(folder), *options],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def signalled(process: subprocess.Popen[str], folder: Path, step: int, number: signal.Signals) -> str:
-    """Send a signal once the metrics reach a step; what the process said, and its end awaited."""
-    path = folder / "metrics.jsonl"
+    process = warm.command("train", str(recipe), "--out", str(folder), *options, output=said)
     until = time.monotonic() + 120
-    while not (path.exists() and any(row["step"] >= step for row in read_metrics(path))):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until, "the run does not get on"
-        time.sleep(0.002)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return out + err
+    with warm.ended(process):
+        while not (path.exists() and any(row["step"] >= step for row in read_metrics(path))):
+            assert process.is_alive(), said.read_text()
+            assert time.monotonic() < until, "the run does not get on"
+            time.sleep(0.002)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(120)
+        return process.exitcode, said.read_text()
 
 
 def same_runs(a: Path, b: Path) -> None:
@@ -103,9 +95,8 @@ def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
     for step, options in ((6, ()), (FIRST + 5, ("--resume",))):
-        process = start(plain, folder, *options)
-        signalled(process, folder, step, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+        code, _ = signalled(plain, folder, step, signal.SIGKILL, *options)
+        assert code == -signal.SIGKILL, "the run ended before it could be killed"
         assert not (folder / "model").exists()
     assert 0 < state.read_progress(state.checkpoints(folder / "checkpoints")[-1]).step < SECOND
     system, _ = load_system(str(folder))  # a run that was killed is a model too
@@ -123,9 +114,8 @@ def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) 
     """SIGTERM to the whole group, loading worker included, saves the step it meets; the rest follows without one."""
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
     plain["run"] |= {"num_workers": 1, "save_every": 0}
-    process = start(plain, folder)
-    said = signalled(process, folder, 4, signal.SIGTERM)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    code, said = signalled(plain, folder, 4, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, said
     assert "stopped and saved; continue with:" in said
     (checkpoint,) = state.checkpoints(folder / "checkpoints")
     assert 4 <= state.read_progress(checkpoint).total < FIRST

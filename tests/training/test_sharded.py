@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from sharded import CASES, run
+from sharded import CASES, every_case, run
 
+import warm
 from diptych.training.metrics import read_metrics
 from diptych.training.state import Stored
 
@@ -19,15 +17,7 @@ from diptych.training.state import Stored
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of two processes; a pass that one of them runs alone would wait forever."""
     folder = tmp_path_factory.mktemp("together")
-    script = Path(__file__).with_name("sharded.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
+    warm.group(every_case, folder, output=folder / "said")
     return folder
 
 

@@ -7,10 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +21,7 @@ import pytest
 from PIL import Image
 
 import diptych
+import warm
 from diptych.cli.main import main
 from diptych.core.errors import UserError
 from diptych.evaluation import evaluate as module
@@ -36,6 +33,7 @@ from diptych.evaluation.judge_endpoint import Endpoint, EndpointJudge
 from diptych.evaluation.task import Tools
 from diptych.evaluation.understanding.benchmarks import BENCHMARKS
 from diptych.inference.engine import Engine
+from evaluation.understanding.ask_child import answer
 
 Server = Any
 
@@ -214,20 +212,18 @@ def test_replies_without_published_answers_are_written_for_the_server(
 
 def test_killed_and_resumed_loses_and_repeats_nothing(published: Published, tmp_path: Path) -> None:
     path, out = published("mmstar", choices(8)), tmp_path / "out"
-    child = Path(__file__).with_name("ask_child.py")
-    words = [sys.executable, str(child), str(path.parent.parent), str(out)]
-    process = subprocess.Popen([*words, "slow"])
+    process = warm.start(answer, path.parent.parent, out, 0.1, output=tmp_path / "said")
     replies, limit = out / "mmstar" / "replies.jsonl", time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < limit:
+    while process.is_alive() and time.monotonic() < limit:
         if replies.is_file() and replies.read_bytes().count(b"\n") >= 4:
             break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     before = replies.read_bytes()
     assert 4 <= before.count(b"\n") < 9
     assert not (out / "results.json").exists()
-    assert subprocess.run([*words, "fast"], check=False).returncode == 0
+    warm.group(answer, path.parent.parent, out, count=1, output=tmp_path / "said")
     after = replies.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
     assert after.startswith(whole)
@@ -238,18 +234,12 @@ def test_killed_and_resumed_loses_and_repeats_nothing(published: Published, tmp_
 
 def test_two_processes_share_the_questions(published: Published, tmp_path: Path) -> None:
     path, out = published("mmstar", choices(5)), tmp_path / "out"
-    child = Path(__file__).with_name("ask_child.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(child)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, str(path.parent.parent), str(out), "fast"], check=False, env=environment, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    warm.group(answer, path.parent.parent, out, output=tmp_path / "said")
     task = json.loads((out / "results.json").read_text())["tasks"]["mmstar"]
     assert (task["questions"], task["missing"]) == (5, 0)
     assert len((out / "mmstar" / "replies.1.jsonl").read_text().splitlines()) == 3
     single = tmp_path / "single"
-    assert subprocess.run([sys.executable, str(child), str(path.parent.parent), str(single), "fast"]).returncode == 0
+    warm.group(answer, path.parent.parent, single, count=1, output=tmp_path / "said")
     assert json.loads((single / "results.json").read_text())["tasks"]["mmstar"]["overall"] == task["overall"]
 
 
