@@ -19,6 +19,14 @@ GUIDE = Path(__file__).parents[1] / "docs" / "extend.md"
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+IN_TURN = """
+import json, sys
+from diptych.cli.main import main
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0, words
+"""
+
+
 def changed(text: str, diff: str) -> str:
     """A file after one of the guide's changes: the lines without "+" must stand in it, one after the other, once."""
     lines = diff.rstrip("\n").split("\n")
@@ -56,13 +64,13 @@ def test_the_guide_works_as_it_stands(copy: Path) -> None:
     assert len(added) == 6
     env = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     (commands,) = [text for language, _, text in blocks if language == "sh"]
-    for command in commands.strip().split("\n"):
-        words = command.split()
-        assert words[0] == "diptych"
-        ended = subprocess.run(
-            [sys.executable, "-m", *words], cwd=copy, env=env, capture_output=True, text=True, check=False
-        )
-        assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    words = [command.split() for command in commands.strip().split("\n")]
+    assert {command[0] for command in words} == {"diptych"}
+    arguments = json.dumps([command[1:] for command in words])
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_TURN, arguments], cwd=copy, env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
     config = json.loads((copy / "runs" / "small" / "model" / "config.json").read_text(encoding="utf-8"))
     assert (config["decoder"]["kind"], config["conditioner"]["kind"]) == ("patch_mlp", "mean_token")
     results = json.loads((copy / "runs" / "scores" / "results.json").read_text(encoding="utf-8"))
