@@ -8,9 +8,11 @@ start an interpreter (`tests/cli/test_main.py`, `tests/training/test_parallel.py
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+PR_SET_PDEATHSIG = 1
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed.fsdp", "transformers", "diptych.recipes.run", "diptych.evaluation.evaluate"]
@@ -92,6 +95,8 @@ def _run(
     output: str,
     threads: int,
 ) -> None:
+    if sys.platform == "linux":  # a test run that is killed leaves none behind
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
