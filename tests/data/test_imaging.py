@@ -317,7 +317,7 @@ def test_pixel_limit_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert as_image(data).size == (60, 60)
     assert Image.MAX_IMAGE_PIXELS == 1000
     monkeypatch.setenv("DIPTYCH_MAX_PIXELS", "many")
-    with pytest.raises(UserError, match="DIPTYCH_MAX_PIXELS must be a whole number from 1 on, not .many."):
+    with pytest.raises(UserError, match=r"DIPTYCH_MAX_PIXELS must be a whole number from 1 on, not .many."):
         read_image(data, "big")
 
 

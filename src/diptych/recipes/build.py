@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, attributed_to
 from diptych.core.schema import resolved
+from diptych.core.uninitialised import Uninitialised
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.toy_tokenizer import train_tokenizer
@@ -103,6 +106,11 @@ def build_system(
         meta: on the meta device: no memory, no files; published sizes stand in for weights that would be read.
         assets: a folder with the backbone's tokenizer files, where its weights are not named.
     """
+    with Uninitialised() if meta else contextlib.nullcontext():
+        return _build_system(spec, meta, assets)
+
+
+def _build_system(spec: Any, meta: bool, assets: Path | None) -> System:
     made: Any = spec
     if isinstance(spec, BuiltSpec):
         return spec.build(meta=meta, assets=assets)
@@ -342,7 +350,8 @@ def build_tokenizer(name: str | None, vocabulary: int, assets: Path | None) -> A
     return AutoTokenizer.from_pretrained(str(assets), trust_remote_code=False)
 
 
-def toy_texts(count: int = 3000) -> list[str]:
+@functools.cache
+def toy_texts(count: int = 3000) -> tuple[str, ...]:
     """Texts of the toy world and of the default prompts, for a tokenizer."""
     world = ToyWorld(seed=0)
     texts = [world.sample(task, i).text for i in range(count) for task in ("text_to_image", "edit")]
@@ -350,4 +359,4 @@ def toy_texts(count: int = 3000) -> list[str]:
     words = ComposedConfig().prompts
     prompts = (words.text_to_image, words.image, words.edit, words.null, words.system, words.assistant_prefix)
     prompts = (*prompts, words.expansion)
-    return texts + [text.replace("{text}", "") for text in prompts for _ in range(50)]
+    return (*texts, *(text.replace("{text}", "") for text in prompts for _ in range(50)))
