@@ -34,6 +34,7 @@ COMMANDS = {
     "new": "a recipe for a folder of your own pictures",
     "check": "look at a recipe and its data before a run",
     "index": "read the headers of data once, so that training starts at once",
+    "prepare": "latents, features and scores of a recipe's data, made once",
     "recipes": "list the recipes, or show one",
     "save": "a model as a folder, in our layout or the published one",
     "convert": "a published file of weights as a MODEL, or as safetensors",

@@ -39,6 +39,8 @@ class Sample:
     messages: the conversation (`understand`); the assistant turns are learned.
     size: (height, width) of the image to make, where `image` is not there to say it.
     latent: the autoencoder's latent of `image` (C, h, w) from an on-disk cache, where there is one.
+    features: projected vision tokens (N, D) of the images that an MLLM is shown, in reading order, where they were
+        prepared; empty where the MLLM's vision tower makes them.
     extra: anything else a source knows (scene, scores); never read by systems.
     """
 
@@ -50,6 +52,7 @@ class Sample:
     messages: tuple[Message, ...] = ()
     size: tuple[int, int] | None = None
     latent: Tensor | None = None
+    features: tuple[Tensor, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to(self, device: torch.device | str) -> Sample:
@@ -57,8 +60,9 @@ class Sample:
         return self.mapped(lambda tensor: tensor.to(device))
 
     def tensors(self) -> list[Tensor]:
-        """Target image, context images and latent, as far as there are any, in the order of `mapped`."""
-        return [one for one in (self.image, *self.context_images, self.latent) if one is not None]
+        """Target image, context images, latent and features, as far as there are any, in the order of `mapped`."""
+        tensors = (self.image, *self.context_images, self.latent, *self.features)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
         """The same sample with each of its tensors changed, in the order of `tensors`."""
@@ -67,6 +71,7 @@ class Sample:
             image=None if self.image is None else change(self.image),
             context_images=tuple(change(image) for image in self.context_images),
             latent=None if self.latent is None else change(self.latent),
+            features=tuple(change(tokens) for tokens in self.features),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_json
+from diptych.data.left_out import LeftOut
 from diptych.data.source import BadItem, ItemDraws, Scored, Size, Source, size_table
 from diptych.data.subset import Subset
 
@@ -70,25 +71,69 @@ def filtered(source: Source, filters: Filters) -> Source:
     Raises:
         UserError: an item without the score that is asked for, an unreadable file of scores, or nothing that passes.
     """
+    # What is known of all items at once: shapes, and numbers that were prepared.
+    known: list[tuple[str, np.ndarray, float, int]] = []
     sizes = source.sizes() if filters.max_aspect is not None else None
-    table = None if sizes is None else size_table(sizes)
-    score = _lookup(source, filters)
-    kept: list[int] = []
-    dropped = dict(source.dropped)
-    for index in range(len(source)):
-        id = item_id(source, index)
-        reason = "" if table is None else _aspect(table[index].tolist(), filters.max_aspect)
-        reason = reason or _scored(lambda name, index=index: score(index, name), id, filters)
-        if reason:
-            dropped[id] = reason
-        else:
-            kept.append(index)
-    if not kept:
-        first = next(iter(dropped.items()), ("", "it is empty"))
+    if sizes is not None:
+        assert filters.max_aspect is not None
+        table = size_table(sizes).astype(np.float64)
+        ratio = np.where(table.all(axis=1), table.max(axis=1) / np.maximum(table.min(axis=1), 1), 1.0)
+        known.append(("aspect ratio", ratio, filters.max_aspect, 1))
+    asked = list(filters.scored)
+    for name in filters.scored:
+        if filters.scores is not None or not isinstance(source, Scored):
+            continue
+        values = source.numbers(filters.columns.get(name, name))
+        if values is not None:
+            known.append((f"{name} score", values, getattr(filters, SCORES[name][0]), SCORES[name][1]))
+            asked.remove(name)
+    kept = np.ones(len(source), bool)
+    for _, values, limit, sign in known:
+        kept &= sign * (values - limit) <= 0  # not for NaN
+    # What has to be looked up item by item.
+    looked: dict[int, str] = {}
+    if asked:
+        score = _lookup(source, filters)
+        for index in np.flatnonzero(kept).tolist():
+            reason = _scored(lambda name, index=index: score(index, name), item_id(source, index), filters, asked)
+            if reason:
+                looked[index] = reason
+        kept[list(looked)] = False
+    rejected = _Rejected(source, ~kept, known, looked)
+    if not kept.any():
+        first = next(rejected.pairs(), ("", "it is empty"))
         raise UserError(f"{source.name}: the filters leave nothing (first: {first[0]}: {first[1]})")
-    subset = Subset(source, np.array(kept, np.int64))
-    subset.dropped = dropped
+    subset = Subset(source, np.flatnonzero(kept))
+    subset.dropped = LeftOut(rejected.pairs, len(source.dropped) + int((~kept).sum()))
     return subset
+
+
+@dataclass(frozen=True)
+class _Rejected:
+    """The items that filters leave out, with their reasons, after what the source left out.
+
+    known: (what, values, limit, whether more (1) or less (-1) is too much). looked: reasons of single items.
+    """
+
+    source: Source
+    rejected: np.ndarray
+    known: Sequence[tuple[str, np.ndarray, float, int]]
+    looked: Mapping[int, str]
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        yield from self.source.dropped.items()
+        for index in np.flatnonzero(self.rejected).tolist():
+            yield item_id(self.source, index), self.looked.get(index) or self._reason(index)
+
+    def _reason(self, index: int) -> str:
+        for what, values, limit, sign in self.known:
+            value = float(values[index])
+            if math.isnan(value):
+                return f"no {what} (its image could not be read)"
+            if sign * (value - limit) > 0:
+                shown = f"{value:.2f}" if what == "aspect ratio" else f"{value:g}"
+                return f"{what} {shown} {'above' if sign > 0 else 'below'} {limit:g}"
+        raise AssertionError("the item passes")
 
 
 def score_items(
@@ -143,13 +188,6 @@ def write_scores(file: Path, scores: Mapping[str, Mapping[str, float]]) -> None:
     write_json(file, scores, None)
 
 
-def _aspect(size: Sequence[int], most: float | None) -> str:
-    if not all(size) or most is None:
-        return ""
-    ratio = max(size) / min(size)
-    return f"aspect ratio {ratio:.2f} above {most:g}" if ratio > most else ""
-
-
 def _lookup(source: Source, filters: Filters) -> Callable[[int, str], object]:
     """Where scores come from: the file, or the source's columns."""
     if filters.scores is not None:
@@ -157,13 +195,13 @@ def _lookup(source: Source, filters: Filters) -> Callable[[int, str], object]:
         return lambda index, name: scores.get(item_id(source, index), {}).get(name)
     if isinstance(source, Scored):
         return lambda index, name: source.column(index, filters.columns.get(name, name))
-    if filters.scored:
-        raise UserError(f"{source.name}: this kind of source has no score columns; give a file of `scores`")
-    return lambda index, name: None
+    raise UserError(
+        f"{source.name}: this kind of source has no score columns; give a file of `scores`, or `prepared` ones"
+    )
 
 
-def _scored(score: Callable[[str], object], id: str, filters: Filters) -> str:
-    for name in filters.scored:
+def _scored(score: Callable[[str], object], id: str, filters: Filters, names: Sequence[str]) -> str:
+    for name in names:
         field_name, sign = SCORES[name]
         limit = getattr(filters, field_name)
         value = score(name)

@@ -23,11 +23,17 @@ CONTEXT_PIXELS = 16384 * 28 * 28
 class Reading:
     """decode: `exact`, `draft` or `fast` (`imaging.read_image`). max_pixels: larger images are bad items; None for
     Pillow's limit. context_pixels: pictures of conversations keep their size up to this many pixels; the model then
-    resizes them by its own rule."""
+    resizes them by its own rule.
+
+    digests: samples carry a digest of the bytes of their image files (`rows.DIGEST`), so that what was prepared can be
+    compared with them. targets: whether the image to make is decoded; without it samples carry its size alone.
+    """
 
     decode: Decode = "draft"
     max_pixels: int | None = None
     context_pixels: int = CONTEXT_PIXELS
+    digests: bool = False
+    targets: bool = True
 
     def __post_init__(self) -> None:
         if self.decode not in get_args(Decode):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 from PIL import Image
 
 from diptych.core.errors import UserError
@@ -35,6 +36,9 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
 
 PROFILES = "colour profiles"
 """Key of a sample's `extra`: names of the colour profiles that its images were converted from, if any."""
+
+DIGEST = "digest of images"
+"""Key of a sample's `extra`: xxHash (64 bits) of its image files, that of the target first (`Reading.digests`)."""
 
 FindImage = Callable[[Any], bytes | Path]
 """An image's reference, as it stands in the row, to its file or the file's bytes; BadItem where there is none."""
@@ -122,26 +126,48 @@ def make_sample(
     for words in (text, *(message.text for message in row.messages)):
         check_characters(words, id)
     profiles: list[str] = []
+    references = [*(() if row.target is None else (row.target,)), *row.context]
+    files = [find(reference) for reference in references]
+    digested = xxhash.xxh3_64()
+    if reading.digests:
+        files = [file if isinstance(file, bytes) else read_file(file, id) for file in files]
+        for file in files:
+            digested.update(len(file).to_bytes(8, "little"))
+            digested.update(file)
+    target = files.pop(0) if row.target is not None else None
 
-    def read(reference: Any, at_least: Size | None) -> Image.Image:
-        image = reading.read(find(reference), id, at_least)
+    def read(file: bytes | Path, at_least: Size | None) -> Image.Image:
+        image = reading.read(file, id, at_least)
         if PROFILE in image.info:
             profiles.append(image.info[PROFILE])
         return image
 
     if task == "understand":
-        context = tuple(reading.context(read(image, None)) for image in row.context)
+        context = tuple(reading.context(read(file, None)) for file in files)
     else:
-        context = tuple(fit(read(image, size), size, fit_mode) for image in row.context)
+        context = tuple(fit(read(file, size), size, fit_mode) for file in files)
+    extra: dict[str, Any] = {DIGEST: digested.intdigest()} if reading.digests else {}
+    image = None if target is None or not reading.targets else fit(read(target, size), size, fit_mode)
     return Sample(
         id=id,
         task=task,
-        image=None if row.target is None else fit(read(row.target, size), size, fit_mode),
+        image=image,
         text=text,
         context_images=context,
         messages=row.messages,
-        extra={PROFILES: tuple(profiles)} if profiles else {},
+        size=size if target is not None and image is None else None,
+        extra={**extra, PROFILES: tuple(profiles)} if profiles else extra,
     )
+
+
+def read_file(path: Path, id: str) -> bytes:
+    """The bytes of an image file; BadItem where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadItem(id, f"image file missing ({path})") from None
+    except OSError as error:
+        raise BadItem(id, f"image file not readable ({error.strerror})") from error
 
 
 def check_characters(text: str, id: str) -> None:

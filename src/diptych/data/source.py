@@ -94,6 +94,13 @@ class Scored(abc.ABC):
     def column(self, index: int, name: str) -> object:
         """What item `index` has under this name; None where it has nothing."""
 
+    def numbers(self, name: str) -> np.ndarray | None:
+        """What every item has under this name, (N,), NaN where one has nothing; None where that is not known at once.
+
+        An item without a number is one whose image could not be read.
+        """
+        return None
+
 
 class Listed(abc.ABC):
     """What a source also is whose list of items has an index, so that what follows from it can be kept."""

@@ -36,6 +36,10 @@ class Subset(Source, Scored, Listed):
     def column(self, index: int, name: str) -> object:
         return self.source.column(int(self.indices[index]), name) if isinstance(self.source, Scored) else None
 
+    def numbers(self, name: str) -> np.ndarray | None:
+        numbers = self.source.numbers(name) if isinstance(self.source, Scored) else None
+        return None if numbers is None else numbers[_array(self.indices)]
+
     def fingerprint(self, index: int) -> str:
         return self.source.fingerprint(int(self.indices[index]))
 

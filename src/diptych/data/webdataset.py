@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,7 @@ class _Shards:
     def __init__(self, stamps: Sequence[Sequence[Any]]) -> None:
         self.stamps = stamps
         self._open: dict[int, int] = {}
+        self._opening = threading.Lock()
 
     def read(self, member: _Member) -> bytes:
         """ChangedShard where the shard is not the one that was indexed."""
@@ -329,6 +331,10 @@ class _Shards:
         return os.pread(self._open.get(shard) or self._opened(shard), length, offset)
 
     def _opened(self, shard: int) -> int:
+        with self._opening:  # threads of one process share what is open
+            return self._open.get(shard) or self._open_anew(shard)
+
+    def _open_anew(self, shard: int) -> int:
         path, size, time = self.stamps[shard]
         if len(self._open) >= _OPEN_SHARDS:
             os.close(self._open.pop(next(iter(self._open))))
@@ -343,7 +349,10 @@ class _Shards:
         return descriptor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_opening": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _opening=threading.Lock())
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

@@ -167,6 +167,7 @@ class SourceSpec:
     columns: names of its columns by our names; of tar files, suffixes of members or keys of the .json. text: where
     captions stand, in tar files and in a folder's metadata (`data.captions.TextKeys`). captions: a second file that
     holds them, by key (`data.caption_file.CaptionFile`). filters: which items are used (`data.filters.Filters`).
+    prepared: folder of what `diptych prepare` made of its items.
     count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw.
     options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`); of proxies, see
     `recipes.pictures`.
@@ -182,6 +183,7 @@ class SourceSpec:
     text: str | tuple[str, ...] | dict[str, float] | None = None
     captions: CaptionFile | None = None
     filters: Filters | None = None
+    prepared: str | None = None
     control: str | None = None
     maps: str | None = None
     count: NotNegativeInt = 0

@@ -32,6 +32,7 @@ from diptych.inference.engine import Engine
 from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
+from diptych.recipes.prepared import Needed
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
 from diptych.reports.pictures import grid
@@ -211,7 +212,8 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.num_workers to 0")
     autoencoder = getattr(system, "autoencoder", None)
     step = system.image_step if images else 1
-    mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch_size, step, autoencoder)
+    needed = Needed(system, spec.data, spec.train)
+    mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch_size, step, autoencoder, needed)
     batches = (
         [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch_size or spec.batch_size)
     )

@@ -21,28 +21,34 @@ from diptych.data.subset import hold_out
 from diptych.data.webdataset import WebDatasetSource
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.recipes.pictures import ENDLESS, build_proxies
+from diptych.recipes.prepared import Needed, with_prepared
 from diptych.recipes.recipe import DRAWN_SOURCES, DataSpec, SourceSpec
 from diptych.recipes.tables import call
 
+FileSource = FolderSource | JsonlSource | WebDatasetSource | ParquetSource
 DRAWN_KEYS = {"count", "seed", "options"}
 SOURCE_KEYS = {
     **dict.fromkeys(DRAWN_SOURCES, DRAWN_KEYS),
-    "folder": {"path", "text", "captions", "filters", "control", "maps"},
-    "jsonl": {"path", "ignore", "filters", "control"},
-    "webdataset": {"path", "columns", "text", "captions", "filters", "control"},
-    "parquet": {"path", "columns", "split", "filters", "control"},
+    "folder": {"path", "text", "captions", "filters", "prepared", "control", "maps"},
+    "jsonl": {"path", "ignore", "filters", "prepared", "control"},
+    "webdataset": {"path", "columns", "text", "captions", "filters", "prepared", "control"},
+    "parquet": {"path", "columns", "split", "filters", "prepared", "control"},
     "proxies": {"path", "count", "seed", "options"},
 }
 """Keys of a source beside `kind`, `task` and `weight`, by its kind; others would be ignored and are refused."""
 
 
-def build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
-    """A source from its specification; UserError for a key that this kind of source does not read, or a wrong value."""
+def build_source(name: str, spec: SourceSpec, data: DataSpec, needed: Needed | None = None) -> Source:
+    """A source from its specification; UserError for a key that this kind of source does not read, or a wrong value.
+
+    Args:
+        needed: what its prepared latents and features must have been made from; without it, none are read.
+    """
     with attributed_to(f"sources.{name}"):
-        return _build_source(name, spec, data)
+        return _build_source(name, spec, data, needed)
 
 
-def _build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
+def _build_source(name: str, spec: SourceSpec, data: DataSpec, needed: Needed | None) -> Source:
     for field in dataclasses.fields(spec):
         default = field.default if field.default is not dataclasses.MISSING else None
         given_value = getattr(spec, field.name) not in (default, {}, ())
@@ -58,9 +64,11 @@ def _build_source(name: str, spec: SourceSpec, data: DataSpec) -> Source:
     if spec.kind == "proxies":
         chosen = {"path": spec.path, "count": spec.count, "seed": spec.seed, "options": spec.options}
         return build_proxies(name, task=spec.task, fit=data.fit, **chosen)
-    if spec.path is None:
-        raise UserError(f"sources.{name}: 'path' is missing")
-    source = _file_source(name, spec, spec.path, data)
+    source: Source = base_source(name, spec, data)
+    if spec.prepared is not None:
+        if spec.control is not None:
+            raise UserError(f"sources.{name}: prepared and control do not go together; leave one out")
+        source = with_prepared(source, spec, needed)
     kept = source if spec.filters is None else filtered(source, spec.filters)
     return kept if spec.control is None else _controlled(kept, name, spec, spec.control, data)
 
@@ -78,8 +86,16 @@ def _controlled(pairs: Source, name: str, spec: SourceSpec, control: str, data: 
     return ControlSource(pairs, control, maps=maps, fit_mode=data.fit)
 
 
-def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Source:
-    task = "text_to_image" if spec.control else spec.task
+def base_source(name: str, spec: SourceSpec, data: DataSpec) -> FileSource:
+    """A source of files as it lies there, before filters.
+
+    One of `image` whose filter looks at prepared CLIP scores reads the pairs that the scores were made of.
+    """
+    if spec.path is None:
+        raise UserError(f"sources.{name}: 'path' is missing")
+    pairs = spec.prepared is not None and spec.filters is not None and spec.filters.min_clip is not None
+    task = "text_to_image" if spec.control or (pairs and spec.task == "image") else spec.task
+    path = spec.path
     reading = Reading(decode=data.decode, max_pixels=data.max_pixels, context_pixels=data.context_pixels)
     given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit, "reading": reading}
     if spec.kind == "folder":
@@ -92,24 +108,38 @@ def _file_source(name: str, spec: SourceSpec, path: str, data: DataSpec) -> Sour
 
 
 def build_data(
-    spec: DataSpec, seed: int, batch: int, step: int = 1, autoencoder: Autoencoder | None = None
+    spec: DataSpec,
+    seed: int,
+    batch: int,
+    step: int = 1,
+    autoencoder: Autoencoder | None = None,
+    needed: Needed | None = None,
 ) -> tuple[Mixture, list[tuple[Source, Source | None]]]:
     """A stage's mixture, and each source as (trained on, held out).
 
     Args:
         step: image sides must be multiples of it (autoencoder factor times patch).
         autoencoder: makes the latents that `spec.cache` keeps.
+        needed: what prepared latents and features must have been made from; without it, none are read.
     """
 
     def whole(name: str, source: SourceSpec) -> Source:
-        built = build_source(name, source, spec)
+        if spec.cache is not None and source.prepared is not None:
+            raise UserError(f"data.cache: source {name!r} has prepared data; leave out one of the two")
+        built = build_source(name, source, spec, needed)
         if spec.cache is None or source.task == "understand":
             return built
         if autoencoder is None:
             raise UserError("data.cache: this system has no autoencoder whose latents could be kept")
         return CachedLatents(built, spec.cache, autoencoder)
 
-    parts = [hold_out(whole(name, source), spec.held_out) for name, source in spec.sources.items()]
+    def divided(name: str, source: SourceSpec) -> tuple[Source, Source | None]:
+        train, held = hold_out(whole(name, source), spec.held_out)
+        if held is not None and source.prepared is not None:  # held-out samples are read at the size of the step
+            _, held = hold_out(build_source(name, source, spec), spec.held_out)
+        return train, held
+
+    parts = [divided(name, source) for name, source in spec.sources.items()]
     shares = [source.weight for source in spec.sources.values()]
     size = both_sides(spec.size)
     sizes = None

@@ -166,7 +166,7 @@ class ConditionedPreparer(Preparer):
         blank = not asked.context_images and config.blank
         shown, vision = self._blank(asked) if blank else (self._shown(asked), None)
         messages = config.prompts.conversation(asked, len(shown), dropped=dropped is not None)
-        inputs = self._inputs(messages, shown, name, vision)
+        inputs = self._inputs(messages, shown, name, vision, asked.features if shown and not blank else ())
 
         # The image tokens of unlabelled images that are hidden (IOMM, Sec. 3.4).
         slots, keep = inputs.sequences.images, None
@@ -209,8 +209,10 @@ class ConditionedPreparer(Preparer):
         images: Sequence[Tensor],
         name: str,
         vision: VisionInputs | None = None,
+        features: Sequence[Tensor] = (),
     ) -> ModelInputs:
-        """A request as the MLLM reads it, `vision` its images where they are known; UserErrors name the sample."""
+        """A request as the MLLM reads it, `vision` its images and `features` their vision tokens, where they are known;
+        UserErrors name the sample."""
         prompts = self.config.prompts
         try:
             sequences = self.processor.tokenize(
@@ -220,8 +222,10 @@ class ConditionedPreparer(Preparer):
                 opening=prompts.opening,
                 whole=self.config.too_long == "error",
             )
-            vision = self.processor.pixels(images) if images and vision is None else vision
-            inputs = ModelInputs(sequences=sequences, vision=vision, shown=tuple(range(len(images))))
+            if images and vision is None and not features:
+                vision = self.processor.pixels(images)
+            shown = tuple(range(len(images)))
+            inputs = ModelInputs(sequences=sequences, vision=vision, shown=shown, features=tuple(features))
         except UserError as error:
             raise UserError(f"{name}: {str(error).removeprefix('conversation 0: ')}") from error
         length = inputs.sequences.ids.shape[1]
@@ -244,6 +248,8 @@ class ConditionedPreparer(Preparer):
     def _shown(self, sample: Sample) -> tuple[Tensor, ...]:
         """The images that the MLLM sees of a request."""
         if sample.task == "image":
+            if sample.image is None and sample.features and sample.size is not None:
+                return (torch.empty(1).expand(3, *sample.size),)  # the size alone is looked at
             if sample.image is None:
                 raise UserError(f"{sample.id}: task 'image' needs an image")
             return (sample.image,)
@@ -328,7 +334,7 @@ class ConditionedPreparer(Preparer):
 def prepare_answer(processor: Processor, sample: Sample, *, whole: bool = True) -> Prepared:
     """A conversation to learn; UserErrors name the sample. `whole`: as of `Processor.tokenize`."""
     try:
-        inputs = processor.prepare(sample.messages, sample.context_images, whole=whole)
+        inputs = processor.prepare(sample.messages, sample.context_images, whole=whole, features=sample.features)
     except UserError as error:
         raise UserError(f"{sample.id}: {str(error).removeprefix('conversation 0: ')}") from error
     learned = int(inputs.sequences.loss_mask[:, 1:].sum())

@@ -205,10 +205,9 @@ class Backbone(nn.Module, abc.ABC):
 
     def embeddings(self, inputs: ModelInputs) -> Tensor:
         """Input embeddings (B, L, D) of what is to be read, vision tokens in their slots; on the inputs' device."""
-        vision: list[Tensor] = []
-        if inputs.vision is not None:
-            tokens = self.vision_features(inputs.vision)
-            vision = [tokens[place] for place in inputs.shown]
+        tokens = [] if inputs.vision is None else self.vision_features(inputs.vision)
+        tokens = [*tokens, *inputs.features]
+        vision = [tokens[place] for place in inputs.shown]
         return self.place(self.embed(inputs.sequences.ids), inputs.sequences.images, vision)
 
     def place(self, embeddings: Tensor, slots: Tensor, vision: Sequence[Tensor]) -> Tensor:

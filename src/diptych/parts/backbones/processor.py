@@ -79,18 +79,21 @@ class VisionInputs:
 class ModelInputs:
     """All that an MLLM reads: token sequences, and the images that stand in their slots.
 
-    vision: the images, each once; None where there are none. shown: for every image of the conversations, in reading
-    order, its place among `vision`.
+    vision: the images, each once; None where there are none. features: projected vision tokens (N, D) of other images,
+    which need no vision tower. shown: for every image of the conversations, in reading order, its place among `vision`
+    and then `features`.
     """
 
     sequences: Sequences
     vision: VisionInputs | None = None
     shown: tuple[int, ...] = ()
+    features: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device | str) -> ModelInputs:
         """The same inputs on `device`."""
         vision = None if self.vision is None else self.vision.to(device)
-        return ModelInputs(sequences=self.sequences.to(device), vision=vision, shown=self.shown)
+        features = tuple(tokens.to(device) for tokens in self.features)
+        return ModelInputs(sequences=self.sequences.to(device), vision=vision, shown=self.shown, features=features)
 
 
 class Processor(abc.ABC):
@@ -139,27 +142,42 @@ class Processor(abc.ABC):
     def vision_grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of the vision tokens of an image (3, H, W); UserError where they lie on no single grid."""
 
-    def prepare(self, messages: Sequence[Message], images: Sequence[Tensor], *, whole: bool = True) -> ModelInputs:
-        """One conversation with its images; arguments and errors as of `tokenize`."""
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Tensor],
+        *,
+        whole: bool = True,
+        features: Sequence[Tensor] = (),
+    ) -> ModelInputs:
+        """One conversation with its images; arguments and errors as of `tokenize`. features: of the images, where they
+        are known."""
         sequences = self.tokenize([messages], images=[images], whole=whole)
-        vision = self.pixels(images) if images else None
-        return ModelInputs(sequences=sequences, vision=vision, shown=tuple(range(len(images))))
+        vision = self.pixels(images) if images and not features else None
+        shown = tuple(range(len(images)))
+        return ModelInputs(sequences=sequences, vision=vision, shown=shown, features=tuple(features))
 
     def collate(self, rows: Sequence[ModelInputs]) -> ModelInputs:
         """Conversations as one batch. What is the same object in several of them is read once by the vision tower."""
         once: dict[int, tuple[int, VisionInputs]] = {}  # by identity: the place of its first image, and the inputs
         count = 0
-        shown: list[int] = []
         for row in rows:
-            if row.vision is None:
-                continue
-            if id(row.vision) not in once:
+            if row.vision is not None and id(row.vision) not in once:
                 once[id(row.vision)] = (count, row.vision)
                 count += len(row.vision.grids)
-            first, _ = once[id(row.vision)]
-            shown += [first + place for place in row.shown]
-        vision = join_inputs([inputs for _, inputs in once.values()]) if once else None
-        return ModelInputs(sequences=self.pad([row.sequences for row in rows]), vision=vision, shown=tuple(shown))
+        shown: list[int] = []
+        features: list[Tensor] = []
+        for row in rows:
+            first, own = (0, 0) if row.vision is None else (once[id(row.vision)][0], len(row.vision.grids))
+            later = count + len(features) - own
+            shown += [(first if place < own else later) + place for place in row.shown]
+            features += row.features
+        return ModelInputs(
+            sequences=self.pad([row.sequences for row in rows]),
+            vision=join_inputs([inputs for _, inputs in once.values()]) if once else None,
+            shown=tuple(shown),
+            features=tuple(features),
+        )
 
     def pad(self, rows: Sequence[Sequences]) -> Sequences:
         """Sequences of any lengths as one right-padded batch."""

@@ -1,0 +1,381 @@
+"""Preparation of a recipe's data as a job: latents, vision features, scores and sizes, written as shards.
+
+Any number of processes work on one job, on one machine or several, and may be started, killed and started again at any
+time: a shard is written by the process that has claimed it (`core.claims`), and is either whole or absent.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.core.claims import Claims
+from diptych.core.errors import UserError, unknown
+from diptych.core.files import remove_litter
+from diptych.core.sample import Sample
+from diptych.data.prepared_files import (
+    Manifest,
+    PreparedSet,
+    Shard,
+    Values,
+    open_set,
+    places_of,
+    shard_state,
+    write_shard,
+)
+from diptych.data.rows import DIGEST
+from diptych.data.source import BadItem, ItemDraws, Listed, Source
+from diptych.evaluation.image_scores import ImageScorer, aesthetic_scorer, classifier_scorer, clip_scorer
+from diptych.recipes.load import stage_settings, start
+from diptych.recipes.prepare_makers import Features, Latents, Maker, Score, Sizes
+from diptych.recipes.prepared import Needed
+from diptych.recipes.recipe import FILE_SOURCES, DataSpec, SourceSpec, parse
+from diptych.recipes.sources import base_source
+from diptych.systems.base import System
+
+log = logging.getLogger(__name__)
+
+KINDS = ("latents", "features", "sizes")
+FORMATS = ("float32", "bfloat16", "float16")
+WAIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """recipe: resolved plain values. kinds: of `KINDS`. output: folder for all sources, a folder each; without it,
+    what the sources' `prepared` say, or beside the data. stages: names; all of them where empty. watermark, clip,
+    aesthetic, aesthetic_head: models that score. shard_items: of a shard. batch_size: of a forward pass. threads: that
+    read images. dtype: of latents and features on disk."""
+
+    recipe: dict[str, Any]
+    kinds: tuple[str, ...] = ("latents", "sizes")
+    output: str | None = None
+    stages: tuple[str, ...] = ()
+    watermark: str | None = None
+    clip: str | None = None
+    aesthetic: str | None = None
+    aesthetic_head: str | None = None
+    allow_unpinned: bool = False
+    shard_items: int = 1024
+    batch_size: int = 16
+    threads: int = 4
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise unknown("kind", kind, KINDS, "--what")
+        if self.dtype not in FORMATS:
+            raise unknown("format", self.dtype, FORMATS, "--dtype")
+        for name in ("shard_items", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.aesthetic_head is not None and self.aesthetic is None:
+            raise UserError("--aesthetic-head goes with --aesthetic, the CLIP model that it reads")
+
+
+@dataclass
+class Job:
+    """One set that is to be made. label: source and kind, for people."""
+
+    label: str
+    place: str
+    source: Any
+    maker: Maker
+    made: PreparedSet
+
+    @cached_property
+    def identity(self) -> str:
+        return str(self.source.identity() if isinstance(self.source, Listed) else None)
+
+    @cached_property
+    def claims(self) -> Claims:
+        return Claims(self.made.folder / ".claims")
+
+
+@dataclass
+class Result:
+    """Of a job, by one process. place: of its source in the recipe ("mix.data.sources.pairs"). written: shards that it
+    wrote. there: shards that were there. items: that it made. bad: those that could not be read, id to reason."""
+
+    label: str
+    place: str
+    folder: Path
+    written: int = 0
+    there: int = 0
+    items: int = 0
+    bad: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class Work:
+    """All that one process needs for a job; models are loaded when it is made."""
+
+    def __init__(self, options: Options, device: str | None = None) -> None:
+        self.options = options
+        self.device = device or own_device(options.device)
+        self.recipe = parse(options.recipe)
+        self.skipped: list[str] = []
+        self.jobs = self._jobs()
+
+    def _jobs(self) -> list[Job]:
+        options, recipe = self.options, self.recipe
+        for name in options.stages:
+            if name not in recipe.stages:
+                raise unknown("stage", name, recipe.stages, "--stage")
+        models = bool({"latents", "features"} & set(options.kinds))
+        system = start(recipe) if models else None
+        apply = stage_settings(system, list(recipe.stages.values())) if system else lambda position: None
+        scorers = self._scorers()
+        if system is not None:
+            system.eval()
+        jobs: dict[Path, Job] = {}
+        for position, (stage, spec) in enumerate(recipe.stages.items()):
+            if options.stages and stage not in options.stages:
+                continue
+            apply(position)
+            needed = None if system is None else Needed(system, spec.data, spec.train)
+            for name, source in spec.data.sources.items():
+                for job in self._source_jobs(
+                    f"{stage}.data.sources.{name}", name, source, spec.data, system, needed, scorers
+                ):
+                    other = jobs.setdefault(job.made.folder, job)
+                    if other.identity != job.identity:
+                        raise UserError(
+                            f"{job.place} and {other.place} are other data and would both be written to "
+                            f"{job.made.folder}; give each source a `prepared` of its own"
+                        )
+        if not jobs:
+            raise UserError(f"nothing to prepare ({'; '.join(self.skipped) or 'the recipe has no sources'})")
+        return list(jobs.values())
+
+    def _scorers(self) -> list[ImageScorer]:
+        options, device, free = self.options, self.device, self.options.allow_unpinned
+        made: list[ImageScorer] = []
+        if options.watermark:
+            made.append(
+                classifier_scorer(
+                    "watermark",
+                    options.watermark,
+                    device,
+                    option="--watermark",
+                    label="watermark",
+                    allow_unpinned=free,
+                )
+            )
+        if options.clip:
+            made.append(clip_scorer(options.clip, device, allow_unpinned=free))
+        if options.aesthetic:
+            made.append(aesthetic_scorer(options.aesthetic, options.aesthetic_head, device, allow_unpinned=free))
+        return made
+
+    def _source_jobs(
+        self,
+        place: str,
+        name: str,
+        spec: SourceSpec,
+        data: DataSpec,
+        system: System | None,
+        needed: Needed | None,
+        scorers: Sequence[ImageScorer],
+    ) -> Iterator[Job]:
+        options = self.options
+        if spec.kind not in FILE_SOURCES or spec.control:
+            self.skipped.append(f"{place}: its pictures are drawn, not read")
+            return
+        source = base_source(name, spec, data)
+        source.reading = replace(source.reading, digests=True)
+        root = folder_of(name, spec, options.output, place)
+        makers: list[Maker] = []
+        if "sizes" in options.kinds:
+            makers.append(Sizes(source))
+        if system is not None and needed is not None:
+            for kind, cls in (("latents", Latents), ("features", Features)):
+                made_from = getattr(needed, kind)(spec.task) if kind in options.kinds else None
+                if made_from is not None:
+                    makers.append(cls(system, needed, source, made_from, self.device))
+                elif kind in options.kinds:
+                    self.skipped.append(f"{place}: no {kind} for task {spec.task} in this system")
+        for scorer in scorers:
+            if scorer.captions and source.task != "text_to_image":
+                self.skipped.append(f"{place}: no captions to compare with, so no {scorer.name}")
+            else:
+                makers.append(Score(scorer, source))
+        for maker in makers:
+            manifest = Manifest(
+                kind=maker.kind,
+                made_from=maker.made_from,
+                items=len(source),
+                shard_items=options.shard_items,
+                dtype=options.dtype if maker.kind in ("latents", "features") else "float32",
+            )
+            made = open_set(root, manifest)
+            remove_litter(made.folder)
+            yield Job(f"{name}: {maker.kind}", place, source, maker, made)
+
+    def units(self) -> list[tuple[int, int]]:
+        """(number of a job, number of a shard) of everything."""
+        return [(at, number) for at, job in enumerate(self.jobs) for number in range(job.made.manifest.shards)]
+
+    def do(self, job: Job, number: int, result: Result) -> bool:
+        """Make a shard, unless it is there; False where another process is at it."""
+        if shard_state(job.made, number, job.identity) == "whole":
+            result.there += 1
+            return True
+        with job.claims.take(number) as mine:
+            if not mine:
+                return False
+            state = shard_state(job.made, number, job.identity)  # another process may have written it since
+            if state == "whole":
+                result.there += 1
+                return True
+            values = make_shard(job, number, state == "old", self.options)
+            write_shard(job.made.path(number), job.made.manifest, values, job.identity)
+        result.written += 1
+        result.items += sum(map(bool, values.tensors))
+        first = places_of(job.made, number)[0]
+        result.bad |= {f"{job.source.name}:{first + place + 1}": reason for place, reason in values.bad.items()}
+        return True
+
+
+def prepare(
+    options: Options, rank: int = 0, world: int = 1, progress: Callable[[str, int, int], None] | None = None
+) -> tuple[list[Result], list[str]]:
+    """Make all sets of a recipe, beside any other processes that do; returns when every shard is there.
+
+    Args:
+        rank, world: number of this process and of all, so that each begins elsewhere.
+        progress: called with a set's label, the number of its shards that are done, and of all.
+
+    Returns:
+        What this process did, and what there was nothing to make of.
+    """
+    work = Work(options)
+    results: list[Result] = []
+    for job in work.jobs:
+        count = job.made.manifest.shards
+        begin = rank * count // world
+        pending = [*range(begin, count), *range(begin)]
+        result = Result(job.label, job.place, job.made.folder)
+        while pending:
+            waiting: list[int] = []
+            for number in pending:
+                if not work.do(job, number, result):
+                    waiting.append(number)
+                elif progress is not None:
+                    progress(job.label, result.there + result.written, count)
+            if len(waiting) == len(pending):
+                time.sleep(WAIT_SECONDS)
+            pending = waiting
+        results.append(result)
+    return results, work.skipped
+
+
+def make_shard(job: Job, number: int, old: bool, options: Options) -> Values:
+    """The values of a shard's items.
+
+    Args:
+        old: it is there and was made when the source was another; what was made of the same image files stays.
+    """
+    items, maker = places_of(job.made, number), job.maker
+    values = Values([() for _ in items], [0] * len(items))
+    if not maker.reads:
+        values.tensors = [(torch.tensor(maker.sizes[item], dtype=torch.int32),) for item in items]
+        return values
+    # Items by size, so that those of one size share a forward pass; what is left out has no size.
+    sizes = [tuple(maker.sizes[item].tolist()) for item in items]
+    wanted = sorted((size, place) for place, size in enumerate(sizes) if all(size))
+    known = Shard(job.made.path(number)).values() if old else None
+    batch: list[tuple[int, Sample]] = []
+    loads = ((items[place], size) for size, place in wanted)
+    for (_, place), sample in zip(wanted, loaded(job.source, loads, options.threads), strict=True):
+        if isinstance(sample, BadItem):
+            values.bad[place] = sample.reason
+            continue
+        values.digests[place] = sample.extra[DIGEST]
+        if known is not None and known.digests[place] == values.digests[place] and known.tensors[place]:
+            values.tensors[place] = known.tensors[place]
+            continue
+        if batch and (len(batch) == options.batch_size or sizes_of(batch[0][1]) != sizes_of(sample)):
+            make(maker, batch, values, job.made.manifest.dtype)
+            batch = []
+        batch.append((place, sample))
+    if batch:
+        make(maker, batch, values, job.made.manifest.dtype)
+    return values
+
+
+def make(maker: Maker, batch: Sequence[tuple[int, Sample]], values: Values, dtype: str) -> None:
+    """Values of a batch; a sample that the model refuses is as bad as one that cannot be read."""
+    try:
+        made = maker.make([sample for _, sample in batch])
+    except UserError as error:
+        if len(batch) > 1:
+            for pair in batch:
+                make(maker, [pair], values, dtype)
+            return
+        [(place, sample)] = batch
+        values.bad[place] = f"refused by the model ({str(error).removeprefix(f'{sample.id}: ')})"
+        return
+    format: torch.dtype = getattr(torch, dtype)
+    for (place, _), tensors in zip(batch, made, strict=True):
+        values.tensors[place] = tuple(tensor.to(format).contiguous() for tensor in tensors)
+
+
+def sizes_of(sample: Sample) -> tuple[int, ...]:
+    """Of the image to make; () where there is none."""
+    return () if sample.image is None else tuple(sample.image.shape)
+
+
+def loaded(source: Source, items: Iterator[tuple[int, tuple[int, ...]]], threads: int) -> Iterator[Sample | BadItem]:
+    """Items in order, read by threads a little ahead."""
+
+    def load(item: tuple[int, tuple[int, ...]]) -> Sample | BadItem:
+        index, (height, width) = item
+        try:
+            return source.load(index, ItemDraws(0), (height, width))
+        except BadItem as bad:
+            return bad
+
+    if threads == 1:
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[Sample | BadItem]] = deque()
+        for item in items:
+            ahead.append(pool.submit(load, item))
+            if len(ahead) > 4 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def folder_of(name: str, spec: SourceSpec, output: str | None, where: str) -> Path:
+    """Where a source's sets go: below `output`, where its `prepared` says, or beside its data."""
+    if output is not None:
+        return Path(output).expanduser() / name
+    if spec.prepared is not None:
+        return Path(spec.prepared).expanduser()
+    path = Path(spec.path or "").expanduser()
+    if not spec.path or "://" in spec.path or not any(above.exists() for above in (path, path.parent)):
+        raise UserError(f"{where}: its data do not lie in a folder here; say where to write with --output")
+    return path.with_name(f"{path.name}.prepared") if path.is_dir() else path.parent / f"{name}.prepared"
+
+
+def own_device(device: str) -> str:
+    """The device of this process; of several on a machine (LOCAL_RANK), each has its own."""
+    if device != "auto":
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -1,0 +1,206 @@
+"""What prepared data must have been made from to be used in a stage, and sources that read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diptych.core.errors import UserError
+from diptych.core.image_sizes import both_sides
+from diptych.core.sample import Task
+from diptych.data.buckets import buckets, places
+from diptych.data.filters import SCORES
+from diptych.data.latent_cache import autoencoder_fingerprint
+from diptych.data.prepared_files import PreparedSet, check_whole, find_set, sets_in
+from diptych.data.prepared_source import PreparedSource
+from diptych.data.source import Listed, Source, size_table
+from diptych.parts.autoencoders.base import Autoencoder
+from diptych.parts.backbones.base import Backbone
+from diptych.recipes.recipe import DataSpec, SourceSpec
+from diptych.systems.base import System
+
+log = logging.getLogger(__name__)
+
+MAX_LOSS = 0.5
+"""Largest share of an image that the crop to its bucket may lose (`data.mixture.Mixture`)."""
+VISION = ("vision", "projector")
+"""Parts of an MLLM that make its vision tokens."""
+
+
+class Needed:
+    """What a stage's prepared data must have been made from.
+
+    Args:
+        system: with its starting weights. data: of the stage. trained: parts that the stage trains.
+    """
+
+    def __init__(self, system: System, data: DataSpec, trained: tuple[str, ...] = ()) -> None:
+        self.system, self.data, self.trained = system, data, trained
+
+    @cached_property
+    def _autoencoder(self) -> str | None:
+        autoencoder = getattr(self.system, "autoencoder", None)
+        if not isinstance(autoencoder, Autoencoder):
+            return None
+        return autoencoder_fingerprint(autoencoder, {**autoencoder.plain_config(), **numbers_of(autoencoder)})
+
+    @cached_property
+    def _vision(self) -> Mapping[str, str] | None:
+        backbone = getattr(self.system, "backbone", None)
+        if not isinstance(backbone, Backbone) or not backbone.processor.sees_images:
+            return None
+        parts = backbone.named_parts()
+        probe = torch.linspace(-1, 1, 3 * 56 * 84).reshape(3, 56, 84)
+        inputs = backbone.processor.pixels([probe])
+        seen = hashlib.blake2b(inputs.values.contiguous().numpy().tobytes(), digest_size=16)
+        seen.update(repr(inputs.grids).encode())
+        weights = {name: weights_digest(parts[name]) for name in VISION if name in parts}
+        return {**weights, "preprocessing": seen.hexdigest()}
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """How images become targets, but for their own sizes."""
+        data, own = self.data, self.data.own_size
+        size: dict[str, Any] = {"size": list(both_sides(data.size))}
+        if data.buckets is not None:
+            size |= {"buckets": data.buckets, "step": self.system.image_step}
+        if own is not None:
+            size |= {"own_size": json.loads(json.dumps(vars(own))), "step": self.system.image_step}
+        return {**size, "fit": data.fit, "decode": data.decode}
+
+    def latents(self, task: Task) -> dict[str, Any] | None:
+        """What latents are made from; None where the system or the task has none."""
+        if task == "understand" or self._autoencoder is None:
+            return None
+        return {"autoencoder": self._autoencoder, "images": self.targets}
+
+    def features(self, task: Task) -> dict[str, Any] | None:
+        """What vision features are made from; None where the MLLM is shown no picture of such samples."""
+        settings: Any = getattr(self.system, "options", None)
+        shown = getattr(settings, "mllm_images", "kept") != "none"
+        if self._vision is None or task == "text_to_image" or (task == "edit" and not shown):
+            return None
+        images = {"context_pixels": self.data.context_pixels, "decode": self.data.decode}
+        if task != "understand":
+            canvas = {name: getattr(settings, name, None) for name in ("canvas", "canvas_pixels", "read_pixels")}
+            images = {**self.targets, **json.loads(json.dumps(canvas))}
+        return {**self._vision, "task": task, "images": images}
+
+    def sizes_of(self, source: Source) -> np.ndarray:
+        """(height, width) of each item's target, (N, 2); zeros where a stage leaves the item out.
+
+        Raises:
+            UserError: sizes are by buckets and the source has none (drawn images).
+        """
+        data = self.data
+        square = both_sides(data.size)
+        if source.task == "understand" or (data.buckets is None and data.own_size is None):
+            return np.tile(np.array(square, np.int64), (len(source), 1))
+        sizes = source.sizes()
+        if sizes is None:
+            raise UserError(f"{source.name}: its items have no sizes, so that it has no buckets of its own")
+        table = size_table(sizes).astype(np.int64)
+        if data.own_size is not None:
+            rule, step = data.own_size.rule(), self.system.image_step
+            made = [rule.fit(h, w, step) if h and w else square for h, w in table.tolist()]
+            return np.array(made, np.int64).reshape(-1, 2)
+        assert isinstance(data.size, int)
+        assert data.buckets is not None
+        listed = buckets(data.size, self.system.image_step, data.buckets)
+        place = places(table, listed, MAX_LOSS)
+        chosen = np.array([*listed, (0, 0), (0, 0)], np.int64)[place]  # the last two: -1 left out, -2 unreadable
+        chosen[place == -2] = listed[0]  # loading it in the first bucket says why
+        return chosen
+
+    def pixels(self, task: Task, sets: Mapping[str, PreparedSet]) -> bool:
+        """Whether targets have to be decoded although their latents are known."""
+        if "latents" not in sets or self.system.scales:
+            return True
+        return task == "image" and "features" not in sets
+
+
+def numbers_of(autoencoder: Autoencoder) -> dict[str, Any]:
+    """What is beside its weights and configuration: scale and shift of the latents."""
+    return {
+        name: getattr(autoencoder, name)
+        for name in ("scale", "shift")
+        if isinstance(getattr(autoencoder, name, None), float)
+    }
+
+
+def weights_digest(part: nn.Module) -> str:
+    """A digest of every weight and buffer."""
+    digest = hashlib.blake2b(type(part).__qualname__.encode(), digest_size=16)
+    for name, tensor in sorted(part.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def with_prepared(source: Any, spec: SourceSpec, needed: Needed | None) -> Source:
+    """A file source with what was prepared of its items.
+
+    Args:
+        needed: what latents and features must have been made from; without it, only scores and sizes are read.
+
+    Raises:
+        UserError: nothing was prepared there, or only for other weights, sizes, settings or items.
+    """
+    assert spec.prepared is not None
+    root = Path(spec.prepared).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder of prepared data; make it with diptych prepare, or leave out `prepared`"
+        )
+    sets = {kind: made for kind in ("sizes", *SCORES) if (made := table_of(root, kind, source)) is not None}
+    if needed is not None:
+        for kind, made_from in (("latents", needed.latents(spec.task)), ("features", needed.features(spec.task))):
+            made = None if made_from is None else find_set(root, kind, made_from, len(source))
+            if made is not None:
+                sets[kind] = made
+        if "features" in sets and (trained := [part for part in VISION if part in needed.trained]):
+            raise UserError(
+                f"{root}: features were prepared, but this stage trains {trained[0]!r}, which would change them; "
+                f"remove {sets['features'].folder}, or train other parts"
+            )
+        if not sets:
+            raise UserError(f"{root}: holds nothing prepared for this source; run diptych prepare for this recipe")
+        if {"latents", "features"} & set(sets):
+            pixels = needed.pixels(spec.task, sets)
+            source.reading = replace(source.reading, digests=True, targets=pixels)
+    for kind, made in sets.items():
+        log.info("%s: %s of %d items from %s", source.name, kind, made.manifest.items, made.folder)
+    return PreparedSource(source, sets, spec.task)
+
+
+def table_of(root: Path, kind: str, source: Source) -> PreparedSet | None:
+    """The scores or sizes of a source's items; None where none were made.
+
+    Raises:
+        UserError: they are of other items, or of files that have changed since; or two models made such scores.
+    """
+    found = sets_in(root, kind)
+    if not found:
+        return None
+    if len(found) > 1:
+        models = " and ".join(str(made.manifest.made_from.get("model")) for made in found)
+        raise UserError(f"{root}: holds {kind} twice ({models}); remove the folder of one of them")
+    [made] = found
+    check_whole(made)
+    identity = source.identity() if isinstance(source, Listed) else None
+    if made.manifest.items != len(source) or made.identities() != {str(identity)}:
+        raise UserError(
+            f"{made.folder}: {source.name} has changed since its {kind} were made; run diptych prepare again, which "
+            "makes those of the files that changed"
+        )
+    return made

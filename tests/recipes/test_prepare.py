@@ -1,0 +1,323 @@
+"""`diptych prepare`: what it writes, that training reads it and gets the same numbers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from diptych.core.draws import Draws
+from diptych.core.errors import UserError
+from diptych.data import loader
+from diptych.recipes import prepare as job
+from diptych.recipes.load import start
+from diptych.recipes.prepare import Options, Work, prepare
+from diptych.recipes.recipe import parse
+from diptych.recipes.run import build_stage
+
+SHAPES = [(40, 40), (40, 72), (72, 40), (36, 48), (64, 40), (33, 33), (40, 44), (48, 80), (20, 100)]
+"""(height, width); the last is too wide for every bucket."""
+AUTOENCODER: dict[str, Any] = {
+    "kind": "kl",
+    "config": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
+        "block_out_channels": [8, 8],
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+        "sample_size": 32,
+    },
+}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Nine captioned pictures of several shapes."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate(SHAPES):
+        picture = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a red circle")
+    return folder
+
+
+@pytest.fixture
+def plain(tiny_plain: dict[str, Any], pairs: Path) -> dict[str, Any]:
+    """A recipe over these pictures, as images and as pairs, in buckets."""
+    tiny_plain["system"] |= {"autoencoder": AUTOENCODER, "cfg_dropout": 0.3}
+    tiny_plain["stages"]["mix"]["data"] = {
+        "size": 32,
+        "buckets": 2.0,
+        "sources": {
+            "images": {"kind": "folder", "task": "image", "path": str(pairs)},
+            "pairs": {"kind": "folder", "task": "text_to_image", "path": str(pairs)},
+        },
+    }
+    return tiny_plain
+
+
+def reading(plain: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The recipe with its sources' prepared data below `root`."""
+    read = json.loads(json.dumps(plain))
+    for name, source in read["stages"]["mix"]["data"]["sources"].items():
+        source["prepared"] = str(root / name)
+    return read
+
+
+def losses(plain: dict[str, Any], steps: int = 4, system: Any = None) -> list[dict[str, list[float]]]:
+    """The losses of a recipe's first steps, without learning."""
+    recipe = parse(plain)
+    system = system or start(recipe)
+    stage = build_stage("mix", recipe.stages["mix"], recipe, system)
+    rows: list[dict[str, list[float]]] = []
+    for step in loader.steps(stage.data, system.preparer(), 0, steps):
+        for part in step.passes:
+            terms = system.losses(part.batch, Draws(list(part.keys)))
+            rows.append({name: values.tolist() for name, values in terms.items()})
+    return rows
+
+
+def options(plain: dict[str, Any], root: Path, **given: Any) -> Options:
+    return Options(**{"recipe": plain, "output": str(root), "shard_items": 3, "batch_size": 2, **given})
+
+
+@pytest.mark.parametrize("kinds", [("latents",), ("features",), ("latents", "features", "sizes")])
+def test_training_from_prepared_data_equals_training_without(
+    plain: dict[str, Any], tmp_path: Path, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = losses(plain)
+    root = tmp_path / "out"
+    prepare(options(plain, root, kinds=kinds))
+    read = reading(plain, root)
+    if kinds == ("features",):  # pairs show the MLLM nothing
+        del read["stages"]["mix"]["data"]["sources"]["pairs"]["prepared"]
+    system = start(parse(read))
+    if "latents" in kinds:
+        monkeypatch.setattr(system.autoencoder, "encode", None)
+    if "features" in kinds:
+        monkeypatch.setattr(system.backbone, "vision_features", None)
+    assert_equal(losses(read, system=system), wanted)
+
+
+def assert_equal(found: list[dict[str, list[float]]], wanted: list[dict[str, list[float]]]) -> None:
+    """To 1e-6, name by name."""
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        for name, values in mine.items():
+            assert values == pytest.approx(theirs[name], abs=1e-6), name
+
+
+def test_a_target_whose_latent_is_known_is_not_decoded(plain: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    prepare(options(plain, root))
+    recipe = parse(reading(plain, root))
+    system = start(recipe)
+    stage = build_stage("mix", recipe.stages["mix"], recipe, system)
+    samples = [sample for step in range(4) for sample in stage.data.batch(step)]
+    assert all(sample.latent is not None for sample in samples)
+    shown = {sample.task: sample.image is not None for sample in samples}
+    assert shown == {"image": True, "text_to_image": False}  # the MLLM is shown an unlabelled image
+
+
+def test_what_is_there_is_not_made_again(plain: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    first, _ = prepare(options(plain, root))
+    assert {result.label: (result.written, result.there, result.items) for result in first} == {
+        "images: latents": (3, 0, 8),
+        "images: sizes": (3, 0, 9),
+        "pairs: latents": (3, 0, 8),
+        "pairs: sizes": (3, 0, 9),
+    }
+    files = sorted(root.rglob("*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    files[1].unlink()
+    files[4].write_bytes(files[4].read_bytes()[:-40])  # cut, as by a full disk
+    (files[0].parent / f".00000.safetensors.{2**22}.partial.safetensors").write_bytes(b"half")  # of a killed process
+    again, _ = prepare(options(plain, root, shard_items=5))
+    assert sum(result.written for result in again) == 2
+    assert sum(result.there for result in again) == 10
+    assert {path for path in files if path.stat().st_mtime_ns == before[path]} == {*files} - {files[1], files[4]}
+    assert not list(root.rglob("*.partial*"))
+
+
+def test_shards_are_plain_safetensors(plain: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    prepare(options(plain, root, stages=("mix",), shard_items=1024))
+    [path] = (root / "pairs").glob("latents-*/*.safetensors")
+    tensors = load_file(path)
+    counts = tensors["first"].diff().tolist()
+    assert counts == [1] * 8 + [0]
+    for number, name in enumerate(sorted(name for name in tensors if name.startswith("values."))):
+        assert len(tensors[name]) == int((tensors["group"] == number).sum())
+    said = json.loads((path.parent / "set.json").read_text())
+    assert (said["kind"], said["items"], said["shard_items"]) == ("latents", 9, 1024)
+
+
+def test_bad_pictures_are_named_and_stay_bad(plain: dict[str, Any], pairs: Path, tmp_path: Path) -> None:
+    (pairs / "3.png").write_bytes((pairs / "3.png").read_bytes()[:-300])
+    root = tmp_path / "out"
+    results, _ = prepare(options(plain, root, kinds=("latents",)))
+    assert [list(result.bad) for result in results] == [["images:4"], ["pairs:4"]]
+    plain["stages"]["mix"]["data"]["max_bad_fraction"] = 0.5
+    recipe = parse(reading(plain, root))
+    stage = build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
+    for step in range(20):
+        stage.data.batch(step)
+    assert "truncated" in stage.data.skipped["pairs/3.png"]
+
+
+STALE = [
+    ({"stages": {"mix": {"data": {"size": 48}}}}, "images.size: "),
+    ({"stages": {"mix": {"data": {"buckets": 1.5}}}}, "images.buckets: 2.0 there, 1.5 here"),
+    ({"stages": {"mix": {"data": {"fit": "letterbox"}}}}, "images.fit: "),
+    ({"stages": {"mix": {"data": {"decode": "exact"}}}}, "images.decode: "),
+    ({"seed": 5}, "autoencoder: "),  # other random weights
+]
+
+
+@pytest.mark.parametrize(("change", "says"), STALE)
+def test_what_was_made_otherwise_is_refused_by_name(
+    plain: dict[str, Any], tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    root = tmp_path / "out"
+    prepare(options(plain, root, kinds=("latents",)))
+    recipe = parse(merged(reading(plain, root), change))
+    with pytest.raises(UserError, match=f"its latents were made otherwise \\({says}") as refused:
+        build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
+    assert "\n" not in str(refused.value)
+
+
+def test_features_of_other_weights_and_of_a_trained_tower_are_refused(plain: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    del plain["stages"]["mix"]["data"]["sources"]["pairs"]
+    prepare(options(plain, root, kinds=("features",)))
+    recipe = parse(reading(plain, root))
+    system: Any = start(recipe)
+    with torch.no_grad():
+        next(system.backbone.named_parts()["vision"].parameters()).add_(1)
+    with pytest.raises(UserError, match=r"its features were made otherwise \(vision: "):
+        build_stage("mix", recipe.stages["mix"], recipe, system)
+    trained = merged(reading(plain, root), {"stages": {"mix": {"train": ["queries", "vision"]}}})
+    recipe = parse(trained)
+    with pytest.raises(UserError, match="this stage trains 'vision'"):
+        build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
+
+
+def test_changed_pictures_are_refused_and_made_anew(
+    plain: dict[str, Any], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    del plain["stages"]["mix"]["data"]["sources"]["images"]
+    prepare(options(plain, root))
+    read = reading(plain, root)
+    Image.new("RGB", (40, 40), "red").save(pairs / "0.png")
+    with pytest.raises(UserError, match="pairs has changed since its sizes were made; run diptych prepare again"):
+        losses(read)
+    for folder in (root / "pairs").glob("sizes-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"pairs/0.png: its images have changed since latents of them were made"):
+        losses(read, steps=20)
+    # Made anew is only what changed.
+    encoded: list[int] = []
+    work = Work(options(plain, root))
+    encode = work.jobs[1].maker.system.autoencoder.encode  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        type(work.jobs[1].maker.system.autoencoder),  # type: ignore[attr-defined]
+        "encode",
+        lambda self, images: (encoded.append(len(images)), encode(images))[1],
+    )
+    prepare(options(plain, root))
+    assert sum(encoded) == 1
+    assert_equal(losses(read), losses(plain))
+
+
+def test_copied_data_need_no_new_latents(plain: dict[str, Any], pairs: Path, tmp_path: Path) -> None:
+    root, copy = tmp_path / "out", tmp_path / "copy"
+    prepare(options(plain, root, kinds=("latents",)))
+    wanted = losses(plain)
+    pairs.rename(copy)
+    moved = reading(plain, root)
+    for source in moved["stages"]["mix"]["data"]["sources"].values():
+        source["path"] = str(copy)
+    assert_equal(losses(moved), wanted)
+
+
+def test_shards_that_are_missing_are_counted(plain: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    prepare(options(plain, root))
+    next((root / "pairs").glob("latents-*/00001.safetensors")).unlink()
+    recipe = parse(reading(plain, root))
+    with pytest.raises(UserError, match="1 of 3 shards are missing; run diptych prepare again, which goes on"):
+        build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
+
+
+def test_killed_anywhere_it_goes_on(plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, root = tmp_path / "whole", tmp_path / "out"
+    prepare(options(plain, whole))
+    write, written = job.write_shard, 0
+
+    def write_or_die(*given: Any) -> None:
+        nonlocal written
+        written += 1
+        if written % 3 == 0:
+            raise KeyboardInterrupt
+        write(*given)
+
+    monkeypatch.setattr(job, "write_shard", write_or_die)
+    runs, done = 0, False
+    while not done:
+        runs += 1
+        try:
+            prepare(options(plain, root))
+            done = True
+        except KeyboardInterrupt:
+            continue
+    assert (runs, written) == (6, 17)  # 12 shards, and five that were begun and not written
+    assert contents(root) == contents(whole)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_work(plain: dict[str, Any], tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    prepare(options(plain, alone, shard_items=1, kinds=("latents", "features")))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("# A recipe.\n# not run\n" + yaml.safe_dump(plain))
+    words = ["-m", "diptych", "prepare", str(recipe), "--output", str(together), "--shard-items", "1"]
+    words += ["--batch-size", "2", "--what", "latents", "features"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    made = [int(count) for count in re.findall(r"items made in (\d+) shards", ran.stdout)]
+    assert sum(made) == 27  # each shard by one of the two
+    assert contents(together) == contents(alone)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every shard by its place."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.safetensors")}
+
+
+def merged(plain: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`plain` with the values of `change` in it."""
+    for name, value in change.items():
+        plain[name] = merged(plain.get(name, {}), value) if isinstance(value, dict) else value
+    return plain
