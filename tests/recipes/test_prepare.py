@@ -291,20 +291,22 @@ def test_killed_anywhere_it_goes_on(plain: dict[str, Any], tmp_path: Path, monke
     assert contents(root) == contents(whole)
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+
+
 @pytest.mark.slow
-def test_processes_of_torchrun_share_the_work(plain: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("launcher", "last"), [(TORCHRUN, []), ([], ["--ray", "2"])], ids=["torchrun", "ray"])
+def test_processes_share_the_work(
+    plain: dict[str, Any], tmp_path: Path, launcher: list[str], last: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     alone, together = tmp_path / "alone", tmp_path / "together"
     prepare(options(plain, alone, shard_items=1, kinds=("latents", "features")))
     recipe = tmp_path / "r.yaml"
     recipe.write_text("# A recipe.\n# not run\n" + yaml.safe_dump(plain))
     words = ["-m", "diptych", "prepare", str(recipe), "--output", str(together), "--shard-items", "1"]
-    words += ["--batch-size", "2", "--what", "latents", "features"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words += ["--batch-size", "2", "--what", "latents", "features", *last]
+    ran = subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     made = [int(count) for count in re.findall(r"items made in (\d+) shards", ran.stdout)]
     assert sum(made) == 27  # each shard by one of the two

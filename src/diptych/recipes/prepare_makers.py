@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
-from diptych.data.imaging import to_picture
+from diptych.data.imaging import to_pil
 from diptych.data.source import Source, size_table
 from diptych.evaluation.image_scores import ImageScorer
 from diptych.parts.backbones.processor import VisionInputs, join_inputs
@@ -102,7 +102,7 @@ class Score(Maker):
         self.sizes = np.where(table.all(axis=1, keepdims=True), scaled, SCORED_SIDE).astype(np.int64)
 
     def make(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
-        pictures = [to_picture(sample.image) for sample in samples if sample.image is not None]
+        pictures = [to_pil(sample.image) for sample in samples if sample.image is not None]
         values = self.scorer.score(pictures, [sample.text for sample in samples])
         return [(value,) for value in values]
 

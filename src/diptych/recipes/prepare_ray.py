@@ -44,11 +44,13 @@ def prepare_on_ray(options: Options, workers: int) -> tuple[list[Result], list[s
         raise UserError("--ray needs the extra `ray`: pip install 'diptych[ray]'") from error
     if workers < 1:
         raise UserError(f"--ray must be at least 1, not {workers}")
-    here = replace(options, device="cpu")
-    plan = Work(here)  # writes the manifests, and says what there is to do
+    plan = Work(replace(options, device="cpu"))  # writes the manifests, and says what there is to do
     started = not ray.is_initialized()
     if started:
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, configure_logging=False)
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of its own default
+        address = os.environ.get("RAY_ADDRESS")
+        here = {} if address else {"include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
     try:
         gpus = 1 if options.device != "cpu" and ray.cluster_resources().get("GPU") else 0
         units = ray.data.from_items([{"job": at, "shard": number} for at, number in plan.units()])
