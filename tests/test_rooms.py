@@ -25,7 +25,8 @@ LEVELS = {
     "analysis": 6,
     "recipes": 7,
     "serving": 8,
-    "cli": 9,
+    "page": 9,
+    "cli": 10,
 }
 FOLDERS = {"parts", "systems", "recipes/families", "data/proxies", "evaluation/understanding"}
 """Rooms, and folders of rooms, that hold folders of their own or are one."""

@@ -1,10 +1,12 @@
-"""Serve models over HTTP: OpenAI's API for images and chat, and tools for agents.
+"""Serve models over HTTP: OpenAI's API for images and chat, a web page, and tools for agents.
 
 The server listens on this machine alone unless --host says otherwise. A key is best given by the environment variable
 DIPTYCH_API_KEY. Ctrl-C lets running requests end, for 30 seconds at most.
 
     diptych serve toy/iomm toy/ovis-u1
     curl http://127.0.0.1:8000/v1/models
+
+The page is at the server's address itself.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait (256)")
     parser.add_argument("--no-batching", action="store_true", help="run requests one after the other")
     parser.add_argument("--no-cache", action="store_true", help="make exact repeats anew")
+    parser.add_argument("--no-page", action="store_true", help="leave out the web page")
+    parser.add_argument("--runs", metavar="FOLDER", default="runs", help="whose runs the page shows (runs)")
     parser.add_argument("--no-tools", action="store_true", help="leave out the tools for agents (MCP)")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of a request (600)")
     parser.add_argument("--read-timeout", type=float, default=30, metavar="SECONDS", help="of its arrival (30)")
@@ -41,6 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import ipaddress
     import os
+    from collections.abc import Callable
+    from pathlib import Path
 
     from diptych.cli import options
     from diptych.core.errors import UserError
@@ -53,12 +59,19 @@ def run(args: argparse.Namespace) -> int:
     if args.queue < 0 or not 0 <= args.port <= 65535:
         raise UserError("--queue must not be negative, and --port is from 0 to 65535")
     key = checked_key(args.api_key or os.environ.get(KEY, ""), "--api-key" if args.api_key else KEY)
-    device = options.device(args.device)
+    device, runs = options.device(args.device), Path(args.runs).expanduser().resolve()
     try:
         import multipart  # noqa: F401  # pyright: ignore[reportUnusedImport] - of python-multipart, as Starlette wants it
 
+        from diptych.serving.app import Mount
         from diptych.serving.server import Settings, serve
-        from diptych.serving.service import Options
+        from diptych.serving.service import Options, Service
+
+        more: list[Callable[[Service], Mount]] = []
+        if not args.no_page:
+            from diptych.page.mount import page_mount
+
+            more.append(lambda service: page_mount(service, runs))
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}; install diptych[serve]") from error
     from transformers.utils import logging as transformers_logging
@@ -84,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             queue=args.queue,
             batching=not args.no_batching,
             tools=not args.no_tools,
+            more=more,
             options=Options(
                 timeout=args.timeout,
                 body=args.max_body << 20,

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych.serving.chat_api import ChatApi
@@ -30,8 +30,9 @@ from diptych.serving.service import Service
 
 log = logging.getLogger(__name__)
 DRAINED = 8
-OPEN = ("/health", "/ready", "/v1/files/")
-"""Paths that want no key; those of files hold a name that cannot be guessed."""
+OPEN = ("/health", "/ready")
+OPEN_BELOW = ("/v1/files/",)
+"""Paths that want no key; those of files hold a name that cannot be guessed. Mounts may have a check of their own."""
 
 
 class Status:
@@ -42,7 +43,7 @@ class Status:
 
 
 def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
-    """The application. mounts: the tools."""
+    """The application. mounts: the tools and the page."""
     files = Files()
     images, chat = ImagesApi(service, files), ChatApi(service)
 
@@ -86,9 +87,10 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
 
     app = Starlette(routes=routes, lifespan=lifespan)
     for mount in mounts:
-        app.router.routes.append(Route(mount.path, mount.app))
+        app.router.routes.append(Below(mount) if mount.below else Route(mount.path, mount.app))
     # The router alone: Starlette's own middleware would answer errors before the guard sees them.
-    guarded: ASGIApp = Guard(app.router, app, service, status)
+    doors = tuple(mount.path for mount in mounts if mount.below)
+    guarded: ASGIApp = Guard(app.router, app, service, status, doors)
     if service.options.cors:
         exposed = ["x-request-id", "retry-after"]
         guarded = CORSMiddleware(
@@ -99,12 +101,41 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
 
 
 class Mount:
-    """Another application at a path; life: what must run while it is served."""
+    """Another application at a path.
+
+    Args:
+        life: what must run while it is served. below: whether it has all paths that begin with its own, and "/", and
+            asks for the key itself. stop: called when the server is told to stop.
+    """
 
     def __init__(
-        self, path: str, app: ASGIApp, life: Callable[[], AbstractAsyncContextManager[object]] | None = None
+        self,
+        path: str,
+        app: ASGIApp,
+        life: Callable[[], AbstractAsyncContextManager[object]] | None = None,
+        below: bool = False,
+        stop: Callable[[], None] | None = None,
     ) -> None:
-        self.path, self.app, self.life = path, app, life
+        self.path, self.app, self.life, self.below, self.stop = path, app, life, below, stop
+
+
+class Below(BaseRoute):
+    """All paths of a mount, as they are."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.mount = mount
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        inside = scope["type"] == "http" and is_below(scope["path"], self.mount.path)
+        return (Match.FULL if inside else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.mount.app(scope, receive, send)
+
+
+def is_below(path: str, top: str) -> bool:
+    """Whether a path belongs to the mount at `top`."""
+    return path in ("/", top) or path.startswith(f"{top}/")
 
 
 def described(service: Service, name: str) -> dict[str, object]:
@@ -115,8 +146,10 @@ class Guard:
     """Middleware around everything: answers carry `x-request-id`, errors have one form, and nothing is logged but the
     method, the path without its query, the status and the time."""
 
-    def __init__(self, inner: ASGIApp, app: Starlette, service: Service, status: Status) -> None:
-        self.inner, self.app, self.service, self.status = inner, app, service, status
+    def __init__(
+        self, inner: ASGIApp, app: Starlette, service: Service, status: Status, doors: tuple[str, ...] = ()
+    ) -> None:
+        self.inner, self.app, self.service, self.status, self.doors = inner, app, service, status, doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -155,7 +188,8 @@ class Guard:
                 await limited.drain()
                 await JSONResponse(refused.body(), refused.status, refused.headers)(scope, receive, marked)
         finally:
-            path = scope["path"] if known(scope["path"]) else "other"
+            door = next((door for door in self.doors if is_below(scope["path"], door)), None)
+            path = door or (scope["path"] if known(scope["path"]) else "other")
             self.service.metrics.count("diptych_requests_total", 1, f'path="{path}",status="{answered}"')
             log.info("%s %s %s %s %.0f ms", number, scope["method"], path, answered, 1e3 * (time.monotonic() - begun))
 
@@ -170,7 +204,9 @@ class Guard:
         if self.status.closing:
             raise ApiError(503, "the server is being shut down", code="shutting_down", headers={"Retry-After": "10"})
         key = self.service.options.key
-        if key and not scope["path"].startswith(OPEN):
+        path = scope["path"]
+        own = any(is_below(path, door) for door in self.doors)  # these ask for the key themselves
+        if key and not own and path not in OPEN and not path.startswith(OPEN_BELOW):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
             if scheme.lower() != "bearer" or not right:
@@ -196,7 +232,7 @@ def trace_only(error: Exception) -> tuple[type[Exception], Exception, TracebackT
 
 def known(path: str) -> bool:
     """Whether a path is one of ours, so that metrics and logs hold no other."""
-    return path in ("/health", "/ready", "/metrics", "/v1/models", "/mcp", "/mcp/", "/") or path.startswith(
+    return path in ("/health", "/ready", "/metrics", "/v1/models", "/mcp", "/mcp/") or path.startswith(
         ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/chat/completions")
     )
 

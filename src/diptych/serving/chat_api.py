@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,16 +17,15 @@ from diptych.core.draws import Draws, key
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.core.tokens import drawn as drawn_token
-from diptych.data.imaging import from_pil
 from diptych.serving.cache import fingerprint
 from diptych.serving.errors import ApiError, bad
 from diptych.serving.fetching import fetch_picture
 from diptych.serving.fields import Field, read_fields
 from diptych.serving.images_api import OPTIONS, read_size
-from diptych.serving.jobs import Event, Job, TextJob, Written
+from diptych.serving.jobs import Event, Written
 from diptych.serving.pictures import DATA_URL, encode, from_data_url, read_picture, to_base64
 from diptych.serving.requests import json_body, sse, until_gone
-from diptych.serving.service import DrawCall, Made, Service
+from diptych.serving.service import DrawCall, Made, Service, WriteCall, last
 
 MOST_MESSAGES = 200
 MOST_PICTURES = 32
@@ -71,6 +70,16 @@ class Turns:
     last: list[Image.Image] = field(default_factory=list[Image.Image])
     text: str = ""
 
+    def add(self, role: Literal["system", "user", "assistant"], text: str, pictures: list[Image.Image]) -> None:
+        """A further message, its pictures before its words."""
+        self.messages.append(Message(role=role, text=f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + text))
+        self.pictures += pictures
+        self.last, self.text = pictures, text
+
+    def shown(self) -> list[Image.Image]:
+        """The pictures that a request to draw is about: of the last message, else the latest before it."""
+        return self.last or self.pictures[-1:]
+
 
 class ChatApi:
     """The route."""
@@ -107,28 +116,12 @@ class ChatApi:
         choose = chooser(fields, seed, longest)
         usage = bool((fields.get("stream_options") or {}).get("include_usage"))
 
-        async def events() -> AsyncIterator[Event]:
-            async with self.service.models.use(model) as engine:
-                if "understand" not in engine.system.tasks:
-                    raise bad("model", f"{model} answers no questions", "unsupported_task")
-                messages = turns.messages
-                if fields.get("think"):
-                    if not engine.system.reasons:
-                        raise bad("think", f"{model} has no thinking mode for questions; leave it out")
-                    messages = engine.system.reasoning(messages)
-                images = await asyncio.to_thread(lambda: [from_pil(picture) for picture in turns.pictures])
-
-                def make(tell: Callable[[Event], None]) -> Job:
-                    return TextJob(
-                        engine=engine, tell=tell, conversation=messages, images=images, max_new_tokens=longest,
-                        choose=choose, stop=stop,
-                    )  # fmt: skip
-
-                async for event in self.service.run(make):
-                    yield event
-
+        call = WriteCall(
+            model=model, messages=turns.messages, pictures=turns.pictures, max_new_tokens=longest, choose=choose,
+            stop=stop, think=bool(fields.get("think")),
+        )  # fmt: skip
         if fields.get("stream"):
-            return sse(request, chunks(model, events(), usage), named=False)
+            return sse(request, chunks(model, self.service.write(call), usage), named=False)
         repeats = "seed" in fields or not fields.get("temperature")
         mark = fingerprint("chat", {**fields, "model": model, "messages": repr(turns.messages)}, turns.files)
         body = self.service.cache.get(mark if repeats else None)
@@ -136,13 +129,7 @@ class ChatApi:
             self.service.metrics.count("diptych_cache_hits_total")
             return Response(body, media_type="application/json", headers={"x-diptych-cache": "hit"})
 
-        async def last() -> Written:
-            async for event in events():
-                if event.kind == "done":
-                    return event.value
-            raise AssertionError("a job ends with an event")
-
-        written = await until_gone(request, last())
+        written: Written = await until_gone(request, last(self.service.write(call)))
         message = {"role": "assistant", "content": written.text, "refusal": None}
         counts = token_usage(written.prompt_tokens, written.tokens)
         body = JSONResponse(completion(model, message, written.finish, counts)).body
@@ -161,7 +148,7 @@ class ChatApi:
         options = {name: fields[given] for given, name in OPTIONS.items() if given in fields}
         if fields.get("size", "auto") != "auto":
             options["size"] = read_size(fields["size"])
-        images = turns.last or turns.pictures[-1:]
+        images = turns.shown()
         if not images and "image_cfg" in options:
             raise bad("image_guidance_scale", "there is no picture in the conversation to go by")
         call = DrawCall(
@@ -171,13 +158,7 @@ class ChatApi:
         if fields.get("stream"):
             return sse(request, self._picture_chunks(model, call), named=False)
 
-        async def last() -> Made:
-            async for event in self.service.draw(call):
-                if event.kind == "done":
-                    return event.value
-            raise AssertionError("a job ends with an event")
-
-        made = await until_gone(request, last())
+        made: Made = await until_gone(request, last(self.service.draw(call)))
         part = await asyncio.to_thread(image_part, made)
         text = made.expansions[0] if made.expansions else ""
         message = {"role": "assistant", "content": text, "refusal": None, "images": [part]}

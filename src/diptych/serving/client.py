@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.web import checked_key, checked_url
 from diptych.data.imaging import AnyImage, as_image, image_list
@@ -64,7 +65,7 @@ class RemoteModel:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images: list[Image.Image] = []
         for text, keys in zip(prompts, noise_keys(seed, range(len(prompts)), n), strict=True):
-            body = {"model": self.name, "prompt": text, "n": n, "noise": keys, **asked(options)}
+            body = {"model": self.name, "prompt": text, "n": n, **noise_fields(seed, keys), **asked(options)}
             images += self._pictures(
                 "/v1/images/generations", json.dumps(body).encode(), expansions=expansions, abouts=abouts
             )
@@ -81,10 +82,9 @@ class RemoteModel:
     ) -> list[Image.Image]:
         """Edits of one image, or of several that the instruction refers to, as `Engine.edit` makes them."""
         (keys,) = noise_keys(seed, [0], n)
-        fields = {"model": self.name, "prompt": instruction, "n": str(n), "noise": json.dumps(keys)}
-        fields |= {
-            name: json.dumps(value) if isinstance(value, dict) else value for name, value in asked(options).items()
-        }
+        more = {**noise_fields(seed, keys), **asked(options)}
+        fields = {"model": self.name, "prompt": instruction, "n": str(n)}
+        fields |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in more.items()}
         body, kind = form(fields, [("image[]", to_png(entry)) for entry in image_list(image)])
         return self._pictures("/v1/images/edits", body, kind)
 
@@ -143,6 +143,14 @@ class RemoteModel:
 def connect(address: str, model: str | None = None, *, key: str | None = None) -> RemoteModel:
     """A model of a running server; see `RemoteModel`."""
     return RemoteModel(address, model, key)
+
+
+def noise_fields(seed: int | Sequence[int], keys: Sequence[int]) -> dict[str, Any]:
+    """The noise of a request's images as fields: a seed where one stands for all of them, else their keys."""
+    for first in [seed] if isinstance(seed, int) else seed:
+        if list(keys) == [key(first + place, 0, 0) for place in range(len(keys))]:
+            return {"seed": first}
+    return {"noise": list(keys)}
 
 
 def asked(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -18,7 +20,7 @@ from diptych.serving.fields import Field, read_fields
 from diptych.serving.jobs import Event
 from diptych.serving.pictures import encode, read_mask, read_picture, to_base64
 from diptych.serving.requests import form_body, json_body, sse, until_gone
-from diptych.serving.service import QUALITIES, DrawCall, Made, Service
+from diptych.serving.service import QUALITIES, DrawCall, Made, Service, last
 
 MOST_IMAGES = 8
 """References of an edit."""
@@ -111,8 +113,9 @@ class ImagesApi:
     async def _answer(
         self, request: Request, kind: str, fields: dict[str, Any], pictures: list[bytes], mask: bytes | None
     ) -> Response:
-        call, form = await asyncio.to_thread(self._call, fields, pictures, mask)
-        self.service.models.check(call.model)
+        images = [await asyncio.to_thread(read_picture, data, "image") for data in pictures]
+        kept = None if mask is None else await asyncio.to_thread(read_mask, mask, "mask", images[0])
+        call, form = draw_call(self.service, fields, images, kept), read_form(fields)
         if fields.get("stream"):
             return sse(request, self._events(kind, call, form, request))
         files = [*pictures, *([] if mask is None else [mask])]
@@ -122,66 +125,19 @@ class ImagesApi:
         if body is not None:
             self.service.metrics.count("diptych_cache_hits_total")
             return Response(body, media_type="application/json", headers={"x-diptych-cache": "hit"})
-        made = await until_gone(request, self._made(call))
+        made: Made = await until_gone(request, last(self.service.draw(call)))
         values = await asyncio.to_thread(self._body, request, made, form)
         body = JSONResponse(values).body
         if form.response == "b64_json":
             self.service.cache.put(key, body, len(body))
         return Response(body, media_type="application/json")
 
-    def _call(self, fields: Mapping[str, Any], pictures: list[bytes], mask: bytes | None) -> tuple[DrawCall, Form]:
-        """What is asked for, and in which form."""
-        prompt = fields.get("prompt")
-        if prompt is None:
-            raise bad("prompt", "it is missing", "missing_parameter")
-        if not prompt.strip():
-            raise bad("prompt", "it is empty")
-        if fields.get("background") == "transparent":
-            raise bad("background", "pictures are opaque; leave it out")
-        kind = fields.get("output_format", "png")
-        if "output_compression" in fields and kind == "png":
-            raise bad("output_compression", "PNG files are not compressed with loss; ask for webp or jpeg")
-        if fields.get("partial_images") and not fields.get("stream"):
-            raise bad("partial_images", "they come in a stream; set stream to true")
-        if fields.get("stream") and fields.get("response_format") == "url":
-            raise bad("response_format", "a stream brings pictures as b64_json")
-        options = {name: fields[field] for field, name in OPTIONS.items() if field in fields}
-        options |= fields.get("sampling", {})
-        if fields.get("size", "auto") != "auto":
-            options["size"] = read_size(fields["size"])
-        noise = fields.get("noise")
-        n = fields.get("n", 1)
-        if noise is not None and (len(noise) != n or not all(isinstance(one, int) for one in noise)):
-            raise bad("noise", f"it must be a list of {n} whole numbers, one for each image")
-        images = [read_picture(data, "image") for data in pictures]
-        call = DrawCall(
-            model=fields.get("model", self.service.models.names[0]),
-            prompt=prompt,
-            images=images,
-            mask=None if mask is None else read_mask(mask, "mask", images[0]),
-            n=n,
-            seed=fields.get("seed"),
-            noise=noise,
-            options=options,
-            quality=fields.get("quality", "auto"),
-            think=fields.get("think"),
-            scales=fields.get("scales", "last"),
-            partials=fields.get("partial_images", 0) if fields.get("stream") else 0,
-        )
-        return call, Form(kind, fields.get("output_compression"), fields.get("response_format", "b64_json"))
-
-    async def _made(self, call: DrawCall) -> Made:
-        async for event in self.service.draw(call):
-            if event.kind == "done":
-                return event.value
-        raise AssertionError("a job ends with an event")
-
     def _body(self, request: Request, made: Made, form: Form) -> dict[str, Any]:
         begun = time.monotonic()
         data: list[dict[str, Any]] = []
         for place, (scales, about) in enumerate(zip(made.images, made.abouts, strict=True)):
             for image in scales:
-                row: dict[str, Any] = {"seed": made.seeds[place]}
+                row: dict[str, Any] = {"seed": made.seeds[place]} if made.seeds else {}
                 file = encode(image, form.kind, form.compression, about)
                 if form.response == "url":
                     row["url"] = str(request.base_url) + f"v1/files/{self.files.put(file, form.kind)}"
@@ -209,7 +165,7 @@ class ImagesApi:
                         "b64_json": to_base64(file),
                         "created_at": int(time.time()),
                         "image_index": place,
-                        "seed": made.seeds[place],
+                        **({"seed": made.seeds[place]} if made.seeds else {}),
                         **shared(made, form),
                     }
 
@@ -219,6 +175,53 @@ class Form:
 
     def __init__(self, kind: str, compression: int | None, response: str) -> None:
         self.kind, self.compression, self.response = kind, compression, response
+
+
+def draw_call(
+    service: Service, fields: Mapping[str, Any], images: Sequence[Image.Image] = (), mask: np.ndarray | None = None
+) -> DrawCall:
+    """What checked fields ask for, of these pictures and with this mask."""
+    prompt = fields.get("prompt")
+    if prompt is None:
+        raise bad("prompt", "it is missing", "missing_parameter")
+    if not prompt.strip():
+        raise bad("prompt", "it is empty")
+    if fields.get("background") == "transparent":
+        raise bad("background", "pictures are opaque; leave it out")
+    if fields.get("partial_images") and not fields.get("stream"):
+        raise bad("partial_images", "they come in a stream; set stream to true")
+    options = {name: fields[field] for field, name in OPTIONS.items() if field in fields}
+    options |= fields.get("sampling", {})
+    if fields.get("size", "auto") != "auto":
+        options["size"] = read_size(fields["size"])
+    noise = fields.get("noise")
+    n = fields.get("n", 1)
+    if noise is not None and (len(noise) != n or not all(isinstance(key, int) for key in noise)):
+        raise bad("noise", f"it must be a list of {n} whole numbers, one for each image")
+    return DrawCall(
+        model=service.models.check(fields.get("model", service.models.names[0])),
+        prompt=prompt,
+        images=images,
+        mask=mask,
+        n=n,
+        seed=fields.get("seed"),
+        noise=noise,
+        options=options,
+        quality=fields.get("quality", "auto"),
+        think=fields.get("think"),
+        scales=fields.get("scales", "last"),
+        partials=fields.get("partial_images", 0) if fields.get("stream") else 0,
+    )
+
+
+def read_form(fields: Mapping[str, Any]) -> Form:
+    """The form of the answer that checked fields ask for."""
+    kind = fields.get("output_format", "png")
+    if "output_compression" in fields and kind == "png":
+        raise bad("output_compression", "PNG files are not compressed with loss; ask for webp or jpeg")
+    if fields.get("stream") and fields.get("response_format") == "url":
+        raise bad("response_format", "a stream brings pictures as b64_json")
+    return Form(kind, fields.get("output_compression"), fields.get("response_format", "b64_json"))
 
 
 def partial_event(kind: str, event: Event, number: int, form: Form) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, float] = {}
+        self._values: dict[str, float] = {"diptych_running": 0, "diptych_waiting": 0}
 
     def count(self, name: str, amount: float = 1, labels: str = "") -> None:
         """Add to a counter; labels are as in `path="/v1/models"`."""

@@ -68,6 +68,10 @@ class Models:
         finally:
             self._uses[name] -= 1
 
+    def loaded_engine(self, name: str) -> Engine | None:
+        """A model that is loaded, without a use of it; None for one that is not."""
+        return self._loaded.get(name)
+
     def loaded(self) -> list[str]:
         """Names of the loaded ones, the least recently used first."""
         return list(self._loaded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -29,7 +29,8 @@ LAST_SECONDS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a server is started. rows: images that run at a time, None for as many as memory holds, up to 32."""
+    """How a server is started. rows: images that run at a time, None for as many as memory holds, up to 32. more:
+    what makes further applications of the server, such as the page."""
 
     models: Sequence[str]
     host: str = "127.0.0.1"
@@ -41,6 +42,7 @@ class Settings:
     batching: bool = True
     tools: bool = True
     options: Options = field(default_factory=Options)
+    more: Sequence[Callable[[Service], Mount]] = ()
 
 
 class Protocol(H11Protocol):
@@ -64,13 +66,16 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, which refuses requests that wait once it is told to stop, and lets those that run end."""
 
-    def __init__(self, config: uvicorn.Config, status: Status, scheduler: Scheduler) -> None:
+    def __init__(self, config: uvicorn.Config, status: Status, scheduler: Scheduler, mounts: Sequence[Mount]) -> None:
         super().__init__(config)
-        self._status, self._scheduler = status, scheduler
+        self._status, self._scheduler, self._mounts = status, scheduler, mounts
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._status.closing = True
         self._scheduler.refuse()
+        for mount in self._mounts:
+            if mount.stop is not None:
+                mount.stop()
         super().handle_exit(sig, frame)
 
 
@@ -102,7 +107,8 @@ async def run(settings: Settings, service: Service, status: Status, listener: so
             rows.append(await asyncio.to_thread(measured_rows, engine, 32))
     chosen = settings.rows or min(rows)
     service.scheduler.bounds = Bounds(rows=chosen, queue=settings.queue, batching=settings.batching)
-    app = make_app(service, status, mounts(settings, service))
+    made = mounts(settings, service)
+    app = make_app(service, status, made)
     Protocol.seconds = settings.options.reading
     config = uvicorn.Config(
         app, http=Protocol, ws="none", log_config=None, access_log=False, timeout_keep_alive=30,
@@ -112,12 +118,13 @@ async def run(settings: Settings, service: Service, status: Status, listener: so
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {', '.join(settings.models)} at http://{shown}:{port}", flush=True)  # noqa: T201 - the command's word
-    await Server(config, status, service.scheduler).serve(sockets=[listener])
+    await Server(config, status, service.scheduler, made).serve(sockets=[listener])
 
 
 def mounts(settings: Settings, service: Service) -> list[Mount]:
-    """The tools, where they are wanted."""
-    return [tools_mount(service, settings.host)] if settings.tools else []
+    """The tools, where they are wanted, and what else is."""
+    tools = [tools_mount(service, settings.host)] if settings.tools else []
+    return [*tools, *(make(service) for make in settings.more)]
 
 
 def bound(host: str, port: int) -> socket.socket:

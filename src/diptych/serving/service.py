@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ from PIL import Image
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
-from diptych.core.sample import Sample
+from diptych.core.sample import Message, Sample
+from diptych.core.tokens import NextToken, likeliest
 from diptych.data.imaging import from_pil
 from diptych.inference.caching import threshold_of
 from diptych.inference.engine import Engine
@@ -21,7 +23,7 @@ from diptych.inference.provenance import facts
 from diptych.inference.sampling import Sampling
 from diptych.serving.cache import AnswerCache
 from diptych.serving.errors import ApiError, bad
-from diptych.serving.jobs import DrawingJob, Drawn, Event, Job
+from diptych.serving.jobs import DrawingJob, Drawn, Event, Job, TextJob
 from diptych.serving.metrics import Metrics
 from diptych.serving.models import Models
 from diptych.serving.pictures import keep_masked
@@ -71,8 +73,22 @@ class DrawCall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WriteCall:
+    """The next turn of a conversation that is asked for. pictures: of the `<image>` placeholders of all messages.
+    choose: how tokens are chosen. stop: texts that end the answer. think: whether the model reasons first."""
+
+    model: str
+    messages: Sequence[Message]
+    pictures: Sequence[Image.Image] = ()
+    max_new_tokens: int = 256
+    choose: NextToken = likeliest
+    stop: Sequence[str] = ()
+    think: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Made:
-    """Pictures of a call: at each scale, with what each carries."""
+    """Pictures of a call: at each scale, with what each carries; the seed of each, unless keys of noise were given."""
 
     images: list[list[Image.Image]]
     abouts: list[dict[str, str]]
@@ -93,7 +109,7 @@ class Service:
     options: Options
     cache: AnswerCache
 
-    async def run(self, make: Callable[[Callable[[Event], None]], Job]) -> AsyncIterator[Event]:
+    async def run(self, make: Callable[[Callable[[Event], None]], Job]) -> AsyncGenerator[Event]:
         """Submit a job and give its events up to "done"; it is cancelled when the reader leaves, or in time.
 
         Raises:
@@ -124,7 +140,7 @@ class Service:
         finally:
             job.cancel()
 
-    async def draw(self, call: DrawCall) -> AsyncIterator[Event]:
+    async def draw(self, call: DrawCall) -> AsyncGenerator[Event]:
         """Pictures: "partial" events with masked estimates, and at last "done" with `Made`."""
         async with self.models.use(call.model) as engine:
             settings = settings_of(engine, call)
@@ -155,29 +171,63 @@ class Service:
             def masked(image: Image.Image) -> Image.Image:
                 return image if call.mask is None else keep_masked(image, call.images[0], call.mask)
 
-            async for event in self.run(make):
-                if event.kind == "partial":
-                    yield Event(kind="partial", value=masked(event.value), image=event.image, index=event.index)
-                elif event.kind == "done":
-                    drawn: Drawn = event.value
-                    what = {"instruction": call.prompt} if call.images else {"prompt": call.prompt}
-                    abouts = [facts(settings, model=call.model, seed=own, **what) for own in seeds]
-                    for about, text in zip(abouts, drawn.expansions, strict=False):
-                        about["expansion"] = text
-                    yield Event(
-                        kind="done",
-                        value=Made(
+            async with aclosing(self.run(make)) as events:
+                async for event in events:
+                    if event.kind == "partial":
+                        yield Event(kind="partial", value=masked(event.value), image=event.image, index=event.index)
+                    elif event.kind == "done":
+                        drawn: Drawn = event.value
+                        what = {"instruction": call.prompt} if call.images else {"prompt": call.prompt}
+                        abouts = [facts(settings, model=call.model, seed=own, **what) for own in seeds]
+                        if call.noise is not None:  # no seed stands for these pictures
+                            abouts = [
+                                {**{name: value for name, value in about.items() if name != "seed"}, "noise": str(own)}
+                                for about, own in zip(abouts, keys, strict=True)
+                            ]
+                        for about, text in zip(abouts, drawn.expansions, strict=False):
+                            about["expansion"] = text
+                        made = Made(
                             images=[[masked(image) for image in row] for row in drawn.images],
                             abouts=abouts,
-                            seeds=seeds,
+                            seeds=seeds if call.noise is None else [],
                             expansions=drawn.expansions,
                             settings=settings,
                             drawn=drawn,
                             prompt_tokens=count_words(engine, call.prompt),
-                        ),
-                    )
-                else:
+                        )
+                        yield Event(kind="done", value=made)
+                    else:
+                        yield event
+
+    async def write(self, call: WriteCall) -> AsyncGenerator[Event]:
+        """A text: "text" events with its pieces, and at last "done" with `Written`."""
+        async with self.models.use(call.model) as engine:
+            if "understand" not in engine.system.tasks:
+                raise bad("model", f"{call.model} answers no questions", "unsupported_task")
+            messages = call.messages
+            if call.think:
+                if not engine.system.reasons:
+                    raise bad("think", f"{call.model} has no thinking mode for questions; leave it out")
+                messages = engine.system.reasoning(messages)
+            images = await asyncio.to_thread(lambda: [from_pil(picture) for picture in call.pictures])
+
+            def make(tell: Callable[[Event], None]) -> Job:
+                return TextJob(
+                    engine=engine, tell=tell, conversation=messages, images=images,
+                    max_new_tokens=call.max_new_tokens, choose=call.choose, stop=call.stop,
+                )  # fmt: skip
+
+            async with aclosing(self.run(make)) as events:
+                async for event in events:
                     yield event
+
+
+async def last(events: AsyncIterator[Event]) -> Any:
+    """The result that a job's events end with."""
+    async for event in events:
+        if event.kind == "done":
+            return event.value
+    raise AssertionError("a job ends with an event")
 
 
 QUALITIES = {"auto": 1.0, "low": 0.5, "medium": 1.0, "standard": 1.0, "high": 2.0, "hd": 2.0}

@@ -16,14 +16,11 @@ from PIL.Image import Image as Picture
 
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
-from diptych.core.tokens import likeliest
-from diptych.data.imaging import from_pil
 from diptych.serving.app import Mount
 from diptych.serving.errors import ApiError
-from diptych.serving.jobs import TextJob
 from diptych.serving.pictures import DATA_URL, encode, from_base64, from_data_url, read_picture
 from diptych.serving.scheduler import Closing, QueueFull
-from diptych.serving.service import DrawCall, Service
+from diptych.serving.service import DrawCall, Service, WriteCall, last
 
 LONGEST_PROMPT = 32_000
 
@@ -60,27 +57,11 @@ def tools_mount(service: Service, host: str) -> Mount:
         """The answer to a question about a picture. image: base64 of its file, or a data URL."""
         picture = await asyncio.to_thread(read, image)
         try:
-            async with service.models.use(named(service, model)) as engine:
-                if "understand" not in engine.system.tasks:
-                    raise ToolError(f"{engine.name} answers no questions")
-                turn = Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n{question}")
-                shown = [from_pil(picture)]
-                events = service.run(
-                    lambda tell: TextJob(
-                        engine=engine,
-                        tell=tell,
-                        conversation=[turn],
-                        images=shown,
-                        max_new_tokens=256,
-                        choose=likeliest,
-                    )
-                )
-                async for event in events:
-                    if event.kind == "done":
-                        return event.value.text
+            turn = Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n{question}")
+            call = WriteCall(model=named(service, model), messages=[turn], pictures=[picture])
+            return (await last(service.write(call))).text
         except (ApiError, UserError, QueueFull, Closing) as error:
             raise ToolError(str(error)) from error
-        raise AssertionError("a job ends with an event")
 
     local = host in ("127.0.0.1", "localhost", "::1")
     names = ["127.0.0.1:*", "localhost:*", "[::1]:*"]
