@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 import diptych
-from diptych.cli.main import main
+import warm
 from diptych.inference.provenance import carried
 from serving_process import Running, ended, started, wait_until
 
@@ -801,8 +801,9 @@ def test_a_public_address_without_a_key_is_warned_of(tmp_path: Path) -> None:
     ended(server)
 
 
-def test_a_port_that_is_taken_is_one_line(server: Running, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "toy/mllm", "--port", str(server.port)]) == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1
-    assert f"--port {server.port}: cannot listen there" in said
+def test_a_port_that_is_taken_is_one_line(server: Running, tmp_path: Path) -> None:
+    process = warm.command("serve", "toy/mllm", "--port", str(server.port), output=tmp_path / "said")
+    with warm.ended(process):
+        process.join(60)
+    assert process.exitcode == 2
+    assert f"--port {server.port}: cannot listen there" in (tmp_path / "said").read_text()
