@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from safetensors.torch import load_file
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.data import loader
+from diptych.data.filters import Filters
+from diptych.data.source import ItemDraws
+from diptych.evaluation.image_scores import ImageScorer
 from diptych.recipes import prepare as job
 from diptych.recipes.load import start
 from diptych.recipes.prepare import Options, Work, prepare
-from diptych.recipes.recipe import parse
+from diptych.recipes.recipe import load, parse
 from diptych.recipes.run import build_stage
 
 SHAPES = [(40, 40), (40, 72), (72, 40), (36, 48), (64, 40), (33, 33), (40, 44), (48, 80), (20, 100)]
@@ -311,6 +315,74 @@ def test_processes_share_the_work(
     made = [int(count) for count in re.findall(r"items made in (\d+) shards", ran.stdout)]
     assert sum(made) == 27  # each shard by one of the two
     assert contents(together) == contents(alone)
+
+
+def scorer(name: str, channel: int, captions: bool = False) -> ImageScorer:
+    """The mean of a colour, in 0..1, as a model; with captions only where the caption is of this length."""
+
+    def score(images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([np.asarray(image)[..., channel].mean() / 255 for image in images], dtype=torch.float32)
+
+    return ImageScorer(name, f"models/{name}", torch.nn.Linear(1, 1), score, captions)
+
+
+def test_filters_of_hieraquery_read_prepared_scores(
+    plain: dict[str, Any], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red is the watermark score (at most 0.5), green that of CLIP (at least 0.45); shapes up to 2.5 to 1."""
+    colours = [(0, 200, 0), (255, 200, 0), (0, 10, 0), (127, 115, 0), (128, 115, 0), (127, 114, 0)]
+    for number, (height, width) in enumerate(SHAPES):
+        colour = colours[number] if number < len(colours) else (0, 255, 0)
+        Image.new("RGB", (width, height), colour).save(pairs / f"{number}.png")
+    (pairs / "6.png").write_bytes(b"no picture")
+    monkeypatch.setattr(Work, "_scorers", lambda self: [scorer("watermark", 0), scorer("clip", 1, captions=True)])
+    root = tmp_path / "scores"
+    for name in ("pairs", "images"):
+        plain["stages"]["mix"]["data"]["sources"][name] |= {
+            "prepared": str(root),
+            "filters": {"max_aspect": 2.5, "max_watermark": 0.5, "min_clip": 0.45},
+        }
+    results, _ = prepare(options(plain, root, kinds=(), output=None))
+    assert sorted((result.label, result.items) for result in results) == [("images: clip", 8), ("images: watermark", 8)]
+    recipe = parse(plain)
+    stage = build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
+    for source, task in zip(stage.data.sources, ("image", "text_to_image"), strict=True):
+        samples = [source.load(index, ItemDraws(0), (32, 32)) for index in range(len(source))]
+        assert [sample.id.rpartition("/")[2] for sample in samples] == ["0.png", "3.png", "7.png"]
+        assert {sample.task for sample in samples} == {task}
+        assert {bool(sample.text) for sample in samples} == {task == "text_to_image"}
+        assert list(source.dropped.values()) == [
+            "watermark score 1 above 0.5",
+            "clip score 0.0392157 below 0.45",
+            "watermark score 0.501961 above 0.5",
+            "clip score 0.447059 below 0.45",
+            "no watermark score (its image could not be read)",
+            "aspect ratio 5.00 above 2.5",
+        ]
+
+
+def test_scores_of_two_models_are_refused(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made = scorer("watermark", 0)
+        monkeypatch.setattr(Work, "_scorers", lambda self, made=made: [made])
+        prepare(options(plain, tmp_path, kinds=()))
+    recipe = parse(reading(plain, tmp_path))
+    with pytest.raises(UserError, match=r"holds watermark twice \(models/watermark and models/watermark\); remove"):
+        build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
+
+
+def test_recipes_of_hieraquery_filter_by_prepared_scores() -> None:
+    for name in ("hieraquery/sd3", "hieraquery/sana"):
+        recipe, _ = load(name)
+        sources = [source for stage in recipe.stages.values() for source in stage.data.sources.values()]
+        filtered = [source for source in sources if source.filters is not None]
+        assert [source.task for source in filtered] == ["text_to_image", "image"]
+        for source in filtered:
+            assert source.prepared == "data/hieraquery/pairs.prepared"
+            assert source.filters == Filters(max_aspect=2.5, max_watermark=0.5, min_clip=0.45)
 
 
 def contents(root: Path) -> dict[str, bytes]:
