@@ -102,16 +102,6 @@ def bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return write
 
 
-@pytest.fixture
-def small_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The detector is shown pictures of 64 pixels where the published one is shown 800."""
-    from diptych.evaluation.geneval_models import Detector
-
-    short, long, *others = Detector.__init__.__defaults__[1:]  # pyright: ignore[reportOptionalSubscript]
-    assert (short, long) == (800, 1333)
-    monkeypatch.setattr(Detector.__init__, "__defaults__", ("cpu", 64, 107, *others))
-
-
 @pytest.fixture(scope="session")
 def tiny_eyes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Folders of a Mask2Former and of a CLIP with random weights."""

@@ -42,9 +42,6 @@ PROMPTS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("small_looks")
-
-
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Engine:
     return load(str(tiny_model))

@@ -31,9 +31,6 @@ DPG = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("small_looks")
-
-
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Engine:
     return load(str(tiny_model))

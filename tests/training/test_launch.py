@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
+import warm
 from diptych.core.errors import UserError
+from diptych.recipes.run import make_accelerator
+from diptych.training.config import RunConfig
 from diptych.training.launch import refuse_lonely_process
 
 
@@ -52,3 +57,33 @@ def test_the_installed_accelerate_starts_one_process_and_training_refuses_it(tmp
     assert done.returncode != 0
     assert "accelerate launch was asked for 2 processes and started one" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def note_place(folder: Path) -> None:
+    """What a process finds of its place among others."""
+    found = make_accelerator(RunConfig(device="cpu"))
+    place = [found.process_index, found.local_process_index, found.num_processes, found.is_main_process]
+    (folder / f"{found.process_index}.json").write_text(json.dumps(place))
+    found.wait_for_everyone()
+
+
+def test_processes_of_two_machines_find_their_places(tmp_path: Path) -> None:
+    """Three, as torchrun starts them on machines of two and of one: the number of a device is the local one."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "3"}
+    every |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "none"}
+    machines = [("0", "0", "2"), ("1", "1", "2"), ("2", "0", "1")]
+    processes = [
+        warm.start(
+            note_place,
+            tmp_path,
+            output=tmp_path / f"said-{rank}",
+            environment={**every, "RANK": rank, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": size},
+        )
+        for rank, local, size in machines
+    ]
+    with warm.ended(*processes):
+        for process in processes:
+            process.join(120)
+    places = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert places == [[0, 0, 3, True], [1, 1, 3, False], [2, 0, 3, False]]

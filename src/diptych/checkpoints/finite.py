@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diptych.core.errors import UserError
 
@@ -12,9 +13,12 @@ HALF = 65504.0
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. One sum tells, in most cases."""
+    """Whether a tensor, or the part of a sharded one that this process has, holds neither NaN nor infinity. One sum
+    tells, in most cases."""
     if tensor.is_meta or not tensor.is_floating_point():
         return True
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     if tensor.element_size() == 1:  # float8 has no sums
         tensor = tensor.to(torch.bfloat16)
     total = tensor.detach().sum(dtype=torch.float32)
@@ -29,7 +33,8 @@ def check_finite(module: nn.Module, what: str) -> None:
     """
     for name, parameter in module.named_parameters():
         if not is_finite(parameter):
-            bad = int((~parameter.isfinite()).sum())
+            held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            bad = int((~held.isfinite()).sum())
             raise UserError(f"{what}: {name} holds {bad} of {parameter.numel():,} numbers that are NaN or infinite")
 
 

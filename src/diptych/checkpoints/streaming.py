@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.checkpoints.tensors import DTYPES, refuse_pickle
+from diptych.checkpoints.deferred import active
+from diptych.checkpoints.tensors import DTYPES, read_checksums, refuse_pickle
 from diptych.core.errors import UserError
 
 LARGEST_HEADER = 100_000_000
@@ -40,6 +41,11 @@ def entries(path: Path) -> list[Entry]:
     Raises:
         UserError: a pickle, or a file that is cut short or no safetensors file.
     """
+    return _contents(path)[0]
+
+
+def _contents(path: Path) -> tuple[list[Entry], dict[str, str]]:
+    """Tensors of a file as of `entries`, and the checksums that stand there of them."""
     refuse_pickle(path)
     try:
         with path.open("rb") as file:
@@ -55,7 +61,7 @@ def entries(path: Path) -> list[Entry]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     if any(entry.stop > size for entry in found):
         raise UserError(f"{path}: not a readable safetensors file (it is cut short; download it again)")
-    return sorted(found, key=lambda entry: entry.start)
+    return sorted(found, key=lambda entry: entry.start), read_checksums(path, header.get("__metadata__"))
 
 
 def stream(files: Iterable[Path], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -66,8 +72,15 @@ def stream(files: Iterable[Path], dtype: torch.dtype | None = None) -> Iterator[
             both number formats.
     """
     spare: dict[torch.dtype, Tensor] = {}
+    weights = active()
     for path in files:
-        found = entries(path)
+        found, sums = _contents(path)
+        if weights is not None:
+            for entry in found:
+                expected = sums.get(entry.name, "")
+                tensor = weights.source(path, entry.start, entry.stop, entry.shape, entry.dtype, entry.name, expected)
+                yield entry.name, tensor.to(dtype) if dtype is not None and entry.dtype.is_floating_point else tensor
+            continue
         try:
             with path.open("rb", buffering=0) as file:
                 for entry in found:

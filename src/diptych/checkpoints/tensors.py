@@ -13,6 +13,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diptych.checkpoints.deferred import active
 from diptych.checkpoints.finite import cast
 from diptych.checkpoints.scaled import scale_hint
 from diptych.core.errors import UserError, nearest
@@ -182,6 +183,11 @@ def read_checksums(path: Path, metadata: Mapping[str, str] | None) -> dict[str, 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of safetensors files one at a time; UserError names an unreadable file, and a tensor whose bytes are not
     those that were written."""
+    if active() is not None:
+        from diptych.checkpoints.streaming import stream  # which builds on this file
+
+        yield from stream(files)
+        return
     for path in files:
         refuse_pickle(path)
         try:
@@ -237,7 +243,7 @@ def assign(module: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
     """Copy a tensor into the parameter or buffer of these (tied) names, creating it when it is on the meta device."""
     owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     current = getattr(*owners[0])
-    if not current.is_meta:
+    if not current.is_meta and not tensor.is_meta:
         with torch.no_grad():
             current.copy_(tensor)
         return

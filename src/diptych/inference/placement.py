@@ -120,7 +120,12 @@ def cast(system: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in system.named_parameters():
         if parameter.dtype not in WEIGHT_FORMATS.values() or parameter.dtype == dtype or LORA in f".{name}":
             continue
-        if dtype == torch.float16 and parameter.numel() and float(parameter.detach().abs().max()) > largest:
+        if (
+            dtype == torch.float16
+            and parameter.numel()
+            and not parameter.is_meta
+            and float(parameter.detach().abs().max()) > largest
+        ):
             raise UserError(f"dtype float16: {name} has values over {largest:,.0f}; use bfloat16")
         parameter.data = parameter.data.to(dtype)
 

@@ -13,10 +13,16 @@ from typing import Any, TypeVar, cast
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
+from diptych.checkpoints.deferred import active, to_be_loaded
 from diptych.checkpoints.scaled import scale_hint
+from diptych.checkpoints.streaming import stream
+from diptych.checkpoints.tensors import load_into, weight_files
 from diptych.core.errors import UserError, is_off, unknown
 
 log = logging.getLogger(__name__)
+
+STEM = "diffusion_pytorch_model"
+"""In the names of diffusers' files of weights."""
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -74,6 +80,8 @@ def load(
     folder = Path(source) / (subfolder or "")
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(f"{where}: pickled weights (*.bin) are not read; convert them to safetensors")
+    if active() is not None and folder.is_dir():
+        return _deferred(architecture, folder, dtype or torch.float32)
     try:
         with quiet_diffusers():
             found = architecture.from_pretrained(
@@ -96,6 +104,17 @@ def load(
             shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             hint = scale_hint(keys) if problem == "unexpected" else ""
             raise UserError(f"{where}: {problem} keys for {architecture.__name__}: {shown}{hint}")
+    return model
+
+
+def _deferred(architecture: type[Model], folder: Path, dtype: torch.dtype) -> Model:
+    """A model whose weights are read later (`checkpoints.deferred`)."""
+    with to_be_loaded(), quiet_diffusers():
+        made: Any = architecture.from_config(architecture.load_config(str(folder)))  # pyright: ignore[reportAttributeAccessIssue]
+        model = made.to(dtype).eval()
+        tensors = dict(stream(weight_files(folder, STEM)))
+        model._fix_state_dict_keys_on_load(tensors)
+    load_into(model, iter(tensors.items()), f"{folder}")
     return model
 
 

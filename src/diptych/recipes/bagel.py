@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from diptych.checkpoints import bagel
+from diptych.checkpoints.deferred import placed, to_be_loaded
 from diptych.checkpoints.streaming import entries, stream
 from diptych.checkpoints.tensors import load_into, weight_files
 from diptych.core.errors import UserError, attributed_to, unknown
@@ -79,7 +80,7 @@ def _network(
         folder = locate(part.weights)
         return load_network(folder), AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     config: NetworkConfig = read(NetworkConfig, part.config or published_config(part.weights), "network.config")
-    with torch.device("meta" if meta or assets is not None else "cpu"):
+    with to_be_loaded() if assets is not None and not meta else placed(meta):
         network = BagelNetwork(config)
     if meta:
         return network, None
@@ -100,7 +101,7 @@ def load_network(folder: Path, dtype: torch.dtype | None = None) -> BagelNetwork
     files = weight_files(folder, WEIGHTS.removesuffix(".safetensors"))
     shapes = {entry.name: entry.shape for file in files for entry in entries(file)}
     formats = {entry.dtype for file in files for entry in entries(file)}
-    with torch.device("meta"):
+    with to_be_loaded():
         network = BagelNetwork(release_config(folder, shapes))
     wanted = dtype or (formats.pop() if len(formats) == 1 else torch.float32)
     load_into(network.to(wanted), bagel.to_ours(stream(files, wanted)), str(folder))

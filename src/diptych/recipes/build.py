@@ -8,9 +8,9 @@ import functools
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from transformers import AutoTokenizer
 
+from diptych.checkpoints.deferred import placed
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, attributed_to
 from diptych.core.schema import resolved
@@ -215,7 +215,7 @@ def plain_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
     values_of = published_config if meta else folder_config
     config = cls.resolved(part.config or published_config(part.weights, part.subfolder), values_of)
     tokenizer = part.tokenizer or (None if assets else cls.tokenizer_of(part.config))
-    with torch.device("meta" if meta else "cpu"):
+    with placed(meta):
         read_by = None if meta else build_tokenizer(tokenizer, cls.vocabulary(config), assets)
         images = None if meta or assets is None else cls.read_image_processor(assets)
         backbone = cls.from_config(config, read_by, images)
@@ -287,13 +287,12 @@ def build_part(
         have = "lora" if part.lora else "quantize"
         raise UserError(f"{role}: {have} is for a decoder, a backbone, or BAGEL's network")
     where = f"{role}.config"
-    device = torch.device("meta" if meta else "cpu")
     weights = part.weights
     saved = None if weights is None else saved_part(role, part, cls, meta)
     if weights is None and not part.config and cls.Config is None:
         raise UserError(f"{role}: a part needs `weights` or a `config`")
     if weights is None or saved is not None:
-        with device:
+        with placed(meta):
             module = cls.from_config(cls.complete({**part.config, **(saved or {})}, known), where)
         if weights is not None and not meta:
             prefix = f"{role}."
@@ -302,7 +301,7 @@ def build_part(
             load_into(module, found, f"{role} of {weights}")
     elif meta:
         values = part.config or cls.of_published(published_config(weights, part.subfolder), part.config)
-        with device:
+        with placed(meta):
             module = cls.from_config(cls.complete(values, known), where)
     else:
         module = cls.from_pretrained(locate(weights) / (part.subfolder or ""), cls.complete(part.config, known))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from diptych.checkpoints.deferred import active, deferred
 from diptych.checkpoints.finite import check_finite
 from diptych.checkpoints.tensors import LORA, PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
@@ -70,16 +71,37 @@ def load(
     return Model.from_pretrained(model, device=device, dtype=dtype, **placing)
 
 
-def load_system(model: str) -> tuple[System, Sampling]:
-    """The system and its sampling defaults; UserError names what is wrong with the model's files."""
+def load_system(model: str, dtype: torch.dtype | None = None) -> tuple[System, Sampling]:
+    """The system and its sampling defaults; UserError names what is wrong with the model's files.
+
+    Args:
+        dtype: number format of the weights; None for that of the files. Weights are never there in another one.
+    """
     with attributed_to(model):
-        system, sampling = _load_system(model)
+        folder = locate(model)
+        if dtype is None and loads_as_float32(folder):
+            system, sampling = _load_system(folder, model)
+        else:
+            with deferred() as weights:
+                system, sampling = _load_system(folder, model)
+                if dtype is not None:
+                    cast(system, dtype)
+            if active() is None:  # otherwise what stands around this makes the weights
+                weights.plan(system).fill()
         check_finite(system, model)
     return system, sampling
 
 
-def _load_system(model: str) -> tuple[System, Sampling]:
-    folder = locate(model)
+def loads_as_float32(folder: Path) -> bool:
+    """Whether a folder's weights become float32 as far as one sees: those of runs, and of most saved systems. They are
+    read at once, which takes less time than describing them first."""
+    for place in (folder, folder / "model"):
+        if "kind" in (config := read_json(place / "config.json")):
+            return config.get("dtype", "float32") == "float32"
+    return state.is_checkpoint(folder) or (folder / "checkpoints").is_dir()
+
+
+def _load_system(folder: Path, model: str) -> tuple[System, Sampling]:
     # A model in this folder, or as the result of the run that lies here: one that Diptych saved, or a release in the
     # layout of its family.
     for place in (folder, folder / "model"):
@@ -122,13 +144,13 @@ def read_saved(folder: Path) -> tuple[System, Sampling]:
     formats = config.pop("dtype", "float32")
     spec: Any = read(SystemSpec, config, where, VARIANTS)
     system = build_system(spec, assets=folder)
-    load_folder_weights(system, folder)
     with attributed_to(f"{where}: dtype"):
         if isinstance(formats, dict):
             for name, part in system.named_children():
                 cast(part, number_format(formats.get(name, "float32")))
         else:
             cast(system, number_format(formats))
+    load_folder_weights(system, folder)
     return system, read(Sampling, spec.sampling, f"{where}: sampling")
 
 

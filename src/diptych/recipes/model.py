@@ -65,7 +65,7 @@ class Model(Engine):
         check_dtype(place_at.device, wanted)
         budget = None if fit is None else memory(fit)
         # The model, and where it goes.
-        system, sampling = load_system(name)
+        system, sampling = load_system(name, None if lora or wanted == torch.float16 else wanted)
         model = cls(system, sampling, name)
         if lora:
             from diptych.recipes.lora import add, as_list  # imports every system

@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
+from diptych.checkpoints.deferred import deferred
 from diptych.checkpoints.finite import check_finite
 from diptych.core import environment
 from diptych.core.draws import key
@@ -35,11 +36,13 @@ from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.prepared import Needed
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
 from diptych.recipes.sources import build_data
+from diptych.recipes.start import make_weights
 from diptych.reports.pictures import grid
 from diptych.systems.base import System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
+from diptych.training.parallel import check_strategy
 from diptych.training.recompute import recompute_activations
 
 log = logging.getLogger(__name__)
@@ -75,12 +78,16 @@ def train_recipe(
 def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, announce: Callable[[str], None]) -> bool:
     """What `train_recipe` does once the folder is its own."""
     accelerator = make_accelerator(recipe.run)
-    system = start(recipe, quantized=True)
-    check_finite(system, recipe.start or "the weights that the recipe's parts start from")
+    if recipe.run.sharded:
+        check_strategy(accelerator.num_processes, recipe.run)
+    with deferred() as weights:
+        system = start(recipe)
     check_parts(recipe, system)
     trained = [name for stage in recipe.stages.values() for name in stage.train]
     system.own(dict.fromkeys(trained))
     recompute_activations(system, recipe.run.checkpointing)
+    make_weights(system, weights, recipe, accelerator)
+    check_finite(system, recipe.start or "the weights that the recipe's parts start from")
     stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
     apply = stage_settings(system, list(recipe.stages.values()))
     if accelerator.is_main_process:
@@ -103,7 +110,7 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
             announce(f"skipped {item}: {reason}")
     if done and accelerator.is_main_process:
         # No process of a sharded run has the whole system, nor a quantised one its weights; the last checkpoint does.
-        if recipe.run.strategy == "fsdp" or quantized_parts(recipe):
+        if recipe.run.sharded or quantized_parts(recipe):
             system = from_checkpoint(state.checkpoints(folder / "checkpoints")[-1], str(folder))
             system.own(dict.fromkeys(trained))
         save_model(system, recipe, folder / "model")

@@ -111,8 +111,11 @@ class RunConfig:
     always saves. score_tasks, score_limit: what is scored then, with the averaged weights where there are any, and how
     many prompts of each task. keep_checkpoints: number of the last checkpoints that stay; keep_stages: the last one of
     every stage stays too. num_workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: parts
-    whose activations are recomputed. strategy: `auto` (one process, or DDP when started by a launcher) or `fsdp`, which
-    draws no pictures on the way.
+    whose activations are recomputed. strategy: `auto` (one process, or DDP when started by a launcher), `fsdp` (weights
+    divided among all processes, which draws no pictures on the way) or `hsdp` (`replicas` copies of the weights, each
+    divided among its own processes; as many processes as a machine has GPUs keep the gathering of weights inside it).
+    frozen_weights: number format of what no stage trains; with `auto` that of a bfloat16 file where `precision` is
+    bf16, else float32. What a stage trains is float32, whatever the file has.
     """
 
     log_every: int = 10
@@ -127,7 +130,9 @@ class RunConfig:
     num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: tuple[str, ...] = ()
-    strategy: Literal["auto", "fsdp"] = "auto"
+    strategy: Literal["auto", "fsdp", "hsdp"] = "auto"
+    replicas: Annotated[int, Interval(ge=2)] | None = None
+    frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     tensorboard: bool = True
 
@@ -143,5 +148,16 @@ class RunConfig:
         if self.score_every and not self.score_tasks:
             raise UserError("score_every needs score_tasks")
         for name in ("sample_every", "score_every"):
-            if self.strategy == "fsdp" and getattr(self, name):
-                raise UserError(f"{name} must be 0 with strategy 'fsdp': no process has the whole model to draw with")
+            if self.sharded and getattr(self, name):
+                raise UserError(
+                    f"{name} must be 0 with strategy {self.strategy!r}: no process has the whole model to draw with"
+                )
+        if (self.strategy == "hsdp") != (self.replicas is not None):
+            raise UserError("strategy 'hsdp' and replicas, the number of copies of the weights, go together")
+        if self.frozen_weights == "bfloat16" and self.precision != "bf16":
+            raise UserError("frozen_weights 'bfloat16' needs precision 'bf16', which computes with them")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has all of the weights."""
+        return self.strategy != "auto"

@@ -30,7 +30,7 @@ from diptych.training.config import Balance, RunConfig, StageConfig
 from diptych.training.ema import EMA
 from diptych.training.metrics import Metrics
 from diptych.training.optimizers import apply_update, build_optimizers, set_rate, trainable
-from diptych.training.parallel import clip, prepare, shard
+from diptych.training.parallel import clip, prepare
 from diptych.training.saving import Saver
 from diptych.training.schedule import factor
 from diptych.training.step import (
@@ -79,7 +79,7 @@ class Run:
 
 
 def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accelerator) -> bool:
-    """Run the stages in order, from the last checkpoint with `run.resume`.
+    """Run the stages in order, from the last checkpoint with `run.resume`; of a sharded run the system is sharded.
 
     Returns:
         True when all stages are done, False when a signal stopped the run after saving.
@@ -89,8 +89,6 @@ def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accele
     """
     last = newest_checkpoint(run.folder / "checkpoints", accelerator) if run.resume else None
     progress = state.read_progress(last) if last else state.Progress()
-    if run.config.strategy == "fsdp":
-        shard(system, accelerator)
     board = run.config.tensorboard
     whole = progress.total - progress.pending
     metrics = Metrics(run.folder, start=whole, tensorboard=board, main=accelerator.is_main_process)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +15,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import PreparedBatch
 from diptych.systems.base import System
+from diptych.training.config import RunConfig
 from diptych.training.step import LossStep
 from diptych.training.tensors import whole
 
@@ -23,15 +24,13 @@ OCCASIONAL = "vision"
 it stays with the parameters that are gathered at once in every step, whose gradients are put together at once too."""
 
 
-def shard(system: System, accelerator: Accelerator) -> None:
+def shard(system: System, accelerator: Accelerator, config: RunConfig) -> None:
     """Shard a system in place: each of its units by itself, all else together.
 
     Raises:
-        UserError: one process alone.
+        UserError: one process alone, or `replicas` that do not divide the processes.
     """
-    if accelerator.num_processes == 1:
-        raise UserError("run.strategy: 'fsdp' shards over several processes; start with torchrun --nproc-per-node N")
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = make_mesh(accelerator.device.type, accelerator.num_processes, config)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if accelerator.mixed_precision == "bf16" else MixedPrecisionPolicy()
     parts = system.named_parts()
@@ -43,6 +42,28 @@ def shard(system: System, accelerator: Accelerator) -> None:
     fully_shard(system, mesh=mesh, reshard_after_forward=True)
     touch_everything(system)
     register_fsdp_forward_method(system, "losses")
+
+
+def make_mesh(device: str, processes: int, config: RunConfig) -> DeviceMesh:
+    """The processes in one row, or with `hsdp` one row for each copy of the weights; errors as of `shard`."""
+    check_strategy(processes, config)
+    if config.replicas is None:
+        return init_device_mesh(device, (processes,))
+    rows = (config.replicas, processes // config.replicas)
+    return init_device_mesh(device, rows, mesh_dim_names=("replicate", "shard"))
+
+
+def check_strategy(processes: int, config: RunConfig) -> None:
+    """UserError where so many processes cannot be sharded as the run says."""
+    if processes == 1:
+        raise UserError(
+            f"run.strategy: {config.strategy!r} shards over several processes; start with torchrun --nproc-per-node N"
+        )
+    if config.replicas is not None and (processes % config.replicas or processes == config.replicas):
+        raise UserError(
+            f"run.replicas: {config.replicas} copies of the weights cannot be divided among {processes} processes; "
+            "their number must be a multiple of it, at least twice as large"
+        )
 
 
 def touch_everything(system: System) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diptych.checkpoints import flux_autoencoder
+from diptych.checkpoints.deferred import to_be_loaded
 from diptych.checkpoints.streaming import entries, stream
 from diptych.checkpoints.tensors import load_into
 from diptych.core.errors import UserError, unknown
@@ -42,7 +43,7 @@ class FluxAutoencoder(KLAutoencoder):
         if not file.is_file():
             raise UserError(f"{folder}: has no {FILE}")
         sizes = {**flux_autoencoder.sizes({entry.name: entry.shape for entry in entries(file)}), **(config or {})}
-        with torch.device("meta"):
+        with to_be_loaded():
             made = cls.from_config(sizes)
         tensors = flux_autoencoder.to_diffusers(stream([file]), len(sizes["multipliers"]))
         load_into(made.model, tensors, str(file))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from diptych.checkpoints import aimv2
+from diptych.checkpoints.deferred import active
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
@@ -122,6 +123,9 @@ class Ovis(Backbone):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         made = cls.from_config(config, tokenizer).to(dtype)
         try:
+            if active() is not None:
+                load_into(made, read_tensors([folder / WEIGHTS]), str(source))
+                return made
             tensors = load_file(folder / WEIGHTS)
             missing, unexpected = made.load_state_dict(tensors, strict=False)
         except (OSError, SafetensorError, RuntimeError) as error:

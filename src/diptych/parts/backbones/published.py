@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
+from diptych.checkpoints.deferred import active, to_be_loaded
 from diptych.checkpoints.scaled import scale_hint
+from diptych.checkpoints.streaming import stream
+from diptych.checkpoints.tensors import load_into, weight_files
 from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
 from diptych.parts.backbones.chat import Chat
@@ -106,6 +112,8 @@ def read_config(
 
 def read_model(architecture: Any, source: str | Path, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """The weights of a folder or hub id, safetensors only, strictly: every key there, none left over."""
+    if active() is not None and Path(name).is_dir():
+        return deferred_model(architecture, Path(name), config, dtype)
     try:
         with without_bars():
             loaded: Any = architecture.from_pretrained(
@@ -133,6 +141,29 @@ def read_model(architecture: Any, source: str | Path, name: str, config: PreTrai
     if complaints:
         hint = scale_hint(info["unexpected_keys"])
         raise UserError(f"{source}: the weights do not fit the config: {'; '.join(complaints)}{hint}")
+    return model
+
+
+def deferred_model(architecture: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A model of transformers whose weights are read later (`checkpoints.deferred`), under the names that transformers
+    gives to those of the files."""
+    with to_be_loaded():
+        model = architecture._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    wanted = model.state_dict()
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def renamed() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream(weight_files(folder)):
+            ours, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+            if converter is not None:
+                raise UserError(f"{folder}: {name} is put together from others, which a sharded start does not do")
+            if ours in wanted or not any(pattern.search(ours) for pattern in ignored):
+                yield ours, tensor
+
+    load_into(model, renamed(), str(folder))
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
+from diptych.checkpoints.deferred import active
 from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_object
 from diptych.core.sample import Message
@@ -23,7 +24,7 @@ from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.base import Backbone, Prefix
 from diptych.parts.backbones.causal import last_layers
 from diptych.parts.backbones.processor import Processor, Sequences, VisionInputs
-from diptych.parts.backbones.published import without_bars, without_origin, write_model
+from diptych.parts.backbones.published import deferred_model, without_bars, without_origin, write_model
 
 MAX_LENGTH = 512
 """Tokens, as in FLUX; T5's positions are relative, so that it sets no limit itself."""
@@ -201,6 +202,8 @@ def read_encoder(architecture: Any, folder: Path, dtype: torch.dtype) -> Any:
         kind = read_object(folder / "config.json").get("model_type")
         if kind != architecture.config_class.model_type:
             raise UserError(f"{folder}: a {kind!r} model, not {architecture.config_class.model_type!r}")
+        if active() is not None:
+            return deferred_model(architecture, folder, architecture.config_class.from_pretrained(folder), dtype)
         with without_bars():
             loaded: Any = architecture.from_pretrained(
                 str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True

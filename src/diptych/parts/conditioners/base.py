@@ -7,6 +7,7 @@ import abc
 import torch
 from torch import Tensor, nn
 
+from diptych.checkpoints.deferred import active
 from diptych.core.errors import UserError
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.part import Part
@@ -50,7 +51,7 @@ def start_queries(queries: nn.Parameter, text: str | None, backbone: Backbone) -
     Raises:
         UserError: a text of another number of tokens.
     """
-    if text is None or queries.is_meta:
+    if text is None or (queries.is_meta and active() is None):
         return
     ids = backbone.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     if len(ids) != len(queries):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from diptych.checkpoints.deferred import to_be_loaded
 from diptych.checkpoints.omnigen2 import load_transformer, read_transformer_config
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
@@ -197,7 +198,7 @@ class OmniGen2(Decoder):
 
     @classmethod
     def from_pretrained(cls, folder: Path, config: Mapping[str, Any] | None = None) -> Self:
-        with torch.device("meta"):
+        with to_be_loaded():
             decoder = cls.from_config(read_transformer_config(folder), str(folder / "config.json"))
         load_transformer(decoder, folder)
         return decoder

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diptych.checkpoints.deferred import active
 from diptych.core.errors import UserError
 from diptych.core.positions import sincos_table
 from diptych.parts.backbones.attention import Kernel, KeyValue, PackAttention, RowAttention
@@ -74,7 +75,8 @@ class BagelNetwork(nn.Module):
         self.port = LatentPort(config.token, width)
         device = self.port.proj_in.weight.device
         for name, side in (("latent_positions", config.latent_side), ("vision_positions", config.vision.side)):
-            table = torch.empty(side**2, width, device=device) if device.type == "meta" else sincos_table(width, side)
+            empty = device.type == "meta" and active() is None
+            table = torch.empty(side**2, width, device=device) if empty else sincos_table(width, side)
             self.register_buffer(name, table)
 
     @property
