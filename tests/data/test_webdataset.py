@@ -3,12 +3,14 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -129,8 +131,10 @@ def test_unreadable_shards(shards: Path, tmp_path: Path) -> None:
         WebDatasetSource(str(shards / "data-{000..002}.tar"))
     with pytest.raises(UserError, match="no usable sample"):
         WebDatasetSource(shard(tmp_path / "y.tar", {"a.png": picture("red")}))
-    with pytest.raises(UserError, match="only http and https"):
+    with pytest.raises(UserError, match=r"s3://bucket/x.tar: (Install s3fs|the store does not answer)"):
         WebDatasetSource("s3://bucket/x.tar")
+    with pytest.raises(UserError, match="no store of this kind is known"):
+        WebDatasetSource("nowhere://bucket/x.tar")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -138,6 +142,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        if "forbidden" in self.path:
+            self.send_error(403)
+            return
+        span = self.headers.get("Range")
+        if span is not None and "data" in self.path:
+            first, last = map(int, span.removeprefix("bytes=").split("-"))
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.send_header("Content-Length", str(last - first + 1))
+            self.end_headers()
+            self.wfile.write(data[first : last + 1])
+            return
         if "broken" in self.path:
             self.send_response(200)
             self.send_header("Content-Length", "5000")
@@ -171,10 +188,46 @@ def test_urls_are_downloaded_once(server: str, tmp_path: Path) -> None:
     assert Handler.asked == ["/data-000.tar", "/data-001.tar"]
 
 
+def test_copies_make_room_and_are_then_read_in_parts(
+    server: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, size = tmp_path / "cache", (shards / "data-000.tar").stat().st_size
+    monkeypatch.setenv("DIPTYCH_SHARDS_BYTES", str(size))
+    for _ in range(2):
+        source = WebDatasetSource(server + "/data-{000..001}.tar", cache=cache)
+        assert [source.load(index, DRAWS, (8, 8)).text for index in range(2)] == ["red card", "green"]
+        assert [path.name for path in cache.rglob("*.tar")] == ["data-001.tar"]
+    assert Handler.asked[:2] == ["/data-000.tar", "/data-001.tar"]
+    assert set(Handler.asked[2:]) == {"/data-000.tar"}  # parts alone
+    shutil.copy(shards / "data-001.tar", shards / "data-000.tar")
+    with (shards / "data-000.tar").open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(UserError, match=r"data-000.tar: the file has changed since it was indexed; start again"):
+        source.load(0, DRAWS, (8, 8))
+
+
+def test_shards_of_any_store_of_fsspec(shards: Path, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        store.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    source = WebDatasetSource("memory://bucket/data-*.tar", cache=tmp_path / "cache")
+    assert [source.load(index, DRAWS, (8, 8)).text for index in range(2)] == ["red card", "green"]
+    for path in (tmp_path / "cache").rglob("*.tar"):
+        path.unlink()
+    again = WebDatasetSource("memory://bucket/data-*.tar", cache=tmp_path / "cache")
+    assert len(again) == len(source)
+    with pytest.raises(UserError, match=r"memory://bucket/none-\*.tar: no such file in the store"):
+        WebDatasetSource("memory://bucket/none-*.tar", cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"memory://bucket/none.tar: no such file in the store"):
+        WebDatasetSource("memory://bucket/none.tar", cache=tmp_path / "cache")
+
+
 def test_failed_downloads_leave_nothing(server: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match=r"none.tar: the server answered 404"):
         WebDatasetSource(server + "/none.tar", cache=cache)
+    with pytest.raises(UserError, match=r"forbidden.tar: the server answered 403 Forbidden"):
+        WebDatasetSource(server + "/forbidden.tar", cache=cache)
     with pytest.raises(UserError, match=r"broke off after 100 of 5,000 bytes|cannot be downloaded"):
         WebDatasetSource(server + "/broken.tar", cache=cache)
     with pytest.raises(UserError, match="cannot be downloaded"):

@@ -64,7 +64,8 @@ class ParquetSource(Source, Scored, Listed):
         self.dropped: Mapping[str, str] = {}
         files = [file for item in given for file in _files(item)]
         hub = None if files or len(given) != 1 else given[0]
-        self.folder = Path(folder) if folder is not None else Path(files[0]).parent if files else Path()
+        beside = Path(files[0]).parent if files and "://" not in files[0] else Path()
+        self.folder = beside if folder is None else Path(folder)
         self._data: Any = _load(hub, files, given, split, config, None if cache is None else str(cache))
         self._whole = self._data
         self._scores: dict[str, list[object]] = {}
@@ -183,6 +184,8 @@ def _pixels(value: object) -> int:
 
 
 def _files(item: str) -> list[str]:
+    if "://" in item:  # `datasets` reads from stores, into a cache of its own
+        return [item]
     path = os.path.expanduser(item)
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))

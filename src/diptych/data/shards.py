@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import http.client
 import itertools
 import math
 import os
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +16,9 @@ from pathlib import Path
 from diptych.core import web
 from diptych.core.errors import UserError
 from diptych.core.filenames import file_name
-from diptych.core.files import write_bytes
+from diptych.data import stores
+from diptych.data.tar_index import part_beside, scan_to
 
-_CHUNK = 1 << 20
-_TIMEOUT_SECONDS = 60
 MOST = 1_000_000
 """Shards that a pattern may name."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -49,13 +45,11 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 
 def local_shards(shard: str, cache: Path) -> Iterator[Path]:
-    """Paths on this machine of the shards that one string names."""
+    """Paths on this machine of the shards that one string names; of those in a store, where their copies lie or lay."""
     for name in expand(shard):
-        if urllib.parse.urlsplit(name).scheme in ("http", "https"):
-            yield _download(name, cache)
-            continue
         if "://" in name:
-            raise UserError(f"{web.shown_name(name)}: only http and https shards can be downloaded")
+            yield from (_copied(url, cache) for url in stores.matches(name))
+            continue
         path = os.path.expanduser(name)
         matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
@@ -63,33 +57,19 @@ def local_shards(shard: str, cache: Path) -> Iterator[Path]:
         yield from (Path(match) for match in matches)
 
 
-def _download(url: str, cache: Path) -> Path:
-    """The shard's copy in `cache`, fetched when it is not there yet."""
+def _copied(url: str, cache: Path) -> Path:
+    """The place of a shard's copy in `cache`; it is fetched when it was not yet, and indexed before it makes room."""
     base = file_name(os.path.basename(urllib.parse.urlsplit(url).path) or "shard.tar")
     path = cache / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / base
-    if path.is_file():
+    if path.is_file() or (stores.remote_of(path) is not None and part_beside(path).is_file()):
         return path
-    try:
-        with web.opener(redirects=True).open(url, timeout=_TIMEOUT_SECONDS) as response:
-            write_bytes(path, _whole(response, url))
-    except urllib.error.HTTPError as error:
-        with error:
-            raise UserError(f"{web.shown_name(url)}: the server answered {error.code} {error.reason}") from error
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or type(error).__name__
-        raise UserError(f"{web.shown_name(url)}: cannot be downloaded ({reason})") from error
+    part_beside(path).unlink(missing_ok=True)
+    stores.copy(url, path)
+    most = stores.limit()
+    if most is not None:
+        scan_to(path, part_beside(path))
+        stores.make_room(cache, most)
     return path
-
-
-def _whole(response: http.client.HTTPResponse, url: str) -> Iterator[bytes]:
-    """The body in chunks; an error when it ends early, so that no partial shard is ever renamed into place."""
-    expected = response.headers.get("Content-Length")
-    received = 0
-    while chunk := response.read(_CHUNK):
-        received += len(chunk)
-        yield chunk
-    if expected is not None and received != int(expected):
-        raise UserError(f"{url}: the download broke off after {received:,} of {int(expected):,} bytes; try again")
 
 
 def shard_names(shards: Sequence[Path]) -> list[str]:

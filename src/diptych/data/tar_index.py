@@ -31,6 +31,7 @@ from diptych.core.errors import UserError
 from diptych.core.files import write_file
 from diptych.core.progress import progress_bar
 from diptych.data.columns import Columns, digest, index_root, locked, store, stored, writing
+from diptych.data.stores import remote_of
 from diptych.data.tar_scan import scan
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,13 @@ Stamp = tuple[str, int, int]
 
 
 def stamp(path: Path) -> Stamp:
-    """UserError where the shard is missing."""
+    """UserError where the shard is missing. Of a copy that made room it is what the copy was."""
     try:
         stat = path.stat()
     except OSError as error:
+        remote = remote_of(path)
+        if remote is not None:
+            return os.path.abspath(path), remote.size, remote.time
         raise UserError(f"{path}: not readable ({error.strerror})") from error
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
@@ -78,7 +82,7 @@ def tar_index(shards: Sequence[Path], given: Sequence[str]) -> Columns:
         _report_changes(earlier, stamps)
         known = {tuple(one): (index, place) for index in earlier for place, one in enumerate(index.meta["shards"])}
         parts = base / ".parts"
-        places = {one: parts / f"{digest(one)}.npz" for one in stamps if one not in known}
+        places = {one: _place(one, parts) for one in stamps if one not in known}
         _scan_all([(Path(one[0]), part) for one, part in places.items() if not _Part(part).whole()])
         pieces = [_Taken(*known[one]) if one in known else _Part(places[one]) for one in stamps]
         index = _merge(folder, stamps, pieces)
@@ -87,6 +91,16 @@ def tar_index(shards: Sequence[Path], given: Sequence[str]) -> Columns:
             if path.name[0] != "." and path != folder:
                 shutil.rmtree(path, ignore_errors=True)
         return index
+
+
+def part_beside(path: Path) -> Path:
+    """Where the part of a copied shard is kept that was indexed as soon as it came."""
+    return path.with_name(f"{path.name}.index.npz")
+
+
+def _place(shard: Stamp, parts: Path) -> Path:
+    beside = part_beside(Path(shard[0]))
+    return beside if beside.is_file() else parts / f"{digest(shard)}.npz"
 
 
 def _report_changes(earlier: Sequence[Columns], stamps: Sequence[Stamp]) -> None:

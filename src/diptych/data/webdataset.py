@@ -24,6 +24,7 @@ from diptych.data.reading import Reading
 from diptych.data.rows import KEYS, Row, make_sample, parse_row, usable_text
 from diptych.data.shards import cache_folder, local_shards, shard_names, short_name
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
+from diptych.data.stores import Remote, remote_of
 from diptych.data.tar_index import tar_index
 from diptych.data.tar_scan import IMAGE_SUFFIXES
 
@@ -314,7 +315,7 @@ class WebDatasetSource(Source, Scored, Listed):
 
 
 class ChangedShard(UserError):
-    """A shard is not what was indexed; no sample of it can be trusted."""
+    """A shard is not what was indexed, or cannot be read; no sample of it can be trusted."""
 
 
 class _Shards:
@@ -322,25 +323,38 @@ class _Shards:
 
     def __init__(self, stamps: Sequence[Sequence[Any]]) -> None:
         self.stamps = stamps
-        self._open: dict[int, int] = {}
+        self._open: dict[int, int | Remote] = {}
         self._opening = threading.Lock()
 
     def read(self, member: _Member) -> bytes:
         """ChangedShard where the shard is not the one that was indexed."""
         shard, offset, length = member
-        return os.pread(self._open.get(shard) or self._opened(shard), length, offset)
+        opened = self._open.get(shard) or self._opened(shard)
+        if not isinstance(opened, Remote):
+            return os.pread(opened, length, offset)
+        try:
+            return opened.read(offset, length)
+        except UserError as error:  # of the store, not of the sample
+            raise ChangedShard(str(error)) from error
 
-    def _opened(self, shard: int) -> int:
+    def _opened(self, shard: int) -> int | Remote:
+        """A descriptor, or what is in the store where the copy had to make room."""
         with self._opening:  # threads of one process share what is open
             return self._open.get(shard) or self._open_anew(shard)
 
-    def _open_anew(self, shard: int) -> int:
+    def _open_anew(self, shard: int) -> int | Remote:
         path, size, time = self.stamps[shard]
         if len(self._open) >= _OPEN_SHARDS:
-            os.close(self._open.pop(next(iter(self._open))))
+            oldest = self._open.pop(next(iter(self._open)))
+            if isinstance(oldest, int):
+                os.close(oldest)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
+            remote = remote_of(Path(path))
+            if remote is not None and (remote.size, remote.time) == (size, time):
+                self._open[shard] = remote
+                return remote
             raise ChangedShard(f"{path}: the shard cannot be opened any more ({error.strerror})") from error
         self._open[shard] = descriptor
         there = os.fstat(descriptor)
@@ -355,8 +369,9 @@ class _Shards:
         self.__dict__.update(state, _opening=threading.Lock())
 
     def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for opened in self._open.values():
+            if isinstance(opened, int):
+                os.close(opened)
 
 
 def _checked(columns: Mapping[str, str], task: Task, where: str) -> dict[str, str]:
