@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
+import yaml
 from PIL import Image
 
 from diptych.cli.main import main
 from diptych.core.errors import UserError
+from diptych.recipes import new
 from diptych.recipes.new import new_recipe
 from diptych.recipes.recipe import load
 
@@ -48,6 +50,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = {"train": ["--set", "stages.tune.steps=2", "run.sample_every=0"], "generate": ["--steps", "2"]}
     for command in commands:
         assert main([*command, *short.get(command[0], [])]) == 0, command
+    assert "path: pictures}" in Path("mine.yaml").read_text(), "relative to the recipe"
     assert "60 usable for task text_to_image" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     with Image.open("frog.png") as drawn, Image.open("again.png") as again:
@@ -82,3 +85,22 @@ def test_nothing_is_overwritten(pictures: Path, capsys: pytest.CaptureFixture[st
     assert main(["new", str(pictures), "--model", "toy/iomm", "--output", "mine.yaml"]) == 2
     assert "mine.yaml: exists already" in capsys.readouterr().err
     assert Path("mine.yaml").read_text() == "mine"
+
+
+def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank and quantised parts are those of the library's recipe for the card; the step's size is counted elsewhere."""
+    monkeypatch.setattr(new, "fitting", lambda settings, look, card: (settings, ""))
+    text, _, _ = new_recipe(pictures, "toy/omnigen2", trigger="sks")
+    plain = yaml.safe_load(text)
+    assert plain["stages"]["tune"]["data"]["sources"]["mine"]["vary"] == {"trigger": "sks"}
+    assert all(prompt.startswith("sks, ") for prompt in plain["sample_prompts"])
+    monkeypatch.setattr(new, "LARGE", 1)
+    for card, rank, quantized in (("24GB", 16, True), ("79GB", 16, True), ("80GB", 32, False), ("141GB", 32, False)):
+        text, _, _ = new_recipe(pictures, "toy/omnigen2", card=card)
+        system = yaml.safe_load(text)["system"]
+        assert system["decoder"]["lora"]["rank"] == rank
+        assert [system[part].get("quantize") for part in ("decoder", "backbone") if part in system] == (
+            ["nf4", "nf4"] if quantized else [None]
+        )
+    with pytest.raises(UserError, match="--trigger sks: task image has no captions"):
+        new_recipe(pictures, "toy/omnigen2", task="image", trigger="sks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diptych.cli import main as cli
-from diptych.cli.main import COMMANDS, main
+from diptych.cli.main import COMMANDS, Parser, main
 from diptych.core.errors import UserError
 
 HELP = """
@@ -212,3 +213,13 @@ def test_public_names() -> None:
     assert diptych.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="lod"):
         diptych.lod
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_where_results_go_has_one_spelling(command: str) -> None:
+    """-o, --out and --output are the same wherever a command has one of them."""
+    parser = Parser(prog=command, allow_abbrev=False)
+    importlib.import_module(f"diptych.cli.{command}").add(parser)
+    spellings = {"-o", "--out", "--output"}
+    for action in parser._actions:
+        assert not spellings & {*action.option_strings} or spellings <= {*action.option_strings}

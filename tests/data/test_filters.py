@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.schema import read
 from diptych.data.filters import Filters, filtered, read_scores, score_items
 from diptych.data.folder import FolderSource
 from diptych.data.jsonl import JsonlSource
@@ -52,6 +53,15 @@ def test_limits_are_those_of_the_paper(folder: Path) -> None:
         "watermark score 0.6 above 0.5",
         "aspect ratio 3.00 above 2.5",
     }
+
+
+def test_small_images_are_left_out(tmp_path: Path) -> None:
+    for number, size in enumerate(((8, 40), (16, 16), (40, 17))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    kept = filtered(FolderSource(tmp_path, name="p"), Filters(min_side=16))
+    assert (len(kept), dict(kept.dropped)) == (2, {"p:1": "short side 8 below 16"})
+    with pytest.raises(UserError, match="min_side"):
+        read(Filters, {"min_side": 0}, "filters")
 
 
 def test_a_scorer_writes_what_the_filter_reads(folder: Path) -> None:

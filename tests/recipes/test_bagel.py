@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from diptych.core.errors import UserError
 from diptych.parts.autoencoders.kl import KLAutoencoder
 from diptych.recipes import bagel, pack
 from diptych.recipes.build import build_system
+from diptych.recipes.check import check_system
 from diptych.recipes.families import bagel as family
 from diptych.recipes.load import load_system
+from diptych.recipes.recipe import load
 from diptych.systems.bagel.network import BagelNetwork
 from diptych.systems.bagel.system import BagelSystem
 
@@ -103,6 +106,47 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     assert isinstance(again, BagelSystem)
     assert again.settings == system.settings
     same(system.state_dict(), again.state_dict())
+
+
+START = """
+start: {release}
+stages:
+  tune:
+    train: [decoder]
+    steps: 1
+    batch_size: 1
+    data: {{size: 32, sources: {{all: {{kind: toyworld, task: text_to_image, count: 4}}}}}}
+"""
+
+
+@pytest.mark.parametrize("config", [None, {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel"}])
+def test_a_recipe_starts_from_a_folder_of_a_release(
+    release: Path, tmp_path: Path, config: dict[str, Any] | None
+) -> None:
+    folder = tmp_path / "release"
+    folder.mkdir()
+    for path in release.iterdir():
+        (folder / path.name).symlink_to(path)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.yaml").write_text(START.format(release=folder))
+    recipe, _ = load(str(tmp_path / "mine.yaml"))
+    found = check_system(recipe)
+    system, _ = load_system(str(release))
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in system.named_parts().items()}
+    assert {part.name: part.parameters for part in found.parts} == sizes
+    assert {part.weights for part in found.parts} == {str(folder)}
+
+
+def test_the_sizes_of_a_release_on_the_hub(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its weights: JSON files, and the header of the file of weights."""
+    for path in release.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    header = {k: SimpleNamespace(shape=list(v.shape)) for k, v in load_file(release / "ema.safetensors").items()}
+    hub = SimpleNamespace(parse_safetensors_file_metadata=lambda *names, revision: SimpleNamespace(tensors=header))
+    monkeypatch.setattr(bagel, "HfApi", lambda: hub)
+    monkeypatch.setattr(bagel, "locate_configs", lambda name: tmp_path)
+    assert bagel.published_sizes("someone/bagel") == bagel.published_sizes(str(release))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

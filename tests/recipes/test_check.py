@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from diptych.core.errors import UserError
 from diptych.recipes.build import build_system
 from diptych.recipes.check import check_data, check_system
 from diptych.recipes.recipe import load, parse
@@ -65,8 +64,7 @@ def test_a_recipe_of_a_published_model_without_its_weights() -> None:
     assert memory.weights > 2 * 1.8e9
     assert memory.activations is not None
     assert memory.activations > 10**9
-    with pytest.raises(UserError, match="megalith"):
-        check_data(recipe, found, "pretrain")
+    assert any("megalith" in fault for fault in check_data(recipe, found, "pretrain").faults)
 
 
 def test_data_time_and_sheet(tiny_plain: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -140,10 +141,20 @@ def count_of(weights: str) -> float:
     return count(built(json.dumps(spec)))
 
 
-def test_unknown_sizes_name_the_known_ones() -> None:
+def test_unknown_sizes_name_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="InternVL3-2B-hf"):
         published_config("OpenGVLab/InternVL9")
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in SIZES.glob("*.json"))
+
+
+def test_sizes_of_any_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"latent_channels": 4}')
+    monkeypatch.setattr("diptych.recipes.published.locate_configs", lambda name: tmp_path)
+    assert published_config("someone/model", "vae") == {"latent_channels": 4}
+    with pytest.raises(ValueError, match=r"someone/model: unet/config\.json: no such file"):
+        published_config("someone/model", "unet")
 
 
 @pytest.mark.parametrize("name", [name for name in plain_recipes.names() if name.startswith("toy/sgt_")])

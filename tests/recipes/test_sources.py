@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.data.variations import Variations, Varied
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
 from diptych.recipes.recipe import DataSpec, SourceSpec
-from diptych.recipes.sources import build_data, build_source
+from diptych.recipes.sources import build_data, build_source, mixing_weights
 
 
 @pytest.fixture
@@ -76,3 +78,28 @@ def test_held_out_items_are_not_trained_on(photos: Path) -> None:
     assert len(kept) == 2
     assert len(seen) == 2
     assert not kept & seen
+
+
+def test_items_vary_from_visit_to_visit_and_held_out_ones_do_not(photos: Path) -> None:
+    for path in photos.glob("*.png"):
+        path.with_suffix(".txt").write_text("a frog, moss")
+    vary = Variations(trigger="sks", caption_dropout=0.5, flip=True)
+    source = SourceSpec(kind="folder", task="text_to_image", path=str(photos), vary=vary)
+    data = DataSpec(sources={"photos": source}, size=32, held_out=2)
+    mixture, ((train, held),) = build_data(data, 0, 4)
+    assert {sample.text for step in range(8) for sample in mixture.batch(step)} == {"", "sks, a frog, moss"}
+    assert held is not None
+    assert isinstance(held, Varied)
+    assert held.variations == Variations(trigger="sks")
+    assert len(train) == 2
+    with pytest.raises(UserError, match="change images, whose latents"):
+        build_data(replace(data, cache=str(photos)), 0, 4, autoencoder=PixelAutoencoder())
+
+
+def test_repeats_count_items(photos: Path) -> None:
+    twice = SourceSpec(kind="folder", task="image", path=str(photos), repeats=2)
+    once = SourceSpec(kind="toyworld", task="image", count=16, repeats=1)
+    data = DataSpec(sources={"a": twice, "b": once}, size=32)
+    assert mixing_weights(data, [4, 16]) == [8.0, 16.0]
+    with pytest.raises(UserError, match=r"sources\.b: where one source has repeats, all have"):
+        mixing_weights(DataSpec(sources={"a": twice, "b": replace(once, repeats=None)}, size=32), [4, 16])

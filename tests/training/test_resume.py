@@ -192,14 +192,14 @@ def test_an_unfinished_run_is_its_averages(tiny_plain: dict[str, Any], tmp_path:
     [
         ("seed", 9, "seed: 1 there, 9 here"),
         ("run.precision", "bf16", "run.precision: 'fp32' there, 'bf16' here"),
-        ("stages.second.steps", 5, f"stages.second.steps: {SECOND} there, 5 here"),
+        ("stages.second.steps", 5, f"stages.second.steps: 5, but the run has made {SECOND} steps"),
         ("run.keep_checkpoints", 7, None),
     ],
 )
 def test_another_recipe(
     unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path, place: str, value: Any, message: str | None
 ) -> None:
-    from diptych.recipes.run import claim
+    from diptych.recipes.resuming import claim
 
     plain = two_stages(tiny_plain)
     path = tmp_path / "recipe.yaml"

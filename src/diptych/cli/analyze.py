@@ -18,7 +18,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ABOUT
     parser.add_argument("look", metavar="LOOK", help="features, looking or words")
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a model, or a baseline and a tuned one")
-    parser.add_argument("--output", default="analysis", help="folder for tables (JSON, Markdown) and plots (analysis)")
+    parser.add_argument(
+        "-o", "--output", "--out", default="analysis", help="folder for tables (JSON, Markdown) and plots (analysis)"
+    )
     parser.add_argument("--images", help="features: a folder with a folder of images for each class")
     parser.add_argument("--questions", help="looking: conversations about images, a JSONL file (docs/data.md)")
     parser.add_argument(

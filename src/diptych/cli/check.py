@@ -15,7 +15,9 @@ PREVIEW = 16
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from 'diptych recipes', or a YAML file")
     parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="change a value")
-    parser.add_argument("--output", help="folder for the sheets of what the model will see (runs/check-<recipe>)")
+    parser.add_argument(
+        "-o", "--output", "--out", help="folder for the sheets of what the model will see (runs/check-<recipe>)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="tell the memory of each of so many processes (1)")
     parser.add_argument("--limit", type=int, help="read at most this many items of each source; all when not given")
     parser.add_argument(
@@ -45,7 +47,9 @@ def _report(args: argparse.Namespace) -> int:
     from diptych.core.filenames import file_name
     from diptych.core.files import write_file
     from diptych.recipes.check import check_data, check_system
+    from diptych.recipes.plain import inherited
     from diptych.recipes.recipe import load
+    from diptych.recipes.remarks import remarks
     from diptych.recipes.train import run_folder
 
     transformers_logging.disable_progress_bar()
@@ -57,20 +61,35 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(f"--processes must be at least 1, not {args.processes}")
     found = check_system(recipe, processes=args.processes)
     print("\n".join(system_lines(found, recipe.run.strategy, args.processes)), flush=True)
+    kept = inherited(args.recipe)
+    if kept:
+        print(f"\nfrom its base, and not said by {args.recipe}: {', '.join(kept)}")
+    for line in remarks(recipe):
+        print(f"note: {line}")
     if args.output is None:
         usual = run_folder(args.recipe)
         output = usual.with_name(f"check-{usual.name}")
     else:
         output = Path(args.output).expanduser()
+    faults: list[str] = []
     for name in recipe.stages:
         with bars("item") as told:
             data = check_data(recipe, found, name, limit=limit, progress=told)
         print(f"\nstage {name}, data")
         print("\n".join(f"  {line}" for line in data.lines))
         print(f"  time: {'not measured' if data.seconds is None else 'about ' + duration(data.seconds) + ' here'}")
-        sheet = output / f"{file_name(name)}.png"
-        write_file(sheet, lambda temporary, data=data: data.sheet.save(temporary, "PNG"))
-        print(f"  what the model will see: {sheet}", flush=True)
+        if data.sheet is not None:
+            sheet = output / f"{file_name(name)}.png"
+            write_file(sheet, lambda temporary, drawn=data.sheet: drawn.save(temporary, "PNG"))
+            print(f"  what the model will see: {sheet}", flush=True)
+        faults += data.faults
+    print()
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        print("\n".join(f"fault: {fault}" for fault in faults), flush=True)
+        raise UserError(f"{len(faults)} faults, listed above; a run would stop at the first")
+    print("no fault: the run can begin")
     return 0
 
 

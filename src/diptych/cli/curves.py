@@ -10,7 +10,9 @@ import argparse
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder; several are drawn over each other")
-    parser.add_argument("-o", "--output", metavar="FILE", default="curves.png", help="the picture (curves.png)")
+    parser.add_argument(
+        "-o", "--output", "--out", metavar="FILE", default="curves.png", help="the picture (curves.png)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--n", type=int, default=1, help="images (1)")
     parser.add_argument("--image-cfg", type=float, help="image guidance scale, 1 for text guidance alone")
-    parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
+    parser.add_argument(
+        "-o", "--out", "--output", help="a file (one image) or a folder; the current folder when not given"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there")
     add_scales(parser)
     add_sampling(parser)

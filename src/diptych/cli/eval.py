@@ -27,7 +27,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, help="images per prompt of toyeval (4) and toyedit (1)")
     parser.add_argument("--image-cfg", type=float, metavar="SCALE", help="image guidance scale of edits, 1 for none")
     parser.add_argument("--limit", type=int, help="at most this many prompts, edits or questions of each task")
-    parser.add_argument("--output", help="folder for results.json, rows and pictures; toy tasks do without")
+    parser.add_argument(
+        "-o", "--output", "--out", help="folder for results.json, rows and pictures; toy tasks do without"
+    )
     parser.add_argument("--log-samples", action="store_true", help="write samples_TASK.jsonl: all that is known")
     group = parser.add_argument_group("published benchmarks")
     group.add_argument("--only", metavar="STEP", help="generate (pictures, or replies), or score")

@@ -25,7 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", metavar="PROMPT", nargs="*", help="what to draw, in quotes")
     parser.add_argument("--prompts", metavar="FILE", help="a .txt with a prompt a line, or a .jsonl")
     parser.add_argument("--n", type=int, default=1, help="images per prompt (1)")
-    parser.add_argument("-o", "--out", help="a file (one image) or a folder; the current folder when not given")
+    parser.add_argument(
+        "-o", "--out", "--output", help="a file (one image) or a folder; the current folder when not given"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there")
     parser.add_argument("--server", metavar="URL", help="ask a running `diptych serve`, in which MODEL is loaded")
     add_scales(parser)

@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", metavar="NAME", nargs="+", help="MODEL; of import also a file, of extract a second MODEL"
     )
-    parser.add_argument("-o", "--out", required=True, help="the folder to make")
+    parser.add_argument("-o", "--out", "--output", required=True, help="the folder to make")
     parser.add_argument("--to", default="peft", metavar="FORMAT", help="peft, diffusers, comfyui or kohya (peft)")
     parser.add_argument(
         "--lora",

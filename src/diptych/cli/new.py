@@ -15,7 +15,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="what is learned (by what the folder has)",
     )
     parser.add_argument("--card", metavar="MEMORY", help="of the device that is to hold a step, such as 24GB")
-    parser.add_argument("--output", "-o", metavar="FILE", help="the recipe (FOLDER's name with .yaml)")
+    parser.add_argument(
+        "--trigger", metavar="WORD", default="", help="stands before each caption that does not hold it"
+    )
+    parser.add_argument("-o", "--output", "--out", metavar="FILE", help="the recipe (FOLDER's name with .yaml)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: a recipe's name ends in .yaml")
     if output.exists():
         raise UserError(f"{output}: exists already; choose another name with --output")
-    text, look, reason = new_recipe(folder, args.model, task=args.task, card=args.card)
+    text, look, reason = new_recipe(
+        folder, args.model, task=args.task, card=args.card, home=output.parent, trigger=args.trigger
+    )
     print(f"{folder}: {look.items:,} usable for task {look.task}, {len(look.dropped):,} dropped")
     for why, count in Counter(look.dropped.values()).most_common(5):
         print(f"  dropped, {why}: {count:,}")

@@ -7,7 +7,7 @@ import argparse
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/quickstart", help="the run folder (runs/quickstart)")
+    parser.add_argument("-o", "--out", "--output", default="runs/quickstart", help="the run folder (runs/quickstart)")
     parser.add_argument("--steps", type=int, help="training steps, instead of the recipe's own number")
     parser.add_argument("--limit", type=int, help="score on at most this many prompts; all when not given")
     parser.add_argument(

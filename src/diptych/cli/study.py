@@ -9,7 +9,7 @@ from typing import Any
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="a study, or a YAML file; without it, all are listed")
     parser.add_argument("--seeds", metavar="SEED", type=int, nargs="+", help="one run of everything for each (0)")
-    parser.add_argument("--out", help="the study's folder (runs/<name>); give it again to continue")
+    parser.add_argument("-o", "--out", "--output", help="the study's folder (runs/<name>); give it again to continue")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

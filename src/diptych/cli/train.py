@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="change a value of the recipe: stages.mix.steps=100; several may follow",
     )
-    parser.add_argument("--out", help="the run folder (runs/<recipe>)")
+    parser.add_argument("-o", "--out", "--output", help="the run folder (runs/<recipe>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder, exactly")
 
 

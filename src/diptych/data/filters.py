@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.files import write_json
+from diptych.core.ranges import Count
 from diptych.data.left_out import LeftOut
 from diptych.data.source import BadItem, ItemDraws, Scored, Size, Source, size_table
 from diptych.data.subset import Subset
@@ -31,13 +32,15 @@ SCORES = {"watermark": ("max_watermark", 1), "clip": ("min_clip", -1), "aestheti
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """max_aspect: longest side over shortest, at most. max_watermark: watermark score, at most. min_clip: CLIP score of
-    image and caption, at least. min_aesthetic: aesthetic score, at least. None keeps all. scores: a JSON file
-    {item: {"watermark": x, "clip": y, "aesthetic": z}}, as `score_items` writes it; without it, the scores are the
-    columns `watermark`, `clip` and `aesthetic` of a JSONL file (list them in its `ignore`), or keys of the .json beside
-    the images of tar files. columns: other names of these, as in {aesthetic: AESTHETIC_SCORE}."""
+    """max_aspect: longest side over shortest, at most. min_side: shortest side in pixels, at least. max_watermark:
+    watermark score, at most. min_clip: CLIP score of image and caption, at least. min_aesthetic: aesthetic score, at
+    least. None keeps all. scores: a JSON file {item: {"watermark": x, "clip": y, "aesthetic": z}}, as `score_items`
+    writes it; without it, the scores are the columns `watermark`, `clip` and `aesthetic` of a JSONL file (list them in
+    its `ignore`), or keys of the .json beside the images of tar files. columns: other names of these, as in {aesthetic:
+    AESTHETIC_SCORE}."""
 
     max_aspect: float | None = None
+    min_side: Count | None = None
     max_watermark: float | None = None
     min_clip: float | None = None
     min_aesthetic: float | None = None
@@ -73,12 +76,15 @@ def filtered(source: Source, filters: Filters) -> Source:
     """
     # What is known of all items at once: shapes, and numbers that were prepared.
     known: list[tuple[str, np.ndarray, float, int]] = []
-    sizes = source.sizes() if filters.max_aspect is not None else None
+    sizes = source.sizes() if filters.max_aspect is not None or filters.min_side is not None else None
     if sizes is not None:
-        assert filters.max_aspect is not None
         table = size_table(sizes).astype(np.float64)
-        ratio = np.where(table.all(axis=1), table.max(axis=1) / np.maximum(table.min(axis=1), 1), 1.0)
-        known.append(("aspect ratio", ratio, filters.max_aspect, 1))
+        given = table.all(axis=1)  # an unknown size leaves nothing out
+        ratio = np.where(given, table.max(axis=1) / np.maximum(table.min(axis=1), 1), 1.0)
+        if filters.max_aspect is not None:
+            known.append(("aspect ratio", ratio, filters.max_aspect, 1))
+        if filters.min_side is not None:
+            known.append(("short side", np.where(given, table.min(axis=1), np.inf), filters.min_side, -1))
     asked = list(filters.scored)
     for name in filters.scored:
         if filters.scores is not None or not isinstance(source, Scored):

@@ -218,8 +218,7 @@ class Mixture:
     def tolerated(self, tried: int) -> float:
         """Bad items that `tried` may hold. Chance (three standard deviations and one item) is allowed for, so that one
         bad file among the first few does not stop a run whose data as a whole are well within the share."""
-        expected = self.max_bad_fraction * tried
-        return expected + 3 * math.sqrt(expected) + 1 if expected else 0.0
+        return tolerated(self.max_bad_fraction, tried)
 
     def _slots(self, rank: int, world: int) -> range:
         if world < 1 or not 0 <= rank < world or self.batch_size % world:
@@ -374,3 +373,9 @@ def _named(bad: dict[str, str]) -> str:
     """The first few bad items, in one line."""
     first = "; ".join(f"{id}: {reason}" for id, reason in list(bad.items())[:_NAMED])
     return f"{first}{'; ...' if len(bad) > _NAMED else ''}"
+
+
+def tolerated(fraction: float, tried: int) -> float:
+    """Bad items that `tried` may hold where this fraction may be bad; see `Mixture.tolerated`."""
+    expected = fraction * tried
+    return expected + 3 * math.sqrt(expected) + 1 if expected else 0.0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diptych.core.draws import Draws
@@ -16,6 +15,7 @@ from diptych.core.errors import UserError
 from diptych.core.prepared import Preparer
 from diptych.core.sample import Sample
 from diptych.data.imaging import to_pil
+from diptych.data.lettering import lettering, wrapped
 from diptych.data.mixture import accepted
 from diptych.data.rows import PROFILES
 from diptych.data.source import BadItem, ItemDraws, Size, Source
@@ -133,8 +133,7 @@ def sheet(samples: Sequence[Sample], *, columns: int = 4, cell: int = 224) -> Im
     """
     if not samples:
         raise UserError("a sheet needs at least one sample")
-    font = ImageFont.load_default(11)
-    drawn = [_cell(sample, cell, font) for sample in samples]
+    drawn = [_cell(sample, cell) for sample in samples]
     columns = min(columns, len(drawn))
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     heights = [max(image.height for image in row) for row in rows]
@@ -148,19 +147,20 @@ def sheet(samples: Sequence[Sample], *, columns: int = 4, cell: int = 224) -> Im
 
 
 _MARGIN = 6
+_LETTERS = 11
 _LINE = 14
 _LINES = 9
 _ARROW = 12
 
 
-def _cell(sample: Sample, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _cell(sample: Sample, width: int) -> Image.Image:
     inner = width - 2 * _MARGIN
     strip = _strip(sample, inner)
     text = sample.text or "\n".join(f"{message.role}: {message.text}" for message in sample.messages)
     letters = max(8, inner // 6)
     lines = [sample.id if len(sample.id) <= letters else "..." + sample.id[3 - letters :]]
     for paragraph in text.splitlines():
-        lines += textwrap.wrap(paragraph, letters) or [""]
+        lines += wrapped(paragraph, letters) or [""]
     if len(lines) > _LINES:
         lines = [*lines[: _LINES - 1], "..."]
     image = Image.new("RGB", (width, strip.height + _LINE * len(lines) + 3 * _MARGIN), "white")
@@ -168,7 +168,8 @@ def _cell(sample: Sample, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
     pen = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
         colour = "#777777" if number == 0 else "black"
-        pen.text((_MARGIN, strip.height + 2 * _MARGIN + _LINE * number), line, fill=colour, font=font)
+        words, font = lettering(line, _LETTERS)
+        pen.text((_MARGIN, strip.height + 2 * _MARGIN + _LINE * number), words, fill=colour, font=font)
     return image
 
 

@@ -26,6 +26,14 @@ class Part(nn.Module):
     """A frozen dataclass; None for a part over a library's model."""
     whole: ClassVar[bool] = True
     """Whether `from_pretrained` reads every weight of the part, so that a saved model may refer to them by name."""
+    configured: ClassVar[bool] = True
+    """Whether published weights have a config.json that tells their sizes."""
+
+    @classmethod
+    def sizes_of(cls, folder: Path) -> dict[str, Any] | None:
+        """The configuration of published weights by the headers of their files, for layouts that say it nowhere else;
+        None where config.json does."""
+        return None
 
     @classmethod
     def complete(cls, config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

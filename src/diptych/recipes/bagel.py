@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -23,8 +24,8 @@ from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.mot import MoTConfig
 from diptych.parts.backbones.siglip_navit import SigLIPConfig
 from diptych.parts.lora import add_lora
-from diptych.recipes.names import locate
-from diptych.recipes.published import published_config
+from diptych.recipes.names import is_local, locate, locate_configs
+from diptych.recipes.published import published_config, sizes_file
 from diptych.recipes.recipe import BagelSpec, Part
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.network import BagelNetwork, NetworkConfig
@@ -79,7 +80,7 @@ def _network(
     if part.weights and not meta:
         folder = locate(part.weights)
         return load_network(folder), AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    config: NetworkConfig = read(NetworkConfig, part.config or published_config(part.weights), "network.config")
+    config: NetworkConfig = read(NetworkConfig, part.config or published_sizes(part.weights), "network.config")
     with to_be_loaded() if assets is not None and not meta else placed(meta):
         network = BagelNetwork(config)
     if meta:
@@ -87,6 +88,29 @@ def _network(
     if assets is None:
         _start(network, spec.init)
     return network, tokenizers(part.tokenizer, config.llm.vocab_size, assets)
+
+
+def published_sizes(weights: str | None) -> Mapping[str, Any]:
+    """The sizes of a release without its weights: of a folder by its files' headers, of a hub id that is not known by
+    those on the hub.
+
+    Raises:
+        UserError: no release there, or a hub that cannot be reached.
+    """
+    if weights is not None and not is_local(weights) and not sizes_file(weights).is_file():
+        folder = locate_configs(weights)
+        with attributed_to(f"{weights}: {WEIGHTS}"):
+            hub, _, revision = weights.partition("@")
+            header = HfApi().parse_safetensors_file_metadata(hub, WEIGHTS, revision=revision or None)
+        shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+        return dataclasses.asdict(release_config(folder, shapes))
+    folder = locate(weights) if weights is not None and is_local(weights) else None
+    if folder is None or not (folder / CONFIGS[0]).is_file():
+        return published_config(weights)
+    files = weight_files(folder, WEIGHTS.removesuffix(".safetensors"))
+    return dataclasses.asdict(
+        release_config(folder, {entry.name: entry.shape for file in files for entry in entries(file)})
+    )
 
 
 def load_network(folder: Path, dtype: torch.dtype | None = None) -> BagelNetwork:

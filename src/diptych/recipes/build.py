@@ -23,7 +23,7 @@ from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.part import Part as PartClass
 from diptych.recipes.legacy import read_config
-from diptych.recipes.names import locate, shipped
+from diptych.recipes.names import is_local, locate
 from diptych.recipes.published import folder_config, published_config
 from diptych.recipes.recipe import (
     BagelSpec,
@@ -300,13 +300,23 @@ def build_part(
             found = ((name.removeprefix(prefix), tensor) for name, tensor in tensors if name.startswith(prefix))
             load_into(module, found, f"{role} of {weights}")
     elif meta:
-        values = part.config or cls.of_published(published_config(weights, part.subfolder), part.config)
+        values = part.config or sizes_without_weights(part, weights, cls)
         with placed(meta):
             module = cls.from_config(cls.complete(values, known), where)
     else:
         module = cls.from_pretrained(locate(weights) / (part.subfolder or ""), cls.complete(part.config, known))
     origin = {**dataclasses.asdict(part), "config": module.plain_config()}
     return module, origin if cls.whole else {**origin, "weights": None}
+
+
+def sizes_without_weights(part: Part, weights: str, cls: type[PartClass]) -> dict[str, Any]:
+    """The configuration of a part whose weights are named, without reading them."""
+    if is_local(weights):
+        sizes = cls.sizes_of(locate(weights) / (part.subfolder or ""))
+        if sizes is not None:
+            return sizes
+    values = published_config(weights, part.subfolder) if cls.configured else {}
+    return cls.of_published(values, part.config)
 
 
 def saved_part(role: str, part: Part, cls: type[PartClass], meta: bool) -> dict[str, Any] | None:
@@ -316,8 +326,7 @@ def saved_part(role: str, part: Part, cls: type[PartClass], meta: bool) -> dict[
         UserError: a saved model that holds no such part, or one of other sizes than the recipe gives.
     """
     weights = str(part.weights)
-    here = weights in shipped() or Path(weights).is_dir()
-    if (meta and not here) or part.subfolder:
+    if (meta and not is_local(weights)) or part.subfolder:
         return None
     path = locate(weights) / "config.json"
     config = folder_config(weights) if path.is_file() else {}

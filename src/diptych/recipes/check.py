@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from torch import nn
 
 from diptych.core.draws import Draws, key
 from diptych.core.errors import UserError
+from diptych.core.image_sizes import both_sides
+from diptych.core.sample import Sample
 from diptych.data import loader, report
+from diptych.data.mixture import tolerated
+from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
 from diptych.recipes.estimate import Memory, MemoryPlan
@@ -70,14 +75,15 @@ class SystemReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheck:
-    """One stage's data. lines: what was found, as text. sheet: pictures of its first samples. seconds: for the whole
-    stage, None where no step was timed."""
+    """One stage's data. lines: what it holds, as text. sheet: pictures of its first samples, None where nothing can be
+    read. seconds: for the whole stage, None where no step was timed. faults: what a run would stop at."""
 
     stage: str
     report: report.DataReport
     lines: list[str]
-    sheet: Image.Image
+    sheet: Image.Image | None
     seconds: float | None = None
+    faults: list[str] = field(default_factory=list[str])
 
 
 def check_system(recipe: Recipe, *, processes: int = 1) -> SystemReport:
@@ -154,10 +160,12 @@ def check_data(
 ) -> DataCheck:
     """Read the data of stage `name`: every item once (or `limit` of each source), and draw its first samples.
 
-    A small system also makes a few steps, which are timed; for that its starting weights are read.
+    A small system without faults in its data also makes a few steps, which are timed; for that its starting weights are
+    read.
 
-    Raises:
-        UserError: a source cannot be used, or too many items are unreadable; `str(error)` names them.
+    Returns:
+        What was read. A source that cannot be used, or too many unreadable items, are in `faults`; the sheet then shows
+        what can be read.
     """
     spec = recipe.stages[name]
     system = start(recipe) if found.parameters <= SMALL else build.build_system(recipe.system, meta=True)
@@ -165,10 +173,17 @@ def check_data(
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch_size, SHEET_SAMPLES)
     looked = replace(spec.data, cache=None)  # looking makes no latents
-    mixture, _ = build_data(looked, key(recipe.seed, name), few, system.image_step if images else 1)
+    faults: list[str] = []
     reports: list[report.SourceReport] = []
+    samples: list[Sample] = []
+    side = both_sides(spec.data.size)
+    # Every source, whatever is wrong with the others.
     for source_name, source_spec in spec.data.sources.items():
-        source = build_source(source_name, source_spec, spec.data)
+        try:
+            source = build_source(source_name, source_spec, spec.data)
+        except UserError as error:
+            faults.append(str(error))
+            continue
         most = min(limit or TOY_ITEMS, TOY_ITEMS) if isinstance(source, ToyWorldSource) else limit
         total = len(source) if most is None else min(most, len(source))
 
@@ -176,25 +191,44 @@ def check_data(
             if progress is not None:
                 progress(label, done, total)
 
-        reports += report.inspect(source, mixture.size(0), limit=most, preparer=preparer, progress=told).sources
+        read = report.inspect(source, side, limit=most, preparer=preparer, progress=told).sources
+        reports += read
+        if not read[0].usable:
+            first = next(iter({**read[0].dropped, **read[0].bad}.items()), ("", "it is empty"))
+            faults.append(f"stage {name}, source {source.name}: nothing usable ({': '.join(filter(None, first))})")
+        samples += first_samples(source, side, few // len(spec.data.sources) + 1)
     data = report.DataReport(reports)
-    for one in reports:
-        if not one.usable:
-            first = next(iter({**one.dropped, **one.bad}.items()), ("", "it is empty"))
-            raise UserError(f"stage {name}, source {one.name}: nothing usable ({': '.join(filter(None, first))})")
-    read, bad = sum(one.read for one in reports), len(data.bad)
-    described = [source.describe() for source in mixture.sources]
-    lines = data.lines() + [line for line in mixture.prepare() if line not in described]
-    if bad > mixture.tolerated(read):
-        first = "; ".join(f"{item}: {reason}" for item, reason in list(data.bad.items())[:5])
-        raise UserError(
-            f"stage {name}: {bad:,} of {read:,} items are unreadable, more than max_bad_fraction "
-            f"{spec.data.max_bad_fraction:.2%}: "
-            f"{first}{'; ...' if bad > 5 else ''}"
+    bad, count = data.bad, sum(one.read for one in reports)
+    if len(bad) > tolerated(spec.data.max_bad_fraction, count):
+        first = "; ".join(f"{item}: {reason}" for item, reason in list(bad.items())[:5])
+        faults.append(
+            f"stage {name}: {len(bad):,} of {count:,} items are unreadable, more than max_bad_fraction "
+            f"{spec.data.max_bad_fraction:.2%}: {first}{'; ...' if len(bad) > 5 else ''}"
         )
-    sheet = report.sheet(mixture.batch(0).samples)
-    seconds = measure(recipe, system, name) if found.parameters <= SMALL else None
-    return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds)
+    lines = data.lines()
+    # The mixture of them all, and its first step.
+    if not faults:
+        try:
+            mixture, _ = build_data(looked, key(recipe.seed, name), few, system.image_step if images else 1)
+            described = [source.describe() for source in mixture.sources]
+            lines += [line for line in mixture.prepare() if line not in described]
+            samples = list(mixture.batch(0).samples)
+        except UserError as error:
+            faults.append(str(error))
+    sheet = report.sheet(samples) if samples else None
+    seconds = measure(recipe, system, name) if found.parameters <= SMALL and not faults else None
+    return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds, faults=faults)
+
+
+def first_samples(source: Source, size: tuple[int, int], count: int) -> list[Sample]:
+    """The first readable samples of a source."""
+    samples: list[Sample] = []
+    for index in range(min(len(source), 4 * count)):
+        with contextlib.suppress(BadItem):
+            samples.append(source.load(index, ItemDraws(0), size))
+        if len(samples) == count:
+            break
+    return samples
 
 
 def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:

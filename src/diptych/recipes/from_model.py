@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.recipes.bases import read_references
 from diptych.recipes.families.base import read_json
 from diptych.recipes.legacy import read_config
-from diptych.recipes.names import locate
+from diptych.recipes.names import locate_configs
 from diptych.recipes.plain import merge
 
 TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
@@ -18,14 +19,14 @@ TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
 def system_of(model: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """The system of a MODEL as a recipe writes it, its sampling, and whether its weights must be read from MODEL
-    besides (those of a release are named by the parts themselves).
+    besides (the parts of most releases name theirs themselves).
 
     Raises:
         UserError: no such model, or none that Diptych saved or a known release.
     """
     from diptych.recipes.load import families, unreadable
 
-    folder = locate(model)
+    folder = locate_configs(model)
     for place, name in ((folder, model), (folder / "model", f"{model}/model")):
         if "kind" in read_json(place / "config.json"):
             return *_saved(place, name), True
@@ -34,7 +35,10 @@ def system_of(model: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
                 spec, sampling = family.sizes(place, model)
                 system = _plain(spec)
                 system.pop("sampling", None)
-                return system, _plain(sampling), False
+                named = any(isinstance(part, dict) and part.get("weights") for part in system.values())
+                if not named:  # a release of one piece
+                    system["backbone"] = {**system["backbone"], "tokenizer": name}
+                return system, _plain(sampling), not named
     raise unreadable(folder, model)
 
 
@@ -46,7 +50,7 @@ def _plain(values: Any) -> dict[str, Any]:
 def _saved(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """System and sampling of a folder that Diptych saved; its tokenizer is found by the name, so that no recipe holds a
     path of this machine."""
-    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = read_config(read_references(read_json(folder / "config.json"), folder), str(folder / "config.json"))
     config.pop("dtype", None)
     sampling = config.pop("sampling", None) or {}
     for role in ("backbone", "network"):

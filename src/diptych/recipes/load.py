@@ -18,6 +18,7 @@ from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.schema import read
 from diptych.inference.placement import Offload, Quantization, cast, number_format, quantize
 from diptych.inference.sampling import Sampling
+from diptych.recipes.bases import read_references
 from diptych.recipes.build import FAMILIES, build_system
 from diptych.recipes.families.base import Family, read_json
 from diptych.recipes.families.mllm import MODEL_TYPES
@@ -140,7 +141,7 @@ def unreadable(folder: Path, model: str) -> UserError:
 def read_saved(folder: Path) -> tuple[System, Sampling]:
     """A system that Diptych saved."""
     where = str(folder / "config.json")
-    config = read_config(read_json(folder / "config.json"), where)
+    config = read_config(read_references(read_json(folder / "config.json"), folder), where)
     formats = config.pop("dtype", "float32")
     spec: Any = read(SystemSpec, config, where, VARIANTS)
     system = build_system(spec, assets=folder)

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import HfApi
 
 from diptych.core.errors import UserError
-from diptych.core.files import write_folder
 from diptych.inference.engine import Engine
 from diptych.inference.placement import (
     Offload,
@@ -23,7 +22,9 @@ from diptych.inference.placement import (
     number_format,
     place,
 )
+from diptych.recipes.bases import save_system
 from diptych.recipes.fit import fitted, memory
+from diptych.recipes.names import shipped
 
 if TYPE_CHECKING:
     from diptych.recipes.lora import Given
@@ -111,12 +112,11 @@ class Model(Engine):
             place.rmdir()
         self.system.keep_sampling(dataclasses.asdict(self.sampling))
 
-        def write(temporary: Path) -> None:
-            self.system.save_pretrained(temporary, None if dtype is None else number_format(dtype))
+        def write_card(temporary: Path) -> None:
             (temporary / CARD).write_text(self.card(data=data, scores=scores), encoding="utf-8")
 
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(place, write)
+        save_system(self.system, place, None if dtype is None else number_format(dtype), write_card)
         return place
 
     def push_to_hub(
@@ -135,6 +135,10 @@ class Model(Engine):
         """
         import tempfile
 
+        for component in self.system.components:  # nobody else has the folders of this machine
+            name = self.system.origins[component].get("weights")
+            if name and name not in shipped() and Path(name).expanduser().is_dir():
+                self.system.origins[component] = {**self.system.origins[component], "weights": None}
         with tempfile.TemporaryDirectory() as folder:
             place = self.save_pretrained(Path(folder) / "model", dtype=dtype, data=data, scores=scores)
             api = HfApi()
@@ -182,4 +186,5 @@ class Model(Engine):
         origins: dict[str, Any] = getattr(self.system, "origins", {})
         named = [origin.get("weights") for origin in origins.values() if isinstance(origin, dict)]
         hub = [str(name) for name in named if name and str(name).count("/") == 1 and not Path(str(name)).exists()]
+        hub = [name.partition("@")[0] for name in hub]
         return [name for name in dict.fromkeys(hub) if not name.startswith(("toy/", ".", "/", "~"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from torch import nn
 
 from diptych.core.errors import UserError
 from diptych.core.sample import Task
+from diptych.data.source import ItemDraws
 from diptych.data.survey import Survey, survey
+from diptych.data.variations import Variations, varied_text
 from diptych.recipes.build import build_system
 from diptych.recipes.check import check_system
 from diptych.recipes.fit import amount, memory
 from diptych.recipes.from_model import with_system
+from diptych.recipes.plain import load_plain
 from diptych.recipes.recipe import parse
 from diptych.systems.base import System
 
@@ -35,12 +39,25 @@ PROMPTS = 4
 """Captions of the folder that are drawn while training."""
 
 
+PRESETS = {
+    "bagel": "bagel/lora",
+    "omnigen2": "omnigen2/lora",
+    "ovis_u1": "ovis_u1/lora",
+    "qwen_image": "qwen_image/lora",
+    "hieraquery": "hieraquery/sana_lora",
+}
+"""Recipes for a card by the kind of the system or of its decoder; _24gb and _80gb follow."""
+CARDS = {"_80gb": 80 * 10**9, "_24gb": 0}
+"""The card's memory from which each is taken."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the recipe says that depends on model, folder and card.
 
     owner: the part of the system that gets adapters. targets: last names of the layers that do. side: of images, in
-    pixels. micro_batch_size: samples of a pass.
+    pixels. micro_batch_size: samples of a pass. quantize: parts whose frozen weights are in nf4. preset: the recipe
+    that rank and quantize are of. trigger: the word that stands before each caption.
     """
 
     model: str
@@ -49,10 +66,20 @@ class Settings:
     side: int
     micro_batch_size: int
     large: bool
+    rank: int = 16
+    quantize: tuple[str, ...] = ()
+    preset: str = ""
+    trigger: str = ""
 
 
 def new_recipe(
-    folder: Path, model: str, *, task: Task | None = None, card: str | None = None
+    folder: Path,
+    model: str,
+    *,
+    task: Task | None = None,
+    card: str | None = None,
+    home: Path | None = None,
+    trigger: str = "",
 ) -> tuple[str, Survey, str]:
     """The text of a recipe, what lies in the folder, and how the size of the images was chosen.
 
@@ -60,6 +87,8 @@ def new_recipe(
         folder: pictures, with captions or without; for edits and conversations one JSONL file with its pictures.
         task: what is to be learned; by default drawing from captions where there are any, else from images alone.
         card: memory of the device that is to hold a step ("24GB"); None for the size of model and pictures.
+        trigger: a word that stands before each caption, "" for none.
+        home: folder that the recipe will lie in, to which its path is relative; None for an absolute one.
 
     Raises:
         UserError: nothing usable in the folder, a model without a part for the task, or a card that no size fits.
@@ -79,9 +108,10 @@ def new_recipe(
         micro_batch_size=min(BATCH, look.items),
         large=large,
     )
+    settings = replace(settings, trigger=trigger)
     if card is not None:
-        settings, reason = fitting(settings, look, card)
-    return text(settings, look), look, reason
+        settings, reason = fitting(with_preset(settings, drafted, card), look, card)
+    return text(settings, look, home), look, reason
 
 
 def image_side(drafted: dict[str, Any], system: System, look: Survey) -> tuple[int, str]:
@@ -123,6 +153,20 @@ def attention_layers(part: nn.Module, *, generates: bool) -> tuple[str, ...]:
     return tuple(sorted(paired or leaves))
 
 
+def with_preset(settings: Settings, drafted: dict[str, Any], card: str) -> Settings:
+    """The settings with what the library's recipe for such a card and model says; of toy models as they are."""
+    system = drafted["system"]
+    decoder = (system.get("decoder") or {}).get("kind")
+    name = PRESETS.get(system["kind"]) or PRESETS.get(decoder)
+    if not settings.large or name is None:
+        return settings
+    name += next(suffix for suffix, least in CARDS.items() if memory(card) >= least)
+    parts = load_plain(name)["system"]
+    quantize = tuple(part for part, values in parts.items() if isinstance(values, dict) and "quantize" in values)
+    rank = parts[settings.owner]["lora"]["rank"] if "lora" in parts.get(settings.owner, {}) else settings.rank
+    return replace(settings, rank=rank, quantize=quantize, preset=name)
+
+
 def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]:
     """The largest images, and then passes, whose step the card holds.
 
@@ -143,17 +187,31 @@ def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]
     )
 
 
-def text(settings: Settings, look: Survey) -> str:
+def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
     """The recipe as commented YAML."""
     steps = min(max(look.items * VISITS // BATCH, STEPS[0]), STEPS[1])
-    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": str(look.path.resolve())}
+    path = str(look.path.resolve())
+    if home is not None:
+        path = os.path.relpath(path, home.resolve())
+    if settings.trigger and look.task not in ("text_to_image", "edit"):
+        raise UserError(f"--trigger {settings.trigger}: task {look.task} has no captions that it could stand before")
+    vary = {"vary": {"trigger": settings.trigger}} if settings.trigger else {}
+    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": path, **vary}
     shapes = look.aspect > 1.1 and look.task != "understand"
     run: dict[str, Any] = {"save_every": max(steps // 4, 1), "validate_every": max(steps // 4, 1)}
     if look.task == "text_to_image":
         run["sample_every"] = max(steps // 4, 1)
     if settings.large:
         run |= {"precision": "bf16", "checkpointing": ["llm" if look.task == "understand" else "decoder"]}
-    lora = {"rank": 16, "alpha": 16, "targets": list(settings.targets)}
+    lora = {"rank": settings.rank, "alpha": settings.rank, "targets": list(settings.targets)}
+    if settings.trigger:
+        look = replace(
+            look, texts=tuple(varied_text(text, Variations(**vary["vary"]), ItemDraws(0)) for text in look.texts)
+        )
+    words = f"  # frozen weights, as {settings.preset}; needs the extra quantize and a GPU"
+    others = [part for part in settings.quantize if part != settings.owner]
+    quantized = [f"    quantize: nf4{words}"] if settings.owner in settings.quantize else []
+    quantized += [f"  {part}: {{quantize: nf4}}" for part in others]
     captions = list(dict.fromkeys(look.texts))[:: max(len(dict.fromkeys(look.texts)) // PROMPTS, 1)][:PROMPTS]
     lines = [
         f"# {settings.model}, tuned by low-rank adapters on {look.path.resolve().name}: {look.items:,} items.",
@@ -163,6 +221,7 @@ def text(settings: Settings, look: Survey) -> str:
         "system:",
         f"  {settings.owner}:",
         f"    lora: {_flow(lora)}  # more rank learns more, and forgets more",
+        *quantized,
         "stages:",
         "  tune:",
         "    train: [lora]",

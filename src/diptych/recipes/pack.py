@@ -10,8 +10,8 @@ import torch
 
 from diptych.checkpoints.tensors import LORA, own_tensors
 from diptych.core.errors import UserError
-from diptych.core.files import write_folder
 from diptych.parts.backbones.published import record_dtype
+from diptych.recipes.bases import save_system
 from diptych.recipes.load import families, load_system
 from diptych.systems.base import System, formats
 
@@ -58,12 +58,11 @@ def write(
         return export(system, folder, dtype)
     system.keep_sampling(dataclasses.asdict(sampling))
 
-    def written(temporary: Path) -> None:
-        system.save_pretrained(temporary, stored or dtype)
+    def also(temporary: Path) -> None:
         if stored is not None:
             record_dtype(temporary / "config.json", formats(system, dtype))
 
-    write_folder(folder, written)
+    save_system(system, folder, stored or dtype, also)
     return True
 
 

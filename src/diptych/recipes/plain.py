@@ -11,9 +11,12 @@ from typing import Any
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.reading import read_text, read_yaml, yaml_value
+from diptych.recipes.paths import beside
 from diptych.recipes.short_keys import spelled_out
 
 LIBRARY = Path(__file__).parent / "library"
+NAMED = {"stages": "stage", "sources": "source"}
+"""Mappings whose keys are names that a recipe chose: a value in one that is not there is a mistake."""
 
 
 def names() -> list[str]:
@@ -58,7 +61,9 @@ def set_value(plain: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write it as key=value, as in stages.pretrain.steps=100")
     *path, last = key.split(".")
     place: Any = plain
-    for name in path:
+    for depth, name in enumerate(path):
+        if depth and path[depth - 1] in NAMED and name not in place:
+            raise unknown(NAMED[path[depth - 1]], name, place, f"--set {override}")
         if not isinstance(place.setdefault(name, {}), dict):
             raise UserError(f"--set {override}: {name!r} is a value, not a mapping")
         place = place[name]
@@ -72,10 +77,49 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise UserError(f"{path}: a recipe is a mapping")
     plain = spelled_out(plain, str(path))
+    if LIBRARY not in path.parents:
+        plain = beside(plain, path.parent)
     base = plain.pop("base", None)
     if base is None:
         return plain
-    return merge(_with_bases(find(str(base)), (*above, path)), plain)
+    return merge(_with_bases(_base(str(base), path.parent), (*above, path)), plain)
+
+
+def _base(name: str, folder: Path) -> Path:
+    """The file of a base: beside the recipe that names it, or as `find` finds it."""
+    beside_it = folder / name
+    return beside_it if beside_it.suffix in (".yaml", ".yml") and beside_it.is_file() else find(name)
+
+
+def inherited(name: str) -> list[str]:
+    """What a recipe of one's own has from its bases alone, by its keys: stages, sources, and top-level values that it
+    does not say itself; nothing for one without a base, or of the library."""
+    path = find(name)
+    own = read_yaml(path)
+    if LIBRARY in path.parents or not isinstance(own, dict) or own.get("base") is None:
+        return []
+    own, whole = spelled_out(own, str(path)), load_plain(name)
+    kept: list[str] = []
+    for stage, values in whole.get("stages", {}).items():
+        said = _at(own, "stages", stage)
+        if said is None:
+            kept.append(f"stages.{stage}")
+            continue
+        sources = _at(said, "data", "sources") or {}
+        inner = _at(values, "data", "sources") or {}
+        kept += [f"stages.{stage}.data.sources.{source}" for source in inner if source not in sources]
+    kept += [key for key in ("system", "start", "sampling", "sample_prompts") if key in whole and key not in own]
+    prompts = _at(own, "system") is not None and _at(whole, "system", "prompts") is not None
+    if prompts and _at(own, "system", "prompts") is None:
+        kept.append("system.prompts")
+    return kept
+
+
+def _at(values: Any, *path: str) -> Any:
+    """What lies at a place of nested mappings; None where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

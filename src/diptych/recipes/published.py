@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych.core.errors import UserError
 from diptych.core.reading import read_object
-from diptych.recipes.names import locate, shipped
+from diptych.recipes.names import is_local, locate, locate_configs
 
 SIZES = Path(__file__).parent / "sizes"
 
@@ -22,14 +22,30 @@ def folder_config(name: str) -> dict[str, Any]:
 
 
 def published_config(weights: str | None, subfolder: str | None = None) -> dict[str, Any]:
-    """The config.json of a published model."""
+    """The config.json of a published model: of a folder here, of those whose sizes are kept, or from the hub.
+
+    Raises:
+        UserError: none of these.
+    """
     if weights is None:
         raise UserError("a part needs `weights` or a `config`")
-    if weights in shipped() or Path(weights).is_dir():
+    if is_local(weights):
         return read_object(locate(weights) / (subfolder or "") / "config.json")
-    name = "__".join([*weights.split("/"), *([subfolder] if subfolder else [])]) + ".json"
-    path = SIZES / name
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem.replace("__", "/") for found in SIZES.glob("*.json")))
-        raise UserError(f"{weights}: its sizes are not known without its files; give `config`. Known: {known}")
-    return read_object(path)
+    path = sizes_file(weights, subfolder)
+    if path.is_file():
+        return read_object(path)
+    try:
+        folder = locate_configs(weights)
+    except UserError as error:
+        known = ", ".join(sorted(path.stem.replace("__", "/") for path in SIZES.glob("*.json")))
+        raise UserError(
+            f"{weights}: its sizes are not known without its files ({error}); give `config`. Known: {known}"
+        ) from error
+    return read_object(
+        folder / (subfolder or "") / "config.json", f"{weights}: {f'{subfolder}/' if subfolder else ''}config.json"
+    )
+
+
+def sizes_file(weights: str, subfolder: str | None = None) -> Path:
+    """Where the sizes of a hub id are kept, if they are."""
+    return SIZES / ("__".join([*weights.partition("@")[0].split("/"), *([subfolder] if subfolder else [])]) + ".json")

@@ -22,6 +22,7 @@ from diptych.core.schema import Variants, read
 from diptych.data.caption_file import CaptionFile
 from diptych.data.filters import Filters
 from diptych.data.reading import CONTEXT_PIXELS
+from diptych.data.variations import Variations
 from diptych.inference.placement import Quantization
 from diptych.inference.sampling import Sampling
 from diptych.recipes.legacy import refuse_old
@@ -168,6 +169,8 @@ class SourceSpec:
     captions stand, in tar files and in a folder's metadata (`data.captions.TextKeys`). captions: a second file that
     holds them, by key (`data.caption_file.CaptionFile`). filters: which items are used (`data.filters.Filters`).
     prepared: folder of what `diptych prepare` made of its items.
+    repeats: how often each item is seen before the others are again, in place of `weight` where all sources have it.
+    vary: what changes from visit to visit (`data.variations.Variations`).
     count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw.
     options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`); of proxies, see
     `recipes.pictures`.
@@ -186,6 +189,8 @@ class SourceSpec:
     prepared: str | None = None
     control: str | None = None
     maps: str | None = None
+    repeats: Count | None = None
+    vary: Variations | None = None
     count: NotNegativeInt = 0
     seed: Seed = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -21,20 +21,20 @@ from diptych.checkpoints.finite import check_finite
 from diptych.core import environment
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
-from diptych.core.files import make_folder, write_file, write_folder, write_text
+from diptych.core.files import make_folder, write_file, write_text
 from diptych.core.image_sizes import both_sides
 from diptych.core.locks import only_writer
-from diptych.core.reading import read_yaml
 from diptych.core.sample import Batch
 from diptych.data.buckets import buckets as make_buckets
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation import evaluate
 from diptych.inference.engine import Engine
-from diptych.recipes.legacy import with_new_names
+from diptych.recipes.bases import save_system
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.prepared import Needed
 from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
+from diptych.recipes.resuming import claim
 from diptych.recipes.sources import build_data
 from diptych.recipes.start import make_weights
 from diptych.reports.pictures import grid
@@ -46,10 +46,6 @@ from diptych.training.parallel import check_strategy
 from diptych.training.recompute import recompute_activations
 
 log = logging.getLogger(__name__)
-
-FREE = ("run", "sampling", "sample_prompts")
-"""Sections that may differ between a run and its resumption: but for the precision, they do not change what is learned.
-"""
 
 
 def train_recipe(
@@ -72,7 +68,7 @@ def train_recipe(
     plain = json.loads(json.dumps(plain))
     first = environment.number("RANK", 0) == 0
     with only_writer(folder, "diptych train") if first else nullcontext():
-        return _train(recipe, plain, folder, claim(folder, plain, resume), announce)
+        return _train(recipe, plain, folder, claim(folder, plain, resume, announce, write=first), announce)
 
 
 def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, announce: Callable[[str], None]) -> bool:
@@ -117,44 +113,6 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
     return done
-
-
-def claim(folder: Path, plain: dict[str, Any], resume: bool) -> bool:
-    """Whether to continue the run in `folder`."""
-    path = folder / "recipe.yaml"
-    found = state.checkpoints(folder / "checkpoints") if folder.is_dir() else []
-    if not resume:
-        if found or (folder / "model").exists():
-            raise UserError(f"{folder}: holds a run already; continue it with --resume, or choose another --out")
-        return False
-    if not path.is_file():
-        raise UserError(f"{folder}: nothing to resume (no recipe.yaml)")
-    before = read_yaml(path)
-    if not isinstance(before, dict):
-        raise UserError(f"{path}: a recipe is a mapping")
-    changed = difference(strip(with_new_names(before)), strip(plain))
-    if changed:
-        raise UserError(
-            f"--resume: the run in {folder} has another recipe ({changed}); resume it with its own, "
-            f"{path}, or start a new run with --out"
-        )
-    return bool(found)
-
-
-def strip(plain: dict[str, Any]) -> dict[str, Any]:
-    precision = plain.get("run", {}).get("precision", RunConfig.precision)
-    return {**{name: value for name, value in plain.items() if name not in FREE}, "run.precision": precision}
-
-
-def difference(a: Any, b: Any, where: str = "") -> str:
-    """The first place where two plain values differ, in words; "" when they are alike."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in sorted({*a, *b}):
-            found = difference(a.get(name), b.get(name), f"{where}.{name}" if where else str(name))
-            if found:
-                return found
-        return ""
-    return "" if a == b else f"{where}: {a!r} there, {b!r} here"
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -292,4 +250,4 @@ def scorer(system: System, recipe: Recipe, folder: Path) -> Callable[[int], dict
 def save_model(system: System, recipe: Recipe, folder: Path, dtype: torch.dtype | None = None) -> None:
     """The whole system in save_pretrained layout, with the recipe's sampling defaults."""
     system.keep_sampling(dataclasses.asdict(recipe.sampling))
-    write_folder(folder, lambda temporary: system.save_pretrained(temporary, dtype))
+    save_system(system, folder, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from diptych.core.errors import UserError, attributed_to
@@ -18,6 +19,7 @@ from diptych.data.parquet import ParquetSource
 from diptych.data.reading import Reading
 from diptych.data.source import Source
 from diptych.data.subset import hold_out
+from diptych.data.variations import Varied
 from diptych.data.webdataset import WebDatasetSource
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.recipes.pictures import ENDLESS, build_proxies
@@ -52,7 +54,7 @@ def _build_source(name: str, spec: SourceSpec, data: DataSpec, needed: Needed | 
     for field in dataclasses.fields(spec):
         default = field.default if field.default is not dataclasses.MISSING else None
         given_value = getattr(spec, field.name) not in (default, {}, ())
-        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "weight"}:
+        if given_value and field.name not in SOURCE_KEYS[spec.kind] | {"kind", "task", "weight", "repeats", "vary"}:
             reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
             raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
     if spec.kind in DRAWN_SOURCES:
@@ -140,7 +142,8 @@ def build_data(
         return train, held
 
     parts = [divided(name, source) for name, source in spec.sources.items()]
-    shares = [source.weight for source in spec.sources.values()]
+    parts = [varied(*both, source, spec) for both, source in zip(parts, spec.sources.values(), strict=True)]
+    shares = mixing_weights(spec, [len(train) for train, _ in parts])
     size = both_sides(spec.size)
     sizes = None
     if spec.buckets is not None:
@@ -160,3 +163,34 @@ def build_data(
         stride=step,
     )
     return mixture, parts
+
+
+def varied(train: Source, held: Source | None, spec: SourceSpec, data: DataSpec) -> tuple[Source, Source | None]:
+    """A source, and what is held out of it, with the variations that its specification asks for.
+
+    Raises:
+        UserError: images that change where their latents are kept.
+    """
+    if spec.vary is None:
+        return train, held
+    if spec.vary.of_images and (data.cache is not None or spec.prepared is not None):
+        kept = "data.cache" if data.cache is not None else "prepared"
+        raise UserError(f"{train.name}: vary.flip and vary.crop change images, whose latents {kept} holds")
+    if held is not None and spec.vary.held_out().of_captions:
+        held = Varied(held, spec.vary.held_out())
+    return Varied(train, spec.vary), held
+
+
+def mixing_weights(spec: DataSpec, counts: Sequence[int]) -> list[float]:
+    """The weights of the sources in the mixture: their `weight`, or so many `repeats` of their items.
+
+    Raises:
+        UserError: `repeats` of some sources alone, or beside a weight.
+    """
+    rows = list(spec.sources.items())
+    if not any(source.repeats for _, source in rows):
+        return [source.weight for _, source in rows]
+    for name, source in rows:
+        if source.repeats is None or source.weight != 1.0:
+            raise UserError(f"sources.{name}: where one source has repeats, all have, and none a weight")
+    return [float((source.repeats or 1) * count) for (_, source), count in zip(rows, counts, strict=True)]

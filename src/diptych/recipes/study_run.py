@@ -28,7 +28,8 @@ from diptych.recipes.clock import clock, seconds
 from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import load
 from diptych.recipes.quickstart import hardware
-from diptych.recipes.run import difference, strip, train_recipe
+from diptych.recipes.resuming import difference, strip
+from diptych.recipes.run import train_recipe
 from diptych.recipes.study import Planned, StudySpec, asked, plan
 
 GIVEN = "given.json"

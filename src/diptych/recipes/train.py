@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diptych.recipes.names import RUNS
 from diptych.recipes.plain import find
 from diptych.recipes.recipe import load
+from diptych.recipes.remarks import remarks
 from diptych.recipes.run import log, train_recipe
-
-RUNS = Path("runs")
 
 
 def train(
@@ -32,6 +32,8 @@ def train(
         True when done, False when a signal stopped the run after saving.
     """
     values, plain = load(recipe, overrides)
+    for line in remarks(values):
+        announce(line)
     return train_recipe(values, plain, run_folder(recipe, out), resume=resume, announce=announce)
 
 

@@ -36,6 +36,13 @@ class FluxAutoencoder(KLAutoencoder):
         made.sizes = dict(config)
         return made
 
+    configured = False
+
+    @classmethod
+    def sizes_of(cls, folder: Path) -> dict[str, Any] | None:
+        file = folder / FILE
+        return flux_autoencoder.sizes({x.name: x.shape for x in entries(file)}) if file.is_file() else None
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: Mapping[str, Any] | None = None, **options: Any) -> Self:
         """From the file `ae.safetensors` of a release; its tensors tell the sizes that `config` does not."""

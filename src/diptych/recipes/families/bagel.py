@@ -42,7 +42,7 @@ class Bagel(Family[BagelSystem]):
     kind = "bagel"
 
     def detect(self, folder: Path) -> bool:
-        return all((folder / name).is_file() for name in (WEIGHTS, *CONFIGS))
+        return all((folder / name).is_file() for name in CONFIGS)
 
     def sizes(self, folder: Path, model: str) -> tuple[BagelSpec, Sampling]:
         network, autoencoder = Part(kind="bagel", weights=model), Part(kind="flux", weights=model)
