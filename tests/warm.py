@@ -46,7 +46,7 @@ def start(
 
 def command(*words: str, output: Path, environment: Mapping[str, str] | None = None) -> ForkServerProcess:
     """A process that runs the `diptych` command and ends with its exit code."""
-    return start(_command, words, output=output, environment=environment)
+    return start(enter, words, output=output, environment=environment)
 
 
 def group(function: Callable[..., object], *arguments: Any, output: Path, count: int = 2, seconds: float = 300) -> None:
@@ -106,7 +106,8 @@ def _run(
     function(*arguments)
 
 
-def _command(words: tuple[str, ...]) -> None:
+def enter(words: tuple[str, ...]) -> None:
+    """What a process does that runs the command, for `group`."""
     from diptych.cli.main import main
 
     sys.exit(main(words))
