@@ -51,3 +51,40 @@ QWEN_IMAGE: dict[str, Any] = {
     "joint_attention_dim": 12,
     "axes_dims_rope": (4, 6, 6),
 }
+FLUX_LIKE: dict[str, Any] = {
+    "channels": 3,
+    "patch": 8,
+    "hidden": 16,
+    "heads": 1,
+    "double": 1,
+    "single": 1,
+    "axes": [4, 6, 6],
+}
+DECODER_SIZES: dict[str, dict[str, Any]] = {
+    "mmdit": FLUX_LIKE,
+    "ovis_u1": FLUX_LIKE,
+    "omnigen2": {
+        "patch_size": 8, "in_channels": 3, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1,
+        "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": [4, 4, 4],
+        "axes_lens": [512, 64, 64], "text_feat_dim": 12,
+    },
+    "zimage": {
+        "in_channels": 3, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": 12, "axes_dims": [4, 6, 6], "axes_lens": [512, 32, 32],
+    },
+    "sana": {
+        "in_channels": 3, "out_channels": 3, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
+        "caption_channels": 12,
+    },
+    "sd3": {
+        "in_channels": 3, "out_channels": 3, "patch_size": 2, "num_layers": 1, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10,
+        "sample_size": 32, "pos_embed_max_size": 32,
+    },
+    "qwen_image": {
+        "in_channels": 12, "out_channels": 3, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 12, "axes_dims_rope": [4, 6, 6],
+    },
+}  # fmt: skip
+"""Of every decoder of the tables, for a condition of width 12 or 24 and pictures of three channels."""

@@ -25,6 +25,7 @@ from diptych.systems.composed import ComposedSystem
 from diptych.systems.presets import ComposedConfig
 from diptych.systems.prompts import Prompts
 from diptych.training.loop import freeze
+from tiny_sizes import DECODER_SIZES
 
 QUERIES: dict[str, dict[str, Any]] = {
     "raw": {},
@@ -32,42 +33,6 @@ QUERIES: dict[str, dict[str, Any]] = {
     "residual_query_adapter": {"queries": 4, "heads": 2},
     "hierarchical_queries": {"scales": [1, 2]},
 }
-OURS: dict[str, Any] = {
-    "channels": 3,
-    "patch": 8,
-    "hidden": 16,
-    "heads": 1,
-    "double": 1,
-    "single": 1,
-    "axes": [4, 6, 6],
-}
-SIZES: dict[str, dict[str, Any]] = {
-    "mmdit": OURS,
-    "ovis_u1": OURS,
-    "omnigen2": {
-        "patch_size": 8, "in_channels": 3, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1,
-        "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": [4, 4, 4],
-        "axes_lens": [512, 64, 64], "text_feat_dim": 12,
-    },
-    "zimage": {
-        "in_channels": 3, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
-        "cap_feat_dim": 12, "axes_dims": [4, 6, 6], "axes_lens": [512, 32, 32],
-    },
-    "sana": {
-        "in_channels": 3, "out_channels": 3, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1,
-        "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
-        "caption_channels": 12,
-    },
-    "sd3": {
-        "in_channels": 3, "out_channels": 3, "patch_size": 2, "num_layers": 1, "attention_head_dim": 8,
-        "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10,
-        "sample_size": 32, "pos_embed_max_size": 32,
-    },
-    "qwen_image": {
-        "in_channels": 12, "out_channels": 3, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
-        "joint_attention_dim": 12, "axes_dims_rope": [4, 6, 6],
-    },
-}  # fmt: skip
 LANGUAGE: dict[str, Any] = {
     "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
     "intermediate_size": 32, "max_position_embeddings": 512,
@@ -128,7 +93,7 @@ PRODUCT = list(itertools.product(BACKBONES, CONDITIONERS, DECODERS))
 def test_parts_meet_and_learn_or_say_why_not(reader: str, asker: str, drawer: str) -> None:
     model = backbone(reader)
     conditioner, asks = build_conditioner(Part(kind=asker, config=QUERIES[asker]), model, False)
-    decoder, draws_of = build_decoder(Part(kind=drawer, config=SIZES[drawer]), model.width, False)
+    decoder, draws_of = build_decoder(Part(kind=drawer, config=DECODER_SIZES[drawer]), model.width, False)
     connector, between = build_connector(Part(kind="linear"), model.width, decoder.condition_width, False)
     origins = {"conditioner": asks, "connector": between, "decoder": draws_of}
     parts: dict[str, Any] = {"backbone": model, "conditioner": conditioner, "connector": connector, "decoder": decoder}
@@ -158,7 +123,7 @@ def test_parts_meet_and_learn_or_say_why_not(reader: str, asker: str, drawer: st
 def test_a_text_encoder_leaves_no_turn_open() -> None:
     model = backbone("t5")
     conditioner, asks = build_conditioner(Part(kind="raw"), model, False)
-    decoder, _ = build_decoder(Part(kind="mmdit", config=OURS), model.width, False)
+    decoder, _ = build_decoder(Part(kind="mmdit", config=DECODER_SIZES["mmdit"]), model.width, False)
     connector, _ = build_connector(Part(kind="linear"), model.width, decoder.condition_width, False)
     parts: dict[str, Any] = {"backbone": model, "conditioner": conditioner, "connector": connector, "decoder": decoder}
     with pytest.raises(UserError, match="T5 answers nothing"):
@@ -168,7 +133,7 @@ def test_a_text_encoder_leaves_no_turn_open() -> None:
 def test_options_that_parts_cannot_have_are_refused() -> None:
     model = backbone("internvl")
     conditioner, asks = build_conditioner(Part(kind="metaquery", config={"queries": 4}), model, False)
-    decoder, _ = build_decoder(Part(kind="mmdit", config=OURS), model.width, False)
+    decoder, _ = build_decoder(Part(kind="mmdit", config=DECODER_SIZES["mmdit"]), model.width, False)
     connector, _ = build_connector(Part(kind="linear"), model.width, decoder.condition_width, False)
     parts: dict[str, Any] = {"backbone": model, "conditioner": conditioner, "connector": connector, "decoder": decoder}
     for options, message in (

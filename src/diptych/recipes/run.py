@@ -44,6 +44,7 @@ from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
 from diptych.training.parallel import check_strategy
 from diptych.training.recompute import recompute_activations
+from diptych.training.regions import compile_regions
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
     check_parts(recipe, system)
     trained = [name for stage in recipe.stages.values() for name in stage.train]
     system.own(dict.fromkeys(trained))
+    if recipe.run.compile == "regional":
+        compile_regions(system, accelerator.device.type)
     recompute_activations(system, recipe.run.checkpointing)
     make_weights(system, weights, recipe, accelerator)
     check_finite(system, recipe.start or "the weights that the recipe's parts start from")

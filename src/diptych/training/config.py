@@ -111,11 +111,12 @@ class RunConfig:
     always saves. score_tasks, score_limit: what is scored then, with the averaged weights where there are any, and how
     many prompts of each task. keep_checkpoints: number of the last checkpoints that stay; keep_stages: the last one of
     every stage stays too. num_workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: parts
-    whose activations are recomputed. strategy: `auto` (one process, or DDP when started by a launcher), `fsdp` (weights
-    divided among all processes, which draws no pictures on the way) or `hsdp` (`replicas` copies of the weights, each
-    divided among its own processes; as many processes as a machine has GPUs keep the gathering of weights inside it).
-    frozen_weights: number format of what no stage trains; with `auto` that of a bfloat16 file where `precision` is
-    bf16, else float32. What a stage trains is float32, whatever the file has.
+    whose activations are recomputed. compile: of the decoder's blocks, see `training.regions`. strategy: `auto` (one
+    process, or DDP when started by a launcher), `fsdp` (weights divided among all processes, which draws no pictures on
+    the way) or `hsdp` (`replicas` copies of the weights, each divided among its own processes; as many processes as a
+    machine has GPUs keep the gathering of weights inside it). frozen_weights: number format of what no stage trains;
+    with `auto` that of a bfloat16 file where `precision` is bf16, else float32. What a stage trains is float32,
+    whatever the file has.
     """
 
     log_every: int = 10
@@ -130,6 +131,7 @@ class RunConfig:
     num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: tuple[str, ...] = ()
+    compile: Literal["off", "regional"] = "off"
     strategy: Literal["auto", "fsdp", "hsdp"] = "auto"
     replicas: Annotated[int, Interval(ge=2)] | None = None
     frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto"
