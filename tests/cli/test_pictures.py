@@ -71,7 +71,7 @@ def test_files_that_are_there_are_kept(tiny_model: Path, capsys: pytest.CaptureF
         (["two", "three", "-o", "a.png"], "one file, but 2 images"),
         ([], "give PROMPTs or --prompts FILE"),
         (["two", "--prompts", "a.txt"], "give PROMPTs or --prompts FILE"),
-        (["--prompts", "none.txt"], "not readable"),
+        (["--prompts", "none.txt"], "--prompts none.txt: no such file"),
         (["--prompts", "bad.jsonl"], "bad.jsonl:2: unknown key 'setps'. Did you mean 'steps'"),
         (["--prompts", "worse.jsonl"], "worse.jsonl:1: n must be a whole number, not 0"),
         (["--prompts", "worst.jsonl"], "worst.jsonl:1: steps must be at least 1"),

@@ -122,7 +122,7 @@ def test_a_key_that_comes_twice_in_a_shard_is_given_to_none(tmp_path: Path) -> N
         ('{"id": "a", "caption": "x"}', "ids", r"c.jsonl:1: unknown key column 'ids'. Did you mean 'id'"),
         ('{"id": "a", "text": null}', "id", r"c.jsonl:1: 'text' or 'caption' is missing"),
         ('{"id": null, "caption": "x"}', "id", r"c.jsonl:1: 'id' must be a text or a whole number, not None"),
-        ("{oops", "id", "malformed JSON"),
+        ("{oops", "id", ":1: not JSON"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, key: str, message: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_metadata_of_an_imagefolder(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{oops", "malformed JSON"),
+        ("{oops", "metadata.jsonl:1: not JSON"),
         ('{"text": "x"}', "metadata.jsonl:1: 'file_name' must name an image"),
         ('{"file_name": "b.png"}\n\n{"file_name": "./b.png"}', "metadata.jsonl:3: ./b.png has a row already"),
         ("[]", "metadata.jsonl:1: a row must be an object"),

@@ -134,6 +134,10 @@ def commands(folder: Path, model: Path, plain: Mapping[str, Any]) -> list[Comman
     (folder / "photos").mkdir()
     for number in range(3):
         Image.new("RGB", (8 + number, 8)).save(folder / "photos" / f"{number}.png")
+    stage = {**short["stages"]["mix"], "data": {"size": 32, "sources": {}}}
+    stage["data"]["sources"] = {"mine": {"kind": "folder", "task": "image", "path": str(folder / "photos")}}
+    prepared = folder / "prepare.yaml"
+    prepared.write_text(yaml.safe_dump({**short, "stages": {"mix": stage}}))
     scores = ("eval", str(model), "--tasks", "toyeval,toyvqa", "--n", "1", "--limit", "2", "--steps", "1")
     start = ("quickstart", "--model", str(model), "--recipe", str(quick), "--limit", "1", "--out", "{w}/quick")
     return [
@@ -142,6 +146,11 @@ def commands(folder: Path, model: Path, plain: Mapping[str, Any]) -> list[Comman
         Command(name="study", argv=("study", str(folder / "study.yaml"), "--out", "{w}/study")),
         Command(name="save", argv=("save", str(model), "{w}/saved")),
         Command(name="quickstart", argv=start, again={"--force": "--force"}),
+        Command(
+            name="prepare",
+            argv=("prepare", str(prepared), "--output", "{w}/prepared", "--shard-items", "2", "--device", "cpu"),
+            env={"DIPTYCH_INDEX": "{w}/index"},
+        ),
         Command(name="index", argv=("index", str(folder / "photos")), env={"DIPTYCH_INDEX": "{w}/index"}),
     ]
 

@@ -74,7 +74,14 @@ class Disk:
             folder, name = self._place(event.path)
             del self.seen[folder][name]
         elif event.kind == "f":
-            self.data[self.numbers[event.inode]] = event.data
+            number = self.numbers[event.inode]
+            self.data[number] = event.data
+            folder, name = self._place(event.path)
+            entries = self.seen[folder]
+            if entries.get(name) != number:  # safetensors renames by system calls of its own, which no layer sees
+                for other in [other for other, inner in entries.items() if inner == number]:
+                    del entries[other]
+                entries[name] = number
         elif event.kind == "d":
             folder = self._find(event.path)
             self.synced[folder] = dict(self.seen[folder])

@@ -21,10 +21,10 @@ from faults.machine import Ended, Machine, commands, compiler, differences
 
 MORE = os.environ.get("DIPTYCH_FAULTS", "")
 ALL = MORE == "all"
-NAMES = ("train", "eval", "study", "save", "quickstart", "index")
-FEW = {"train": 2, "eval": 2, "study": 2, "save": 2, "quickstart": 1, "index": 2}
+NAMES = ("train", "eval", "study", "save", "quickstart", "prepare", "index")
+FEW = {"train": 2, "eval": 2, "study": 2, "save": 2, "quickstart": 1, "prepare": 2, "index": 2}
 """Faults of each kind and command that are tried with DIPTYCH_FAULTS=few."""
-ONE = {"train": 0.7, "eval": 0.5, "study": 0.8, "save": 0.4, "index": 0.5}
+ONE = {"train": 0.7, "eval": 0.5, "study": 0.8, "save": 0.4, "prepare": 0.6, "index": 0.5}
 """How far into its operations a command of those that are always tried is hit."""
 WRITERS = ("train", "eval", "study", "quickstart")
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 LIBRARY = ctypes.CDLL(None)
+OTHERS = ("diptych.serving", "diptych.page", "diptych.recipes.lmms", "diptych.__main__")
+"""Modules that no command here uses; some start threads when they are imported."""
 
 
 def serve(model: str) -> None:
@@ -33,7 +35,7 @@ def serve(model: str) -> None:
     from diptych.recipes.load import load
 
     for module in pkgutil.walk_packages(diptych.__path__, "diptych."):
-        if not module.name.startswith(("diptych.serving", "diptych.recipes.lmms", "diptych.__main__")):
+        if not module.name.startswith(OTHERS):
             importlib.import_module(module.name)
     for name in ("matplotlib.pyplot", "jinja2", "transformers", "tokenizers", "accelerate", "einops._torch_specific"):
         importlib.import_module(name)

@@ -12,6 +12,7 @@ in the place of alpha; what each reader makes of the others' files is measured i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from diptych.checkpoints.tensors import refuse_pickle
 from diptych.core.errors import UserError
-from diptych.core.reading import read_object
+from diptych.core.reading import json_value, read_object
 
 FORMATS = ("peft", "diffusers", "comfyui", "kohya")
 METADATA = "lora_adapter_metadata"
@@ -108,9 +109,18 @@ def read_lora(path: Path) -> dict[str, Update]:
     found: dict[str, Update] = {}
     for name, down in downs.items():
         up = ups[name]
+        if not (down.is_floating_point() and up.is_floating_point()):
+            raise UserError(f"{file}: {name}: {down.dtype} and {up.dtype} are no weights")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"{file}: {name} holds values that are not finite")
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             raise UserError(f"{file}: {name}: {list(down.shape)} and {list(up.shape)} are no two matrices of one rank")
-        found[name] = (down, up, alphas[name] if name in alphas else alpha_of(name, down.shape[0], said))
+        if not down.numel() or not up.numel():
+            raise UserError(f"{file}: {name}: {list(down.shape)} and {list(up.shape)} hold nothing")
+        alpha = alphas[name] if name in alphas else alpha_of(name, down.shape[0], said, config or file)
+        if not math.isfinite(alpha):
+            raise UserError(f"{file}: the alpha of {name} is {alpha}")
+        found[name] = (down, up, alpha)
     unused = sorted(alphas.keys() - downs.keys())
     if unused:
         raise UserError(f"{file}: {unused[0]}.alpha is of no layer of the file")
@@ -146,10 +156,9 @@ def of_metadata(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     """PEFT's configuration as diffusers keeps it in a file, those of all parts as one; empty where there is none."""
     if METADATA not in metadata:
         return {}
-    try:
-        values: dict[str, Any] = json.loads(metadata[METADATA])
-    except ValueError as error:
-        raise UserError(f"{file}: its metadata {METADATA} cannot be read") from error
+    values = json_value(metadata[METADATA], f"{file}: its metadata {METADATA}")
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: its metadata {METADATA} is no object")
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = key.rpartition(".")[2]
@@ -157,15 +166,39 @@ def of_metadata(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     return found
 
 
-def alpha_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """A layer's alpha by PEFT's configuration, so that the scale is alpha / rank; the rank where nothing is said."""
+def alpha_of(name: str, rank: int, config: Mapping[str, Any], file: Path) -> float:
+    """A layer's alpha by PEFT's configuration, so that the scale is alpha / rank; the rank where nothing is said.
+
+    Raises:
+        UserError: an alpha that is no number, or a pattern that is no regular expression of names.
+    """
     if "lora_alpha" not in config:
         return float(rank)
-    alpha = float(config["lora_alpha"])
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            alpha = float(value)
+    alpha = _number(config["lora_alpha"], "lora_alpha", file)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{file}: alpha_pattern must be an object")
+    for pattern, value in patterns.items():
+        if _matches(pattern, name, file):
+            alpha = _number(value, f"alpha_pattern.{pattern}", file)
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def _number(value: Any, key: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{file}: {key} must be a number, not {value!r}")
+    return float(value)
+
+
+def _matches(pattern: str, name: str, file: Path) -> bool:
+    """Whether PEFT would take a pattern for a layer's name. Repeated groups, on which matching may take for ever, are
+    refused: names of layers need none."""
+    if re.search(r"[*+}]\)?[*+{]|\)[*+{]", pattern):
+        raise UserError(f"{file}: alpha_pattern {pattern!r} repeats a group; name layers without that")
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{file}: alpha_pattern {pattern!r} is no regular expression ({error})") from error
 
 
 def stripped(name: str) -> Iterable[tuple[str, str | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,18 @@ from pathlib import Path
 from diptych.checkpoints import read_pickle
 from diptych.core.errors import UserError
 from diptych.core.files import write_file
+
+_NAMED = re.compile(r"(?:Unsupported (?:global|class|operand|persistent id)|GLOBAL) ?:?\W*([\w.]+)")
+
+
+def reason(said: str) -> str:
+    """What kept PyTorch from reading a file, without its advice to run what the file holds."""
+    if "Weights only load failed" in said:
+        named = _NAMED.search(said)
+        what = f"it asks for {named[1]}, and" if named else "it asks for more than tensors, which"
+        return f"{what} nothing that a file asks for is run"
+    last = (said.strip().splitlines() or ["the process that read it was stopped"])[-1]
+    return "not a file of weights" if last.strip().isdigit() or ("Error" not in last and ":" not in last) else last
 
 
 def to_safetensors(source: Path, target: Path) -> None:
@@ -27,7 +40,6 @@ def to_safetensors(source: Path, target: Path) -> None:
         program = [sys.executable, "-I", read_pickle.__file__, str(source.resolve()), str(place.resolve())]
         ran = subprocess.run(program, env={}, capture_output=True, text=True, check=False)
         if ran.returncode:
-            said = (ran.stderr.strip().splitlines() or ["the process that read it was stopped"])[-1]
-            raise UserError(f"{source}: not readable as weights ({said})")
+            raise UserError(f"{source}: not readable as weights ({reason(ran.stderr)})")
 
     write_file(target, write)

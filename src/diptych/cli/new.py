@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from diptych.recipes.new import new_recipe
 
     folder = Path(args.folder).expanduser()
+    if not args.output and not folder.resolve().name:
+        raise UserError(f"{folder}: has no name that the recipe could have; give --output FILE.yaml")
     output = Path(args.output or f"{folder.resolve().name}.yaml").expanduser()
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: a recipe's name ends in .yaml")

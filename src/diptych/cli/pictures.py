@@ -65,12 +65,14 @@ def made_before(file: Path, about: dict[str, str]) -> bool:
     """
     from PIL import Image
 
+    from diptych.data.imaging import UNREADABLE
+
     if not file.exists():
         return False
     try:
         with Image.open(file) as image:
             carried = {name: image.info.get(name) for name in about if name not in ("software", "expansion")}
-    except OSError as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: exists already and is no picture; give another -o, or --overwrite") from error
     if carried != {name: about[name] for name in carried}:
         raise UserError(f"{file}: exists already and was made otherwise; give another -o, or --overwrite")

@@ -38,11 +38,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
-
     from transformers.utils import logging as transformers_logging
 
     from diptych.cli.progress import bars
+    from diptych.core import environment
     from diptych.core.errors import UserError
     from diptych.recipes.prepare import Options, prepare
     from diptych.recipes.recipe import load
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
     )
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = environment.number("RANK", 0), environment.number("WORLD_SIZE", 1, least=1)
     if args.ray is not None:
         if world > 1:
             raise UserError("--ray starts its own workers; give it to one process, or leave it out under torchrun")

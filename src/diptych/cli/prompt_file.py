@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.filenames import file_name
+from diptych.core.files import LONGEST_NAME
+from diptych.core.reading import json_value, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,7 @@ def read_prompts(path: Path) -> list[Line]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--prompts {path}: a .txt file with a prompt a line, or a .jsonl file")
-    try:
-        rows = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: not readable ({type(error).__name__})") from error
+    rows = read_text(path, f"--prompts {path}").splitlines()
     lines: list[Line] = []
     for number, row in enumerate(rows, start=1):
         text = row.strip()
@@ -50,10 +49,7 @@ def read_prompts(path: Path) -> list[Line]:
 def _object(text: str, where: str) -> Line:
     from diptych.inference.sampling import Sampling, names
 
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg})") from error
+    values = json_value(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where}: an object with 'prompt' is needed, not {type(values).__name__}")
     own = {name: values.pop(name) for name in ("prompt", "seed", "n", "name") if name in values}
@@ -63,8 +59,11 @@ def _object(text: str, where: str) -> Line:
     for name in ("seed", "n"):
         if name in own and (not isinstance(own[name], int) or isinstance(own[name], bool) or own[name] < (name == "n")):
             raise UserError(f"{where}: {name} must be a whole number, not {own[name]!r}")
-    if "name" in own and (not isinstance(own["name"], str) or Path(own["name"]).name != own["name"] or not own["name"]):
-        raise UserError(f"{where}: name must be a file's name without a folder, not {own['name']!r}")
+    if own.get("seed", 0) >= 2**63:
+        raise UserError(f"{where}: seed must be below 2^63, not {own['seed']}")
+    name = own.get("name", "x")
+    if not isinstance(name, str) or name.startswith(".") or len(name) > LONGEST_NAME or file_name(name) != name:
+        raise UserError(f"{where}: name must be a plain file name without a folder, not {name!r}")
     allowed = [name for name in names() if name not in ("edit", "batch_size")]
     for name in values:
         if name not in allowed:

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.recipes import plain as recipes
 
     names = recipes.names()
-    listed = [name for name in names if name.startswith(args.name or "")]
+    listed = [name for name in names if args.name != "" and name.startswith(args.name or "")]
     if args.name is None or (listed and args.name not in names):
         if args.set:
             raise UserError("--set goes with a recipe: diptych recipes RECIPE --set KEY=VALUE")

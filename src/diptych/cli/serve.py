@@ -12,9 +12,12 @@ The page is at the server's address itself.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 KEY = "DIPTYCH_API_KEY"
+LONGEST = 10**6
+"""Of options that are counts or seconds, and megabytes of a request."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +59,29 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
-    if args.queue < 0 or not 0 <= args.port <= 65535:
-        raise UserError("--queue must not be negative, and --port is from 0 to 65535")
+        if value is not None and value > LONGEST:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {LONGEST}, not {value:g}")
+    if args.queue < 0:
+        raise UserError(f"--queue must not be negative, not {args.queue}")
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port must be from 0 to 65535, not {args.port}")
+    if not args.host.strip():
+        raise UserError("--host is empty; 127.0.0.1 is this machine alone")
+    for name in args.models:
+        if not name.strip():
+            raise UserError("a MODEL has an empty name")
+        if args.models.count(name) > 1:
+            raise UserError(f"{name}: given twice")
+    for origin in args.cors:
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise UserError(f"--cors {origin}: an origin is written as https://host, or * for all")
+    for host in args.allow_urls:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host):
+            raise UserError(f"--allow-urls {host}: the name of a host, without address or port")
     key = checked_key(args.api_key or os.environ.get(KEY, ""), "--api-key" if args.api_key else KEY)
     device, runs = options.device(args.device), Path(args.runs).expanduser().resolve()
     try:
-        import multipart  # noqa: F401  # pyright: ignore[reportUnusedImport] - of python-multipart, as Starlette wants it
+        import python_multipart  # noqa: F401  # pyright: ignore[reportUnusedImport] - as Starlette wants it
 
         from diptych.serving.app import Mount
         from diptych.serving.server import Settings, serve

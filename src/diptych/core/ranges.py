@@ -20,8 +20,8 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 """A number from 0 to 1."""
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
-Count = Annotated[int, Ge(1)]
-NotNegativeInt = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1), Lt(2**53)]
+NotNegativeInt = Annotated[int, Ge(0), Lt(2**63)]
 """A whole number of at least 0."""
 
 

@@ -71,6 +71,21 @@ def read_object(path: Path, what: str | None = None) -> dict[str, Any]:
     return value
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def check_model_files(folder: Path) -> Path:
+    """The folder; UserError names a file that transformers would stumble over: JSON that holds no object, a chat
+    template that is no text."""
+    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
+        if (folder / name).is_file():
+            read_object(folder / name)
+    for path in folder.glob("*.jinja"):
+        read_text(path)
+    return folder
+
+
 def kind(value: Any) -> str:
     """What a plain value is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from diptych.core.errors import UserError, unknown
-from diptych.data.captions import TextKeys, lookup, text_keys
+from diptych.data.captions import TextKeys, check_text, lookup, text_keys
 from diptych.data.columns import derived, digest
 from diptych.data.source import file_stamp
+from diptych.data.table_rows import columns, table_rows
 
 _NONE, _AMBIGUOUS = -1, -2
 
@@ -111,10 +110,13 @@ def _joined(
         named = lookup(row, key)
         if isinstance(named, bool) or not isinstance(named, str | int) or named == "":
             raise UserError(f"{where}: {key!r} must be a text or a whole number, not {named!r}")
+        if isinstance(named, str):
+            check_text(named, key, where)
         number = len(row_end)
         texts, weights = keys_of_text.texts(row, where)
         for text, share in zip(texts, weights, strict=True):
-            blob += text.encode("utf-8", "replace")
+            check_text(text, "a caption", where)
+            blob += text.encode("utf-8")
             text_end.append(len(blob))
             weight.append(share)
         row_end.append(len(text_end))
@@ -146,30 +148,19 @@ def _joined(
 
 def _rows(file: Path, key: str, texts: TextKeys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, row) of the file."""
-    try:
-        if file.suffix.lower() == ".parquet":
-            yield from _parquet(file, key, texts)
-            return
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            if file.suffix.lower() == ".csv":
-                table = csv.DictReader(lines)
-                _check_columns(file, key, list(table.fieldnames or ()))
-                for row in table:
-                    yield f"{file}:{table.line_num}", row
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{file}:{number}: a row must be an object")
-                    _check_columns(file, key, list(row), f":{number}")
-                    yield f"{file}:{number}", row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: malformed JSON ({error})") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable ({error})") from error
-    except OSError as error:
-        raise UserError(f"{file}: not readable ({error.strerror or error})") from error
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        yield from _parquet(file, key, texts)
+        return
+    if kind not in (".csv", ".jsonl"):
+        raise UserError(f"{file}: captions are read from a .parquet, .jsonl or .csv")
+    present = columns(file)
+    if present is not None:
+        _check_columns(file, key, present)
+    for where, row in table_rows(file):
+        if present is None:
+            _check_columns(file, key, list(row), where.removeprefix(str(file)))
+        yield where, row
 
 
 def _check_columns(file: Path, key: str, present: list[str], place: str = "") -> None:

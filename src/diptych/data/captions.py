@@ -52,6 +52,8 @@ def text_keys(setting: TextSetting | None, where: str) -> TextKeys:
     """`text` of a source as `TextKeys`; UserError for weights that are no weights."""
     if setting is None:
         return TextKeys()
+    if "" in ((setting,) if isinstance(setting, str) else setting):
+        raise UserError(f"{where}: text: a key is empty")
     if isinstance(setting, str):
         return TextKeys((setting,), (1.0,), preferred=False)
     weights = dict(setting) if isinstance(setting, Mapping) else dict.fromkeys(setting, 1.0)
@@ -80,6 +82,14 @@ def text_list(value: Any, name: str, where: str) -> list[str]:
     if not texts or not all(text.strip() for text in texts):
         raise UserError(f"{where}: {name!r} is empty")
     return [text.strip() for text in texts]
+
+
+def check_text(text: str, name: str, where: str) -> None:
+    """UserError for a text with half a character of UTF-16 or a null character, which no tokenizer takes."""
+    if "\0" in text:
+        raise UserError(f"{where}: {name} holds a null character")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: {name} is not valid Unicode (it holds a lone surrogate)")
 
 
 def kind(value: object) -> str:

@@ -67,9 +67,11 @@ class Columns:
 
 def stored(folder: Path) -> Columns | None:
     """The columns in a folder; None where there are none of this version."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError, AttributeError, RecursionError):
         columns = Columns(folder)
         if columns.meta.get("version") == VERSION:
+            for path in folder.glob("*.npy"):
+                _ = columns[path.stem]  # one that a disk has shortened is made anew
             return columns
     return None
 

@@ -70,7 +70,8 @@ class FolderSource(Source, Listed):
             raise UserError(f"{self.name}: captions of a file go with task text_to_image, and without `text`")
         self.dropped = self._list(captions)
         if not self.paths:
-            raise UserError(f"{self.folder}: no image found ({_counted(self.dropped)}).")
+            reason = _counted(self.dropped) if self.dropped or not _files(self.folder) else "only other files"
+            raise UserError(f"{self.folder}: no image found ({reason}).")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diptych.core.errors import UserError
+from diptych.data.table_rows import table_rows
 
 NAMES = ("metadata.jsonl", "metadata.csv")
 _FILE = "file_name"
@@ -29,7 +28,7 @@ def read_metadata(folder: Path, paths: Sequence[str]) -> tuple[dict[str, dict[st
     rows: dict[str, dict[str, Any]] = {}
     for name in files:
         above = name.rpartition("/")[0]
-        for where, row in _rows(folder / name):
+        for where, row in table_rows(folder / name):
             file = row.get(_FILE)
             if not isinstance(file, str) or not file:
                 raise UserError(f"{where}: {_FILE!r} must name an image")
@@ -38,27 +37,3 @@ def read_metadata(folder: Path, paths: Sequence[str]) -> tuple[dict[str, dict[st
                 raise UserError(f"{where}: {file} has a row already")
             rows[path] = {**row, "": where}
     return rows, files
-
-
-def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            if file.suffix == ".csv":
-                for row in (table := csv.DictReader(lines)):
-                    yield f"{file}:{table.line_num}", row
-                return
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{file}:{number}: a row must be an object")
-                yield f"{file}:{number}", row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: malformed JSON ({error})") from error
-    except csv.Error as error:
-        raise UserError(f"{file}: malformed CSV ({error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{file}: not readable ({error.strerror})") from error

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -52,6 +54,11 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _HEADER_BYTES = 1 << 16
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError,
+    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What Pillow raises for files that are no pictures, or broken or excessive ones."""
 _LIMIT_VARIABLE = "DIPTYCH_MAX_PIXELS"
 _LIMIT = threading.Lock()
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")

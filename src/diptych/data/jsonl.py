@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import reason
 from diptych.core.sample import Sample
 from diptych.data.columns import digest
 from diptych.data.imaging import FitMode, check_fit
@@ -181,3 +182,5 @@ def _decode(text: bytes, where: str) -> object:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: malformed JSON ({error.msg} at {place}column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: malformed JSON ({reason(error)})") from error

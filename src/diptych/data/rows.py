@@ -171,7 +171,9 @@ def read_file(path: Path, id: str) -> bytes:
 
 
 def check_characters(text: str, id: str) -> None:
-    """BadItem for half of a surrogate pair, which JSON can hold and no encoding can."""
+    """BadItem for half of a surrogate pair, which JSON can hold and no encoding can, and for a null character."""
+    if "\0" in text:
+        raise BadItem(id, "text holds a null character")
     try:
         text.encode()
     except UnicodeEncodeError as error:

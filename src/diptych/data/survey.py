@@ -13,6 +13,7 @@ from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.sample import Task
 from diptych.data.folder import FolderSource
+from diptych.data.image_metadata import NAMES
 from diptych.data.jsonl import JsonlSource
 from diptych.data.source import BadItem, ItemDraws, Source, size_table
 
@@ -72,36 +73,49 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
         kind, path = "folder", folder
         try:
             source = FolderSource(folder, task=task or "text_to_image", name=folder.resolve().name)
-        except UserError:
+        except UserError as error:
             if task is not None:
                 raise
+            if any(path.suffix == ".txt" or path.name in NAMES for path in folder.rglob("*")):
+                raise UserError(f"{error} To learn from the images alone, give --task image.") from error
             source = FolderSource(folder, task="image", name=folder.resolve().name)
     sizes = source.sizes()
     table = size_table([] if sizes is None else sizes)
-    texts = _texts(source)
+    readable = (table > 0).all(axis=1)
+    texts, unusable = _texts(source)
+    broken = {error.id: error.reason for error in unusable.values()}
+    broken |= {
+        f"{source.name}: image {place + 1}": "unreadable header"
+        for place in np.flatnonzero(~readable).tolist()
+        if place not in unusable
+    }
+    if len(unusable) == min(GLANCE, len(source)):
+        raise UserError(f"{folder}: nothing usable ({len(broken):,}: {next(iter(broken.values()))})")
     return Survey(
         kind=kind,
         path=path,
         task=source.task,
-        items=len(source),
-        dropped=dict(source.dropped),
-        sizes=table[(table > 0).all(axis=1)],
+        items=len(source) - len(broken),
+        dropped={**source.dropped, **broken},
+        sizes=table[readable],
         texts=texts,
         scripts=tuple(script for script, _ in Counter(map(script_of, texts)).most_common() if script),
     )
 
 
-def _texts(source: Source) -> tuple[str, ...]:
-    """Texts of items that lie evenly in the source, unreadable ones passed over."""
+def _texts(source: Source) -> tuple[tuple[str, ...], dict[int, BadItem]]:
+    """Texts of items that lie evenly in the source; and those of the items that cannot be used."""
     found: list[str] = []
+    broken: dict[int, BadItem] = {}
     for index in np.linspace(0, len(source) - 1, min(GLANCE, len(source)), dtype=int):
         try:
             sample = source.load(int(index), ItemDraws(key(0, int(index))), (32, 32))
-        except BadItem:
+        except BadItem as error:
+            broken[int(index)] = error
             continue
         asked = [message.text for message in sample.messages if message.role == "user"]
         found += [text for text in (sample.text, *asked[:1]) if text]
-    return tuple(found)
+    return tuple(found), broken
 
 
 def script_of(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diptych.core.errors import UserError, unknown
+from diptych.core.reading import reason as in_words
 from diptych.core.sample import Sample, Task
 from diptych.data.caption_file import CaptionFile, Joined, join
 from diptych.data.captions import TextKeys, TextSetting, lookup, text_keys
@@ -87,7 +88,8 @@ class WebDatasetSource(Source, Scored, Listed):
         self.fit: FitMode = check_fit(fit, self.name)
         self.reading = reading or Reading()
         self.columns = _checked(columns or {}, self.task, self.name)
-        self.text = text_keys(self.columns.get("text", text), self.name) if "text" in self.columns or text else None
+        asked = self.columns.get("text", text)
+        self.text = None if asked is None else text_keys(asked, self.name)
         self.shards = [path for shard in given for path in local_shards(shard, cache_folder(cache))]
         if not self.shards:
             raise UserError(f"{self.name}: no shards given")
@@ -396,8 +398,8 @@ def _text(data: bytes, id: str) -> str:
 def _object(data: bytes, id: str) -> Mapping[str, Any]:
     try:
         fields = json.loads(data)
-    except ValueError as error:
-        raise BadItem(id, f"malformed .json ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadItem(id, f"malformed .json ({in_words(error)})") from error
     if not isinstance(fields, dict):
         raise BadItem(id, "malformed .json (not an object)")
     return fields

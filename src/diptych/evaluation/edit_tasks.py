@@ -13,6 +13,7 @@ from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.core.filenames import member_path
+from diptych.data.imaging import UNREADABLE
 from diptych.evaluation import gedit, imgedit
 from diptych.evaluation.archives import below, unpack
 from diptych.evaluation.download import fetch_dataset
@@ -166,7 +167,10 @@ class GEdit(PictureTask):
             table = dataset.dataset(row["file"]).take([row["row"]], columns=["input_image"])
             value = table.to_pylist()[0]["input_image"]
             data = value["bytes"] if isinstance(value, dict) else value
-            return [Image.open(io.BytesIO(data)).convert("RGB")]
+            try:
+                return [Image.open(io.BytesIO(data)).convert("RGB")]
+            except UNREADABLE as error:
+                raise UserError(f"{row['file']}: the picture of row {row['row']} cannot be read") from error
 
         return opened
 
@@ -237,5 +241,5 @@ def open_source(path: Path) -> Image.Image:
     """A picture to edit; UserError names one that is missing or broken."""
     try:
         return Image.open(path).convert("RGB")
-    except OSError as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: the picture to edit cannot be read; the benchmark's archive is incomplete") from error

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from diptych.core.errors import UserError
 from diptych.core.files import write_file
+from diptych.data.imaging import UNREADABLE
 from diptych.evaluation import clipscore, frechet
 from diptych.evaluation.clip import Clip, short_side
 from diptych.evaluation.geneval_task import ahead, batches, read
@@ -42,7 +43,7 @@ def read_square(output: Output) -> np.ndarray | str:
     try:
         with Image.open(output.file) as image:
             return square(image)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         return f"not a readable picture ({type(error).__name__})"
 
 

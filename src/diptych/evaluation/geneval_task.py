@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diptych.core.files import write_text
+from diptych.data.imaging import UNREADABLE
 from diptych.evaluation import geneval
 from diptych.evaluation.clip import Clip
 from diptych.evaluation.geneval_models import CLASSES, ColorNamer, Detection, Detector, cut_out, self_test
@@ -143,7 +144,7 @@ def read(output: Output) -> np.ndarray | str:
     try:
         with Image.open(output.file) as image:
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         return f"not a readable picture ({type(error).__name__})"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diptych.data.imaging import UNREADABLE
 from diptych.evaluation.download import pinned_model
 from diptych.evaluation.judge import Judge, Question, Reply
 from diptych.evaluation.scorers import load_scorer
@@ -19,7 +20,7 @@ def pictures(question: Question) -> list[Image.Image]:
     """The question's files as RGB; UnreadablePicture where one is none."""
     try:
         return [Image.open(io.BytesIO(data)).convert("RGB") for data in question.images]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UnreadablePicture(type(error).__name__) from error
 
 

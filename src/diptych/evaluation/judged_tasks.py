@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
-from diptych.data.imaging import to_pil
+from diptych.data.imaging import UNREADABLE, to_pil
 from diptych.evaluation import dpg, wise
 from diptych.evaluation.judge import Judge, Question, Reply, lasting
 from diptych.evaluation.judging import failed, fill, judge_about, judged, picture_bytes, prompt_label, wording
@@ -68,7 +68,7 @@ class DPG(PictureTask):
         try:
             with Image.open(output.file) as image:
                 cells = quarters(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, ValueError, UserError) as error:
+        except (*UNREADABLE, UserError) as error:
             return failed(f"not a readable grid of pictures ({error})")
         answers: dict[str, list[str]] = {}
         for question in self.table[output.item.id]:

@@ -10,9 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.data.imaging import UNREADABLE
 from diptych.evaluation.judge import Judge, JudgeDown, Reply, lasting
 from diptych.evaluation.judge_prompts import PROMPTS
 from diptych.evaluation.task import Row, Tools
@@ -85,7 +86,7 @@ def picture_bytes(path: Path) -> bytes:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.verify()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture") from error
     return data
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.core.files import write_file, write_json, write_text
+from diptych.data.imaging import UNREADABLE
 from diptych.evaluation.intervals import Bounds, Weights
 from diptych.evaluation.task import Item, Row, Task
 from diptych.inference.engine import Engine
@@ -238,7 +239,7 @@ def overview(folder: Path, result: TaskResult) -> None:
             continue
         try:
             images.append((picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB"))
-        except OSError:
+        except UNREADABLE:
             continue
         marks.append(row["score"] == 1)
     if images and len({image.size for image in images}) == 1 and max(images[0].size) <= SMALL:

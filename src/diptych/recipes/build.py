@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from diptych.checkpoints.deferred import placed
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, attributed_to
+from diptych.core.reading import check_model_files
 from diptych.core.schema import resolved
 from diptych.core.uninitialised import Uninitialised
 from diptych.parts.autoencoders.base import Autoencoder
@@ -210,7 +211,7 @@ def plain_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
     """
     cls = choose("backbone", part.kind, BACKBONES, Backbone)
     if part.weights and not meta:
-        backbone = cls.from_pretrained(locate(part.weights) / (part.subfolder or ""))
+        backbone = cls.from_pretrained(check_model_files(locate(part.weights) / (part.subfolder or "")))
         return backbone, {**dataclasses.asdict(part), "config": backbone.plain_config()}
     values_of = published_config if meta else folder_config
     config = cls.resolved(part.config or published_config(part.weights, part.subfolder), values_of)
@@ -352,10 +353,10 @@ def build_tokenizer(name: str | None, vocabulary: int, assets: Path | None) -> A
     if name == "toyworld":
         return train_tokenizer(toy_texts(), vocab_size=vocabulary)
     if name:
-        return AutoTokenizer.from_pretrained(str(locate(name)), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(check_model_files(locate(name))), trust_remote_code=False)
     if assets is None:
         raise UserError("backbone: random weights need a `tokenizer` (a folder, or 'toyworld')")
-    return AutoTokenizer.from_pretrained(str(assets), trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(str(check_model_files(assets)), trust_remote_code=False)
 
 
 @functools.cache

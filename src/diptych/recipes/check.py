@@ -22,7 +22,7 @@ from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
 from diptych.recipes.estimate import Memory, MemoryPlan
-from diptych.recipes.load import start
+from diptych.recipes.load import check_quantized, start
 from diptych.recipes.recipe import Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, check_sizes, stage_settings
 from diptych.recipes.sources import build_data, build_source
@@ -97,6 +97,7 @@ def check_system(recipe: Recipe, *, processes: int = 1) -> SystemReport:
     """
     system = build.build_system(recipe.system, meta=True)
     check_parts(recipe, system)
+    check_quantized(system, recipe)
     apply = stage_settings(system, list(recipe.stages.values()))
     plan = MemoryPlan(system, recipe, processes)
     trained: dict[str, dict[str, int]] = {name: {} for name in system.named_parts()}

@@ -24,7 +24,7 @@ from diptych.systems.base import AssembledSystem
 from diptych.training.memory import AllocationTracker
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)", re.IGNORECASE)
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", re.IGNORECASE)
 
 TILE = 512
 """Side in pixels of the tiles that are tried."""
@@ -43,12 +43,12 @@ SLACK = 1.1
 """Working memory is counted so many times: allocators round up and leave gaps."""
 
 
-def memory(text: str | int) -> int:
+def memory(text: str | int, option: str = "fit") -> int:
     """ "24GB" (10^9 bytes), "24GiB" (2^30), "800MB" or a number of bytes, as bytes; UserError for anything else."""
     match = _MEMORY.fullmatch(str(text).strip())
     value = 0 if match is None else int(float(match[1]) * UNITS[match[2].upper()])
     if value < 1:
-        raise UserError(f"fit {text}: write a memory as 24GB, 24GiB or 800MB")
+        raise UserError(f"{option} {text}: write a memory as 24GB, 24GiB or 800MB")
     return value
 
 

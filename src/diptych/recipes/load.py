@@ -229,8 +229,8 @@ def start(recipe: Recipe, *, quantized: bool = False) -> System:
     return system
 
 
-def quantize_frozen(system: System, recipe: Recipe) -> None:
-    """Put the parts whose `quantize` the recipe sets into that format, their adapters excepted."""
+def check_quantized(system: System, recipe: Recipe) -> None:
+    """UserError for a stage that trains a part whole whose frozen weights the recipe wants quantised."""
     for name, format in quantized_parts(recipe).items():
         part: Any = getattr(system, name)
         own = {id(p) for p in part.parameters()}
@@ -243,6 +243,13 @@ def quantize_frozen(system: System, recipe: Recipe) -> None:
                         f"stages.{stage_name}.train: {trained!r} is quantised ({name}.quantize: {format}) and cannot "
                         "be trained whole; train lora on it, or leave out quantize"
                     )
+
+
+def quantize_frozen(system: System, recipe: Recipe) -> None:
+    """Put the parts whose `quantize` the recipe sets into that format, their adapters excepted."""
+    check_quantized(system, recipe)
+    for name, format in quantized_parts(recipe).items():
+        part: Any = getattr(system, name)
         for parameter in part.parameters():
             parameter.requires_grad_(False)
         inside = {id(module) for module in part.modules()}

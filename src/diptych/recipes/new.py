@@ -173,7 +173,7 @@ def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]
     Raises:
         UserError: not even the smallest fits; the message says what that needs.
     """
-    budget, need = memory(card), 0
+    budget, need = memory(card, "--card"), 0
     sides = [settings.side, *(side for side in SIDES if side < settings.side)]
     for side in sides:
         for count in sorted({settings.micro_batch_size, 1}, reverse=True):

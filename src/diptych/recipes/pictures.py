@@ -61,6 +61,8 @@ def build_proxies(
             raise unknown("key", option, ("pictures", *SHARED, *PICTURES[kind]), f"{where}.options")
     if "proxies" not in options:
         raise UserError(f"{where}.options: 'proxies' is missing, a name or weights by name")
+    if not isinstance(options["proxies"], str | dict):
+        raise UserError(f"{where}.options.proxies: expected a name, or weights by name, not {options['proxies']!r}")
     if fit == "letterbox":
         raise UserError(f"{where}: proxies are cut or stretched to size; set data.fit to crop or stretch, not {fit}")
     how: dict[str, Any] = {option: options[option] for option in SHARED if option in options}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.core.errors import UserError, unknown
+from diptych.core.errors import UserError, nearest
 from diptych.core.reading import read_text, read_yaml, yaml_value
 from diptych.recipes.paths import beside
 from diptych.recipes.short_keys import spelled_out
@@ -33,14 +33,22 @@ def find(name: str) -> Path:
         return path
     if (LIBRARY / f"{name}.yaml").is_file():
         return LIBRARY / f"{name}.yaml"
-    raise unknown("recipe", name, names())
+    guess = nearest(name, names())
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    file = "; a file of yours ends in .yaml" if path.exists() else ""
+    raise UserError(f"unknown recipe {name!r}.{hint} `diptych recipes` lists them{file}.")
 
 
 def load_plain(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe as plain values, with its bases merged in and `key=value` overrides applied."""
     plain = _with_bases(find(name), ())
+    given: set[str] = set()
     for override in overrides:
         set_value(plain, override)
+        key = override.partition("=")[0]
+        if key in given:
+            raise UserError(f"--set {key}: given twice")
+        given.add(key)
     return spelled_out(plain, "--set", over=True)
 
 

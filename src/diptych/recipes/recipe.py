@@ -243,8 +243,12 @@ class DataSpec:
     max_bad_fraction: Share = 0.01
     cache: str | None = None
     decode: Literal["exact", "draft", "fast"] = "draft"
-    max_pixels: int | None = None
-    context_pixels: int = CONTEXT_PIXELS
+    max_pixels: Count | None = None
+    context_pixels: Count = CONTEXT_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.cache == "":
+            raise UserError("cache: names a folder, or is null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     refuse_lonely_process()
     launched = environment.number("WORLD_SIZE", 1, least=1)
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if os.environ.get(variable, "1").strip() == "":
+            raise UserError(f"the environment variable {variable} is empty; unset it, or let torchrun set it")
+        environment.number(variable, 0)
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError("LOCAL_RANK is set and WORLD_SIZE is not; a launcher such as torchrun sets both")
     for variable in ("RANK", "LOCAL_RANK") if launched > 1 else ():
         if variable not in os.environ or environment.number(variable, 0) >= launched:
             raise UserError(f"WORLD_SIZE is {launched} and {variable} not below it; start processes with torchrun")
@@ -148,6 +154,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 def check_parts(recipe: Recipe, system: System) -> None:
     """Stages name parts and tasks that the system has."""
+    for task in recipe.run.score_tasks:
+        if task not in evaluate.names():
+            raise unknown("task", task, evaluate.names(), "run.score_tasks")
     parts = system.named_parts()
     trained = {part for stage in recipe.stages.values() for part in stage.train}
     if "mask_token" in parts and recipe.start is None and "mask_token" not in trained:
@@ -235,9 +244,6 @@ def scorer(system: System, recipe: Recipe, folder: Path) -> Callable[[int], dict
     config = recipe.run
     if not config.score_every:
         return None
-    for task in config.score_tasks:
-        if task not in evaluate.names():
-            raise unknown("task", task, evaluate.names(), "run.score_tasks")
     engine = Engine(system, recipe.sampling, name=str(folder))
 
     def score(step: int) -> dict[str, float]:

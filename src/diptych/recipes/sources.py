@@ -93,8 +93,10 @@ def base_source(name: str, spec: SourceSpec, data: DataSpec) -> FileSource:
 
     One of `image` whose filter looks at prepared CLIP scores reads the pairs that the scores were made of.
     """
-    if spec.path is None:
-        raise UserError(f"sources.{name}: 'path' is missing")
+    if not spec.path:
+        raise UserError(f"sources.{name}: 'path' is {'missing' if spec.path is None else 'empty'}")
+    if spec.maps is not None and spec.control is None:
+        raise UserError(f"sources.{name}: maps are read where control asks for them; give both or none")
     pairs = spec.prepared is not None and spec.filters is not None and spec.filters.min_clip is not None
     task = "text_to_image" if spec.control or (pairs and spec.task == "image") else spec.task
     path = spec.path

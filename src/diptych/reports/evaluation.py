@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from diptych.core.files import write_text
+from diptych.data.imaging import UNREADABLE
 from diptych.reports import markdown as md
 from diptych.reports import page
 
@@ -94,7 +95,7 @@ def readable(gallery: Gallery) -> list[tuple[Image.Image, str]]:
             image = picture.copy() if isinstance(picture, Image.Image) else Image.open(picture)
             image.thumbnail((SIDE, SIDE))
             shown.append((image.convert("RGB"), caption))
-        except OSError:
+        except UNREADABLE:
             continue
     return shown
 

@@ -41,6 +41,8 @@ class Prompts:
 
     def __post_init__(self) -> None:
         for name in ("text_to_image", "image", "edit", "null"):
+            if name in ("text_to_image", "edit") and "{text}" not in getattr(self, name):
+                raise UserError(f"prompts.{name}: {{text}} stands for what is asked, and is missing")
             if getattr(self, name).count(IMAGE_PLACEHOLDER) > 1:
                 raise UserError(f"prompts.{name}: {IMAGE_PLACEHOLDER} stands for all images; write it once")
 

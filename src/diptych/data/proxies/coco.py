@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from diptych.core.errors import UserError
-from diptych.data.imaging import image_size, read_image
+from diptych.core.reading import reason
+from diptych.data.imaging import UNREADABLE, image_size, read_image
 from diptych.data.proxies.annotated import Annotated, Known, Pictures, Segment
+from diptych.data.proxies.coco_masks import decoded
 from diptych.data.proxies.pictures import DepthMaps
 from diptych.data.source import BadItem, Size, file_stamp
-
-OUTSIDE = 1.0
-"""Pixels by which a polygon may leave its picture: coordinates are rounded."""
 
 
 class CocoPictures(Pictures):
@@ -53,8 +50,14 @@ class CocoPictures(Pictures):
         plain = read_json(self.file)
         if not isinstance(plain, dict) or not {"images", "annotations"} <= set(plain):
             raise UserError(f"{self.file}: needs 'images' and 'annotations', as COCO's files have them")
-        self.categories = {row["id"]: row for row in plain.get("categories", [])}
-        self.panoptic = any("segments_info" in row for row in plain["annotations"])
+        images, annotations, categories = (
+            rows_of(self.file, key, plain.get(key)) for key in ("images", "annotations", "categories")
+        )
+        for number, row in enumerate(categories):
+            if not isinstance(row.get("id"), int | str) or not isinstance(row.get("name"), str):
+                raise UserError(f"{self.file}: categories[{number}] needs an 'id' and a 'name'")
+        self.categories = {row["id"]: row for row in categories}
+        self.panoptic = any("segments_info" in row for row in annotations)
         self.masks = self.file.with_suffix("") if masks is None else Path(masks).expanduser()
         if self.panoptic and not self.masks.is_dir():
             raise UserError(f"{self.masks}: no such folder of panoptic masks")
@@ -67,17 +70,25 @@ class CocoPictures(Pictures):
         if self.depth is not None:
             known.add("depth")
         self.known: frozenset[Known] = frozenset(known)
-        self._list(plain["images"], plain["annotations"])
+        self._list(images, annotations)
 
     def _list(self, images: Sequence[Any], annotations: Sequence[Any]) -> None:
         for number, row in enumerate(images):
             if missing := [key for key in ("id", "file_name", "height", "width") if key not in row]:
                 raise UserError(f"{self.file}: images[{number}] has no {missing[0]!r}")
+            if not isinstance(row["id"], int | str) or not isinstance(row["file_name"], str) or not row["file_name"]:
+                raise UserError(f"{self.file}: images[{number}]: 'id' is a number or text, and 'file_name' is text")
+            for side in ("height", "width"):
+                if not isinstance(row[side], int) or isinstance(row[side], bool) or not 0 < row[side] < 2**24:
+                    raise UserError(f"{self.file}: images[{number}]: {side!r} is no number of pixels ({row[side]!r})")
         by_image: dict[Any, list[Any]] = {row["id"]: [] for row in images}
+        if len(by_image) < len(images):
+            twice = next(id for id, count in Counter(row["id"] for row in images).items() if count > 1)
+            raise UserError(f"{self.file}: two pictures have the id {twice!r}")
         self.dropped: dict[str, str] = {}
         for row in annotations:
             image = row.get("image_id")
-            if image in by_image:
+            if isinstance(image, int | str) and image in by_image:
                 by_image[image].append(row)
             else:
                 label = f"{self.name}/annotation {row.get('id', image)}"
@@ -110,6 +121,8 @@ class CocoPictures(Pictures):
         shape = (image.height, image.width)
         if self.panoptic and len(annotations) > 1:
             raise BadItem(id, f"several panoptic annotations ({len(annotations)})")
+        if self.panoptic and not _is_panoptic(annotations[0]):
+            raise BadItem(id, "panoptic annotation without file_name, or without segments_info that have ids")
         segments = (
             self._panoptic_segments(annotations[0], shape, id)
             if self.panoptic
@@ -131,7 +144,7 @@ class CocoPictures(Pictures):
         try:
             with Image.open(path) as image:
                 colours = np.asarray(image.convert("RGB"), dtype=np.int64)
-        except OSError as error:
+        except UNREADABLE as error:
             raise BadItem(id, f"panoptic mask missing or unreadable ({path})") from error
         if colours.shape[:2] != shape:
             found = f"{colours.shape[1]}x{colours.shape[0]} for a picture of {shape[1]}x{shape[0]}"
@@ -154,7 +167,7 @@ class CocoPictures(Pictures):
         if not self.categories:
             return {}
         number = row.get("category_id")
-        if number not in self.categories:
+        if not isinstance(number, int | str) or number not in self.categories:
             raise BadItem(id, f"unknown category ({number} of {label})")
         found = self.categories[number]
         return {"category": number, "name": str(found["name"]), "thing": bool(found.get("isthing", 1))}
@@ -164,7 +177,8 @@ class CocoPictures(Pictures):
 
     def stamp(self, index: int) -> str:
         row, annotations = self.rows[index]
-        planes = [self.masks / annotations[0]["file_name"]] if self.panoptic else []
+        readable = self.panoptic and _is_panoptic(annotations[0])
+        planes = [self.masks / annotations[0]["file_name"]] if readable else []
         if self.depth is not None and (path := self.depth.path(str(row["file_name"]))) is not None:
             planes.append(path)
         listed = str(len(json.dumps(annotations)))
@@ -206,8 +220,10 @@ class Sa1bPictures(Pictures):
         image = read_image(path.with_suffix(".jpg"), id)
         try:
             rows = json.loads(path.with_suffix(".json").read_bytes())["annotations"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadItem(id, f"unreadable annotation ({path.name}.json)") from error
+        if rows and not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise BadItem(id, f"unreadable annotation ({path.name}.json: annotations are a list of objects)")
         if not rows:
             raise BadItem(id, "image without annotation (an empty list)")
         shape = (image.height, image.width)
@@ -241,52 +257,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({reason(error)})") from error
 
 
-def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bool_]:
-    """A mask from polygons ([[x, y, x, y, ...], ...]) or RLE (counts, as text or as a list), (H, W) bool.
-
-    Raises:
-        BadItem: a polygon leaves the picture, an RLE is of another size, or nothing is in the mask.
-    """
-    height, width = size
-    if isinstance(segmentation, Mapping):
-        said = segmentation.get("size")
-        if said not in ([height, width], (height, width)):
-            given = "x".join(map(str, reversed(said))) if isinstance(said, list | tuple) else said
-            raise BadItem(id, f"RLE of another size ({given} for a picture of {width}x{height}, {label})")
-        counts = segmentation.get("counts")
-        if isinstance(counts, list) and not _numbers(counts):
-            raise BadItem(id, f"RLE that cannot be read ({label})")
-        if isinstance(counts, list) and sum(counts) != height * width:
-            raise BadItem(id, f"RLE of the wrong length ({sum(counts)} for {height * width} pixels, {label})")
-        plain: Any = dict(segmentation)
-        rle: Any = coco_mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
-    elif isinstance(segmentation, list) and segmentation and all(isinstance(one, list) for one in segmentation):
-        for polygon in segmentation:
-            if len(polygon) < 6 or len(polygon) % 2:
-                raise BadItem(id, f"polygon of {len(polygon)} numbers ({label})")
-            if not _numbers(polygon):
-                raise BadItem(id, f"polygon that is no list of numbers ({label})")
-            xs, ys = polygon[::2], polygon[1::2]
-            if min(*xs, *ys) < -OUTSIDE or max(xs) > width + OUTSIDE or max(ys) > height + OUTSIDE:
-                raise BadItem(id, f"polygon outside the picture ({label})")
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    else:
-        raise BadItem(id, f"empty mask ({label})")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of pycocotools, about numpy 2
-            mask = coco_mask.decode(rle).astype(bool)
-    except (ValueError, TypeError) as error:
-        raise BadItem(id, f"RLE that cannot be read ({label})") from error
-    if not mask.any():
-        raise BadItem(id, f"empty mask ({label})")
-    return mask
+def rows_of(file: Path, key: str, value: Any) -> list[dict[str, Any]]:
+    """The objects of a list in a COCO file; UserError for what is none. `categories` may be missing."""
+    if value is None and key == "categories":
+        return []
+    if not isinstance(value, list):
+        raise UserError(f"{file}: {key!r} must be a list of objects")
+    for number, row in enumerate(value):
+        if not isinstance(row, dict):
+            raise UserError(f"{file}: {key}[{number}] must be an object, not {row!r:.40}")
+    return value
 
 
-def _numbers(values: Sequence[Any]) -> bool:
-    """Whether all are finite numbers."""
-    return all(isinstance(one, int | float) and np.isfinite(one) for one in values)
+def _is_panoptic(row: Mapping[str, Any]) -> bool:
+    infos = row.get("segments_info")
+    listed = isinstance(infos, list) and all(isinstance(one, dict) and isinstance(one.get("id"), int) for one in infos)
+    return listed and isinstance(row.get("file_name"), str)

@@ -12,7 +12,7 @@ from PIL import Image
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.data.folder import FolderSource
-from diptych.data.imaging import image_size, read_image, to_pil
+from diptych.data.imaging import UNREADABLE, image_size, read_image, to_pil
 from diptych.data.proxies.annotated import Annotated, Known, Pictures, Segment
 from diptych.data.source import BadItem, Size, file_stamp
 from diptych.toyworld.render import depth, masks, render
@@ -49,9 +49,9 @@ class DepthMaps:
             else:
                 with Image.open(path) as image:
                     plane = np.asarray(image)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise BadItem(id, f"unreadable depth map ({path})") from error
-        if plane.ndim != 2 or not np.isfinite(plane).all():
+        if plane.ndim != 2 or plane.dtype.kind not in "biuf" or not np.isfinite(plane).all():
             raise BadItem(id, f"depth map must be one finite number per pixel ({path})")
         return np.asarray(plane, dtype=np.float32)
 

@@ -104,7 +104,7 @@ def math_value(row: Row, text: str) -> str | None:
     if kind == "list":
         try:
             listed = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
         return repr(list(listed)) if isinstance(listed, list | tuple) else None
     return text.rstrip(".").lower() if text and "\n" not in text and len(text) <= 2 * len(str(row["answer"])) else None
@@ -168,7 +168,7 @@ def _options(row: Row) -> dict[str, str]:
     if isinstance(listed, str):
         try:
             listed = ast.literal_eval(listed)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise UserError(f"row {row.get('index')}: the list of choices cannot be read") from error
     return dict(zip(string.ascii_uppercase, map(str, listed), strict=False))
 

@@ -193,7 +193,7 @@ def _listed(value: Any, where: str) -> list[str | bytes]:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise UserError(f"{where}: the list of pictures cannot be read") from error
     if isinstance(value, str | bytes):
         return [value]

@@ -66,7 +66,7 @@ def answers(value: Any) -> list[str]:
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return [value]
     if isinstance(value, list | tuple):
         return [str(one) for one in value]

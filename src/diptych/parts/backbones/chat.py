@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
 from diptych.parts.backbones.processor import Sequences
 
@@ -141,16 +141,20 @@ class Chat:
 
     def _render(self, messages: list[dict[str, Any]], *, opened: bool) -> str:
         template = None if self.tokenizer.chat_template else CHATML
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opened, chat_template=template
+        with attributed_to("the model's chat template cannot be used"):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=opened, chat_template=template
+                )
             )
-        )
 
     def _segments(self, row: int, messages: list[dict[str, Any]], generate: bool, opening: str) -> list[Segment]:
         assert generate or not opening, "an opening needs an open turn"
         segments: list[Segment] = []
         whole = self._render(messages, opened=generate) + opening
+        for message in messages:
+            if message["role"] == "user" and str(message["content"]).strip() not in whole:
+                raise UserError("the model's chat template leaves out what the user says")
         at = 0
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":

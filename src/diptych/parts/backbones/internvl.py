@@ -170,7 +170,13 @@ def _geometry(config: Any) -> tuple[int, int]:
     (height, width), (patch, patch_width) = vision.image_size, vision.patch_size
     grid = height // patch
     shuffled = grid * config.downsample_ratio
-    if height != width or patch != patch_width or height % patch or shuffled != int(shuffled):
+    if (
+        not 0 < shuffled <= grid
+        or height != width
+        or patch != patch_width
+        or height % patch
+        or shuffled != int(shuffled)
+    ):
         raise UserError(
             f"vision_config: image_size {height}x{width}, patch_size {patch}x{patch_width} and downsample_ratio "
             f"{config.downsample_ratio} do not give a square grid of whole tokens"

@@ -49,6 +49,9 @@ class InternVLProcessor(ImageTextProcessor):
             raise UserError(
                 f"image processor gives {size['height']}x{size['width']} px, but the vision tower takes {side}x{side}"
             )
+        spread = processor.image_std
+        if spread is not None and not all(0 < value < float("inf") for value in spread):
+            raise UserError(f"image processor divides by image_std {spread}; its values must be above 0")
         super().__init__(chat, processor, vocabulary=vocabulary, max_length=max_length, image_step=side)
         self.side, self.tile_tokens, self.max_tiles = side, tile_tokens, max_tiles
 
