@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.core.errors import UserError, nearest
+from diptych.core.errors import UserError, nearest, unknown
 from diptych.core.reading import read_text, read_yaml, yaml_value
 from diptych.recipes.paths import beside
 from diptych.recipes.short_keys import spelled_out
