@@ -50,7 +50,7 @@ class CocoPictures(Pictures):
         plain = read_json(self.file)
         if not isinstance(plain, dict) or not {"images", "annotations"} <= set(plain):
             raise UserError(f"{self.file}: needs 'images' and 'annotations', as COCO's files have them")
-        images, annotations, categories = (
+        listed, annotations, categories = (
             rows_of(self.file, key, plain.get(key)) for key in ("images", "annotations", "categories")
         )
         for number, row in enumerate(categories):
@@ -70,7 +70,7 @@ class CocoPictures(Pictures):
         if self.depth is not None:
             known.add("depth")
         self.known: frozenset[Known] = frozenset(known)
-        self._list(images, annotations)
+        self._list(listed, annotations)
 
     def _list(self, images: Sequence[Any], annotations: Sequence[Any]) -> None:
         for number, row in enumerate(images):
