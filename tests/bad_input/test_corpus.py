@@ -5,7 +5,6 @@ The corpus is data: the JSONL files beside this one, a line for each input (`wor
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import signal
@@ -17,8 +16,6 @@ from pathlib import Path
 import pytest
 
 from bad_input import world
-from diptych.recipes.estimate import MemoryPlan
-from diptych.recipes.recipe import StageSpec
 
 CORPUS = {path.stem: world.entries(path) for path in sorted(Path(__file__).parent.glob("*.jsonl"))}
 EVERY = [pytest.param(entry, id=f"{name}-{entry.id}") for name, rows in CORPUS.items() for entry in rows]
@@ -28,24 +25,6 @@ SECONDS = 120
 def test_the_corpus_is_large_and_its_names_are_its_own() -> None:
     assert len(EVERY) >= 300
     assert max(Counter(param.id for param in EVERY).values()) == 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _traced_once() -> Iterator[None]:
-    """The memory of a step is traced once for all recipes that differ in nothing but the files that they read."""
-    trace, known = MemoryPlan._activations, dict[str, int | None]()
-
-    def once(self: MemoryPlan, name: str, spec: StageSpec) -> int | None:
-        tasks = [(source.task, source.weight) for source in spec.data.sources.values()]
-        plain = dataclasses.replace(spec, data=dataclasses.replace(spec.data, sources={}))
-        key = repr((self.recipe.start, self.recipe.system, self.recipe.run, self.processes, plain, tasks))
-        if key not in known:
-            known[key] = trace(self, name, spec)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MemoryPlan, "_activations", once)
-        yield
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_processes_that_cannot_be_sharded() -> None:
     check_strategy(4, RunConfig(strategy="hsdp", replicas=2))
 
 
-def test_quantised_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_weights_are_not_sharded() -> None:
     from diptych.recipes import start
 
     plain = load_plain("toy/omnigen2")
@@ -123,6 +123,17 @@ def test_quantised_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> N
     plain["run"] = {"strategy": "fsdp"}
     nothing: Any = None
     with pytest.raises(UserError, match=r"'fsdp' shards no int8 weights \(decoder.quantize\)"):
+        start.make_weights(nothing, nothing, parse(plain), nothing)
+
+
+def test_latents_are_not_cached_in_a_sharded_run(tmp_path: Path) -> None:
+    from diptych.recipes import start
+
+    plain = load_plain("toy/omnigen2")
+    next(iter(plain["stages"].values()))["data"]["cache"] = str(tmp_path)
+    plain["run"] = {"strategy": "fsdp"}
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"data\.cache: latents are made between the steps.*'fsdp'"):
         start.make_weights(nothing, nothing, parse(plain), nothing)
 
 

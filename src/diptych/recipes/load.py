@@ -165,7 +165,10 @@ def load_folder_weights(system: System, folder: Path) -> None:
 def from_checkpoint(checkpoint: Path, model: str) -> System:
     """An unfinished run: the recipe's start, and the (averaged) weights that were trained so far on top."""
     recipe = parse(with_new_names(state.read_recipe(checkpoint)), model)
-    system = start(recipe)
+    with deferred() as weights:  # also those of a whole other system, of which there is one tensor at a time
+        system = start(recipe)
+    if active() is None:
+        weights.plan(system).fill()
     position = state.read_progress(checkpoint).stage
     learned: dict[str, nn.Parameter] = {}
     for spec in list(recipe.stages.values())[: position + 1]:

@@ -34,6 +34,12 @@ def make_weights(system: System, weights: DeferredWeights, recipe: Recipe, accel
         raise UserError(
             f"run.strategy: {recipe.run.strategy!r} shards no {format} weights ({part}.quantize); leave out one of both"
         )
+    for name, stage in recipe.stages.items():
+        if recipe.run.sharded and stage.data.cache:
+            raise UserError(
+                f"stages.{name}.data.cache: latents are made between the steps, where a sharded run "
+                f"(run.strategy: {recipe.run.strategy!r}) has no whole autoencoder; leave out one of both"
+            )
     # 1. How each weight will be made, as long as it is whole; and its number format.
     plan = weights.plan(system)
     formats = weight_formats(system, recipe, plan.formats)
