@@ -57,7 +57,7 @@ def started(log: Path, *arguments: str, interpreter: bool = False, **environment
     else:
         process = warm.command(*words, output=log, environment=environment)
     server = Running(process, "", log)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not server.address:
         if server.wait(0.02) is not None or time.monotonic() > until:
             process.kill()
@@ -74,7 +74,7 @@ def ended(server: Running) -> None:
         server.wait(10)
 
 
-def wait_until(condition: Any, seconds: float = 20) -> None:
+def wait_until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

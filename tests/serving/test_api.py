@@ -804,6 +804,6 @@ def test_a_public_address_without_a_key_is_warned_of(tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_one_line(server: Running, tmp_path: Path) -> None:
     process = warm.command("serve", "toy/mllm", "--port", str(server.port), output=tmp_path / "said")
     with warm.ended(process):
-        process.join(60)
+        process.join(300)
     assert process.exitcode == 2
     assert f"--port {server.port}: cannot listen there" in (tmp_path / "said").read_text()
