@@ -44,9 +44,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Iterator[Runni
     ended(made)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, driven by Playwright."""
+    """Chromium, driven by Playwright, whose loop of events keeps any other out of this thread until it is closed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
     named = os.environ.get("DIPTYCH_CHROMIUM")
     path = named or next((found for name in CHROMIUM if (found := shutil.which(name))), None)
