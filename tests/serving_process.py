@@ -74,6 +74,13 @@ def ended(server: Running) -> None:
         server.wait(10)
 
 
+def with_key(server: Running, key: str) -> Any:
+    """The official client, with a key."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key=key, max_retries=0, timeout=60)
+
+
 def wait_until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():

@@ -13,12 +13,14 @@ import torch
 
 import diptych
 from diptych.core.draws import key
+from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample
 from diptych.core.tokens import likeliest
 from diptych.data.imaging import from_pil
 from diptych.inference.engine import Engine
 from diptych.serving.drawing import Conditions, Joined, Picture, advance
 from diptych.serving.jobs import DrawingJob, Drawn, Event, TextJob, Written
+from diptych.serving.memory import FLOOR, Costs, measured
 from diptych.serving.metrics import Metrics
 from diptych.serving.scheduler import Bounds, QueueFull, Scheduler
 
@@ -158,6 +160,56 @@ def test_the_queue_is_bounded() -> None:
         scheduler.submit(drawing(engine, sample, [1], Box(), steps=1))
     assert 1 <= caught.value.wait <= 600
     scheduler.close()
+
+
+def test_no_more_is_begun_than_memory_holds() -> None:
+    engine = diptych.load("toy/iomm", device="cpu")
+    scheduler = Scheduler(Bounds(rows=32, memory=250, queue=4), Metrics())
+    sample = Sample(id="a", task="text_to_image", text=WORDS[0])
+    boxes = [Box() for _ in range(6)]
+
+    def make(box: Box, cost: int, steps: int) -> DrawingJob:
+        job = drawing(engine, sample, [1], box, steps=steps, prompt_expansion=0)
+        job.cost = cost
+        return job
+
+    with pytest.raises(UserError, match="takes 0 MB of memory"):
+        scheduler.submit(make(Box(), 251, 1))
+    most = 0
+    for box in boxes[:2]:
+        scheduler.submit(make(box, 100, 40))
+    wait_for(lambda: len(scheduler.running) == 2)
+    for box in boxes[2:]:
+        scheduler.submit(make(box, 100, 2))
+    with pytest.raises(QueueFull) as caught:
+        scheduler.submit(make(Box(), 100, 1))
+    assert 1 <= caught.value.wait <= 600
+    while scheduler.running or scheduler.waiting:
+        most = max(most, sum(running.job.cost for running in list(scheduler.running)))
+        time.sleep(0.005)
+    for box in boxes:
+        box.result()
+    assert most == 200, "two fit, a third does not"
+    scheduler.close()
+
+
+def test_costs_are_of_each_branch_and_each_image() -> None:
+    engine = diptych.load("toy/ovis-u1", device="cpu")
+    costs = Costs(image=10, edit=20, text=5)
+    drawn, edited = Sample(id="a", task="text_to_image", text="a"), Sample(id="a", task="edit", text="a")
+    assert costs.drawing(engine.settings({"cfg": 1.0}), drawn, 1, 1.0) == 10
+    assert costs.drawing(engine.settings({"cfg": 4.0}), drawn, 3, 4.0) == 2 * 3 * 4 * 10
+    assert costs.drawing(engine.settings({"cfg": 4.0, "image_cfg": 1.5}, edits=True), edited, 1, 1.0) == 3 * 20
+    assert costs.writing(0, 64) == 5
+    assert costs.writing(3, 2048) == 30
+
+
+def test_costs_are_measured_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    made = measured(diptych.load("toy/ovis-u1", device="cpu"))
+    assert min(made.image, made.edit, made.text) >= FLOOR
+    assert max(made.image, made.edit, made.text) < 1 << 30
+    assert all(f"{kind} " in caplog.text for kind in ("image", "edit", "text"))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:

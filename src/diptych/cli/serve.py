@@ -29,8 +29,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one (8000)")
     parser.add_argument("--api-key", metavar="KEY", help=f"that requests must bring (else the variable {KEY})")
     parser.add_argument("--keep", type=int, default=2, help="models that are loaded at a time (2)")
-    parser.add_argument("--rows", type=int, help="images and texts that run at a time (as memory allows, up to 32)")
+    parser.add_argument("--rows", type=int, default=32, help="images and texts that run at a time (32)")
+    parser.add_argument("--memory", type=float, metavar="MB", help="that they may take (half of what is free at start)")
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait (256)")
+    parser.add_argument(
+        "--adapter", metavar="NAME=PATH", action="append", default=[],
+        help="LoRA that requests choose as MODEL:NAME, of the first model; MODEL:NAME=PATH for another",
+    )  # fmt: skip
+    parser.add_argument("--adapters", metavar="FOLDER", help="from which requests with the key may load further LoRA")
     parser.add_argument("--no-batching", action="store_true", help="run requests one after the other")
     parser.add_argument("--no-cache", action="store_true", help="make exact repeats anew")
     parser.add_argument("--no-page", action="store_true", help="leave out the web page")
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.core.errors import UserError
     from diptych.core.web import checked_key
 
-    for name in ("keep", "rows", "timeout", "read_timeout", "max_body"):
+    for name in ("keep", "rows", "memory", "timeout", "read_timeout", "max_body"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
@@ -79,14 +85,21 @@ def run(args: argparse.Namespace) -> int:
         if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host):
             raise UserError(f"--allow-urls {host}: the name of a host, without address or port")
     key = checked_key(args.api_key or os.environ.get(KEY, ""), "--api-key" if args.api_key else KEY)
+    folder = None if args.adapters is None else Path(args.adapters).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--adapters {args.adapters}: is no folder")
+    if folder is not None and not key:
+        raise UserError(f"--adapters goes with a key, which those who load an adapter must bring; set {KEY}")
     device, runs = options.device(args.device), Path(args.runs).expanduser().resolve()
     try:
         import python_multipart  # noqa: F401  # pyright: ignore[reportUnusedImport] - as Starlette wants it
 
+        from diptych.serving.adapters import Adapters, read_adapters
         from diptych.serving.app import Mount
         from diptych.serving.server import Settings, serve
         from diptych.serving.service import Options, Service
 
+        adapters = Adapters(read_adapters(args.adapter, args.models), folder)
         more: list[Callable[[Service], Mount]] = []
         if not args.no_page:
             from diptych.page.mount import page_mount
@@ -114,10 +127,12 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             keep=args.keep,
             rows=args.rows,
+            memory=None if args.memory is None else int(args.memory * 1e6),
             queue=args.queue,
             batching=not args.no_batching,
             tools=not args.no_tools,
             more=more,
+            adapters=adapters,
             options=Options(
                 timeout=args.timeout,
                 body=args.max_body << 20,
@@ -126,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
                 urls=tuple(args.allow_urls),
                 key=key,
                 cors=tuple(args.cors),
+                local=local,
                 verbose=args.verbose >= 2,
             ),
         )

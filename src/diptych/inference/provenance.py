@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,6 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from diptych.inference.sampling import Sampling
 
 
+@functools.cache
+def software() -> str:
+    """This version; the package's metadata is a file, which is read once."""
+    return f"diptych {version('diptych')}"
+
+
 def facts(settings: Sampling, *, model: str, seed: int, **others: str) -> dict[str, str]:
     """What a picture carries: all that makes it again. `settings`, as JSON, are all of its sampling's."""
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name != "edit"}
@@ -21,7 +28,7 @@ def facts(settings: Sampling, *, model: str, seed: int, **others: str) -> dict[s
         "model": model,
         "seed": str(seed),
         "settings": json.dumps(plain),
-        "software": f"diptych {version('diptych')}",
+        "software": software(),
     }
     return {**others, **shared}
 

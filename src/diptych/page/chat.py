@@ -127,7 +127,7 @@ class ChatTab:
 def talking(service: Service) -> int:
     """The place of the first loaded model that answers questions and draws, else of one that answers."""
     best = 0, 0
-    for place, name in enumerate(service.models.names):
+    for place, name in enumerate(service.models.listed()):
         engine = service.models.loaded_engine(name)
         tasks = () if engine is None else engine.system.tasks
         score = 2 * ("understand" in tasks) + ("edit" in tasks)

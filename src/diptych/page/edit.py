@@ -23,7 +23,7 @@ class EditTab:
 
     def __init__(self, service: Service, shelf: Shelf) -> None:
         self.service, self.shelf = service, shelf
-        editing = [place for place, name in enumerate(service.models.names) if edits(service, name)]
+        editing = [place for place, name in enumerate(service.models.listed()) if edits(service, name)]
         with gr.Row():
             with gr.Column(min_width=320):
                 gr.Markdown("Choose a picture. Paint over what is to change; where nothing is painted, all of it may.")

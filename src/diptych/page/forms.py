@@ -99,5 +99,5 @@ def asked(service: Service, model: str, prompt: str, given: dict[str, Any], **mo
 
 def choose_model(service: Service, name: str, label: str = "Model", place: int = 0) -> gr.Dropdown:
     """A choice of the served models. name: of the part, for styles and tests."""
-    names = service.models.names
+    names = service.models.listed()
     return gr.Dropdown(names, value=names[min(place, len(names) - 1)], label=label, elem_id=name)

@@ -67,7 +67,7 @@ def make_page(service: Service, folder: Path, runs: Path) -> gr.Blocks:
         wire(service, create, edit, tabs)
         choices = [create.model, edit.model, chat.model, compare.one, compare.two, compare.model]
         page.load(
-            lambda: [gr.update(choices=service.models.names)] * len(choices), None, choices,
+            lambda: [gr.update(choices=service.models.listed())] * len(choices), None, choices,
             api_visibility="private", show_progress="hidden",
         )  # fmt: skip
     page.queue(max_size=service.scheduler.bounds.queue, default_concurrency_limit=None, api_open=False)

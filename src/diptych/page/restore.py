@@ -33,7 +33,7 @@ def wire(service: Service, create: CreateTab, edit: EditTab, tabs: gr.Tabs) -> N
         try:
             about = settings_in(path)
             size = picture_size(path)
-            missing = about["model"] not in service.models.names
+            missing = about["model"] not in service.models.listed()
             given = await read(service, about, size)
         except Exception as error:
             return [*nothing, note(in_words(error), error=True), gr.skip(), gr.skip(), None]
@@ -59,7 +59,7 @@ async def read(service: Service, about: dict[str, Any], size: tuple[int, int]) -
     """
     settings: dict[str, Any] = about["settings"]
     edits = "instruction" in about
-    name = about["model"] if about["model"] in service.models.names else service.models.names[0]
+    name = about["model"] if about["model"] in service.models.listed() else service.models.names[0]
     async with service.models.use(name) as engine:
         usual = json.loads(json.dumps(asdict(engine.settings({}, edits=edits))))
     others = {key: value for key, value in settings.items() if key not in SHOWN and usual.get(key) != value}

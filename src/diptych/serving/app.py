@@ -23,13 +23,16 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych.serving.chat_api import ChatApi
-from diptych.serving.errors import ApiError, as_api_error
+from diptych.serving.errors import ApiError, as_api_error, bad
+from diptych.serving.fields import Field, read_fields
 from diptych.serving.images_api import Files, ImagesApi
-from diptych.serving.requests import Gone
+from diptych.serving.requests import Gone, json_body
 from diptych.serving.service import Service
 
 log = logging.getLogger(__name__)
 DRAINED = 8
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ADAPTER_FIELDS = {"model": Field(kind="text", high=1000), "name": Field(kind="text", high=100)}
 OPEN = ("/health", "/ready")
 OPEN_BELOW = ("/v1/files/",)
 """Paths that want no key; those of files hold a name that cannot be guessed. Mounts may have a check of their own."""
@@ -58,11 +61,21 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(request: Request) -> Response:
-        data = [described(service, name) for name in service.models.names]
+        data = [described(service, name) for name in service.models.listed()]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
         return JSONResponse(described(service, service.models.check(request.path_params["name"])))
+
+    async def adapters(request: Request) -> Response:
+        """`POST /v1/adapters`: load one from the folder, where there is a folder and a key."""
+        fields = read_fields(await json_body(request), ADAPTER_FIELDS)
+        if not service.options.key:
+            raise ApiError(403, "adapters are loaded only by servers that ask for a key", code="adapters_not_allowed")
+        if "name" not in fields:
+            raise bad("name", "it is missing", "missing_parameter")
+        name = await service.models.add_adapter(fields.get("model", service.models.names[0]), fields["name"])
+        return JSONResponse(described(service, name))
 
     routes = [
         Route("/health", health),
@@ -70,6 +83,7 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
+        Route("/v1/adapters", adapters, methods=["POST"]),
         Route("/v1/files/{name}", files.get),
         Route("/v1/images/generations", images.generations, methods=["POST"]),
         Route("/v1/images/edits", images.edits, methods=["POST"]),
@@ -198,7 +212,10 @@ class Guard:
         # A page elsewhere must not use a server of this machine through its visitor's browser.
         origin = headers.get("origin")
         if origin and scope["method"] != "GET":
-            allowed = {headers.get("host", ""), *(urllib.parse.urlsplit(o).netloc for o in self.service.options.cors)}
+            host = headers.get("host", "")
+            # A name that was made to lead here is not this machine's, though its page says the same name.
+            own = not self.service.options.local or host_name(host) in LOOPBACK
+            allowed = {host if own else "", *(urllib.parse.urlsplit(o).netloc for o in self.service.options.cors)}
             if urllib.parse.urlsplit(origin).netloc not in allowed and "*" not in self.service.options.cors:
                 raise ApiError(403, "this origin may not call the server; see --cors", code="origin_not_allowed")
         if self.status.closing:
@@ -224,6 +241,14 @@ class Guard:
         return refused
 
 
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def trace_only(error: Exception) -> tuple[type[Exception], Exception, TracebackType | None]:
     """An error without its words, which may hold a prompt, but with where it arose."""
     bare = RuntimeError(type(error).__name__)
@@ -232,7 +257,7 @@ def trace_only(error: Exception) -> tuple[type[Exception], Exception, TracebackT
 
 def known(path: str) -> bool:
     """Whether a path is one of ours, so that metrics and logs hold no other."""
-    return path in ("/health", "/ready", "/metrics", "/v1/models", "/mcp", "/mcp/") or path.startswith(
+    return path in ("/health", "/ready", "/metrics", "/v1/models", "/v1/adapters", "/mcp", "/mcp/") or path.startswith(
         ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations", "/v1/chat/completions")
     )
 

@@ -36,11 +36,13 @@ class Event:
 class Job:
     """A request that waits or runs.
 
-    engine: the model. tell: called from the engine's thread with every event; it must return at once.
+    engine: the model. tell: called from the engine's thread with every event; it must return at once. cost: bytes of
+    memory that it takes while it runs.
     """
 
     engine: Engine
     tell: Callable[[Event], None]
+    cost: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None

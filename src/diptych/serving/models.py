@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
-
-import psutil
-import torch
 
 from diptych.core.errors import nearest
 from diptych.inference.engine import Engine
 from diptych.recipes.load import load
-from diptych.serving.errors import ApiError
+from diptych.serving.adapters import MAX_ADAPTERS, Adapters, with_adapter
+from diptych.serving.errors import ApiError, bad
+from diptych.serving.memory import Costs, measured
 
 log = logging.getLogger(__name__)
 
@@ -28,49 +25,107 @@ class Models:
 
     Args:
         names: as of `diptych.load`. keep: of those that are loaded at a time. device: of all. dropped: called with a
-            model that is unloaded.
+            model that is unloaded. adapters: those that requests may choose.
     """
 
-    def __init__(self, names: Sequence[str], *, keep: int, device: str, dropped: Callable[[Engine], None]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        keep: int,
+        device: str,
+        dropped: Callable[[Engine], None],
+        adapters: Adapters | None = None,
+    ) -> None:
         self.names = list(dict.fromkeys(names))
+        self.adapters = adapters or Adapters()
         self.keep = keep
         self.device = device
         self.created = int(time.time())
         self._dropped = dropped
         self._loaded: OrderedDict[str, Engine] = OrderedDict()
+        self._adapted: dict[str, Engine] = {}
         self._uses: dict[str, int] = {}
+        self._costs: dict[str, Costs] = {}
         self._lock = asyncio.Lock()
+
+    def listed(self) -> list[str]:
+        """All that a request may name: each model, and it with each of its adapters."""
+        return [
+            name for model in self.names for name in (model, *(f"{model}:{each}" for each in self.adapters.of(model)))
+        ]
 
     def check(self, name: str) -> str:
         """The name; 404 with the nearest for one that is not served."""
-        if name not in self.names:
-            guess = nearest(name, self.names)
+        names = self.listed()
+        if name not in names:
+            guess = nearest(name, names)
             hint = f" Did you mean {guess!r}?" if guess else ""
-            listed = ", ".join(self.names)
-            message = f"the model {name!r} is not served here.{hint} Served: {listed}."
+            message = f"the model {name!r} is not served here.{hint} Served: {', '.join(names)}."
             raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
+    def parts(self, name: str) -> tuple[str, str]:
+        """The model of a name, and its adapter, "" for none."""
+        model, _, adapter = (name, "", "") if name in self.names else name.rpartition(":")
+        return model, adapter
+
+    async def add_adapter(self, model: str, name: str) -> str:
+        """Load an adapter from the folder for a model; the name by which requests choose both.
+
+        Raises:
+            ApiError: no such adapter or model, too many of them, or another adapter of this name. UserError: one that
+                does not fit the model.
+        """
+        if model not in self.names:
+            self.check(model)
+            raise bad("model", f"{model!r} is a model with an adapter; name the model alone")
+        path = str(await asyncio.to_thread(self.adapters.place, name))
+        known = self.adapters.of(model).get(name)
+        if known not in (None, path):
+            raise bad("name", f"{model} has another adapter {name!r} already")
+        if known is None:
+            if self.adapters.count() >= MAX_ADAPTERS:
+                raise bad("name", f"there are {MAX_ADAPTERS} adapters already")
+            async with self.use(model) as engine:
+                made = await asyncio.to_thread(with_adapter, engine, name, path)
+            self.adapters.known.setdefault(model, {})[name] = path
+            self._adapted.setdefault(f"{model}:{name}", made)
+        return f"{model}:{name}"
+
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
-        """A model, which stays loaded while it is used."""
+        """A model, with its adapter where the name has one; it stays loaded while it is used."""
         self.check(name)
+        model, adapter = self.parts(name)
         async with self._lock:
-            engine = self._loaded.get(name)
+            engine = self._loaded.get(model)
             if engine is None:
                 await self._make_room()
-                engine = await asyncio.to_thread(self._load, name)
-                self._loaded[name] = engine
-            self._loaded.move_to_end(name)
-            self._uses[name] = self._uses.get(name, 0) + 1
+                engine = await asyncio.to_thread(self._load, model)
+                self._loaded[model] = engine
+            self._loaded.move_to_end(model)
+            self._uses[model] = self._uses.get(model, 0) + 1
+            try:
+                if adapter and name not in self._adapted:
+                    path = self.adapters.of(model)[adapter]
+                    self._adapted[name] = await asyncio.to_thread(with_adapter, engine, adapter, path)
+                chosen = self._adapted[name] if adapter else engine
+            except BaseException:
+                self._uses[model] -= 1
+                raise
         try:
-            yield engine
+            yield chosen
         finally:
-            self._uses[name] -= 1
+            self._uses[model] -= 1
 
     def loaded_engine(self, name: str) -> Engine | None:
         """A model that is loaded, without a use of it; None for one that is not."""
-        return self._loaded.get(name)
+        return self._loaded.get(self.parts(name)[0])
+
+    def costs(self, name: str) -> Costs:
+        """What requests of a model that was loaded take in memory."""
+        return self._costs[self.parts(name)[0]]
 
     def loaded(self) -> list[str]:
         """Names of the loaded ones, the least recently used first."""
@@ -83,6 +138,8 @@ class Models:
             if idle:
                 engine = self._loaded.pop(idle[0])
                 self._dropped(engine)
+                for name in [name for name in self._adapted if self.parts(name)[0] == idle[0]]:
+                    self._dropped(self._adapted.pop(name))
                 log.info("unloaded %s", idle[0])
                 del engine
                 gc.collect()
@@ -93,48 +150,6 @@ class Models:
         begun = time.monotonic()
         engine = load(name, device=self.device)
         log.info("loaded %s in %.1f s", name, time.monotonic() - begun)
+        if name not in self._costs:
+            self._costs[name] = measured(engine)
         return engine
-
-
-def measured_rows(engine: Engine, most: int) -> int:
-    """How many images fit into half of the free memory at a time, at most `most`: one and four are made to measure."""
-    if "text_to_image" not in engine.system.tasks:
-        return most
-    cuda = engine.system.device.type == "cuda"
-    options: dict[str, Any] = {"steps": 2, "prompt_expansion": 0}
-
-    def peak(n: int) -> int:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            engine.generate("a", n=n, **options)
-            return torch.cuda.max_memory_allocated()
-        with PeakMemory() as memory:
-            engine.generate("a", n=n, **options)
-        return memory.peak
-
-    peak(1)  # what is made once is no part of an image
-    each = max((peak(4) - peak(1)) // 3, 1 << 20)
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    rows = max(1, min(most, int(free / 2 / each)))
-    log.info("%s: %.0f MB for an image, %d at a time", engine.name, each / 1e6, rows)
-    return rows
-
-
-class PeakMemory:
-    """The greatest resident memory of this process during a block."""
-
-    def __enter__(self) -> PeakMemory:
-        self.peak = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._over.wait(0.002):
-            self.peak = max(self.peak, process.memory_info().rss)

@@ -37,10 +37,11 @@ class Closing(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """rows: images and texts that run at a time. queue: jobs that may wait. batching: whether requests share batches;
-    otherwise they run one after the other."""
+    """rows: images and texts that run at a time. memory: bytes that they may take at a time, None for any. queue: jobs
+    that may wait. batching: whether requests share batches; otherwise they run one after the other."""
 
     rows: int = 32
+    memory: int | None = None
     queue: int = 256
     batching: bool = True
 
@@ -76,6 +77,11 @@ class Scheduler:
             raise UserError(
                 f"the request takes the room of {job.rows} usual images, and {self.bounds.rows} run at a time; ask for "
                 "fewer or smaller ones"
+            )
+        if self.bounds.memory is not None and job.cost > self.bounds.memory:
+            raise UserError(
+                f"the request takes {job.cost / 1e6:,.0f} MB of memory, and requests may take "
+                f"{self.bounds.memory / 1e6:,.0f} MB at a time here; ask for fewer or smaller images"
             )
         with self._change:
             if self._closing:
@@ -158,6 +164,9 @@ class Scheduler:
                 used = sum(running.job.rows for running in self.running)
                 room = self.bounds.rows - used if self.bounds.batching else int(not self.running) * self.bounds.rows
                 if not self.waiting or self.waiting[0].rows > room:
+                    return
+                taken = sum(running.job.cost for running in self.running)
+                if self.bounds.memory is not None and taken + self.waiting[0].cost > self.bounds.memory:
                     return
                 job = self.waiting.popleft()
             job.started = time.monotonic()

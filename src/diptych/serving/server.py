@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -14,10 +15,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diptych.core.errors import UserError
+from diptych.serving.adapters import Adapters
 from diptych.serving.app import Mount, Status, make_app
 from diptych.serving.cache import AnswerCache
+from diptych.serving.memory import free
 from diptych.serving.metrics import Metrics
-from diptych.serving.models import Models, measured_rows
+from diptych.serving.models import Models
 from diptych.serving.scheduler import Bounds, Scheduler
 from diptych.serving.service import Options, Service
 from diptych.serving.tools import tools_mount
@@ -29,19 +32,22 @@ LAST_SECONDS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a server is started. rows: images that run at a time, None for as many as memory holds, up to 32. more:
-    what makes further applications of the server, such as the page."""
+    """How a server is started. rows: images and texts that run at a time. memory: bytes that they may take,
+    None for half of what is free once the models are loaded. more: what makes further applications of the server, such
+    as the page."""
 
     models: Sequence[str]
     host: str = "127.0.0.1"
     port: int = 8000
     device: str = "auto"
     keep: int = 2
-    rows: int | None = None
+    rows: int = 32
+    memory: int | None = None
     queue: int = 256
     batching: bool = True
     tools: bool = True
     options: Options = field(default_factory=Options)
+    adapters: Adapters = field(default_factory=Adapters)
     more: Sequence[Callable[[Service], Mount]] = ()
 
 
@@ -86,9 +92,14 @@ def serve(settings: Settings) -> None:
         UserError: a port that is taken, or a model that cannot be read.
     """
     listener = bound(settings.host, settings.port)
+    # The engine computes in a thread beside the answers; these wait for it no longer than this.
+    sys.setswitchinterval(0.001)
     metrics = Metrics()
-    scheduler = Scheduler(Bounds(rows=32, queue=settings.queue, batching=settings.batching), metrics)
-    models = Models(settings.models, keep=settings.keep, device=settings.device, dropped=scheduler.forget)
+    scheduler = Scheduler(Bounds(rows=settings.rows, queue=settings.queue, batching=settings.batching), metrics)
+    models = Models(
+        settings.models, keep=settings.keep, device=settings.device, dropped=scheduler.forget,
+        adapters=settings.adapters,
+    )  # fmt: skip
     options = settings.options
     service = Service(models, scheduler, metrics, options, AnswerCache(options.cache))
     status = Status()
@@ -101,12 +112,15 @@ def serve(settings: Settings) -> None:
 
 async def run(settings: Settings, service: Service, status: Status, listener: socket.socket) -> None:
     """Load the first models, measure what fits, and serve."""
-    rows: list[int] = []
+    memory = settings.memory
     for name in settings.models[: settings.keep]:
         async with service.models.use(name) as engine:
-            rows.append(await asyncio.to_thread(measured_rows, engine, 32))
-    chosen = settings.rows or min(rows)
-    service.scheduler.bounds = Bounds(rows=chosen, queue=settings.queue, batching=settings.batching)
+            if settings.memory is None:
+                memory = free(engine) // 2
+        for adapter in service.models.adapters.of(name):  # what does not fit is said before anything is served
+            async with service.models.use(f"{name}:{adapter}"):
+                pass
+    service.scheduler.bounds = replace(service.scheduler.bounds, memory=memory)
     made = mounts(settings, service)
     app = make_app(service, status, made)
     Protocol.seconds = settings.options.reading

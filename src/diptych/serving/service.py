@@ -41,7 +41,8 @@ THOUGHT = 256
 class Options:
     """timeout: seconds that a request may take. body: bytes of one. reading: seconds in which it must arrive.
     cache: bytes of answers that are kept, 0 for none. urls: hosts from which pictures may be fetched. key: that
-    requests must bring. cors: origins of pages that may call. verbose: whether prompts are logged."""
+    requests must bring. cors: origins of pages that may call. local: whether only this machine reaches the server.
+    verbose: whether prompts are logged."""
 
     timeout: float = 600.0
     body: int = 64 << 20
@@ -50,6 +51,7 @@ class Options:
     urls: tuple[str, ...] = ()
     key: str = ""
     cors: tuple[str, ...] = ()
+    local: bool = False
     verbose: bool = False
 
 
@@ -152,20 +154,26 @@ class Service:
             seed = secrets.randbelow(1 << 31) if call.seed is None else call.seed
             seeds = [seed + place for place in range(call.n)]
             keys = list(call.noise) if call.noise is not None else [key(own, 0, 0) for own in seeds]
-            context = await asyncio.to_thread(lambda: tuple(from_pil(image) for image in call.images))
+            context = ()
+            if call.images:
+                context = await asyncio.to_thread(lambda: tuple(from_pil(image) for image in call.images))
             sample = Sample(id="request", task=task, text=call.prompt, context_images=context)
+
+            costs = self.models.costs(call.model)
+            area = settings.size[0] * settings.size[1] / (engine.sampling.size[0] * engine.sampling.size[1])
 
             def make(tell: Callable[[Event], None]) -> Job:
                 return DrawingJob(
                     engine=engine,
                     tell=tell,
+                    cost=costs.drawing(settings, sample, call.n, area),
                     sample=sample,
                     keys=keys,
                     settings=settings,
                     scales=call.scales,
                     partials=call.partials,
                     sized="size" in call.options,
-                    area=settings.size[0] * settings.size[1] / (engine.sampling.size[0] * engine.sampling.size[1]),
+                    area=area,
                 )
 
             def masked(image: Image.Image) -> Image.Image:
@@ -210,10 +218,11 @@ class Service:
                     raise bad("think", f"{call.model} has no thinking mode for questions; leave it out")
                 messages = engine.system.reasoning(messages)
             images = await asyncio.to_thread(lambda: [from_pil(picture) for picture in call.pictures])
+            cost = self.models.costs(call.model).writing(len(images), call.max_new_tokens)
 
             def make(tell: Callable[[Event], None]) -> Job:
                 return TextJob(
-                    engine=engine, tell=tell, conversation=messages, images=images,
+                    engine=engine, tell=tell, cost=cost, conversation=messages, images=images,
                     max_new_tokens=call.max_new_tokens, choose=call.choose, stop=call.stop,
                 )  # fmt: skip
 

@@ -36,7 +36,7 @@ def tools_mount(service: Service, host: str) -> Mount:
     @server.tool()
     async def list_models() -> list[str]:
         """Names of the models that are served."""
-        return service.models.names
+        return service.models.listed()
 
     @server.tool()
     async def generate_image(prompt: str, model: str = "", seed: int = 0, steps: int = 0) -> Image:
