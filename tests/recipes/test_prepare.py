@@ -26,8 +26,10 @@ from diptych.data.filters import Filters
 from diptych.data.source import ItemDraws
 from diptych.evaluation.image_scores import ImageScorer
 from diptych.recipes import prepare as job
+from diptych.recipes.check import check_data, check_system
 from diptych.recipes.load import start
 from diptych.recipes.prepare import Options, Work, prepare
+from diptych.recipes.prepared import prepared_lines
 from diptych.recipes.recipe import load, parse
 from diptych.recipes.run import build_stage
 
@@ -158,6 +160,20 @@ def test_what_is_there_is_not_made_again(plain: dict[str, Any], tmp_path: Path) 
     assert sum(result.there for result in again) == 10
     assert {path for path in files if path.stat().st_mtime_ns == before[path]} == {*files} - {files[1], files[4]}
     assert not list(root.rglob("*.partial*"))
+
+
+def test_check_says_what_lies_prepared(plain: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    del plain["stages"]["mix"]["data"]["sources"]["images"]
+    prepare(options(plain, root))
+    recipe = parse(reading(plain, root))
+    [latents] = (root / "pairs").glob("latents-*")
+    (root / "pairs/features-x").mkdir()
+    assert prepared_lines("pairs", recipe.stages["mix"].data.sources["pairs"])[0] == (
+        f"pairs: prepared latents of 9 items, whole, in {latents}"
+    )
+    found = check_data(recipe, check_system(recipe), "mix")
+    assert f"pairs: prepared latents of 9 items, whole, in {latents}" in found.lines
 
 
 def test_shards_are_plain_safetensors(plain: dict[str, Any], tmp_path: Path) -> None:

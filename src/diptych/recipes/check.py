@@ -23,6 +23,7 @@ from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
 from diptych.recipes.estimate import Memory, MemoryPlan
 from diptych.recipes.load import check_quantized, start
+from diptych.recipes.prepared import prepared_lines
 from diptych.recipes.recipe import Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_parts, check_sizes, stage_settings
 from diptych.recipes.sources import build_data, build_source
@@ -207,6 +208,8 @@ def check_data(
             f"{spec.data.max_bad_fraction:.2%}: {first}{'; ...' if len(bad) > 5 else ''}"
         )
     lines = data.lines()
+    for source_name, source_spec in spec.data.sources.items():
+        lines += prepared_lines(source_name, source_spec)
     # The mixture of them all, and its first step.
     if not faults:
         try:

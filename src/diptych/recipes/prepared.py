@@ -183,6 +183,20 @@ def with_prepared(source: Any, spec: SourceSpec, needed: Needed | None) -> Sourc
     return PreparedSource(source, sets, spec.task)
 
 
+def prepared_lines(name: str, spec: SourceSpec) -> list[str]:
+    """What lies in a source's folder of prepared data, a line for each set; whether it fits, a run says."""
+    if spec.prepared is None:
+        return []
+    root = Path(spec.prepared).expanduser()
+    lines: list[str] = []
+    for kind in ("latents", "features", "sizes", *SCORES):
+        for made in sets_in(root, kind):
+            missing = len(made.missing())
+            whole = f"{missing:,} of {made.manifest.shards:,} shards are missing" if missing else "whole"
+            lines.append(f"{name}: prepared {kind} of {made.manifest.items:,} items, {whole}, in {made.folder}")
+    return lines or [f"{name}: nothing prepared in {root}"]
+
+
 def table_of(root: Path, kind: str, source: Source) -> PreparedSet | None:
     """The scores or sizes of a source's items; None where none were made.
 
