@@ -49,7 +49,7 @@ def prepare_on_ray(options: Options, workers: int) -> tuple[list[Result], list[s
     if started:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of its own default
         address = os.environ.get("RAY_ADDRESS")
-        here = {} if address else {"include_dashboard": False}
+        here: dict[str, Any] = {} if address else {"include_dashboard": False}
         ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
     try:
         gpus = 1 if options.device != "cpu" and ray.cluster_resources().get("GPU") else 0
