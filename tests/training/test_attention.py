@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from diptych.training.attention import WrittenOut
+from diptych.training.recompute import recompute_blocks
 
 
 @given(
@@ -54,3 +56,20 @@ def test_the_type_is_the_values(dtype: torch.dtype) -> None:
     query = torch.randn(1, 2, 4, 8).to(dtype)
     with WrittenOut():
         assert F.scaled_dot_product_attention(query, query, query, is_causal=True).dtype == dtype
+
+
+class Block(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_blocks_that_are_recomputed_are_written_out_again() -> None:
+    """Backward passes leave the mode, so that a recomputed block would save other tensors than before."""
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    again = query.detach().requires_grad_()
+    Block()(again).square().sum().backward()
+    block = Block()
+    recompute_blocks([block])
+    with WrittenOut():
+        block(query).square().sum().backward()
+    torch.testing.assert_close(query.grad, again.grad, rtol=1e-4, atol=1e-5)

@@ -74,7 +74,7 @@ def predicted(
     model: nn.Module, config: StageConfig, forward: Callable[[], Tensor], blocks: list[nn.Module]
 ) -> StepMemory:
     without_memory(model)
-    return trace_step(model, config, forward, blocks=blocks)
+    return trace_step(model, config, [forward], blocks=blocks)
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler.*")
@@ -106,7 +106,7 @@ def test_a_step_that_no_machine_could_hold_is_traced() -> None:
         model = nn.Sequential(*[nn.Linear(65_536, 65_536, bias=False) for _ in range(8)])  # 128 GiB
     without_memory(model, lambda name: torch.bfloat16)
     x = torch.ones(1, 65_536, dtype=torch.bfloat16)
-    memory = trace_step(model, stage(), lambda: model(x).sum(), blocks=[])
+    memory = trace_step(model, stage(), [lambda: model(x).sum()], blocks=[])
     assert memory.weights == 2 * 8 * 65_536**2
     assert memory.total > 4 * memory.weights
 
@@ -117,6 +117,6 @@ def test_tied_weights_count_once_and_frozen_ones_have_no_gradient() -> None:
     frozen = nn.Sequential(model, nn.Linear(8, 1, bias=False))
     model.requires_grad_(False)
     without_memory(frozen)
-    memory = trace_step(frozen, stage(), lambda: frozen(torch.ones(1, 8)).sum(), blocks=[])
+    memory = trace_step(frozen, stage(), [lambda: frozen(torch.ones(1, 8)).sum()], blocks=[])
     assert memory.weights == 4 * (64 + 8)
     assert memory.gradients == 4 * 8

@@ -113,7 +113,8 @@ def system_lines(found: SystemReport, strategy: str, processes: int = 1) -> list
             f"  memory, about {amount(memory.total)}: weights {amount(memory.weights)}, gradients "
             f"{amount(memory.gradients)}, optimiser {amount(memory.optimizer)}, EMA {amount(memory.ema)}, "
             f"activations {'not traced' if memory.activations is None else amount(memory.activations)}"
-            + (f", whole units of the shards {amount(memory.gathered)}" if memory.gathered else ""),
+            + (f", whole units of the shards {amount(memory.gathered)}" if memory.gathered else "")
+            + (f", DDP's buckets {amount(memory.buckets)}" if memory.buckets else ""),
         ]
     if strategy == "fsdp" and processes == 1:
         lines += ["", "  (one process, which shards nothing; --processes N tells of each of N)"]

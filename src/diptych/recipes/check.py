@@ -21,15 +21,16 @@ from diptych.data.mixture import tolerated
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
-from diptych.recipes.estimate import Memory, MemoryPlan
+from diptych.recipes.estimate import Memory, MemoryPlan, world_of
 from diptych.recipes.load import check_quantized, start
 from diptych.recipes.prepared import prepared_lines
 from diptych.recipes.recipe import Part, Recipe, StageSpec
-from diptych.recipes.run import build_stage, check_parts, check_sizes, stage_settings
+from diptych.recipes.run import build_stage, check_batches, check_parts, check_sizes, stage_settings
 from diptych.recipes.sources import build_data, build_source
 from diptych.systems.base import System
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
+from diptych.training.repeated_blocks import UnequalBlocksError
 
 SMALL = 50_000_000
 """Parameters up to which a step is timed."""
@@ -96,11 +97,20 @@ def check_system(recipe: Recipe, *, processes: int = 1) -> SystemReport:
     Raises:
         UserError: the recipe does not fit its system.
     """
+    check_batches(recipe, processes)
+    with world_of(recipe, processes):
+        try:
+            return _check_system(recipe, processes)
+        except UnequalBlocksError:
+            return _check_system(recipe, processes, merge=False)
+
+
+def _check_system(recipe: Recipe, processes: int, *, merge: bool = True) -> SystemReport:
     system = build.build_system(recipe.system, meta=True)
     check_parts(recipe, system)
     check_quantized(system, recipe)
     apply = stage_settings(system, list(recipe.stages.values()))
-    plan = MemoryPlan(system, recipe, processes)
+    plan = MemoryPlan(system, recipe, processes, merge=merge)
     trained: dict[str, dict[str, int]] = {name: {} for name in system.named_parts()}
     stages: list[StageReport] = []
     for position, (name, spec) in enumerate(recipe.stages.items()):

@@ -1,28 +1,43 @@
-"""What a training step of a recipe will cost in memory, from a trace that takes none."""
+"""What a training step of a recipe will cost in memory, from a trace that takes none.
+
+A sharded run is traced in a simulated world: the system is sharded by the code that will shard it, over processes that
+are not there.
+"""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
-from diptych.core.prepared import PreparedBatch
+from diptych.core.prepared import Prepared, PreparedBatch, map_tensors
+from diptych.core.sample import Task
 from diptych.recipes.recipe import Recipe, StageSpec
-from diptych.recipes.stand_in import ANSWER_TOKENS, PROMPT_TOKENS, lend_tokenizer, stand_in_batch
+from diptych.recipes.stand_in import ANSWER_TOKENS, PROMPT_TOKENS, lend_tokenizer, stand_in_samples, task_counts
 from diptych.systems.base import System
+from diptych.training.attention import WrittenOut
 from diptych.training.config import StageConfig
-from diptych.training.memory import trace_step, without_memory
+from diptych.training.cuda_autocast import CudaAutocast
+from diptych.training.memory import AllocationTracker, StepMemory, trace_step, without_memory
 from diptych.training.optimizers import trainable
+from diptych.training.parallel import shard
 from diptych.training.recompute import recompute_activations
+from diptych.training.repeated_blocks import RepeatedBlocks
+from diptych.training.simulated import SimulatedProcess, simulated_world
 
 RULE = (
-    f"activations are traced: a forward and a backward pass on tensors without memory, where a text counts as "
-    f"{PROMPT_TOKENS} tokens and an answer as {ANSWER_TOKENS}"
+    f"traced: passes and an optimiser step on tensors without memory, where a text counts as {PROMPT_TOKENS} tokens "
+    f"and an answer as {ANSWER_TOKENS}"
 )
+
+
+DIFFERENT = 4
+"""Samples of a task that are prepared; what is dropped for guidance differs among them."""
 
 
 class NothingLearnsError(Exception):
@@ -33,9 +48,9 @@ class NothingLearnsError(Exception):
 class Memory:
     """Bytes of one process at the worst moment of a step.
 
-    weights, gradients, optimizer, ema: of this process's share where the run is sharded. gathered: whole weights and
-    gradients of the units that a sharded process puts together while they run. activations: all else; None where the
-    system takes no samples such as a trace needs.
+    weights, gradients, optimizer, ema: of this process's share where the run is sharded. gathered: whole weights of the
+    units that a sharded process puts together, at that moment. buckets: gradients once more, as DDP sends them.
+    activations: all else; None where the system takes no samples such as a trace needs.
     """
 
     weights: int
@@ -44,81 +59,170 @@ class Memory:
     ema: int
     activations: int | None
     gathered: int = 0
+    buckets: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.ema + (self.activations or 0) + self.gathered
+        parts = (self.weights, self.gradients, self.optimizer, self.ema, self.gathered, self.buckets)
+        return sum(parts) + (self.activations or 0)
+
+
+def world_of(recipe: Recipe, processes: int) -> AbstractContextManager[None]:
+    """The world in which a recipe's memory is traced."""
+    return simulated_world(processes) if sharded(recipe, processes) else nullcontext()
+
+
+def sharded(recipe: Recipe, processes: int) -> bool:
+    return recipe.run.sharded and processes > 1
 
 
 class MemoryPlan:
-    """The memory of the stages of a recipe. `system` is on the meta device; its weights become fake ones."""
+    """The memory of the stages of a recipe. `system` is on the meta device; its weights become fake ones, and shards of
+    such in a sharded run, so that `world_of` has to be entered before."""
 
-    def __init__(self, system: System, recipe: Recipe, processes: int = 1) -> None:
+    def __init__(self, system: System, recipe: Recipe, processes: int = 1, *, merge: bool = True) -> None:
+        """merge: of `RepeatedBlocks`."""
         self.system, self.recipe, self.processes = system, recipe, processes
-        self.sharded = recipe.run.strategy == "fsdp" and processes > 1
+        self.sharded = sharded(recipe, processes)
         self.half = recipe.run.precision == "bf16"
         lend_tokenizer(system)
         recompute_activations(system, recipe.run.checkpointing)
-        # A sharded process gathers weights in the format that it computes in; autocast keeps them in float32 and makes
-        # copies, which the trace counts as activations.
-        without_memory(system, lambda name: torch.bfloat16 if self.sharded and self.half else torch.float32)
+        muon = any(stage.optimizer.kind == "muon" for stage in recipe.stages.values())  # which takes matrices
+        blocks = list(system.shard_units())
+        self.repeated = RepeatedBlocks(
+            blocks, system.named_parts(), merge=merge and not muon and not self._copies(blocks)
+        )
+        without_memory(system, self._formats())
+        if self.sharded:
+            process = SimulatedProcess(num_processes=processes, mixed_precision="bf16" if self.half else "no")
+            shard(system, process, recipe.run)
+
+    def _formats(self) -> Callable[[str], torch.dtype]:
+        """The number format of each weight. What no stage trains counts as float32 where the run leaves it to the
+        files, which are not read here."""
+        parts = self.system.named_parts()
+        names = {name for stage in self.recipe.stages.values() for name in stage.train}
+        trained = {id(p) for name in names for p in parts[name].parameters()}
+        learn = {name for name, parameter in self.system.named_parameters() if id(parameter) in trained}
+        half = self.recipe.run.frozen_weights == "bfloat16"
+        return lambda name: torch.bfloat16 if half and name not in learn else torch.float32
 
     def stage(self, name: str, spec: StageSpec) -> Memory:
         """Of a stage whose trained parts are unfrozen and whose options are set."""
+        batches = self._batches(spec)
+        with suppress(NothingLearnsError):  # which the look at the data says, with its reason
+            step = self._traced(name, spec, batches) if batches else None
+            if step is not None:
+                return Memory(
+                    weights=step.weights,
+                    gradients=step.gradients,
+                    optimizer=step.optimizer,
+                    ema=step.ema,
+                    activations=step.activations,
+                    gathered=step.gathered,
+                    buckets=step.gradients if self.processes > 1 and not self.sharded else 0,
+                )
         learned = list(trainable(self.system).values())
         count = sum(parameter.numel() for parameter in learned)
         inside = {id(p) for block in self.system.shard_units() for p in block.parameters() if p.ndim == 2}
         muon = sum(p.numel() for p in learned if spec.optimizer.kind == "muon" and id(p) in inside)
-        share = self.processes if self.sharded else 1
+        share = self.processes // (self.recipe.run.replicas or 1) if self.sharded else 1
         return Memory(
             weights=4 * sum(parameter.numel() for parameter in self.system.parameters()) // share,
             gradients=4 * count // share,
             optimizer=(8 * (count - muon) + 4 * muon) // share,
             ema=4 * count // share if spec.ema_decay else 0,
-            activations=self._activations(name, spec),
-            gathered=self._gathered() if self.sharded else 0,
+            activations=None,
+            buckets=4 * count if self.processes > 1 and not self.sharded else 0,
         )
 
-    def _activations(self, name: str, spec: StageSpec) -> int | None:
-        own = -(-spec.batch_size // self.processes)  # samples of a step on one process
-        count = min(spec.micro_batch_size or own, own)
-        prepared = self._prepared(spec, count)
-        if prepared is None:
-            return None
-        keys = list(range(count))
+    def _traced(self, name: str, spec: StageSpec, batches: list[PreparedBatch]) -> StepMemory:
+        inputs: list[Tensor] = []
+        for batch in batches:
+            map_tensors(batch.inputs, inputs.append)
+        config = StageConfig(
+            name=name,
+            train=spec.train,
+            steps=1,
+            batch_size=1,
+            optimizer=spec.optimizer,
+            ema_decay=spec.ema_decay,
+            ema_warmup=spec.ema_warmup,
+        )
+        blocks = list(self.system.shard_units())
+        tracker = AllocationTracker()
+        repeated = nullcontext() if self._copies(blocks) else self.repeated.passed_over(tracker)
+        with self._kernels(), repeated:
+            return trace_step(
+                self.system,
+                config,
+                [self._forward(batch) for batch in batches],
+                blocks=blocks,
+                inputs=inputs,
+                accumulates=self._passes(spec) > len(batches),
+                tracker=tracker,
+            )
 
+    def _copies(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether autocast keeps copies of whole weights that learn until the forward pass ends: such blocks are traced
+        one by one."""
+        parts = self.system.named_parts()
+        names = {name for stage in self.recipe.stages.values() for name in stage.train if name != "lora"}
+        learning = {id(p) for name in names for p in parts[name].parameters()}
+        inside = any(id(p) in learning for block in blocks for p in block.parameters())
+        return self.half and not self.sharded and inside
+
+    def _kernels(self) -> AbstractContextManager[object]:
+        """What the run's device computes otherwise than a trace on the CPU does."""
+        if not self.half:
+            return nullcontext()
+        return WrittenOut() if self.recipe.run.device == "cpu" else CudaAutocast()
+
+    def _forward(self, batch: PreparedBatch) -> Callable[[], Tensor]:
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                terms = self.system.losses(prepared, Draws(keys, "cpu"))
+                terms = self.system.losses(batch, Draws(list(range(len(batch))), "cpu"))
             loss = torch.stack([values.float().sum() for values in terms.values()]).sum()
             if not loss.requires_grad:
                 raise NothingLearnsError
             return loss
 
-        config = StageConfig(name=name, train=spec.train, steps=1, batch_size=1, optimizer=spec.optimizer)
-        with suppress(NothingLearnsError):  # which the look at the data says, with its reason
-            return trace_step(self.system, config, forward, blocks=list(self.system.shard_units())).activations
-        return None
+        return forward
 
-    def _prepared(self, spec: StageSpec, count: int) -> PreparedBatch | None:
+    def _batches(self, spec: StageSpec) -> list[PreparedBatch]:
+        """Of one step of one process the pass that most of its passes are like, and those that add a task.
+
+        In a sharded run every process runs the tasks of all: those that its samples are not of, it borrows.
+        """
+        count = self._pass_size(spec)
+        mixed = task_counts(spec, count)
+        missing: list[Task] = [task for task, number in mixed.items() if not number]
+        if self.sharded and not self.system.runs_every_unit:
+            wanted = [mixed | dict.fromkeys(missing, 1)]
+        else:
+            wanted = [mixed, *({task: count} for task in missing)]
+        made = [self._prepared(spec, counts) for counts in wanted[: self._passes(spec)]]
+        return [batch for batch in made if batch is not None]
+
+    def _pass_size(self, spec: StageSpec) -> int:
+        """Samples of a pass of one process."""
+        own = -(-spec.batch_size // self.processes)
+        return min(spec.micro_batch_size or own, own)
+
+    def _passes(self, spec: StageSpec) -> int:
+        """Passes of a step of one process."""
+        return -(-spec.batch_size // self.processes // self._pass_size(spec))
+
+    def _prepared(self, spec: StageSpec, counts: dict[Task, int]) -> PreparedBatch | None:
         """Samples as a loader's workers prepare them, with texts as long as the system's context allows; None where it
         reads no image of the stage's size at all."""
         preparer = self.system.preparer()
-        draws = Draws(list(range(count)), "cpu")
         for length in (1.0, 0.25, 0.0625, 0.0):
-            batch = stand_in_batch(spec, count, length)
+            samples = stand_in_samples(spec, counts, length)
+            made: dict[tuple[Task, int], Prepared] = {}  # some of each task, over and over
             with suppress(UserError):
-                return preparer.collate([preparer.prepare(x, draws.take([row])) for row, x in enumerate(batch)])
+                for row, sample in enumerate(samples):
+                    if (sample.task, row % DIFFERENT) not in made:
+                        made[sample.task, row % DIFFERENT] = preparer.prepare(sample, Draws([row], "cpu"))
+                return preparer.collate([made[x.task, row % DIFFERENT] for row, x in enumerate(samples)])
         return None
-
-    def _gathered(self) -> int:
-        """FSDP2 keeps what is in no unit whole during a step, and two units: the one that runs and the next one."""
-        width = 2 if self.half else 4
-        units = list(self.system.shard_units())
-        inside = {id(p) for unit in units for p in unit.parameters()}
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
-        learning = [sum(p.numel() for p in unit.parameters() if p.requires_grad) for unit in units]
-        outside = [p for p in self.system.parameters() if id(p) not in inside]
-        weights = sum(p.numel() for p in outside) + 2 * max(sizes, default=0)
-        gradients = sum(p.numel() for p in outside if p.requires_grad) + max(learning, default=0)
-        return width * weights + 4 * gradients

@@ -75,6 +75,7 @@ def train_recipe(
 def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, announce: Callable[[str], None]) -> bool:
     """What `train_recipe` does once the folder is its own."""
     accelerator = make_accelerator(recipe.run)
+    check_batches(recipe, accelerator.num_processes)
     if recipe.run.sharded:
         check_strategy(accelerator.num_processes, recipe.run)
     with deferred() as weights:
@@ -150,6 +151,20 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             f"{accelerator.device.type!r}; launch one, or set run.device=cpu"
         )
     return accelerator
+
+
+def check_batches(recipe: Recipe, processes: int) -> None:
+    """UserError where a stage's batch does not divide among the processes; it names the nearest that does."""
+    for name, stage in recipe.stages.items():
+        batch = stage.batch_size
+        if batch % processes:
+            below, above = batch // processes * processes, -(-batch // processes) * processes
+            nearest = " or ".join(str(size) for size in (below, above) if size)
+            fewer = max(count for count in range(1, processes) if batch % count == 0)
+            raise UserError(
+                f"stages.{name}.batch_size: {batch} does not divide among {processes} processes; set it to {nearest}, "
+                f"or start {fewer}"
+            )
 
 
 def check_parts(recipe: Recipe, system: System) -> None:

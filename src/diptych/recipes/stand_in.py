@@ -6,6 +6,7 @@ No file is read, so that the cost of a recipe can be told before anything was do
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from diptych.core.errors import UserError
 from diptych.core.image_sizes import both_sides
-from diptych.core.sample import Batch, Message, Sample, Task
+from diptych.core.sample import Message, Sample, Task
 from diptych.parts.backbones.chat import CHATML
 from diptych.recipes.recipe import StageSpec
 from diptych.systems.base import System
@@ -64,19 +65,14 @@ def lend_tokenizer(system: System) -> None:
         backbone.processor = type(backbone).from_config(config, tokenizer).processor
 
 
-def stand_in_batch(stage: StageSpec, count: int, length: float = 1.0) -> Batch:
-    """`count` samples of a stage's tasks, by its sources' weights, with images of its size.
-
-    length: of texts, as a share of the numbers of tokens above, for systems whose context is short.
+def task_counts(stage: StageSpec, count: int) -> dict[Task, int]:
+    """Of `count` samples how many are of each of a stage's tasks, by its sources' weights: the largest remainder wins.
 
     Raises:
         UserError: a stage without sources.
     """
     if not stage.data.sources:
         raise UserError("a mixture needs at least one source")
-    height, width = both_sides(stage.data.size)
-    image = torch.zeros(3, height, width)
-    # Tasks in the shares of their sources, each at least once where there is room: the largest remainder wins.
     weights: dict[Task, float] = {}
     for source in stage.data.sources.values():
         weights[source.task] = weights.get(source.task, 0.0) + source.weight
@@ -86,6 +82,16 @@ def stand_in_batch(stage: StageSpec, count: int, length: float = 1.0) -> Batch:
     for task in sorted(exact, key=lambda task: counts[task] - exact[task]):
         if sum(counts.values()) < count:
             counts[task] += 1
+    return counts
+
+
+def stand_in_samples(stage: StageSpec, counts: Mapping[Task, int], length: float = 1.0) -> list[Sample]:
+    """So many samples of each task, with images of a stage's size.
+
+    length: of texts, as a share of the numbers of tokens above, for systems whose context is short.
+    """
+    height, width = both_sides(stage.data.size)
+    image = torch.zeros(3, height, width)
     text, answer = ("x" * max(1, int(length * tokens)) for tokens in (PROMPT_TOKENS, ANSWER_TOKENS))
     turns = (Message(role="user", text=f"<image>{text}"), Message(role="assistant", text=answer))
     made: dict[Task, Sample] = {
@@ -94,4 +100,4 @@ def stand_in_batch(stage: StageSpec, count: int, length: float = 1.0) -> Batch:
         "edit": Sample(id="edit", task="edit", image=image, text=text, context_images=(image,)),
         "understand": Sample(id="conversation", task="understand", context_images=(image,), messages=turns),
     }
-    return Batch(tuple(made[task] for task, number in counts.items() for _ in range(number)))
+    return [made[task] for task, number in counts.items() for _ in range(number)]

@@ -16,6 +16,7 @@ from diptych.core.errors import UserError
 from diptych.core.prepared import PreparedBatch
 from diptych.systems.base import System
 from diptych.training.config import RunConfig
+from diptych.training.simulated import SimulatedProcess
 from diptych.training.step import LossStep
 from diptych.training.tensors import whole
 
@@ -24,7 +25,7 @@ OCCASIONAL = "vision"
 it stays with the parameters that are gathered at once in every step, whose gradients are put together at once too."""
 
 
-def shard(system: System, accelerator: Accelerator, config: RunConfig) -> None:
+def shard(system: System, accelerator: Accelerator | SimulatedProcess, config: RunConfig) -> None:
     """Shard a system in place: each of its units by itself, all else together.
 
     Raises:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from diptych.core.errors import UserError, unknown
@@ -53,4 +55,16 @@ class Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or kwargs.get(CACHE) is not None:
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+        # Backward passes leave the modes that change functions, such as `attention.WrittenOut`: they are entered again.
+        modes = _get_current_function_mode_stack()
+        contexts = lambda: (nullcontext(), entered(modes))  # noqa: E731
+        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@contextmanager
+def entered(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    """Inside all of these contexts."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
