@@ -13,9 +13,12 @@ from peft import PeftModel
 from torch import nn
 
 import diptych
+from diptych.checkpoints.lora_files import write_peft
 from diptych.core.errors import UserError
-from diptych.parts.lora import adapted_module, add_lora, load_lora, lora_config, save_lora
+from diptych.parts.added_lora import trained
+from diptych.parts.lora import adapted_module, add_lora, lora_config
 from diptych.recipes.load import load_system, start
+from diptych.recipes.lora import add
 from diptych.recipes.plain import load_plain
 from diptych.recipes.recipe import parse
 
@@ -72,23 +75,21 @@ def test_a_language_models_lora_is_trained_and_read_by_peft_and_by_us(base: str,
     assert not any("vision" in name for name in adapters)
     assert any(p.abs().max() > 0 for name, p in adapters.items() if "lora_B" in name), "they have learned"
     assert lora_config(module).use_rslora  # pyright: ignore[reportOptionalMemberAccess]
-    save_lora(part, tmp_path / "adapter")
+    write_peft(tmp_path / "adapter", trained(module))
 
     # The plain model that it started from, with the adapter by PEFT itself, and by us.
     source, _ = load_system(STARTS.get(base, base))
     plain_module = adapted_module(home_of(source))
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain_module), str(tmp_path / "adapter")).eval()
-    load_lora(home_of(source), tmp_path / "adapter")
+    assert add(source, [str(tmp_path / "adapter")])
     ours = adapted_module(home_of(source)).eval()
-    names = [name for name, child in ours.named_modules() if hasattr(child, "lora_A") and hasattr(child, "base_layer")]
-    assert names
-    for name in names:
-        x = torch.randn(3, ours.get_submodule(name).in_features)  # pyright: ignore[reportArgumentType]
+    for name in trained(module):
+        x = torch.randn(3, module.get_submodule(name).in_features)  # pyright: ignore[reportArgumentType]
         with torch.no_grad():
             want = module.get_submodule(name)(x)
-            assert torch.equal(ours.get_submodule(name)(x), want)
-            assert torch.equal(theirs.base_model.model.get_submodule(name)(x), want)
-            assert not torch.equal(ours.get_submodule(name).base_layer(x), want)  # pyright: ignore
+            torch.testing.assert_close(ours.get_submodule(name)(x), want)
+            torch.testing.assert_close(theirs.base_model.model.get_submodule(name)(x), want)
+            assert not torch.allclose(ours.get_submodule(name).base(x), want)  # pyright: ignore
 
 
 def test_the_saved_model_answers_with_its_adapters(tmp_path: Path) -> None:

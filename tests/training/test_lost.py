@@ -174,7 +174,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(
 def test_numbers_that_are_not_finite_read_back_as_they_are(tmp_path: Path) -> None:
     """A weight that turned into NaN is no fault of the disk."""
     parameter = nn.Parameter(torch.tensor([float("nan"), 1.0]))
-    held = state.Held(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
+    held = state.TrainState(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
     saver = Saver(tmp_path, keep=2)
     saver.start(state.Progress(total=1), held, {}, check=True)
     saver.finish()

@@ -248,7 +248,7 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path: Path) -> None:
 
 def test_keep_and_leftovers(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.zeros(2))
-    held = state.Held(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
+    held = state.TrainState(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
     (tmp_path / ".step-00000001.4000001.partial").mkdir(parents=True)
     saver = Saver(tmp_path, keep=2)
     (tmp_path / "step-00000009").mkdir()  # no progress.json: never complete, never read
@@ -261,7 +261,7 @@ def test_keep_and_leftovers(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = nn.Parameter(torch.zeros(2))
-    held = state.Held(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
+    held = state.TrainState(weights={"w": parameter}, parameters={"w": parameter}, optimizers=[], ema=None)
     monkeypatch.setattr(saving, "read_tensors", lambda files: iter([("w", torch.ones(2))]))
     saver = Saver(tmp_path, keep=2)
     saver.start(state.Progress(total=1), held, {}, check=True)

@@ -115,21 +115,21 @@ def extract(
 @contextmanager
 def _last_output(part: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what a part gives: of a list of modules, what each of them gives, the last one last."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            found.append(output)
+            outputs.append(output)
         elif isinstance(output, tuple) and isinstance(output[0], Tensor):
-            found.append(output[0])
+            outputs.append(output[0])
         elif isinstance(states := getattr(output, "last_hidden_state", None), Tensor):
-            found.append(states)
+            outputs.append(states)
 
     modules = list(part.modules()) if isinstance(part, nn.ModuleList) else [part]
     modules = [module for module in modules if not isinstance(module, nn.ModuleList)]
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -166,9 +166,9 @@ def probe(features: Floats, labels: Sequence[str], seed: int = 0) -> dict[str, f
     counts = {name: list(labels).count(name) for name in set(labels)}
     if len(counts) < 2 or min(counts.values()) < FOLDS:
         raise UserError(f"a probe needs two classes of at least {FOLDS} images each, not {counts}")
-    held = len(labels) // FOLDS + 1
+    test_count = len(labels) // FOLDS + 1
     model = make_pipeline(
-        PCA(min(DIMENSIONS, len(labels) - held, features.shape[1]), random_state=seed),
+        PCA(min(DIMENSIONS, len(labels) - test_count, features.shape[1]), random_state=seed),
         StandardScaler(),
         LogisticRegression(max_iter=2000),
     )

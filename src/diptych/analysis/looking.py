@@ -38,7 +38,7 @@ def look(
     Raises:
         UserError: a sample without image, or a model that does not understand images.
     """
-    found: list[list[float]] = []
+    rows: list[list[float]] = []
     for number, sample in enumerate(samples):
         if not sample.context_images:
             raise UserError(f"{sample.id}: has no image to look at")
@@ -47,10 +47,10 @@ def look(
             raise UserError(f"{sample.id}: asks nothing")
         asked = sample.messages[: first + 1]
         shown = sum(message.text.count("<image>") for message in asked)
-        found.append(_one(engine.system, asked, sample.context_images[:shown], sample.id))
+        rows.append(_one(engine.system, asked, sample.context_images[:shown], sample.id))
         if progress is not None:
             progress(number + 1, len(samples))
-    return found
+    return rows
 
 
 def _one(system: System, messages: Sequence[Message], images: Sequence[Tensor], where: str) -> list[float]:
@@ -102,11 +102,11 @@ def _check_asked(seen: Tensor, where: str) -> None:
         raise UserError(f"{where}: needs an image, and words after it")
 
 
-def summary(found: Sequence[Sequence[float]]) -> dict[str, Any]:
+def summary(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Mean share by layer, its deviation over questions, and the mean of all layers."""
-    shares = torch.tensor(found)  # (questions, layers)
+    shares = torch.tensor(rows)  # (questions, layers)
     return {
-        "questions": len(found),
+        "questions": len(rows),
         "by_layer": shares.mean(0).tolist(),
         "deviation": shares.std(0, correction=0).tolist(),
         "overall": float(shares.mean()),

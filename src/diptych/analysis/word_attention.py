@@ -83,12 +83,12 @@ class WordAttention:
 
     def categories(self, share: Tensor) -> dict[str, float]:
         """Shares (L,) of tokens summed by category; they sum to 1."""
-        found: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
+        shares: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
         for value, owner in zip(share.tolist(), self.owners, strict=True):
             if owner is not None:
-                found[self.prompt.words[owner].category] += value
-        found["other"] = 1.0 - sum(found[name] for name in CATEGORIES if name != "other")
-        return found
+                shares[self.prompt.words[owner].category] += value
+        shares["other"] = 1.0 - sum(shares[name] for name in CATEGORIES if name != "other")
+        return shares
 
     def unworded(self, share: Tensor) -> float:
         """What goes to no word of the prompt."""
@@ -127,12 +127,12 @@ def attend(
     most = len(engine.plan(view, engine.sampling)[0].times)
     if not 1 <= steps <= most:
         raise UserError(f"steps must be from 1 to the model's {most}, not {steps}")
-    found: list[WordAttention] = []
+    results: list[WordAttention] = []
     for number, prompt in enumerate(prompts):
-        found.append(_one(engine, system, view, prompt, steps, key(seed, number, 0)))
+        results.append(_one(engine, system, view, prompt, steps, key(seed, number, 0)))
         if progress is not None:
             progress(number + 1, len(prompts))
-    return found
+    return results
 
 
 def _one(engine: Engine, system: AssembledSystem, view: View, prompt: Prompt, steps: int, noise: int) -> WordAttention:
@@ -229,7 +229,7 @@ def read(system: AssembledSystem, batch: Batch) -> Request:
     looked_up: list[tuple[int, Tensor]] = []
     calls: list[Attention] = []
     if isinstance(system, BagelSystem):
-        system.store.held.clear()  # what was read before would not be looked up again
+        system.store.entries.clear()  # what was read before would not be looked up again
     with Watching(calls.append, lambda ids, size: looked_up.append((size, ids))):
         whole = system.encode(batch)
     texts = [ids.flatten().tolist() for size, ids in looked_up if size == max(size for size, _ in looked_up)]
@@ -245,7 +245,7 @@ def read(system: AssembledSystem, batch: Batch) -> Request:
     options, conditioner, queries = system.options, system.conditioner, system.conditioner.count
     if isinstance(options, HieraConfig) and isinstance(conditioner, HierarchicalQueries):
         reading = query_reading(calls, queries, length)
-        scales = [own[0] for own in conditioner.split(reading[None])]  # (N_k, L) each, markers left out
+        scales = [scale[0] for scale in conditioner.split(reading[None])]  # (N_k, L) each, markers left out
         spread = torch.cat(scales) if options.scale_condition == "cumulative" else scales[-1]
         return Request(condition, ids, spread)
     if queries or options.condition == "queries":
@@ -264,17 +264,17 @@ def read(system: AssembledSystem, batch: Batch) -> Request:
 
 def query_reading(calls: Sequence[Attention], queries: int, length: int) -> Tensor:
     """Which tokens of the prompt each query attends to, (Q, L): mean of all layers and heads in which queries ask."""
-    found: list[Tensor] = []
+    readings: list[Tensor] = []
     for call in calls:
         asks = call.queries in (queries, length + queries) and call.keys in (length, length + queries)
         if not asks or call.query.shape[0] != 1 or call.queries > call.keys:
             continue
         for head in range(call.heads):
             weights = call.weights(head, call.queries - queries)[0, :, :length]  # (Q, L)
-            found.append(weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny))
-    if not found:
+            readings.append(weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny))
+    if not readings:
         raise UserError("no attention of the queries to the prompt was found")
-    return torch.stack(found).mean(0).cpu()
+    return torch.stack(readings).mean(0).cpu()
 
 
 def _last(condition: Condition) -> Condition:
@@ -297,38 +297,38 @@ def tokenizer_of(system: System) -> PreTrainedTokenizerBase:
     raise UserError("this system's language model has no tokenizer that words could be found with")
 
 
-def summary(found: Sequence[WordAttention]) -> dict[str, Any]:
+def summary(results: Sequence[WordAttention]) -> dict[str, Any]:
     """Shares by category: overall with their deviation over the prompts, by layer, by layer and group of heads, and by
     step; and by word of each prompt."""
 
     def mean(pick: Callable[[WordAttention], Tensor]) -> dict[str, float]:
-        rows = [one.categories(pick(one)) for one in found]
+        rows = [result.categories(pick(result)) for result in results]
         return {name: sum(row[name] for row in rows) / len(rows) for name in CATEGORIES}
 
-    layers, groups = found[0].share.shape[:2]
-    each = [one.categories(one.share.mean((0, 1))) for one in found]
+    layers, groups = results[0].share.shape[:2]
+    each = [result.categories(result.share.mean((0, 1))) for result in results]
     spread = {name: float(torch.tensor([row[name] for row in each]).std(correction=0)) for name in CATEGORIES}
     return {
-        "prompts": len(found),
-        "steps": len(found[0].steps),
-        "overall": mean(lambda one: one.share.mean((0, 1))),
+        "prompts": len(results),
+        "steps": len(results[0].steps),
+        "overall": mean(lambda result: result.share.mean((0, 1))),
         "deviation": spread,
-        "unworded": sum(one.unworded(one.share.mean((0, 1))) for one in found) / len(found),
-        "by_layer": [mean(lambda one, at=at: one.share[at].mean(0)) for at in range(layers)],
+        "unworded": sum(result.unworded(result.share.mean((0, 1))) for result in results) / len(results),
+        "by_layer": [mean(lambda result, at=at: result.share[at].mean(0)) for at in range(layers)],
         "by_group": [
-            [mean(lambda one, at=at, group=group: one.share[at, group]) for group in range(groups)]
+            [mean(lambda result, at=at, group=group: result.share[at, group]) for group in range(groups)]
             for at in range(layers)
         ],
-        "by_step": [mean(lambda one, at=at: one.steps[at]) for at in range(len(found[0].steps))],
-        "text_by_layer": [sum(one.text[at] for one in found) / len(found) for at in range(layers)],
+        "by_step": [mean(lambda result, at=at: result.steps[at]) for at in range(len(results[0].steps))],
+        "text_by_layer": [sum(result.text[at] for result in results) / len(results) for at in range(layers)],
         "words": [
             {
-                "prompt": one.prompt.text,
+                "prompt": result.prompt.text,
                 "words": [
                     {"word": word.text, "category": word.category, "share": share}
-                    for word, share in zip(one.prompt.words, one.words(), strict=True)
+                    for word, share in zip(result.prompt.words, result.words(), strict=True)
                 ],
             }
-            for one in found
+            for result in results
         ],
     }

@@ -115,16 +115,16 @@ def parse(line: str) -> Prompt:
     """
     marks: list[tuple[int, int, Category]] = []
     text, at = "", 0
-    for found in MARK.finditer(line):
-        text += line[at : found.start()]
-        named = found[2].strip()
+    for match in MARK.finditer(line):
+        text += line[at : match.start()]
+        named = match[2].strip()
         category: Category | None = next((known for known in CATEGORIES if known == named), None)
         if category is None:
             raise unknown("category", named, CATEGORIES, f"prompt {line!r}")
-        marks.append((len(text), len(text) + len(found[1]), category))
-        text, at = text + found[1], found.end()
+        marks.append((len(text), len(text) + len(match[1]), category))
+        text, at = text + match[1], match.end()
     text += line[at:]
-    spans = [(found[0], found.start(), found.end()) for found in WORD.finditer(text)]
+    spans = [(match[0], match.start(), match.end()) for match in WORD.finditer(text)]
     if not spans:
         raise UserError(f"prompt {line!r}: has no words")
     if marks:
@@ -139,8 +139,8 @@ def parse(line: str) -> Prompt:
 
 def _marked(at: int, marks: Sequence[tuple[int, int, Category]]) -> Category:
     """The category that the word at a place was marked with."""
-    found: list[Category] = [category for start, stop, category in marks if start <= at < stop]
-    return found[0] if found else "other"
+    categories: list[Category] = [category for start, stop, category in marks if start <= at < stop]
+    return categories[0] if categories else "other"
 
 
 def _kind(word: str) -> Category:
@@ -166,11 +166,11 @@ def places(ids: Sequence[int], decode: Callable[[Sequence[int]], str], prompt: P
     at = whole.find(prompt.text)
     if at < 0:
         raise UserError(f"prompt {prompt.text!r}: is not in what the model reads ({whole!r})")
-    found: list[int | None] = []
+    result: list[int | None] = []
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         piece = whole[start:end]
         inked = start + len(piece) - len(piece.lstrip()) - at
         inside = bool(piece.strip())
         number = next((n for n, word in enumerate(prompt.words) if word.start <= inked < word.end), None)
-        found.append(number if inside else None)
-    return found
+        result.append(number if inside else None)
+    return result

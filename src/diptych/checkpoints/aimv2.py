@@ -64,7 +64,7 @@ def to_ours(tensors: Iterable[tuple[str, Tensor]], side: int) -> Iterator[tuple[
             pieces[part] = tensor
             if len(pieces) == len(FUSED):
                 del waiting[fused]
-                yield fused, torch.cat([pieces[one] for one in FUSED])
+                yield fused, torch.cat([pieces[piece] for piece in FUSED])
     if waiting:
         raise UserError(f"AIMv2: query, key or value is missing for {next(iter(waiting))}")
 

@@ -109,8 +109,8 @@ def from_siglip(tensors: Iterable[tuple[str, Tensor]], layers: int) -> Iterator[
         if inner == name or inner.startswith("head."):
             continue
         ours = our_name(f"vit_model.{name}")
-        found = _OUR_VISION.match(ours)
-        if found and int(found[1]) >= layers:
+        match = _OUR_VISION.match(ours)
+        if match and int(match[1]) >= layers:
             continue
         yield ours, linear_patches(tensor) if tensor.ndim == 4 else tensor
 

@@ -104,11 +104,11 @@ def to_published(tensors: Iterable[tuple[str, Tensor]], levels: int) -> Iterator
 
 
 def _to_ours(rest: str, levels: int) -> str:
-    found = _LEVEL.match(rest)
-    if found is None:
+    match = _LEVEL.match(rest)
+    if match is None:
         rest = next((ours + rest.removeprefix(old) for old, ours in PLACES if rest.startswith(old)), rest)
         return rest
-    way, level, what, leaf = found.groups()
+    way, level, what, leaf = match.groups()
     if what != "block":
         leaf = f"0.{leaf}"
     number = int(level) if way == "down" else levels - 1 - int(level)
@@ -116,10 +116,10 @@ def _to_ours(rest: str, levels: int) -> str:
 
 
 def _to_theirs(rest: str, levels: int) -> str:
-    found = _BLOCK.match(rest)
-    if found is None:
+    match = _BLOCK.match(rest)
+    if match is None:
         return next((old + rest.removeprefix(ours) for old, ours in PLACES if rest.startswith(ours)), rest)
-    way, level, what, leaf = found.groups()
+    way, level, what, leaf = match.groups()
     if what != "resnets":
         leaf = leaf.removeprefix("0.")
     number = int(level) if way == "down" else levels - 1 - int(level)

@@ -84,9 +84,9 @@ def load_metaquery(system: nn.Module, file: Path) -> None:
     refuse_pickle(file)
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    own = own_tensors(system)
+    parameters = own_tensors(system)
     for name in (TABLE, STARTS, ENDS, QUERIES, "connector.linear_in.weight"):
-        if name not in own:
+        if name not in parameters:
             raise UserError(
                 f"{file}: a checkpoint of MetaQuery needs its parts (qwen2_5_vl, hierarchical_queries of one scale "
                 f"with markers, connector metaquery), as in recipe metaquery/sana; this system has no {name}"
@@ -94,7 +94,7 @@ def load_metaquery(system: nn.Module, file: Path) -> None:
     seen: set[str] = set()
 
     def noted() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in to_ours(read_tensors([file]), own[TABLE].shape[0]):
+        for name, tensor in to_ours(read_tensors([file]), parameters[TABLE].shape[0]):
             seen.add(name.split(".")[0])
             yield name, tensor
 

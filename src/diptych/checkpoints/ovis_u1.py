@@ -90,11 +90,11 @@ def to_ours(tensors: Iterable[tuple[str, Tensor]], hidden: int) -> Iterator[tupl
     """
     for name, tensor in tensors:
         renamed = _swap(name, KEYS)
-        found = _BLOCK.match(renamed)
-        if found is None:
+        match = _BLOCK.match(renamed)
+        if match is None:
             yield renamed, tensor
             continue
-        kind, number, leaf = found.groups()
+        kind, number, leaf = match.groups()
         if kind == "decoder.single_blocks" and leaf in FUSED:
             axis, first = (1, hidden) if leaf == "linear2.weight" else (0, 3 * hidden)
             pieces = tensor.split([first, tensor.shape[axis] - first], dim=axis)
@@ -109,11 +109,11 @@ def to_published(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
     back = tuple((ours, published) for published, ours in KEYS)
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
-        found = _BLOCK.match(name)
-        if found is None:
+        match = _BLOCK.match(name)
+        if match is None:
             yield _swap(name, back), tensor
             continue
-        kind, number, leaf = found.groups()
+        kind, number, leaf = match.groups()
         place = _swap(f"{kind}.{number}.", back)
         if kind == "decoder.single_blocks" and leaf in _PIECES:
             fused = _PIECES[leaf]

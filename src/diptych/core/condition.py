@@ -127,7 +127,7 @@ class ScaleConditions(Condition):
             assert isinstance(other, ScaleConditions), "join of unlike conditions"
             assert len(other.scales) == len(self.scales), "join of unlike conditions"
             rest.append(other)
-        joined = (own.join([other.scales[k] for other in rest]) for k, own in enumerate(self.scales))
+        joined = (scale.join([other.scales[k] for other in rest]) for k, scale in enumerate(self.scales))
         return replace(self, scales=tuple(joined))
 
     def take(self, rows: Sequence[int]) -> Self:

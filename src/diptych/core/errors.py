@@ -16,8 +16,8 @@ class UserError(ValueError):
 
 def nearest(value: str, choices: Iterable[str]) -> str | None:
     """The choice most like `value`, or None when none is close."""
-    found = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
 def is_off(value: object) -> bool:

@@ -201,9 +201,9 @@ def _litter(folder: Path, deep: bool) -> Iterator[tuple[Path, re.Match[str]]]:
     """Hidden paths of processes that have ended."""
     if not folder.is_dir():
         return
-    found = folder.rglob(".*") if deep else folder.glob(".*")
+    hidden = folder.rglob(".*") if deep else folder.glob(".*")
     alive: dict[Process, bool] = {}
-    for path in found:
+    for path in hidden:
         match = LITTER.fullmatch(path.name)
         process = read_tag(match["tag"] or match["pid"]) if match else None
         if match is None or process is None:

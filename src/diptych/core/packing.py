@@ -58,7 +58,7 @@ def splits_by_sample(
 ) -> list[tuple[list[int], list[int]]]:
     """Lengths and modes of each sample's splits."""
     waiting = list(zip(splits, modes, strict=True))[::-1]
-    found: list[tuple[list[int], list[int]]] = []
+    result: list[tuple[list[int], list[int]]] = []
     for length in samples:
         lengths: list[int] = []
         kinds: list[int] = []
@@ -67,9 +67,9 @@ def splits_by_sample(
             lengths.append(size)
             kinds.append(mode)
         assert sum(lengths) == length, "splits do not add up to samples"
-        found.append((lengths, kinds))
+        result.append((lengths, kinds))
     assert not waiting, "splits do not add up to samples"
-    return found
+    return result
 
 
 def padded(

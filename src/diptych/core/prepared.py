@@ -118,10 +118,10 @@ class SizeGroups:
 
     def each(self, change: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """The tensors in their order, after `change` of each stack."""
-        found: dict[int, Tensor] = {}
+        by_row: dict[int, Tensor] = {}
         for rows, stack in zip(self.rows, self.stacks, strict=True):
-            found |= dict(zip(rows, stack if change is None else change(stack), strict=True))
-        return [found[row] for row in range(len(found))]
+            by_row |= dict(zip(rows, stack if change is None else change(stack), strict=True))
+        return [by_row[row] for row in range(len(by_row))]
 
 
 def size_groups(tensors: Sequence[Tensor]) -> SizeGroups:

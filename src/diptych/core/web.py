@@ -42,12 +42,12 @@ def checked_key(key: str, name: str) -> str:
 
 def secrets(environment: Mapping[str, str] | None = None) -> list[str]:
     """Values of environment variables that are named like secrets (..._KEY, ..._TOKEN, ...), longest first."""
-    found = {
+    values = {
         value.strip()
         for name, value in (os.environ if environment is None else environment).items()
         if _SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST
     }
-    return sorted(found, key=len, reverse=True)
+    return sorted(values, key=len, reverse=True)
 
 
 def redacted(text: str, keys: Iterable[str] = ()) -> str:

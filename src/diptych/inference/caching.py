@@ -72,8 +72,8 @@ class BranchCache:
     def predict(self, t: float) -> Tensor:
         """The polynomial's value at time t (B, C, h, w), in Lagrange's form."""
         total = self.velocities[0] * 0
-        for own, velocity in zip(self.times, self.velocities, strict=True):
-            factor = math.prod((t - other) / (own - other) for other in self.times if other != own)
+        for past, velocity in zip(self.times, self.velocities, strict=True):
+            factor = math.prod((t - other) / (past - other) for other in self.times if other != past)
             total = total + factor * velocity
         return total
 

@@ -70,7 +70,7 @@ class Engine:
     @property
     def computes_in(self) -> torch.dtype | None:
         """The number format of most weights, in which inputs are cast beside them; None for float32."""
-        return None if (found := weight_format(self.system)) == torch.float32 else found
+        return None if (dtype := weight_format(self.system)) == torch.float32 else dtype
 
     def __repr__(self) -> str:
         """Its name, system, size, device and how it samples."""
@@ -185,8 +185,8 @@ class Engine:
             if seed != 0:
                 raise UserError("give a seed or a generator, not both")
             seed = torch.randint(1 << 62, (len(samples) * max(n, 1),), generator=generator).tolist()
-        told: dict[str, Any] = {"progress": progress, "on_step": on_step, "expansions": expansions}
-        images = self.tensors(samples, n=n, seed=seed, **told, **options)
+        reports: dict[str, Any] = {"progress": progress, "on_step": on_step, "expansions": expansions}
+        images = self.tensors(samples, n=n, seed=seed, **reports, **options)
         if output_type == "pt":
             return images
         pictures = [to_pil(image) for image in images]

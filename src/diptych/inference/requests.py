@@ -36,7 +36,7 @@ def noise_keys(seed: int | Sequence[int], places: Sequence[int], n: int) -> list
         raise UserError(
             f"{len(seeds)} seeds for {len(places)} requests of {n} images; give one a request's image, or {n}"
         )
-    return [[key(own, 0, 0) for own in seeds[row * n : (row + 1) * n]] for row in range(len(places))]
+    return [[key(image_seed, 0, 0) for image_seed in seeds[row * n : (row + 1) * n]] for row in range(len(places))]
 
 
 def count_steps(

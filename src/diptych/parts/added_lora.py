@@ -68,14 +68,14 @@ def trained(module: nn.Module) -> dict[str, Factors]:
     rank, also where the square root of the rank was taken (rslora)."""
     if lora_config(module) is None:
         return {}
-    found: dict[str, Factors] = {}
+    factors: dict[str, Factors] = {}
     for name, layer in module.named_modules():
         down = getattr(layer, "lora_A", None)
         if isinstance(down, nn.ModuleDict) and ADAPTER in down:
             first, second = down[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()  # type: ignore[union-attr]
             alpha = float(layer.scaling[ADAPTER]) * first.shape[0]  # type: ignore[index]
-            found[name] = Factors(down=first, up=second, alpha=alpha)
-    return found
+            factors[name] = Factors(down=first, up=second, alpha=alpha)
+    return factors
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def difference(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[dict[str, 
     if before.keys() != after.keys():
         name = sorted(before.keys() ^ after.keys())[0]
         raise UserError(f"the two models have other layers ({name})")
-    found: dict[str, Factors] = {}
+    factors: dict[str, Factors] = {}
     left = whole = 0.0
     for name, layer in before.items():
         if layer.weight.shape != after[name].weight.shape:
@@ -133,11 +133,11 @@ def difference(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[dict[str, 
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
         kept = min(rank, len(s))
         root = s[:kept].sqrt()
-        found[name] = Factors(
+        factors[name] = Factors(
             down=(root[:, None] * v[:kept]).contiguous(), up=(u[:, :kept] * root).contiguous(), alpha=float(kept)
         )
         left += float(s[kept:].square().sum())
         whole += float(s.square().sum())
-    if not found:
+    if not factors:
         raise UserError("the two models' linear layers are equal")
-    return found, (left / whole) ** 0.5
+    return factors, (left / whole) ** 0.5

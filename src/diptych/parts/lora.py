@@ -1,16 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on any part, through PEFT and in its file format."""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on any part, through PEFT."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
 from diptych.checkpoints.tensors import LORA
 from diptych.core.errors import UserError, unknown
@@ -18,9 +15,6 @@ from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
 
 ADAPTER = "default"
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def add_lora(
@@ -61,53 +55,6 @@ def add_lora(
     )
 
 
-def save_lora(part: nn.Module, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as PEFT's own `PeftModel` does and reads."""
-    module = adapted_module(part)
-    config = lora_config(module)
-    if config is None:
-        raise UserError("LoRA: this part has no adapters to save")
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = LoraConfig(**{**config.to_dict(), "inference_mode": True})
-    saved.save_pretrained(str(folder))
-    weights: dict[str, Tensor] = get_peft_model_state_dict(module, adapter_name=ADAPTER)
-    save_file({PREFIX + key: value.contiguous() for key, value in weights.items()}, folder / WEIGHTS)
-
-
-def load_lora(part: nn.Module, folder: Path) -> None:
-    """Put the adapters saved in `folder` on a part; trainable, where it has none yet they are added.
-
-    Raises:
-        UserError: no adapter there, unreadable weights, or keys that do not fit the part.
-    """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no adapter here (no {name})")
-    try:
-        loaded = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS}: not a safetensors file ({error})") from error
-
-    module = adapted_module(part)
-    if lora_config(module) is None:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = False
-        assert isinstance(config, LoraConfig)
-        inject(module, config)
-
-    weights = {key.removeprefix(PREFIX): value for key, value in loaded.items()}
-    expected: dict[str, Tensor] = get_peft_model_state_dict(module, adapter_name=ADAPTER)
-    for problem, keys in (("missing", expected.keys() - weights.keys()), ("unexpected", weights.keys() - expected)):
-        if keys:
-            raise UserError(f"{folder / WEIGHTS}: {problem} keys: {', '.join(sorted(keys)[:5])}")
-    for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            raise UserError(
-                f"{folder / WEIGHTS}: {key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
-            )
-    set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
-
-
 def adapted_module(part: nn.Module) -> nn.Module:
     """Where adapters live: the library's model itself where there is one, so that files fit it directly."""
     return part.adapter_home if isinstance(part, Backbone | Decoder) else part
@@ -115,11 +62,11 @@ def adapted_module(part: nn.Module) -> nn.Module:
 
 def adaptable(part: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers that may get adapters, by their names in `adapted_module`; of a backbone, its language model's."""
-    found = linear_layers(adapted_module(part))
+    linear = linear_layers(adapted_module(part))
     if not isinstance(part, Backbone):
-        return found
+        return linear
     inside = {id(module) for name in ("llm", "t5") for module in _modules(part.named_parts().get(name))}
-    return {name: layer for name, layer in found.items() if id(layer) in inside}
+    return {name: layer for name, layer in linear.items() if id(layer) in inside}
 
 
 def _modules(part: nn.Module | None) -> list[nn.Module]:

@@ -84,7 +84,7 @@ def load(
         return _deferred(architecture, folder, dtype or torch.float32)
     try:
         with quiet_diffusers():
-            found = architecture.from_pretrained(
+            loaded = architecture.from_pretrained(
                 str(source),
                 subfolder=subfolder,
                 revision=revision,
@@ -97,7 +97,7 @@ def load(
         hint = "" if Path(source).exists() else " (check the name, and the connection to the hub)"
         raise UserError(f"{where}: cannot load {architecture.__name__}{hint}: {one_line(error)}") from error
 
-    model, report = cast(tuple[Model, dict[str, Any]], found)
+    model, report = cast(tuple[Model, dict[str, Any]], loaded)
     for problem in ("missing", "unexpected"):
         keys = sorted(report[f"{problem}_keys"])
         if keys:

@@ -182,7 +182,7 @@ def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine
     stage = next(iter(recipe.stages.values()))
     story = Story(
         folder=folder,
-        found=found,
+        results=found,
         prompts=prompts,
         before=before.shown,
         after=after.shown,

@@ -23,10 +23,10 @@ CATEGORIES = tuple(TINT)
 # Words
 
 
-def word_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def word_tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown of `word_attention.summary` by model, the baseline first where there are two."""
-    names = list(found)
-    first = found[names[0]]
+    names = list(results)
+    first = results[names[0]]
     lines = [
         "# Attention to the words of a prompt",
         "",
@@ -35,15 +35,15 @@ def word_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "App. 7.5, Fig. 12).",
         "",
     ]
-    rows = [[name, *(f"{found[name]['overall'][c]:.4f}" for c in CATEGORIES)] for name in names]
+    rows = [[name, *(f"{results[name]['overall'][c]:.4f}" for c in CATEGORIES)] for name in names]
     if len(names) == 2:
-        one, two = (found[name]["overall"] for name in names)
+        one, two = (results[name]["overall"] for name in names)
         rows.append(["change", *(f"{two[c] - one[c]:+.4f}" for c in CATEGORIES)])
     lines += [*table(["model", *CATEGORIES], rows), ""]
     for name in names:
-        lines.append(f"- {name}: {found[name]['unworded']:.4f} goes to no word (template, markers), within `other`.")
+        lines.append(f"- {name}: {results[name]['unworded']:.4f} goes to no word (template, markers), within `other`.")
     for name in names:
-        each = found[name]
+        each = results[name]
         lines += ["", f"## {name}: by layer", ""]
         rows = [
             [str(at), *(f"{row[c]:.4f}" for c in CATEGORIES), f"{each['text_by_layer'][at]:.4f}"]
@@ -60,44 +60,44 @@ def word_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def word_plots(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def word_plots(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A bar for each category and model, and each category along the layers."""
     made, panels = figures.figure(3, wide=5.2)
     bars, lines, heads = panels[0]
-    for number, (name, each) in enumerate(found.items()):
-        offsets = np.arange(len(CATEGORIES)) + (number - (len(found) - 1) / 2) * 0.38
+    for number, (name, each) in enumerate(results.items()):
+        offsets = np.arange(len(CATEGORIES)) + (number - (len(results) - 1) / 2) * 0.38
         values = [each["overall"][c] for c in CATEGORIES]
         errors = [each["deviation"][c] for c in CATEGORIES]
         bars.bar(offsets, values, 0.36, yerr=errors, capsize=3, color=COLOURS[number % len(COLOURS)], label=name)
         for at, category in enumerate(CATEGORIES):
             line = [row[category] for row in each["by_layer"]]
             lines.plot(line, "-o" if number else "--o", color=COLOURS[at], markersize=3, label=f"{category}, {name}")
-    last = list(found.values())[-1]
+    last = list(results.values())[-1]
     keywords = np.array([[1 - group["other"] for group in groups] for groups in last["by_group"]])  # (layers, G)
     shown = heads.imshow(keywords.T, aspect="auto", cmap="viridis", origin="lower")
     made.colorbar(shown, ax=heads, label="share of objects, positions and colors")
-    heads.set(xlabel="layer", ylabel="group of heads", title=f"keywords, {list(found)[-1]}")
+    heads.set(xlabel="layer", ylabel="group of heads", title=f"keywords, {list(results)[-1]}")
     bars.set_xticks(range(len(CATEGORIES)), CATEGORIES)
     bars.set(ylabel="share of the attention to the prompt", title="all layers; bars: spread over prompts")
     lines.set(xlabel="layer", ylabel="share", title="by layer")
     bars.legend(fontsize=8, frameon=False)
     lines.set_ylim(bottom=0)
-    lines.legend(fontsize=6, frameon=False, ncols=len(found), loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    lines.legend(fontsize=6, frameon=False, ncols=len(results), loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axis in (lines.xaxis, heads.xaxis, heads.yaxis):
         axis.get_major_locator().set_params(integer=True)
     figures.write(made, path)
 
 
-def prompt_page(found: Mapping[str, Mapping[str, Any]]) -> str:
+def prompt_page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Each prompt with its words coloured by category, the deeper the more attention; as HTML."""
-    greatest = max(word["share"] for each in found.values() for row in each["words"] for word in row["words"])
-    names = list(found)
+    greatest = max(word["share"] for each in results.values() for row in each["words"] for word in row["words"])
+    names = list(results)
     rows: list[list[list[dict[str, Any]]]] = []
-    for number, first in enumerate(found[names[0]]["words"]):
+    for number, first in enumerate(results[names[0]]["words"]):
         rows.append([])
         for name in names:
             words: list[dict[str, Any]] = []
-            for word, base in zip(found[name]["words"][number]["words"], first["words"], strict=True):
+            for word, base in zip(results[name]["words"][number]["words"], first["words"], strict=True):
                 share = word["share"]
                 words.append(
                     {
@@ -115,34 +115,34 @@ def prompt_page(found: Mapping[str, Mapping[str, Any]]) -> str:
 # Images
 
 
-def looking_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def looking_tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown of `looking.summary` by model."""
-    names = list(found)
+    names = list(results)
     lines = [
         "# Attention to the image in understanding",
         "",
         f"Share of the attention of the text after the image that goes to vision tokens; mean of "
-        f"{found[names[0]]['questions']} questions, heads and text tokens (Yu et al., Semantic Generative Tuning, Sec. "
-        "4.4, Fig. 8(a)).",
+        f"{results[names[0]]['questions']} questions, heads and text tokens (Yu et al., Semantic Generative Tuning, "
+        "Sec. 4.4, Fig. 8(a)).",
         "",
     ]
-    depth = max(len(found[name]["by_layer"]) for name in names)
+    depth = max(len(results[name]["by_layer"]) for name in names)
     rows = []
     for at in range(depth):
-        values = [found[name]["by_layer"][at] if at < len(found[name]["by_layer"]) else None for name in names]
+        values = [results[name]["by_layer"][at] if at < len(results[name]["by_layer"]) else None for name in names]
         cells = ["-" if value is None else f"{value:.4f}" for value in values]
         if len(names) == 2:
-            one, two = values
-            cells.append("-" if one is None or two is None else f"{two - one:+.4f}")
+            first, two = values
+            cells.append("-" if first is None or two is None else f"{two - first:+.4f}")
         rows.append([str(at), *cells])
     return [*lines, *table(["layer", *names, *(["change"] if len(names) == 2 else [])], rows)]
 
 
-def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def looking_plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A line for each model along the layers, its spread over questions as a band."""
     made, panels = figures.figure(1, wide=5.6)
     panel = panels[0, 0]
-    for colour, (name, each) in zip(COLOURS, found.items(), strict=False):
+    for colour, (name, each) in zip(COLOURS, results.items(), strict=False):
         layers, mean, spread = range(len(each["by_layer"])), np.array(each["by_layer"]), np.array(each["deviation"])
         panel.plot(layers, mean, "-o", color=colour, markersize=3, label=name)
         panel.fill_between(layers, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
@@ -155,12 +155,12 @@ def looking_plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 # Features
 
 
-def feature_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def feature_tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown of the probes by model."""
-    first = next(iter(found.values()))
+    first = next(iter(results.values()))
     rows = [
         [name, f"{each['probe']['mean']:.3f}", f"{each['probe']['deviation']:.3f}", f"{each['probe']['chance']:.3f}"]
-        for name, each in found.items()
+        for name, each in results.items()
     ]
     return [
         "# Vision features",
@@ -174,7 +174,7 @@ def feature_tables(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def feature_plot(
-    found: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, Mapping[str, Any]],
     planes: Mapping[str, NDArray[np.floating]],
     labels: Sequence[str],
     path: Path,
@@ -186,6 +186,6 @@ def feature_plot(
         for number, name in enumerate(names):
             rows = [row for row, label in enumerate(labels) if label == name]
             panel.scatter(points[rows, 0], points[rows, 1], s=12, color=COLOURS[number % len(COLOURS)], label=name)
-        panel.set(xticks=[], yticks=[], title=f"{model}\nlinear probe {found[model]['probe']['mean']:.3f}")
+        panel.set(xticks=[], yticks=[], title=f"{model}\nlinear probe {results[model]['probe']['mean']:.3f}")
     panels[0, 0].legend(fontsize=8, frameon=False)
     figures.write(made, path)

@@ -44,12 +44,12 @@ def points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]
 
 def starts(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Where each stage begins: the last step that was written of the one before it, 0 for the first."""
-    found: dict[str, int] = {}
+    steps: dict[str, int] = {}
     last = 0
     for row in rows:
-        found.setdefault(row["stage"], last)
+        steps.setdefault(row["stage"], last)
         last = row["step"]
-    return found
+    return steps
 
 
 def plot(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:

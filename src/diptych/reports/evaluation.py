@@ -30,12 +30,12 @@ def figure(value: Any) -> str:
 
 def rows_of(scores: Mapping[str, Any]) -> list[list[str]]:
     """Name, score, interval and count of a task's categories and overall."""
-    found: list[list[str]] = []
+    table: list[list[str]] = []
     for name, each in categories(scores).items():
-        found.append([name, figure(each["score"]), spread(each["interval"]), str(each["count"])])
+        table.append([name, figure(each["score"]), spread(each["interval"]), str(each["count"])])
     samples = scores.get("images", scores.get("questions", ""))
-    found.append(["overall", figure(scores["overall"]), spread(scores.get("interval")), str(samples)])
-    return found
+    table.append(["overall", figure(scores["overall"]), spread(scores.get("interval")), str(samples)])
+    return table
 
 
 def spread(interval: Sequence[float] | None) -> str:

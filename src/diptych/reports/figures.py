@@ -93,9 +93,10 @@ def interval_figure(rows: Mapping[str, Mapping[str, Interval]]) -> Figure:
         offset = 0.6 * (number - (len(names) - 1) / 2) / max(len(names), 1)
         shown = [(at + offset, row[name]) for at, row in enumerate(rows.values()) if name in row]
         colour = COLOURS[number % 6]
-        for at, found in shown:
-            panel.plot([found.low, found.high], [at, at], color=colour, linewidth=5, alpha=0.35, solid_capstyle="round")
-        panel.plot([found.value for _, found in shown], [at for at, _ in shown], "o", color=colour, label=name)
+        for at, interval in shown:
+            ends = [interval.low, interval.high]
+            panel.plot(ends, [at, at], color=colour, linewidth=5, alpha=0.35, solid_capstyle="round")
+        panel.plot([interval.value for _, interval in shown], [at for at, _ in shown], "o", color=colour, label=name)
     panel.set_yticks(range(len(rows)), list(rows))
     panel.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xticks=(0, 0.25, 0.5, 0.75, 1))
     panel.grid(axis="x", color=LINE)

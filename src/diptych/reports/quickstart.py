@@ -56,12 +56,12 @@ class EditShown:
 class Story:
     """All that the report says.
 
-    found: what results.json holds. rows: of metrics.jsonl. batch_size, trained, mixture: of the stage that was run; the
-    mixture is its sources in words.
+    results: what results.json holds. rows: of metrics.jsonl. batch_size, trained, mixture: of the stage that was run;
+    the mixture is its sources in words.
     """
 
     folder: Path
-    found: dict[str, Any]
+    results: dict[str, Any]
     prompts: Sequence[str]
     before: Sequence[Sequence[Shown]]
     after: Sequence[Sequence[Shown]]
@@ -80,27 +80,27 @@ def write(story: Story, path: Path) -> None:
 
 def html(story: Story) -> str:
     """The report as one document."""
-    found = story.found
-    before, after = found["before"]["toyeval"], found["after"]["toyeval"]
+    results = story.results
+    before, after = results["before"]["toyeval"], results["after"]["toyeval"]
     facts = {
         "ToyEval before": f"{before['overall']:.2f}",
         "ToyEval after": f"{after['overall']:.2f}",
-        "training steps": f"{found['steps']:,}",
-        "for everything": duration(found["seconds"]),
+        "training steps": f"{results['steps']:,}",
+        "for everything": duration(results["seconds"]),
     }
     sections: list[tuple[str, Sequence[Markup]]] = [
         ("", [page.facts(facts)]),
         ("What happened", [page.text(words) for words in explained(story)]),
         ("The same prompts, before and after", [pictures(story)]),
-        ("Scores", [*scores(before, after), page.text(judged(found, before))]),
+        ("Scores", [*scores(before, after), page.text(judged(results, before))]),
         ("Learning", loss_charts(story.rows)),
         ("Asked about a picture", [answered(story.answers)]),
         ("Asked to edit one", [page.text(EDITING), edited(story.edits)]),
         ("Try next", [page.commands(next_commands(story.folder))]),
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    parts = ", ".join(f"{name} {duration(value)}" for name, value in found["seconds_of"].items() if name != "total")
-    footer = f"{found['hardware']}. {parts}. {versions}. Recipe {found['recipe']}, seed {found['seed']}."
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in results["seconds_of"].items() if name != "total")
+    footer = f"{results['hardware']}. {parts}. {versions}. Recipe {results['recipe']}, seed {results['seed']}."
     lead = "A generator that learned from images alone is taught to follow text with a few hundred captions."
     return page.page("Diptych quick start", lead, sections, footer)
 
@@ -113,7 +113,7 @@ EDITING = (
 
 def explained(story: Story) -> list[str]:
     """What was done, from the recipe that was run."""
-    found = story.found
+    results = story.results
     first = story.after[0][0].expansion if story.after and story.after[0] else ""
     thinking = (
         [
@@ -125,10 +125,10 @@ def explained(story: Story) -> list[str]:
         else []
     )
     return [
-        f"The starting point, {found['model']}, joins a frozen multimodal language model to a small diffusion "
+        f"The starting point, {results['model']}, joins a frozen multimodal language model to a small diffusion "
         "transformer. Until now the transformer was trained on unlabelled pictures only: it drew what the language "
         "model saw in a partly hidden picture. It has never met a caption.",
-        f"This run continued for {found['steps']:,} steps of {story.batch_size} samples: {', '.join(story.mixture)}. "
+        f"This run continued for {results['steps']:,} steps of {story.batch_size} samples: {', '.join(story.mixture)}. "
         "The language "
         f"model stayed frozen; what learned was: {', '.join(story.trained)}.",
         "Both models then drew the same prompts from the same noise. No prompt below was in the training captions.",
@@ -136,12 +136,13 @@ def explained(story: Story) -> list[str]:
     ]
 
 
-def judged(found: dict[str, Any], scores: dict[str, Any]) -> str:
+def judged(results: dict[str, Any], scores: dict[str, Any]) -> str:
     """How the scores came about."""
     return (
         f"ToyEval has GenEval's six categories: {scores['prompts']} prompts, {scores['images']} images. A detector "
         "reads shapes, colours and boxes off each picture; a picture is right or wrong. Ranges are 95% intervals. "
-        f"To be quick, this draws fewer pictures per prompt than 'diptych eval', in {found['sampling']['steps']} steps."
+        "To be quick, this draws fewer pictures per prompt than 'diptych eval', in "
+        f"{results['sampling']['steps']} steps."
     )
 
 
@@ -189,12 +190,12 @@ def _ranged(score: dict[str, Any], key: str) -> str:
 
 def curves(rows: Sequence[dict[str, Any]], prefix: str) -> dict[str, list[tuple[float, float]]]:
     """The columns of metrics.jsonl whose names begin with `prefix`, as (step, value)."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():
             if name.startswith(prefix):
-                found.setdefault(name.removeprefix(prefix), []).append((float(row["step"]), float(value)))
-    return found
+                series.setdefault(name.removeprefix(prefix), []).append((float(row["step"]), float(value)))
+    return series
 
 
 def loss_charts(rows: Sequence[dict[str, Any]]) -> list[Markup]:
@@ -218,11 +219,11 @@ def write_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def answered(answers: Sequence[Answer]) -> Markup:
     """Questions with the answers given, and the true ones where they differ."""
     captions = [
-        f"{one.question} — {one.given.strip() or '(nothing)'}"
-        + ("" if one.given.strip() == one.truth else f" (true: {one.truth})")
-        for one in answers
+        f"{answer.question} — {answer.given.strip() or '(nothing)'}"
+        + ("" if answer.given.strip() == answer.truth else f" (true: {answer.truth})")
+        for answer in answers
     ]
-    return page.gallery([one.image for one in answers], captions)
+    return page.gallery([answer.image for answer in answers], captions)
 
 
 def edited(edits: Sequence[EditShown]) -> Markup:

@@ -13,25 +13,25 @@ NONE_YET = "-"
 BAR, POINT, INK = figures.COLOURS[0], figures.COLOURS[1], figures.INK
 
 
-def markdown(found: dict[str, Any]) -> list[str]:
+def markdown(results: dict[str, Any]) -> list[str]:
     """The study as Markdown: for each task a table of the reported runs and one of its categories; then how it was
     run."""
-    lines = [f"# {found['title']}", ""]
-    if found["text"]:
-        lines += [found["text"].strip(), ""]
-    if not found["complete"]:
+    lines = [f"# {results['title']}", ""]
+    if results["text"]:
+        lines += [results["text"].strip(), ""]
+    if not results["complete"]:
         lines += ["Not complete: runs without a score are still to be done.", ""]
-    for task in found["tasks"]:
-        lines += [*rows(table(found, task)), ""]
-        if by_category := category_table(found, task):
+    for task in results["tasks"]:
+        lines += [*rows(table(results, task)), ""]
+        if by_category := category_table(results, task):
             lines += [f"{task} by category:", "", *rows(by_category), ""]
-    return [*lines, *facts(found)]
+    return [*lines, *facts(results)]
 
 
-def table(found: dict[str, Any], task: str) -> list[list[str]]:
+def table(results: dict[str, Any], task: str) -> list[list[str]]:
     """Header and one row for each reported run."""
-    several = len(found["seeds"]) > 1
-    reported = {name: row for name, row in found["runs"].items() if row["reported"]}
+    several = len(results["seeds"]) > 1
+    reported = {name: row for name, row in results["runs"].items() if row["reported"]}
     header, names = _labels(reported)
     header += [task, "95% interval", *(["seeds"] if several else []), "steps x batch", "samples", "training s"]
     lines = [header]
@@ -42,7 +42,7 @@ def table(found: dict[str, Any], task: str) -> list[list[str]]:
             low, high = score["interval"]
             cells = [f"{score['mean']:.3f}", f"{low:.3f}-{high:.3f}"]
             if several:
-                values = " ".join(f"{one['tasks'][task]['overall']:.3f}" for one in row["seeds"].values())
+                values = " ".join(f"{seed['tasks'][task]['overall']:.3f}" for seed in row["seeds"].values())
                 deviation = score["deviation"]
                 cells.append(values + (f" (sd {deviation:.3f})" if deviation is not None else ""))
         budget = " + ".join(f"{steps:,} x {batch}" for steps, batch in row["budget"]) or "given"
@@ -53,9 +53,9 @@ def table(found: dict[str, Any], task: str) -> list[list[str]]:
     return lines
 
 
-def category_table(found: dict[str, Any], task: str) -> list[list[str]]:
+def category_table(results: dict[str, Any], task: str) -> list[list[str]]:
     """Header and one row for each scored run; empty where none is."""
-    scored = {name: row for name, row in found["runs"].items() if task in row["tasks"]}
+    scored = {name: row for name, row in results["runs"].items() if task in row["tasks"]}
     if not scored:
         return []
     header, names = _labels(scored)
@@ -82,34 +82,34 @@ def rows(cells: Sequence[Sequence[str]]) -> list[str]:
     return md.table(cells[0], cells[1:])
 
 
-def facts(found: dict[str, Any]) -> list[str]:
+def facts(results: dict[str, Any]) -> list[str]:
     """How the study was run and how the table is to be read."""
-    seeds = ", ".join(str(seed) for seed in found["seeds"])
-    equal = "The budgets are equal." if found["equal_budget"] else "The budgets differ; see the samples."
-    models = [f"{name} ({row['model']})" for name, row in found["runs"].items() if row["model"]]
+    seeds = ", ".join(str(seed) for seed in results["seeds"])
+    equal = "The budgets are equal." if results["equal_budget"] else "The budgets differ; see the samples."
+    models = [f"{name} ({row['model']})" for name, row in results["runs"].items() if row["model"]]
     apart = f" The training of models that were given is not counted: {', '.join(models)}." if models else ""
     lines = [
         f"- Seeds: {seeds}. A seed sets the first weights, the data order, and all noise of training and sampling.",
         f"- Budget and time include the runs that a run starts from. {equal}{apart}",
         "- Intervals are over prompts (docs/evaluation.md)"
-        + (", and averaged over the seeds." if len(found["seeds"]) > 1 else "; they say nothing of other seeds."),
+        + (", and averaged over the seeds." if len(results["seeds"]) > 1 else "; they say nothing of other seeds."),
     ]
-    for task, options in found["tasks"].items():
+    for task, options in results["tasks"].items():
         given = ", ".join(f"{key} {value}" for key, value in options.items()) or "its own settings"
         lines.append(f"- {task}: {given}.")
-    if found["hardware"]:
-        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        lines.append(f"- Run on {'; '.join(found['hardware'])}, with {versions}.")
+    if results["hardware"]:
+        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        lines.append(f"- Run on {'; '.join(results['hardware'])}, with {versions}.")
     return lines
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, Any], path: Path) -> None:
     """A bar for each reported run with its interval, and a point for each seed."""
-    reported = {name: row for name, row in found["runs"].items() if row["reported"] and row["tasks"]}
+    reported = {name: row for name, row in results["runs"].items() if row["reported"] and row["tasks"]}
     columns, names = _labels(reported)
-    made, grid = figures.figure(1, len(found["tasks"]), wide=max(5.0, 1.0 + 1.1 * len(reported)))
+    made, grid = figures.figure(1, len(results["tasks"]), wide=max(5.0, 1.0 + 1.1 * len(reported)))
     panels = grid[:, 0]
-    for panel, task in zip(panels, found["tasks"], strict=True):
+    for panel, task in zip(panels, results["tasks"], strict=True):
         for at, row in enumerate(reported.values()):
             score = row["tasks"][task]
             low, high = score["interval"]
@@ -127,21 +127,21 @@ def plot(found: dict[str, Any], path: Path) -> None:
         if all(row["tasks"][task]["highest"] <= 1 for row in reported.values()):  # a share, and no distance
             panel.set_ylim(0, 1.08)
         panel.spines[["top", "right"]].set_visible(False)
-    made.suptitle(found["title"], fontsize=10)
+    made.suptitle(results["title"], fontsize=10)
     figures.write(made, path)
 
 
-def curve(found: dict[str, Any], path: Path) -> None:
+def curve(results: dict[str, Any], path: Path) -> None:
     """Scores along a numeric label, a line for each value of another, intervals as bands."""
-    along, by = found["curve"]
+    along, by = results["curve"]
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-    for row in found["runs"].values():
+    for row in results["runs"].values():
         labels = row["labels"]
         if row["reported"] and row["tasks"] and along in labels and by in labels:
             lines.setdefault(str(labels[by]), []).append((float(labels[along]), row["tasks"]))
-    made, grid = figures.figure(1, len(found["tasks"]), wide=5.5, tall=3.6)
+    made, grid = figures.figure(1, len(results["tasks"]), wide=5.5, tall=3.6)
     panels = grid[:, 0]
-    for panel, task in zip(panels, found["tasks"], strict=True):
+    for panel, task in zip(panels, results["tasks"], strict=True):
         for colour, (name, points) in zip((BAR, POINT, INK) * len(lines), lines.items(), strict=False):
             points = sorted(points, key=lambda point: point[0])
             x = [at for at, _ in points]
@@ -152,5 +152,5 @@ def curve(found: dict[str, Any], path: Path) -> None:
         panel.set_ylabel(task)
         panel.legend(title=by, fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    made.suptitle(found["title"], fontsize=10)
+    made.suptitle(results["title"], fontsize=10)
     figures.write(made, path)

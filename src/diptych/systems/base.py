@@ -292,8 +292,8 @@ def formats(system: nn.Module, dtype: torch.dtype | None = None) -> str | dict[s
     if dtype is not None:
         return str(dtype).removeprefix("torch.")
     parts = {name: part for name, part in system.named_children() if any(True for _ in part.parameters())}
-    found = {name: str(weight_format(part)).removeprefix("torch.") for name, part in parts.items()}
-    return found if len({*found.values()}) > 1 else next(iter(found.values()), "float32")
+    names = {name: str(weight_format(part)).removeprefix("torch.") for name, part in parts.items()}
+    return names if len({*names.values()}) > 1 else next(iter(names.values()), "float32")
 
 
 def with_adapters_apart(parts: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -302,12 +302,12 @@ def with_adapters_apart(parts: dict[str, nn.Module]) -> dict[str, nn.Module]:
     if not adapters:
         return parts
     apart: dict[str, nn.Module] = {}
-    found: list[nn.Parameter] = []
+    adapter_parameters: list[nn.Parameter] = []
     for name, part in parts.items():
-        own = [p for p in part.parameters() if p in adapters]
-        found += own
-        apart[name] = nn.ParameterList([p for p in part.parameters() if p not in adapters]) if own else part
-    return {**apart, "lora": nn.ParameterList(found)}
+        mine = [p for p in part.parameters() if p in adapters]
+        adapter_parameters += mine
+        apart[name] = nn.ParameterList([p for p in part.parameters() if p not in adapters]) if mine else part
+    return {**apart, "lora": nn.ParameterList(adapter_parameters)}
 
 
 def trains(module: nn.Module) -> bool:

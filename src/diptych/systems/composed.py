@@ -243,7 +243,7 @@ class ComposedSystem(AssembledSystem):
                 values = {"flow": self.flow_losses(condition, data, draws.take(rows), inputs.names)}
             for name, value in values.items():
                 for task in self.tasks:
-                    places = [row for row, own in enumerate(inputs.drawn) if own == task]
+                    places = [row for row, row_task in enumerate(inputs.drawn) if row_task == task]
                     if places:
                         terms[f"{name}.{task}"] = value[places]
         if inputs.answers is not None:

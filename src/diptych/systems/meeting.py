@@ -83,11 +83,11 @@ def pooled_complaints(system: ComposedSystem) -> list[tuple[bool, str]]:
     vector = None if pooler is None else pooler.width
     if refiner is not None:
         raw, config = system.options.layers * system.backbone.width, refiner.config
-        own = config.pool != "none"
-        vector = config.hidden if own else vector
+        pools = config.pool != "none"
+        vector = config.hidden if pools else vector
         complaints += [
             (
-                taken is not None and own == (pooler is not None),
+                taken is not None and pools == (pooler is not None),
                 "the decoder needs one vector for the whole prompt: the refiner's (pool cls or average) or, with pool "
                 "none, that of a pooler",
             ),

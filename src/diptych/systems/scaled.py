@@ -59,11 +59,11 @@ def options(system: ComposedSystem) -> HieraConfig:
 def conditions(system: ComposedSystem, states: Tensor) -> ScaleConditions:
     """Conditions of all scales from the states (B, Q, D) of the appended tokens."""
     conditioner: Any = system.conditioner  # `HierarchicalQueries`, as `meeting.check_parts` makes sure
-    own = [system.connector(scale) for scale in conditioner.split(states)]  # (B, N_k, C) each
-    pooled = None if system.pooled is None else system.pooled(torch.cat(own, dim=1).mean(1))  # (B, P)
+    tokens_of = [system.connector(scale) for scale in conditioner.split(states)]  # (B, N_k, C) each
+    pooled = None if system.pooled is None else system.pooled(torch.cat(tokens_of, dim=1).mean(1))  # (B, P)
     if options(system).scale_condition == "cumulative":
-        own = [torch.cat(own[: k + 1], dim=1) for k in range(len(own))]
-    return ScaleConditions(scales=tuple(TokenCondition(tokens=tokens, pooled=pooled) for tokens in own))
+        tokens_of = [torch.cat(tokens_of[: k + 1], dim=1) for k in range(len(tokens_of))]
+    return ScaleConditions(scales=tuple(TokenCondition(tokens=tokens, pooled=pooled) for tokens in tokens_of))
 
 
 def losses(

@@ -127,9 +127,9 @@ def train_stage(
     optimizers = build_optimizers(config.optimizer, parameters, system.shard_units())
     ema = EMA(parameters, config.ema_decay, config.ema_warmup) if config.ema_decay else None
     weights = {name: parameter for name, parameter in system.named_parameters() if name in learned}
-    held = state.Held(weights=weights, parameters=parameters, optimizers=optimizers, ema=ema)
+    train_state = state.TrainState(weights=weights, parameters=parameters, optimizers=optimizers, ema=ema)
     if last:
-        state.load(last, held)
+        state.load(last, train_state)
     check_items(stage, progress)
     saved, whole = progress.total if last else None, True
     checkpoints = run.folder / "checkpoints"
@@ -161,7 +161,7 @@ def train_stage(
             read_outcomes()
         metrics.sync()
         writer = Saver(checkpoints, keep=often.keep_checkpoints, keep_stages=often.keep_stages) if alone else saver
-        writer.start(progress, held, run.recipe, check=saved is None)
+        writer.start(progress, train_state, run.recipe, check=saved is None)
         if alone:
             writer.finish()
         saved = progress.total
@@ -264,10 +264,10 @@ def saving_first(rescue: Callable[[], None]) -> Iterator[None]:
 
 def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
     """The last checkpoint that is whole; the main process chooses it for all."""
-    found = [state.newest(folder, move=True) if accelerator.is_main_process else None]
+    newest = [state.newest(folder, move=True) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+        broadcast_object_list(newest)
+    return newest[0]
 
 
 def check_items(stage: Stage, progress: state.Progress) -> None:

@@ -34,9 +34,9 @@ def build_optimizers(
     muon = [p for p in parameters.values() if config.kind == "muon" and id(p) in inside]
     taken = {id(p) for p in muon}
     rest = [p for p in parameters.values() if id(p) not in taken]
-    found: list[Optimizer] = []
+    optimizers: list[Optimizer] = []
     if muon:
-        found.append(
+        optimizers.append(
             Muon(
                 muon,
                 lr=config.lr,
@@ -48,8 +48,8 @@ def build_optimizers(
     if rest:
         options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         fused = all(p.device.type in FUSED for p in rest)  # the meta device has no kernels
-        found.append(torch.optim.AdamW(rest, lr=config.lr, fused=fused, foreach=not fused, **options))
-    return found
+        optimizers.append(torch.optim.AdamW(rest, lr=config.lr, fused=fused, foreach=not fused, **options))
+    return optimizers
 
 
 def set_rate(optimizers: Sequence[Optimizer], lr: float) -> None:

@@ -52,7 +52,9 @@ class Saver:
         self._final = self._temporary = folder
         self._error = ""
 
-    def start(self, progress: state.Progress, held: state.Held, recipe: dict[str, Any], *, check: bool = False) -> None:
+    def start(
+        self, progress: state.Progress, train_state: state.TrainState, recipe: dict[str, Any], *, check: bool = False
+    ) -> None:
         """Begin to write a checkpoint of this moment; what is copied here, training may change afterwards.
 
         Where host memory has no room for a copy, it is written at once instead.
@@ -65,12 +67,12 @@ class Saver:
         """
         self.finish()
         self._final = self.folder / f"{state.PREFIX}{progress.total:08d}"
-        progress.ema_steps = held.ema.steps if held.ema else 0
-        groups = {kind: self._own(tensors) for kind, tensors in state.groups(held).items()}
+        progress.ema_steps = train_state.ema.steps if train_state.ema else 0
+        groups = {kind: self._own(tensors) for kind, tensors in state.groups(train_state).items()}
         # 1. One process makes the folder; all know what it will hold.
         temporary = begin_folder(self._final) if self.rank == 0 else None
-        own = (temporary, {kind: len(tensors) for kind, tensors in groups.items()})
-        everyone = gather(own) if self.world > 1 else [own]
+        shards = (temporary, {kind: len(tensors) for kind, tensors in groups.items()})
+        everyone = gather(shards) if self.world > 1 else [shards]
         self._temporary = next(path for path, _ in everyone if path is not None)
         progress.tensors = {kind: sum(counts[kind] for _, counts in everyone) for kind in groups}
         progress.processes = self.world

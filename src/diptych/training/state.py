@@ -68,7 +68,7 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class TrainState:
     """What a checkpoint of a stage holds.
 
     weights: parameters that learn in this stage or did in one before it, by name. parameters: those of this stage.
@@ -81,13 +81,13 @@ class Held:
     ema: EMA | None
 
 
-def groups(held: Held) -> dict[str, Iterator[tuple[str, Tensor]]]:
+def groups(train_state: TrainState) -> dict[str, Iterator[tuple[str, Tensor]]]:
     """The tensors of a checkpoint, by kind."""
     made: dict[str, Iterator[tuple[str, Tensor]]] = {
-        "trained": iter(held.weights.items()),
-        "optimizer": optimizer_tensors(held.optimizers, held.parameters),
+        "trained": iter(train_state.weights.items()),
+        "optimizer": optimizer_tensors(train_state.optimizers, train_state.parameters),
     }
-    return made if held.ema is None else {**made, "ema": iter(held.ema.average.items())}
+    return made if train_state.ema is None else {**made, "ema": iter(train_state.ema.average.items())}
 
 
 def optimizer_tensors(
@@ -220,41 +220,43 @@ def load_weights(checkpoint: Path, parameters: dict[str, nn.Parameter], *, avera
 
 
 @torch.no_grad()
-def load(checkpoint: Path, held: Held) -> None:
+def load(checkpoint: Path, train_state: TrainState) -> None:
     """Weights, optimiser state and averages as they were saved, strictly; any number of processes may have done so."""
-    load_weights(checkpoint, held.weights)
+    load_weights(checkpoint, train_state.weights)
     stored, progress = Stored(checkpoint, "optimizer"), read_progress(checkpoint)
     entries: dict[str, dict[str, str]] = {}
     for name in stored.chunks:
         parameter, _, entry = name.rpartition(":")
         entries.setdefault(parameter, {})[entry] = name
-    found = sum(map(len, stored.chunks.values()))
-    wanted = progress.tensors.get("optimizer", found)
+    stored_count = sum(map(len, stored.chunks.values()))
+    wanted = progress.tensors.get("optimizer", stored_count)
     incomplete = [name for name, state in entries.items() if state.keys() != next(iter(entries.values())).keys()]
-    if found != wanted or (incomplete and len(held.optimizers) == 1):
+    if stored_count != wanted or (incomplete and len(train_state.optimizers) == 1):
         which = f" (of {incomplete[0]} some are missing)" if incomplete else ""
-        raise UserError(f"{checkpoint}: the optimiser's state has {found} of {wanted} tensors{which}")
-    if unknown := sorted(set(entries) - set(held.parameters)):
+        raise UserError(f"{checkpoint}: the optimiser's state has {stored_count} of {wanted} tensors{which}")
+    if unknown := sorted(set(entries) - set(train_state.parameters)):
         raise UserError(f"{checkpoint}: the optimiser's state is of {unknown[0]}, which this stage does not train")
-    for optimizer in held.optimizers:
+    for optimizer in train_state.optimizers:
         owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        for name, parameter in held.parameters.items():
+        for name, parameter in train_state.parameters.items():
             if parameter in owned:
                 count = torch.zeros((), device=parameter.device)
                 optimizer.state[parameter] = {
                     entry: stored.read(key, count if entry == COUNTER else parameter)
                     for entry, key in entries.get(name, {}).items()
                 }
-    if held.ema is not None:
+    if train_state.ema is not None:
         averages = Stored(checkpoint, "ema")
-        _same_names(checkpoint, set(averages.chunks), set(held.ema.average))
-        held.ema.average = {name: averages.read(name, average) for name, average in held.ema.average.items()}
-        held.ema.steps = progress.ema_steps
+        _same_names(checkpoint, set(averages.chunks), set(train_state.ema.average))
+        train_state.ema.average = {
+            name: averages.read(name, average) for name, average in train_state.ema.average.items()
+        }
+        train_state.ema.steps = progress.ema_steps
 
 
-def _same_names(checkpoint: Path, found: set[str], wanted: set[str]) -> None:
-    if found != wanted:
+def _same_names(checkpoint: Path, names: set[str], wanted: set[str]) -> None:
+    if names != wanted:
         raise UserError(
             f"{checkpoint}: holds other trained weights than this recipe trains "
-            f"(missing {sorted(wanted - found)[:3]}, unexpected {sorted(found - wanted)[:3]})"
+            f"(missing {sorted(wanted - names)[:3]}, unexpected {sorted(names - wanted)[:3]})"
         )

@@ -145,13 +145,13 @@ def to_device(values: Sequence[float], device: torch.device) -> Tensor:
 
 def own_counts(step: Step, balance: Balance) -> dict[str, tuple[int, float]]:
     """How many values each family of terms has in a step of this process, and the sum of their weights."""
-    own: dict[str, tuple[int, float]] = {}
+    counts: dict[str, tuple[int, float]] = {}
     for part in step.passes:
         for name, weights in counts_of(part.batch, balance).items():
             if task_of(name) not in part.batch.borrowed:
-                count, total = own.get(family_of(name), (0, 0.0))
-                own[family_of(name)] = (count + len(weights), total + math.fsum(weights))
-    return own
+                count, total = counts.get(family_of(name), (0, 0.0))
+                counts[family_of(name)] = (count + len(weights), total + math.fsum(weights))
+    return counts
 
 
 def family_scales(step: Step, balance: Balance, everywhere: Sequence[dict[str, tuple[int, float]]]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from diptych.objectives import flow_matching
 from diptych.parts.decoders.omnigen2 import LORA_TARGETS, OmniGen2, OmniGen2Config
 from diptych.parts.decoders.omnigen2_layout import Layout
 from diptych.parts.layers import WAVES, RMSNorm
-from diptych.parts.lora import add_lora, load_lora, save_lora
+from diptych.parts.lora import add_lora
 from diptych.training.recompute import recompute_blocks
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "omnigen2"
@@ -280,7 +280,7 @@ def test_half_precision_weights_take_float32_latents() -> None:
     near(found, exact, 0.1)
 
 
-def test_adapters(tmp_path: Path) -> None:
+def test_adapters() -> None:
     x, t, condition = requests(4, [(3, [(1, 2)], (2, 2))])
     model = make()
     plain = model(torch.stack(x), t, condition)
@@ -293,13 +293,6 @@ def test_adapters(tmp_path: Path) -> None:
             nn.init.normal_(parameter, std=0.3)
     adapted = model(torch.stack(x), t, condition)
     assert (adapted - plain).abs().max() > 1e-3
-    save_lora(model, tmp_path)
-    other = make()
-    load_lora(other, tmp_path)
-    torch.testing.assert_close(other(torch.stack(x), t, condition), adapted)
-    deeper = make(replace(TINY, num_layers=3))
-    with pytest.raises(UserError, match=r"adapter_model.safetensors: missing keys: layers\.2"):
-        load_lora(deeper, tmp_path)
     with pytest.raises(UserError, match="unknown LoRA target 'to_x'"):
         add_lora(make(), rank=2, alpha=2, dropout=0.0, targets=["to_x"])
 

@@ -129,7 +129,7 @@ def test_questions_about_one_image_read_it_once(monkeypatch: pytest.MonkeyPatch)
 
     alone: list[str] = []
     for row, (talk, shown) in enumerate(zip(talks, images, strict=True)):
-        system.store.held.clear()
+        system.store.entries.clear()
         alone += system.generate_text([talk], [shown], max_new_tokens=8, choose=choose(row))
     separately = system.store.read_tokens
 
@@ -140,7 +140,7 @@ def test_questions_about_one_image_read_it_once(monkeypatch: pytest.MonkeyPatch)
         rows.append(len(und))
         return run(und, *arguments)
 
-    system.store.held.clear()
+    system.store.entries.clear()
     monkeypatch.setattr(system.network.llm, "forward", counted)
     assert system.generate_text(talks, images, max_new_tokens=8, choose=choose(0)) == alone
     assert system.store.read_tokens - separately < 0.7 * separately, "0.75 where only repeated questions are read once"

@@ -134,11 +134,11 @@ class Preprocessor(nn.Module):
 
     def positions(self, grids: Sequence[Grid]) -> Tensor:
         """The table resampled for each image, in the order of its patches, (T, E) float32."""
-        found: dict[tuple[int, int], Tensor] = {}
+        tables: dict[tuple[int, int], Tensor] = {}
         for _, rows, columns in grids:
-            if (rows, columns) not in found:
-                found[rows, columns] = self._resampled(rows, columns)
-        return torch.cat([found[rows, columns].repeat(frames, 1) for frames, rows, columns in grids])
+            if (rows, columns) not in tables:
+                tables[rows, columns] = self._resampled(rows, columns)
+        return torch.cat([tables[rows, columns].repeat(frames, 1) for frames, rows, columns in grids])
 
     def _resampled(self, rows: int, columns: int) -> Tensor:
         table = self.pos_embed.float().transpose(1, 2)  # (1, E, side^2)

@@ -128,11 +128,11 @@ class RowAttention:
         self.batch, self.und, self.past, self.mask, self.keep = batch, und, past, mask, keep
         self.full: Tensor | None = None
         self.kept: list[KeyValue] = []
-        held = past[0][0].shape[2] if past else 0
+        past_length = past[0][0].shape[2] if past else 0
         self.groups: list[tuple[int, list[int]]] = []
         for length in sorted(set(lengths or ())):
-            rows = [row for row, own in enumerate(lengths or ()) if own == length]
-            if length != held or len(rows) != batch:
+            rows = [row for row, row_length in enumerate(lengths or ()) if row_length == length]
+            if length != past_length or len(rows) != batch:
                 self.groups.append((length, rows))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,8 +207,8 @@ def flex_mask(layout: PackLayout, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = sum(layout.samples)
-    sees = visible(layout, device)
-    return create_block_mask(sees, None, None, length, length, device=str(device), BLOCK_SIZE=FLEX_BLOCK)
+    visible_to = visible(layout, device)
+    return create_block_mask(visible_to, None, None, length, length, device=str(device), BLOCK_SIZE=FLEX_BLOCK)
 
 
 @cache

@@ -12,13 +12,20 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.core.errors import UserError, attributed_to
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
-from diptych.parts.backbones.processor import Sequences
+from diptych.parts.backbones.processor import Sequences, joined
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """The template of InternVL3 (and of the Qwen family) for text content; used where tokenizer files bring none."""
+
+
+MEMORY = 512
+"""Conversations whose tokens a `Chat` keeps."""
+
+Row = tuple[list[int], list[bool]]
+"""The ids of a conversation, and which of them are learned."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Chat:
             }
         )
         self.pad_id: int = vocabulary.get(str(tokenizer.pad_token), closing)
+        self._rows: dict[Any, Row] = {}
 
     def encode(
         self,
@@ -90,29 +98,25 @@ class Chat:
         """
         if len(slots) != len(conversations):
             raise UserError(f"{len(conversations)} conversations with images for {len(slots)}")
-        known: dict[Any, list[Segment]] = {}  # requests of a batch are often alike: each is written out once
-        segments: list[list[Segment]] = []
-        for row, (messages, counts) in enumerate(zip(conversations, slots, strict=True)):
-            same = (tuple(messages), tuple(counts))
-            if same not in known:
-                known[same] = self._segments(row, self._filled(row, messages, counts), generate, opening)
-            segments.append(known[same])
-        flat = list(dict.fromkeys(segment.text for row in known.values() for segment in row))
-        encoded: list[list[int]] = self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []  # type: ignore[assignment]
-        pieces = dict(zip(flat, encoded, strict=True))
-        rows: list[list[int]] = []
-        learned: list[list[bool]] = []
-        for row, parts in enumerate(segments):
-            ids: list[int] = []
-            targets: list[bool] = []
-            for part in parts:
-                piece = pieces[part.text]
-                ids += piece
-                targets += [part.learned] * len(piece)
-            self._check_length(row, ids, max_length)
-            rows.append(ids)
-            learned.append(targets)
-        return self._padded(rows, learned)
+        # Requests are often alike (a batch of unlabelled images has one text): each is written out once, and what
+        # those of the call before became is kept. Texts that are new are tokenized together.
+        template = self.tokenizer.chat_template
+        keys = [(tuple(m), tuple(c), generate, opening, template) for m, c in zip(conversations, slots, strict=True)]
+        new: dict[Any, list[Segment]] = {}
+        for row, key in enumerate(keys):
+            if key not in self._rows and key not in new:
+                new[key] = self._segments(row, self._filled(row, key[0], key[1]), generate, opening)
+        texts = list(dict.fromkeys(segment.text for segments in new.values() for segment in segments))
+        encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # type: ignore[assignment]
+        ids_of = dict(zip(texts, encoded, strict=True))
+        if len(self._rows) + len(new) > MEMORY:
+            self._rows = {key: self._rows[key] for key in keys if key in self._rows}
+        for key, segments in new.items():
+            ids = [id for segment in segments for id in ids_of[segment.text]]
+            self._rows[key] = ids, [segment.learned for segment in segments for _ in ids_of[segment.text]]
+        for row, key in enumerate(keys):
+            self._check_length(row, self._rows[key][0], max_length)
+        return self._padded([self._rows[key] for key in keys])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -188,13 +192,8 @@ class Chat:
             f"the last {len(ids) - max_length} would be cut: {shown!r}. Shorten the text or use fewer images."
         )
 
-    def _padded(self, rows: list[list[int]], learned: list[list[bool]]) -> Sequences:
-        length = max((len(row) for row in rows), default=0)
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        targets = torch.zeros((len(rows), length), dtype=torch.bool)
-        for index, (row, target) in enumerate(zip(rows, learned, strict=True)):
-            ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[index, : len(row)] = True
-            targets[index, : len(row)] = torch.tensor(target, dtype=torch.bool)
-        return Sequences(ids=ids, mask=mask, images=(ids == self.image_id) & mask, loss_mask=targets)
+    def _padded(self, rows: Sequence[Row]) -> Sequences:
+        ids = joined([torch.tensor([ids], dtype=torch.long) for ids, _ in rows], self.pad_id)
+        learned = joined([torch.tensor([flags], dtype=torch.bool) for _, flags in rows])
+        mask = joined([torch.ones((1, len(ids)), dtype=torch.bool) for ids, _ in rows])
+        return Sequences(ids=ids, mask=mask, images=(ids == self.image_id) & mask, loss_mask=learned)

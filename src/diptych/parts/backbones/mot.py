@@ -154,9 +154,9 @@ class MoT(nn.Module):
         self.norm_gen.weight.copy_(self.norm.weight)
 
     def mot_layers(self) -> list[MoTLayer]:
-        found = [layer for layer in self.layers if isinstance(layer, MoTLayer)]
-        assert len(found) == len(self.layers)
-        return found
+        layers = [layer for layer in self.layers if isinstance(layer, MoTLayer)]
+        assert len(layers) == len(self.layers)
+        return layers
 
     def forward(self, und: Tensor, gen: Tensor, ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Post-norm states of understanding tokens (U, D) and generation tokens (G, D).

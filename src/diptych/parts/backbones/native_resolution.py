@@ -59,13 +59,13 @@ def whole_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
     Raises:
         UserError: an image so long and thin that, within `max_pixels`, its short side is less than one token.
     """
-    found = smart_resize(height, width, factor, min_pixels, max_pixels)
-    if min(found) < factor:
+    nearest = smart_resize(height, width, factor, min_pixels, max_pixels)
+    if min(nearest) < factor:
         raise UserError(
             f"image of {height}x{width} pixels: too long and thin; within {max_pixels:,} pixels its short side would "
             f"be less than {factor} pixels, one token. Crop it or pad it."
         )
-    return found
+    return nearest
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

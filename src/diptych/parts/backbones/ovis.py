@@ -154,8 +154,8 @@ class Ovis(Backbone):
         values = dict(config)
         options = values.pop("vision_options", {})
         if isinstance(name := values.get("llm"), str):
-            found = without_origin(values_of(name))
-            values["llm"] = {key: value for key, value in found.items() if key != "torch_dtype"}
+            plain = without_origin(values_of(name))
+            values["llm"] = {key: value for key, value in plain.items() if key != "torch_dtype"}
         if isinstance(name := values.get("vision"), str):
             values["vision"] = aimv2.sizes(values_of(name))
         if options:

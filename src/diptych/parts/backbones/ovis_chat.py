@@ -80,10 +80,10 @@ class OvisChat:
         rows: list[list[int]] = []
         learned: list[list[bool]] = []
         for number, (row, images) in enumerate(zip(pieces, counts, strict=True)):
-            found = sum(piece.text is None for piece in row)
-            if found != len(images):
+            placed = sum(piece.text is None for piece in row)
+            if placed != len(images):
                 raise UserError(
-                    f"conversation {number}: {found} {IMAGE_PLACEHOLDER} placeholders but {len(images)} images"
+                    f"conversation {number}: {placed} {IMAGE_PLACEHOLDER} placeholders but {len(images)} images"
                 )
             ids: list[int] = []
             targets: list[bool] = []
@@ -109,13 +109,13 @@ class OvisChat:
 
     def _pieces(self, row: int, messages: Sequence[Message], generate: bool, opening: str) -> list[Piece]:
         assert generate or not opening, "an opening needs an open turn"
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         text = ""
 
         def close(learned: bool = False) -> None:
             nonlocal text
             if text:
-                found.append(Piece(text, learned))
+                pieces.append(Piece(text, learned))
             text = ""
 
         for message in messages:
@@ -134,7 +134,7 @@ class OvisChat:
                 text += stretch
                 if number + 1 < len(stretches):
                     close(learned=message.role == "assistant")
-                    found.append(Piece(None))
+                    pieces.append(Piece(None))
             text += END
             if message.role == "assistant":
                 close(learned=True)
@@ -142,7 +142,7 @@ class OvisChat:
         if generate:
             text += f"{START}assistant\n{self.preface}{opening}"
         close()
-        return found
+        return pieces
 
     def _check_length(self, row: int, ids: list[int], max_length: int) -> None:
         if len(ids) <= max_length:
@@ -159,7 +159,7 @@ def expand_flags(ids: Sequence[int], flags: Sequence[bool], counts: Sequence[int
     """The flags of `visual_tokenizer.expand`'s row: those of an image's atom for each of its tokens."""
     waiting = iter(counts)
     pairs = zip(ids, flags, strict=True)
-    return [flag for id, one in pairs for flag in ([one] * next(waiting) if id == IMAGE else [one])]
+    return [flag for id, flag in pairs for _ in range(next(waiting) if id == IMAGE else 1)]
 
 
 def padded(rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], pad_id: int) -> Sequences:

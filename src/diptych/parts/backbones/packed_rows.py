@@ -22,7 +22,7 @@ def run_packed(language_model: Any, embeddings: Tensor, mask: Tensor, *, layers:
     """
     lengths = mask.sum(1).tolist()
     bins = first_fit(lengths, pack)
-    length = max(sum(lengths[row] for row in one) for one in bins)
+    length = max(sum(lengths[row] for row in row_group) for row_group in bins)
     spans: dict[int, tuple[int, int]] = {}  # of each sequence: its row among the packed ones, and where it starts
     segments = torch.full((len(bins), length), -1, device=mask.device)
     places = torch.zeros_like(segments)
@@ -38,10 +38,10 @@ def run_packed(language_model: Any, embeddings: Tensor, mask: Tensor, *, layers:
         pieces.append(nn.functional.pad(flat, (0, 0, 0, length - len(flat))))
     joined = torch.stack(pieces)
     same = segments[:, :, None] == segments[:, None, :]
-    sees = (same & torch.ones_like(same).tril())[:, None]  # (bins, 1, L, L)
+    visible = (same & torch.ones_like(same).tril())[:, None]  # (bins, 1, L, L)
     out = language_model(
         inputs_embeds=joined,
-        attention_mask=sees,
+        attention_mask=visible,
         position_ids=places,
         use_cache=False,
         output_hidden_states=layers > 1,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from diptych.core.condition import pad_length
 from diptych.core.sample import Message
 
 
@@ -181,18 +181,24 @@ class Processor(abc.ABC):
 
     def pad(self, rows: Sequence[Sequences]) -> Sequences:
         """Sequences of any lengths as one right-padded batch."""
-        length = max(row.ids.shape[1] for row in rows)
-        ids = [torch.nn.functional.pad(row.ids, (0, length - row.ids.shape[1]), value=self.pad_id) for row in rows]
         positions = None
         if any(row.positions is not None for row in rows):
-            positions = torch.cat([pad_length(counted(row), length) for row in rows])
+            positions = joined([counted(row) for row in rows])
         return Sequences(
-            ids=torch.cat(ids),
-            mask=torch.cat([pad_length(row.mask, length) for row in rows]),
-            images=torch.cat([pad_length(row.images, length) for row in rows]),
-            loss_mask=torch.cat([pad_length(row.loss_mask, length) for row in rows]),
+            ids=joined([row.ids for row in rows], self.pad_id),
+            mask=joined([row.mask for row in rows]),
+            images=joined([row.images for row in rows]),
+            loss_mask=joined([row.loss_mask for row in rows]),
             positions=positions,
         )
+
+
+def joined(batches: Sequence[Tensor], padding: float = 0.0) -> Tensor:
+    """Batches (b, L, ...) of several lengths as one, (sum of b, longest L, ...)."""
+    if len({batch.shape[1] for batch in batches}) == 1:
+        return batches[0] if len(batches) == 1 else torch.cat(list(batches))
+    rows = [row for batch in batches for row in batch]
+    return pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
 def counted(row: Sequences) -> Tensor:

@@ -77,17 +77,17 @@ def positions(mask: Tensor, images: Tensor, grids: Sequence[tuple[int, int]]) ->
     """
     length = int(mask.sum())
     shown = images[:length]
-    found = torch.zeros(len(mask), 3, dtype=torch.long)
+    result = torch.zeros(len(mask), 3, dtype=torch.long)
     starts = [at for at in shown.nonzero()[:, 0].tolist() if at == 0 or not shown[at - 1]]
     at = place = 0
     waiting = iter(starts)
     for rows, columns in grids:
         start = next(waiting)
         count = rows * columns
-        found[at:start] = torch.arange(place, place + start - at)[:, None]
+        result[at:start] = torch.arange(place, place + start - at)[:, None]
         place += start - at
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        found[start : start + count] = place + torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+        result[start : start + count] = place + torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
         at, place = start + count, place + max(rows, columns)
-    found[at:length] = torch.arange(place, place + length - at)[:, None]
-    return found
+    result[at:length] = torch.arange(place, place + length - at)[:, None]
+    return result

@@ -81,9 +81,9 @@ def expand(ids: Sequence[int], counts: Sequence[int]) -> list[int]:
         counts: visual tokens of the row's images, in reading order; as many as there are -300.
     """
     waiting = iter(counts)
-    found = [id for one in ids for id in ([IMAGE] * next(waiting) if one == IMAGE else [one])]
+    expanded = [id for token in ids for id in ([IMAGE] * next(waiting) if token == IMAGE else [token])]
     assert next(waiting, None) is None, "fewer image atoms than images"
-    return found
+    return expanded
 
 
 def placeholders(frames: int) -> list[int]:

@@ -134,20 +134,20 @@ class HierarchicalQueries(Conditioner):
         """
         if self.rotary == "line":
             return None
-        found: list[Tensor] = []
+        grids: list[Tensor] = []
         at = 0
         for rows in self.queries:
             if self.starts is not None:
-                found.append(torch.full((1, 3), at))
+                grids.append(torch.full((1, 3), at))
                 at += 1
             strip = torch.full((len(rows), 3), at)
             strip[:, 2] += torch.arange(len(rows))
-            found.append(strip)
+            grids.append(strip)
             at += len(rows)
             if self.ends is not None:
-                found.append(torch.full((1, 3), at))
+                grids.append(torch.full((1, 3), at))
                 at += 1
-        return torch.cat(found)
+        return torch.cat(grids)
 
     def split(self, states: Tensor) -> tuple[Tensor, ...]:
         """States of the appended tokens (B, Q, D) to those of each scale's queries, each (B, N_k, D)."""
@@ -191,12 +191,12 @@ def grid_encoding(grids: Sequence[tuple[int, int]], width: int) -> Tensor:
     """
     quarter = width // 4
     frequencies = 10_000 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    found: list[Tensor] = []
+    encodings: list[Tensor] = []
     last = grids[-1]
     for rows, columns in grids:
         y = (torch.arange(rows, dtype=torch.float64, device="cpu") + 0.5) / rows * last[0] - 0.5
         x = (torch.arange(columns, dtype=torch.float64, device="cpu") + 0.5) / columns * last[1] - 0.5
         row, column = torch.meshgrid(y, x, indexing="ij")
         angles = [place.reshape(-1, 1) * frequencies for place in (row, column)]  # (rows * columns, width / 4) each
-        found.append(torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1))
-    return (torch.cat(found) / math.sqrt(width / 2)).float()
+        encodings.append(torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1))
+    return (torch.cat(encodings) / math.sqrt(width / 2)).float()

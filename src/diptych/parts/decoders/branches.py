@@ -111,13 +111,13 @@ class GroupedBranches(DecoderBranches):
         key = (tuple(wanted), image)
         if key not in self.plans:
             self.plans[key] = self._plan(wanted, image)
-        found: list[list[Tensor]] = [[x[:0]] * len(x) for _ in wanted]
+        velocities: list[list[Tensor]] = [[x[:0]] * len(x) for _ in wanted]
         for group in self.plans[key]:
             rows = list(group.rows)
             outputs = self.denoise([x[row] for row in rows], t[rows], group.condition)
             for branch, row, output in zip(group.branches, rows, outputs, strict=True):
-                found[branch][row] = output
-        return [torch.stack(outputs) for outputs in found]
+                velocities[branch][row] = output
+        return [torch.stack(outputs) for outputs in velocities]
 
     def _plan(self, wanted: Sequence[int], image: int) -> list[Group]:
         chosen = [self.conditions[branch] for branch in wanted]

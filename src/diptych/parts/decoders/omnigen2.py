@@ -287,8 +287,8 @@ class OmniGen2(Decoder):
         )
         images = iter(self._references(references, [part[1:-1] for part in parts], time))
         rows = [
-            torch.cat([text[:length], *(next(images) for _ in own), made])
-            for text, length, own, made in zip(condition.tokens, layout.text, references, target, strict=True)
+            torch.cat([text[:length], *(next(images) for _ in refs), made])
+            for text, length, refs, made in zip(condition.tokens, layout.text, references, target, strict=True)
         ]  # each (T, W)
         joint = self._refined(self.layers, pad_sequence(rows, batch_first=True), turns, time)
         tails = [row[-sizes[-1] :] for row, sizes in zip(joint, layout.sizes, strict=True)]

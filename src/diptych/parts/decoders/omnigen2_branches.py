@@ -102,7 +102,7 @@ class OmniGen2Branches(DecoderBranches):
             refined |= dict(zip(numbers, made.unbind(), strict=True))
 
         # The joint sequences of each branch.
-        found: list[list[Tensor]] = [[x[:0]] * len(x) for _ in wanted]
+        outputs: list[list[Tensor]] = [[x[:0]] * len(x) for _ in wanted]
         count, (rows, columns) = noise.shape[1], (side // decoder.patch for side in x.shape[-2:])
         for group in plan.groups:
             requests = [request for _, request in group.places]
@@ -118,8 +118,8 @@ class OmniGen2Branches(DecoderBranches):
             out = decoder.norm_out(joint[:, :count], times)  # (rows, N, C patch^2)
             made = -unpatchify(out, decoder.patch, "pqc", rows, columns).to(x.dtype)
             for (branch, request), velocity in zip(group.places, made, strict=True):
-                found[branch][request] = velocity
-        return [torch.stack(velocities) for velocities in found]
+                outputs[branch][request] = velocity
+        return [torch.stack(velocities) for velocities in outputs]
 
     def _plan(self, x: Tensor, wanted: Sequence[int]) -> Plan:
         decoder, noise = self.decoder, {}
@@ -134,8 +134,8 @@ class OmniGen2Branches(DecoderBranches):
                 text, *references, target = turn.split(sizes)
                 used = self.used[number][request]
                 noise.setdefault(request, target)
-                for image, own in zip(used, references, strict=True):
-                    self.turns.setdefault(image, own)
+                for image, counts in zip(used, references, strict=True):
+                    self.turns.setdefault(image, counts)
                 places.append((branch, request))
                 texts.append(condition.tokens[request, : sizes[0]])
                 images.append(used)

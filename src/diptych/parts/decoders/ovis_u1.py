@@ -108,10 +108,10 @@ class DoubleXBlock(nn.Module):
 
         q, k, v = self.self_heads(modulate(image, shift3, scale3))
         own_turn, own_mask = turn[:, length:], None if mask is None else mask[..., length:]
-        own = attend(rotate(q, own_turn), rotate(k, own_turn), v, own_mask)
+        image_only = attend(rotate(q, own_turn), rotate(k, own_turn), v, own_mask)
 
         image = torch.addcmul(image, gate1, self.image_out(mixed))
-        image = torch.addcmul(image, gate3, self.self_out(own))
+        image = torch.addcmul(image, gate3, self.self_out(image_only))
         image = torch.addcmul(image, gate2, self.image_mlp(modulate(image, shift2, scale2)))
         text = torch.addcmul(text, text_gate1, self.text_out(text_mixed))
         text = torch.addcmul(text, text_gate2, self.text_mlp(modulate(text, text_shift2, text_scale2)))
@@ -243,11 +243,11 @@ class OvisU1Decoder(Decoder):
     @staticmethod
     def _places(length: int, image: Sides, context: Sequence[Sides], device: torch.device) -> Tensor:
         """Positions of one sample's tokens, (T, 3)."""
-        found = [text_positions(length, device=device)[0], grid_positions(*image, device=device)[0]]
+        places = [text_positions(length, device=device)[0], grid_positions(*image, device=device)[0]]
         for number, sides in enumerate(context, start=1):
             grid = grid_positions(*sides, device=device)[0]
-            found.append(torch.cat([torch.full_like(grid[:, :1], number), grid[:, 1:]], dim=-1))
-        return torch.cat(found)
+            places.append(torch.cat([torch.full_like(grid[:, :1], number), grid[:, 1:]], dim=-1))
+        return torch.cat(places)
 
 
 def joined_mask(

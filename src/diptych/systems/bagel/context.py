@@ -131,16 +131,16 @@ class ContextStore:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.held: OrderedDict[tuple[str, ...], Context] = OrderedDict()
+        self.entries: OrderedDict[tuple[str, ...], Context] = OrderedDict()
         self.weights: tuple[tuple[int, int], ...] = ()
         self.read_tokens = 0
         self.reused_tokens = 0
 
     def contexts(self, network: BagelNetwork, markers: Markers, requests: Sequence[Sequence[Piece]]) -> list[Context]:
-        """The context of each request, from what is held and one run over the rest."""
+        """The context of each request, from what is stored and one run over the rest."""
         weights = tuple((id(p), p._version) for p in network.parameters())
         if weights != self.weights:
-            self.held.clear()
+            self.entries.clear()
             self.weights = weights
         # What several requests begin with, such as an image with many questions, is read once and first.
         keys = [tuple(piece.key for piece in pieces) for pieces in requests]
@@ -152,7 +152,7 @@ class ContextStore:
         return [done[key] for key in keys]
 
     def _read(self, network: BagelNetwork, markers: Markers, requests: Sequence[Sequence[Piece]]) -> list[Context]:
-        """The context of each request, from what is held and one run over the rest; all of them are held."""
+        """The context of each request, from what is stored and one run over the rest; all of them are stored."""
         begun: list[Context] = []
         rest: list[Sequence[Piece]] = []
         for pieces in requests:
@@ -163,7 +163,7 @@ class ContextStore:
         self.reused_tokens += sum(context.length for context in begun)
         self.read_tokens += sum(after.length - before.length for before, after in zip(begun, done, strict=True))
         for pieces, context in zip(requests, done, strict=True):
-            self._hold(tuple(piece.key for piece in pieces), context)
+            self._store(tuple(piece.key for piece in pieces), context)
         return done
 
     @staticmethod
@@ -172,28 +172,28 @@ class ContextStore:
         return [empty_context(network)] * count
 
     def _longest(self, network: BagelNetwork, pieces: Sequence[Piece]) -> tuple[Context, int]:
-        """The held context that shares the most first pieces, cut to them, and their number."""
+        """The stored context that shares the most first pieces, cut to them, and their number."""
         keys = tuple(piece.key for piece in pieces)
         best: tuple[str, ...] = ()
         shared = 0
-        for held in self.held:
-            common = _common(held, keys)
+        for entry in self.entries:
+            common = _common(entry, keys)
             if common > shared:
-                best, shared = held, common
+                best, shared = entry, common
         if shared == 0:
             return empty_context(network), 0
-        self.held.move_to_end(best)
+        self.entries.move_to_end(best)
         items = [piece.item for piece in pieces[:shared]]
-        return self.held[best].first(sum(item.cost for item in items), next_position(items)), shared
+        return self.entries[best].first(sum(item.cost for item in items), next_position(items)), shared
 
-    def _hold(self, keys: tuple[str, ...], context: Context) -> None:
-        if any(held[: len(keys)] == keys for held in self.held) or not keys:
+    def _store(self, keys: tuple[str, ...], context: Context) -> None:
+        if any(entry[: len(keys)] == keys for entry in self.entries) or not keys:
             return
-        for held in [held for held in self.held if keys[: len(held)] == held]:
-            del self.held[held]  # the new one begins with it
-        self.held[keys] = context
-        while self.held and sum(held.length for held in self.held.values()) > self.limit:
-            self.held.popitem(last=False)
+        for entry in [entry for entry in self.entries if keys[: len(entry)] == entry]:
+            del self.entries[entry]  # the new one begins with it
+        self.entries[keys] = context
+        while self.entries and sum(entry.length for entry in self.entries.values()) > self.limit:
+            self.entries.popitem(last=False)
 
 
 @dataclass(frozen=True, kw_only=True)

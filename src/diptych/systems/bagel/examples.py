@@ -151,13 +151,13 @@ class Reader:
         # 2. All latents, in batches by shape.
         pixels = [piece for plan in planned for piece in plan if isinstance(piece, Tensor)]
         latents = iter(encode_by_shape(pixels, encode))
-        found = [
+        requests_read = [
             [latent_piece(*self.tokens(next(latents))) if isinstance(piece, Tensor) else piece for piece in plan]
             for plan in planned
         ]
-        for pieces, parts, name in zip(found, requests, where, strict=True):
+        for pieces, parts, name in zip(requests_read, requests, where, strict=True):
             self.check(sum(piece.item.cost for piece in pieces), config, name, images_in(parts))
-        return found
+        return requests_read
 
     def request(self, sample: Sample) -> list[Part]:
         """What a sample that asks for an image says: system turns, images and text, and the thought that followed.
@@ -278,13 +278,13 @@ def vision_size(config: BagelConfig, draw: bool) -> SideRange:
 
 def split(text: str) -> list[str | None]:
     """A text parted at its image placeholders, each of which becomes None; empty pieces are left out."""
-    found: list[str | None] = []
+    parts: list[str | None] = []
     for number, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         if number:
-            found.append(None)
+            parts.append(None)
         if piece.strip():
-            found.append(piece.strip())
-    return found
+            parts.append(piece.strip())
+    return parts
 
 
 def fill(text: str, images: Sequence[Tensor], where: str, *, first: bool) -> list[Part]:

@@ -312,7 +312,7 @@ class BagelSystem(AssembledSystem):
         row = pack([example.items for example in examples], self.reader.markers, network.sides())
 
         # Noisy latents. A target has a time and noise of its own; images that are read have time 0 and no noise.
-        items = [(n, x, place + 1 == len(own)) for n, own in enumerate(tokens) for place, x in enumerate(own)]
+        items = [(n, x, place + 1 == len(images)) for n, images in enumerate(tokens) for place, x in enumerate(images)]
         latents = noise = times = noisy = None
         if items:
             drawn = [number for number, x in enumerate(tokens) if x]
