@@ -132,18 +132,18 @@ def stall(system: Any, stage: Any, accelerator: Any, checkpoints: Path) -> float
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    held = state.Held(weights=parameters, parameters=parameters, optimizers=optimizers, ema=EMA(parameters, 0.99))
+    train_state = state.TrainState(weights=parameters, parameters=parameters, optimizers=optimizers, ema=EMA(parameters, 0.99))
     progress = state.Progress(stage=0, step=1, total=1)
     accelerator.wait_for_everyone()
     began = time.perf_counter()
     if hasattr(state, "save"):
-        state.save(checkpoints, progress, held, {}, keep=1, main=accelerator.is_main_process)
+        state.save(checkpoints, progress, train_state, {}, keep=1, main=accelerator.is_main_process)
         accelerator.wait_for_everyone()
         return time.perf_counter() - began
     from diptych.training.saving import Saver
 
     saver = Saver(checkpoints, keep=1, rank=accelerator.process_index, world=accelerator.num_processes)
-    saver.start(progress, held, {})
+    saver.start(progress, train_state, {})
     took = time.perf_counter() - began
     saver.finish()
     return took

@@ -88,7 +88,7 @@ def test_a_language_models_lora_is_trained_and_read_by_peft_and_by_us(base: str,
         with torch.no_grad():
             want = module.get_submodule(name)(x)
             torch.testing.assert_close(ours.get_submodule(name)(x), want)
-            torch.testing.assert_close(theirs.base_model.model.get_submodule(name)(x), want)
+            torch.testing.assert_close(theirs.base_model.model.get_submodule(name)(x), want)  # pyright: ignore
             assert not torch.allclose(ours.get_submodule(name).base(x), want)  # pyright: ignore
 
 
