@@ -132,7 +132,9 @@ def stall(system: Any, stage: Any, accelerator: Any, checkpoints: Path) -> float
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    train_state = state.TrainState(weights=parameters, parameters=parameters, optimizers=optimizers, ema=EMA(parameters, 0.99))
+    train_state = state.TrainState(
+        weights=parameters, parameters=parameters, optimizers=optimizers, ema=EMA(parameters, 0.99)
+    )
     progress = state.Progress(stage=0, step=1, total=1)
     accelerator.wait_for_everyone()
     began = time.perf_counter()
