@@ -157,7 +157,7 @@ def with_preset(settings: Settings, drafted: dict[str, Any], card: str) -> Setti
     """The settings with what the library's recipe for such a card and model says; of toy models as they are."""
     system = drafted["system"]
     decoder = (system.get("decoder") or {}).get("kind")
-    name = PRESETS.get(system["kind"]) or PRESETS.get(decoder)
+    name = PRESETS.get(system["kind"]) or PRESETS.get(str(decoder))
     if not settings.large or name is None:
         return settings
     name += next(suffix for suffix, least in CARDS.items() if memory(card) >= least)
@@ -205,9 +205,8 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
         run |= {"precision": "bf16", "checkpointing": ["llm" if look.task == "understand" else "decoder"]}
     lora = {"rank": settings.rank, "alpha": settings.rank, "targets": list(settings.targets)}
     if settings.trigger:
-        look = replace(
-            look, texts=tuple(varied_text(text, Variations(**vary["vary"]), ItemDraws(0)) for text in look.texts)
-        )
+        varied = Variations(trigger=settings.trigger)
+        look = replace(look, texts=tuple(varied_text(text, varied, ItemDraws(0)) for text in look.texts))
     words = f"  # frozen weights, as {settings.preset}; needs the extra quantize and a GPU"
     others = [part for part in settings.quantize if part != settings.owner]
     quantized = [f"    quantize: nf4{words}"] if settings.owner in settings.quantize else []
