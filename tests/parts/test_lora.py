@@ -8,22 +8,14 @@ from diptych.core.errors import UserError
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.qwen_image import LORA_TARGETS, QwenImage
 from diptych.parts.lora import add_lora
+from tiny_sizes import QWEN_IMAGE
 
-SIZES = {
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 12,
-    "axes_dims_rope": (4, 6, 6),
-}
 X, T, CONDITION = torch.randn(1, 4, 4, 4), torch.tensor([0.4]), TokenCondition(tokens=torch.randn(1, 3, 12))
 
 
 def make() -> QwenImage:
     torch.manual_seed(0)
-    return QwenImage.from_config(SIZES)
+    return QwenImage.from_config(QWEN_IMAGE)
 
 
 def adapted() -> QwenImage:

@@ -116,7 +116,7 @@ def system_lines(found: SystemReport, strategy: str, processes: int = 1) -> list
             + (f", whole units of the shards {amount(memory.gathered)}" if memory.gathered else "")
             + (f", DDP's buckets {amount(memory.buckets)}" if memory.buckets else ""),
         ]
-    if strategy == "fsdp" and processes == 1:
+    if strategy != "auto" and processes == 1:
         lines += ["", "  (one process, which shards nothing; --processes N tells of each of N)"]
     return [*lines, f"  ({RULE})"]
 

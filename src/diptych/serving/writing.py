@@ -18,6 +18,7 @@ from diptych.core.errors import UserError
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken
 from diptych.inference.engine import Engine
+from diptych.parts.backbones.answers import answer_budget
 from diptych.parts.backbones.base import Backbone, Prefix
 from diptych.parts.backbones.causal import KeyValues, cut
 from diptych.serving.drawing import number_format
@@ -104,12 +105,7 @@ class Row:
                     raise UserError(f"max_tokens {max_new_tokens}: the MLLM takes {backbone.max_length} tokens in all")
                 sequences, embeddings = cut(sequences, embeddings, keep, "last")
             self.prompt_tokens = int(sequences.mask.sum())
-            room = backbone.max_length - self.prompt_tokens
-            if room < 1:
-                raise UserError(
-                    f"a prompt of {self.prompt_tokens} tokens leaves no room to answer in {backbone.max_length}"
-                )
-            self.budget = min(max_new_tokens, room)
+            self.budget = answer_budget(backbone, self.prompt_tokens, max_new_tokens)
             state = backbone.run(embeddings, sequences.mask, positions=sequences.positions, cache=True)
             self.hidden = state.hidden[:, self.prompt_tokens - 1]  # (1, D)
         assert isinstance(state.cache, KeyValues), "causal backbones keep KeyValues"

@@ -45,10 +45,7 @@ def continued(
         UserError: a prompt that leaves no room to answer in.
     """
     lengths = sequences.mask.sum(1)  # (B,)
-    room = backbone.max_length - int(lengths.max())
-    if room < 1:
-        raise UserError(f"a prompt of {int(lengths.max())} tokens leaves no room to answer in {backbone.max_length}")
-    budget = min(max_new_tokens, room)
+    budget = answer_budget(backbone, int(lengths.max()), max_new_tokens)
     if budget < 1:
         return [[] for _ in range(len(lengths))]
 
@@ -84,6 +81,14 @@ def continued(
         hidden = state.hidden[:, 0]
 
     return [until(row, ends) for row in torch.stack(tokens, dim=1).tolist()]
+
+
+def answer_budget(backbone: Backbone, prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many tokens an answer to such a prompt may have; UserError where it leaves no room for any."""
+    room = backbone.max_length - prompt_tokens
+    if room < 1:
+        raise UserError(f"a prompt of {prompt_tokens} tokens leaves no room to answer in {backbone.max_length}")
+    return min(max_new_tokens, room)
 
 
 def until(row: list[int], ends: Collection[int]) -> list[int]:

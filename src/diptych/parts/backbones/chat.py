@@ -102,21 +102,21 @@ class Chat:
         # those of the call before became is kept. Texts that are new are tokenized together.
         template = self.tokenizer.chat_template
         keys = [(tuple(m), tuple(c), generate, opening, template) for m, c in zip(conversations, slots, strict=True)]
+        rows = {key: self._rows[key] for key in keys if key in self._rows}
         new: dict[Any, list[Segment]] = {}
         for row, key in enumerate(keys):
-            if key not in self._rows and key not in new:
+            if key not in rows and key not in new:
                 new[key] = self._segments(row, self._filled(row, key[0], key[1]), generate, opening)
         texts = list(dict.fromkeys(segment.text for segments in new.values() for segment in segments))
         encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # type: ignore[assignment]
         ids_of = dict(zip(texts, encoded, strict=True))
-        if len(self._rows) + len(new) > MEMORY:
-            self._rows = {key: self._rows[key] for key in keys if key in self._rows}
         for key, segments in new.items():
             ids = [id for segment in segments for id in ids_of[segment.text]]
-            self._rows[key] = ids, [segment.learned for segment in segments for _ in ids_of[segment.text]]
+            rows[key] = ids, [segment.learned for segment in segments for _ in ids_of[segment.text]]
         for row, key in enumerate(keys):
-            self._check_length(row, self._rows[key][0], max_length)
-        return self._padded([self._rows[key] for key in keys])
+            self._check_length(row, rows[key][0], max_length)
+        self._rows = rows if len(self._rows) + len(new) > MEMORY else {**self._rows, **rows}
+        return self._padded([rows[key] for key in keys])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""

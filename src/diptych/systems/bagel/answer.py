@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.tokens import NextToken, likeliest
-from diptych.parts.backbones.answers import WORTH_LEAVING
+from diptych.parts.backbones.answers import WORTH_LEAVING, until
 from diptych.parts.backbones.attention import RowAttention
 from diptych.systems.bagel.context import Context, condition
 from diptych.systems.bagel.items import Markers
@@ -78,12 +78,5 @@ def write(
             mask = None if mask is None else mask[kept]
             layers = tuple((k[kept], v[kept]) for k, v in layers)
     rows = torch.stack(fed, dim=1).tolist() if fed else [[] for _ in range(batch)]
-    return Written([_until(row, ends) for row in rows], torch.stack(logits) if logits else torch.zeros(0))
-
-
-def _until(row: list[int], ends: Collection[int]) -> list[int]:
-    """Up to the first end token after the bos, which may be an end token itself."""
-    for place, token in enumerate(row[1:], start=1):
-        if token in ends:
-            return row[:place]
-    return row
+    # The bos may be an end token itself.
+    return Written([row[:1] + until(row[1:], ends) for row in rows], torch.stack(logits) if logits else torch.zeros(0))
