@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from PIL import Image
 
 from diptych.core.errors import UserError
 from diptych.recipes.build import build_system
-from diptych.recipes.check import check_data, check_system
-from diptych.recipes.recipe import load, parse
+from diptych.recipes.check import PartReport, SystemReport, check_data, check_system
+from diptych.recipes.recipe import SourceSpec, load, parse
 from diptych.recipes.train import run_folder
 
 
@@ -107,3 +109,28 @@ def test_where_runs_go(tmp_path: Path) -> None:
     assert run_folder("toy/quickstart", tmp_path) == tmp_path
     (tmp_path / "mine.yaml").write_text("seed: 1")
     assert run_folder(str(tmp_path / "mine.yaml")) == Path("runs/mine")
+
+
+@pytest.mark.parametrize("name", ["iomm/b_pretrain_pair", "bagel/finetune"])
+def test_data_of_a_large_model_is_read_without_its_tokenizer(name: str, tmp_path: Path) -> None:
+    """Its files are not there, so no sample can be prepared; the pictures and captions are looked at all the same."""
+    for number in range(4):
+        Image.new("RGB", (300, 300), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a cat")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    recipe, _ = load(name)
+    stage = next(iter(recipe.stages))
+    source = SourceSpec(kind="folder", task="text_to_image", path=str(tmp_path))
+    spec = recipe.stages[stage]
+    data = replace(spec.data, sources={"mine": source}, max_bad_fraction=0.5)
+    recipe = replace(recipe, stages={stage: replace(spec, data=data)})
+    system = build_system(recipe.system, meta=True)
+    parts = [
+        PartReport(name=part, parameters=sum(p.numel() for p in module.parameters()), trained={}, weights="-")
+        for part, module in system.named_parts().items()
+    ]
+    found = check_data(recipe, SystemReport(parts=parts, stages=[]), stage)
+    assert found.faults == []
+    assert [(report.read, len(report.bad)) for report in found.report.sources] == [(4, 1)]
+    assert any("not looked at: its tokenizer" in line for line in found.lines)
+    assert found.seconds is None

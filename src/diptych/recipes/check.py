@@ -173,15 +173,16 @@ def check_data(
     """Read the data of stage `name`: every item once (or `limit` of each source), and draw its first samples.
 
     A small system without faults in its data also makes a few steps, which are timed; for that its starting weights are
-    read.
+    read. Of a larger one no tokenizer is read, so that what it would refuse of a sample is not looked at.
 
     Returns:
         What was read. A source that cannot be used, or too many unreadable items, are in `faults`; the sheet then shows
         what can be read.
     """
     spec = recipe.stages[name]
-    system = start(recipe) if found.parameters <= SMALL else build.build_system(recipe.system, meta=True)
-    preparer = system.preparer()
+    small = found.parameters <= SMALL
+    system = start(recipe) if small else build.build_system(recipe.system, meta=True)
+    preparer = system.preparer() if small else None  # a tokenizer comes with the weights, which stay where they are
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch_size, SHEET_SAMPLES)
     looked = replace(spec.data, cache=None)  # looking makes no latents
@@ -218,6 +219,8 @@ def check_data(
             f"{spec.data.max_bad_fraction:.2%}: {first}{'; ...' if len(bad) > 5 else ''}"
         )
     lines = data.lines()
+    if preparer is None:
+        lines.append("what the model refuses of a sample is not looked at: its tokenizer is read with its weights")
     for source_name, source_spec in spec.data.sources.items():
         lines += prepared_lines(source_name, source_spec)
     # The mixture of them all, and its first step.
@@ -230,7 +233,7 @@ def check_data(
         except UserError as error:
             faults.append(str(error))
     sheet = report.sheet(samples) if samples else None
-    seconds = measure(recipe, system, name) if found.parameters <= SMALL and not faults else None
+    seconds = measure(recipe, system, name) if small and not faults else None
     return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds, faults=faults)
 
 
