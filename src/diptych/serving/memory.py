@@ -50,7 +50,9 @@ def branches(settings: Sampling, sample: Sample) -> int:
 def measured(engine: Engine) -> Costs:
     """The costs of a model: one and three requests of each kind are run, and half of the difference is of one."""
     peak(engine, lambda: None)  # the watch itself
-    picture = Image.new("RGB", (engine.sampling.size[1], engine.sampling.size[0]), (128, 128, 128))
+    height, width = engine.sampling.size
+    # Unlike pictures, as what requests have in common is read once.
+    pictures = [Image.new("RGB", (width, height), (shade, shade, shade)) for shade in (64, 128, 192)]
     tasks = engine.system.tasks
     options: dict[str, Any] = {"steps": 2, "prompt_expansion": 0}
     costs: dict[str, int] = {}
@@ -67,9 +69,9 @@ def measured(engine: Engine) -> Costs:
     if "edit" in tasks:
         edited = Sample(id="a", task="edit", text="a")
         rows = branches(engine.settings(options, edits=True), edited)
-        measure("edit", rows, lambda n: engine.edit([picture] * n, ["a"] * n, batch_size=3, **options))
+        measure("edit", rows, lambda n: engine.edit(pictures[:n], ["a"] * n, batch_size=3, **options))
     if "understand" in tasks:
-        measure("text", 1, lambda n: engine.ask([picture] * n, ["a"] * n, max_new_tokens=TOKENS))
+        measure("text", 1, lambda n: engine.ask(pictures[:n], ["a"] * n, max_new_tokens=TOKENS))
     made = Costs(**costs)
     words = ", ".join(f"{name} {value / 1e6:.1f} MB" for name, value in costs.items())
     log.info("%s takes for a request: %s", engine.name, words)
