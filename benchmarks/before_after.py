@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ class Side:
             text=True,
             start_new_session=True,
         )
+
+    def begin(self) -> None:
+        """Wait until it is ready, and stop it."""
         self.answer()
         os.killpg(self.process.pid, signal.SIGSTOP)
 
@@ -146,19 +150,18 @@ class Side:
 
 def compare(before: Path, program: str, arguments: list[str], turns: int, count: int, warm: int) -> dict[str, Any]:
     """Sums of both trees' turns, their speed (before / now), and the median of the turns' own ratios."""
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            name: Side(tree, program, [*arguments, f"{folder}/{name}"])
-            for name, tree in (("before", before), ("now", ROOT))
-        }
-        rows: dict[str, list[list[float]]] = {name: [] for name in sides}
+    rows: dict[str, list[list[float]]] = {"before": [], "now": []}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ended:
+        sides: dict[str, Side] = {}
+        for name, tree in (("before", before), ("now", ROOT)):
+            sides[name] = Side(tree, program, [*arguments, f"{folder}/{name}"])
+            ended.callback(sides[name].close)  # a stopped process would stay for good
+            sides[name].begin()
         for turn in range(turns + warm):
             for name in sorted(sides, reverse=bool(turn % 2)):
                 seconds = sides[name].turn(count)
                 if turn >= warm:
                     rows[name].append(seconds)
-        for side in sides.values():
-            side.close()
     result: dict[str, Any] = {"turns": turns, "steps": count}
     for place, clock in enumerate(("wall", "cpu")):
         then, now = ([row[place] for row in rows[name]] for name in ("before", "now"))
@@ -181,6 +184,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="runs of generation that count")
     parser.add_argument("--images", type=int, default=12)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     before = arguments.before.resolve()
     jobs: list[tuple[str, str, list[str], int, int, int]] = []
     if "train" in arguments.what:
