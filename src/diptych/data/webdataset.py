@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ from diptych.data.captions import TextKeys, TextSetting, lookup, text_keys
 from diptych.data.columns import derived, digest
 from diptych.data.imaging import FitMode, check_fit
 from diptych.data.left_out import LeftOut
+from diptych.data.open_shards import ChangedShard, Member, OpenShards
 from diptych.data.reading import Reading
 from diptych.data.rows import KEYS, Row, make_sample, parse_row, usable_text
 from diptych.data.shards import cache_folder, local_shards, shard_names, short_name
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
-from diptych.data.stores import Remote, remote_of
 from diptych.data.tar_index import tar_index
 from diptych.data.tar_scan import IMAGE_SUFFIXES
 
@@ -35,10 +33,6 @@ _REASONS = ("", "no image", "several images", "no caption", "no .json", "no sour
 _NO_IMAGE, _SEVERAL, _NO_CAPTION, _NO_JSON, _NO_SOURCE, _NOT_JOINED = range(1, 7)
 _REPEATED = re.compile(r"#\d+$")
 _BLOCK = 1 << 20
-_OPEN_SHARDS = 64
-
-_Member = tuple[int, int, int]
-"""(shard, offset, length)."""
 
 
 class WebDatasetSource(Source, Scored, Listed):
@@ -95,7 +89,7 @@ class WebDatasetSource(Source, Scored, Listed):
             raise UserError(f"{self.name}: no shards given")
         self._names = shard_names(self.shards)
         self._index = tar_index(self.shards, given)
-        self._files = _Shards(self._index.meta["shards"])
+        self._files = OpenShards(self._index.meta["shards"])
         self._suffixes: list[str] = self._index.meta["suffixes"]
         self._identity = digest(self._index.meta["shards"], self.task, self.columns, repr(self.text))
         self._joined: Joined | None = None
@@ -153,7 +147,7 @@ class WebDatasetSource(Source, Scored, Listed):
         member = self._members(row).get("json")
         return None if member is None else lookup(_object(self._files.read(member), self._id(row)), name)
 
-    def _members(self, row: int) -> dict[str, _Member]:
+    def _members(self, row: int) -> dict[str, Member]:
         """Members of a sample by suffix, in their order."""
         index = self._index
         first, end = index["first"][row : row + 2].tolist()
@@ -182,12 +176,12 @@ class WebDatasetSource(Source, Scored, Listed):
     def _named(self, shard: int, key: str) -> str:
         return f"{self.name}/{self._names[shard]}/{key}"
 
-    def _image(self, members: Mapping[str, _Member]) -> _Member | None:
+    def _image(self, members: Mapping[str, Member]) -> Member | None:
         if "image" in self.columns:
             return members.get(self.columns["image"])
         return next((member for suffix, member in members.items() if suffix in IMAGE_SUFFIXES), None)
 
-    def _row(self, row: int, members: Mapping[str, _Member], id: str) -> Row:
+    def _row(self, row: int, members: Mapping[str, Member], id: str) -> Row:
         """What the task reads of a sample; BadItem where it is not there or malformed."""
         image = self._image(members)
         if self.task == "image":
@@ -211,14 +205,14 @@ class WebDatasetSource(Source, Scored, Listed):
     def _field(self, fields: Mapping[str, Any], key: str) -> Any:
         return lookup(fields, self.columns.get(key, key)) if key in ("conversations", "messages") else None
 
-    def _texts(self, members: Mapping[str, _Member], id: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    def _texts(self, members: Mapping[str, Member], id: str) -> tuple[tuple[str, ...], tuple[float, ...]]:
         if self.text is not None:
             return self.text.texts(self._record(members, self.text.names, id), id)
         if "txt" in members:
             return (usable_text(_text(self._files.read(members["txt"]), id), id),), ()
         return TextKeys().texts(_object(self._files.read(members["json"]), id), id)
 
-    def _record(self, members: Mapping[str, _Member], names: Sequence[str], id: str) -> dict[str, Any]:
+    def _record(self, members: Mapping[str, Member], names: Sequence[str], id: str) -> dict[str, Any]:
         """Texts of members by suffix, on what the .json holds."""
         record = dict(_object(self._files.read(members["json"]), id)) if "json" in members else {}
         return {**record, **{name: _text(self._files.read(members[name]), id) for name in names if name in members}}
@@ -314,66 +308,6 @@ class WebDatasetSource(Source, Scored, Listed):
                 if again:
                     key = _REPEATED.sub("", key)  # it may be either
                 yield f"{stem}/{key}", key, key.rpartition("/")[2]
-
-
-class ChangedShard(UserError):
-    """A shard is not what was indexed, or cannot be read; no sample of it can be trusted."""
-
-
-class _Shards:
-    """Reads from shards, of which some stay open; each process opens its own."""
-
-    def __init__(self, stamps: Sequence[Sequence[Any]]) -> None:
-        self.stamps = stamps
-        self._open: dict[int, int | Remote] = {}
-        self._opening = threading.Lock()
-
-    def read(self, member: _Member) -> bytes:
-        """ChangedShard where the shard is not the one that was indexed."""
-        shard, offset, length = member
-        opened = self._open.get(shard) or self._opened(shard)
-        if not isinstance(opened, Remote):
-            return os.pread(opened, length, offset)
-        try:
-            return opened.read(offset, length)
-        except UserError as error:  # of the store, not of the sample
-            raise ChangedShard(str(error)) from error
-
-    def _opened(self, shard: int) -> int | Remote:
-        """A descriptor, or what is in the store where the copy had to make room."""
-        with self._opening:  # threads of one process share what is open
-            return self._open.get(shard) or self._open_anew(shard)
-
-    def _open_anew(self, shard: int) -> int | Remote:
-        path, size, time = self.stamps[shard]
-        if len(self._open) >= _OPEN_SHARDS:
-            oldest = self._open.pop(next(iter(self._open)))
-            if isinstance(oldest, int):
-                os.close(oldest)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            remote = remote_of(Path(path))
-            if remote is not None and (remote.size, remote.time) == (size, time):
-                self._open[shard] = remote
-                return remote
-            raise ChangedShard(f"{path}: the shard cannot be opened any more ({error.strerror})") from error
-        self._open[shard] = descriptor
-        there = os.fstat(descriptor)
-        if (there.st_size, there.st_mtime_ns) != (size, time):
-            raise ChangedShard(f"{path}: the shard has changed since it was indexed; start again to index it anew")
-        return descriptor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_opening": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opening=threading.Lock())
-
-    def __del__(self) -> None:
-        for opened in self._open.values():
-            if isinstance(opened, int):
-                os.close(opened)
 
 
 def _checked(columns: Mapping[str, str], task: Task, where: str) -> dict[str, str]:
