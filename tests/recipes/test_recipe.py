@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from diptych.core.differences import difference
 from diptych.core.errors import UserError
 from diptych.recipes.load import stage_settings
 from diptych.recipes.plain import find, header, load_plain, merge, set_value
 from diptych.recipes.recipe import load, parse
-from diptych.recipes.resuming import difference
 from diptych.recipes.run import start
 from diptych.systems.composed import ComposedSystem
 

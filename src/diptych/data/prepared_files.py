@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diptych.core.differences import differences
 from diptych.core.errors import UserError
 from diptych.core.files import write_file, write_json
 from diptych.data.columns import digest, locked
@@ -230,7 +231,10 @@ def find_set(root: Path, kind: str, made_from: Mapping[str, Any], items: int) ->
         if not others:
             return None
         there = others[-1].manifest
-        why = first_difference(there.made_from | {"items": there.items}, wanted.made_from | {"items": items})
+        place, theirs, ours = next(
+            differences({**there.made_from, "items": there.items}, {**wanted.made_from, "items": items})
+        )
+        why = f"{'.'.join(place)}: {_short(theirs)} there, {_short(ours)} here"
         raise UserError(f"{root}: its {kind} were made otherwise ({why}); run diptych prepare for this recipe")
     made = PreparedSet(folder)
     check_whole(made)
@@ -248,17 +252,6 @@ def check_whole(made: PreparedSet) -> None:
 def sets_in(root: Path, kind: str) -> list[PreparedSet]:
     """The sets of a kind in a folder."""
     return [PreparedSet(path.parent) for path in sorted(root.glob(f"{kind}-*/{_MANIFEST}"))]
-
-
-def first_difference(there: Any, here: Any, where: str = "") -> str:
-    """The first place where two plain values differ, in words; "" where they are equal."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for name in sorted({*there, *here}):
-            why = first_difference(there.get(name), here.get(name), f"{where}.{name}" if where else str(name))
-            if why:
-                return why
-        return ""
-    return "" if there == here else f"{where}: {_short(there)} there, {_short(here)} here"
 
 
 def _short(value: Any) -> str:

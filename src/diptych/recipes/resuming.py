@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from diptych.core.differences import Place, differences
 from diptych.core.errors import UserError
 from diptych.core.files import write_text
 from diptych.core.reading import read_text, read_yaml
@@ -28,7 +29,6 @@ FUTURE = ("steps", "schedule", "max_grad_norm", "loss_weights", ("optimizer", "l
 """Keys of a stage that change its coming steps alone."""
 CHANGES = "changes.jsonl"
 """In a run folder: the step from which on a value of the recipe was another, one line for each."""
-Place = tuple[str, ...]
 
 
 def claim(
@@ -133,20 +133,3 @@ def strip(plain: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe's values changes what is learned."""
     precision = plain.get("run", {}).get("precision", RunConfig.precision)
     return {**{name: value for name, value in plain.items() if name not in FREE}, "run.precision": precision}
-
-
-def differences(a: Any, b: Any, place: Place = ()) -> Iterator[tuple[Place, Any, Any]]:
-    """Where two plain values differ: the keys, and both values."""
-    if isinstance(a, dict | None) and isinstance(b, dict | None) and (a or b):
-        a, b = a or {}, b or {}
-        for name in sorted({*a, *b}):
-            yield from differences(a.get(name), b.get(name), (*place, str(name)))
-    elif a != b:
-        yield place, a, b
-
-
-def difference(a: Any, b: Any) -> str:
-    """The first place where two plain values differ, in words; "" when they are alike."""
-    for place, one, two in differences(a, b):
-        return f"{'.'.join(place)}: {one!r} there, {two!r} here"
-    return ""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from diptych.core import environment
+from diptych.core.differences import difference
 from diptych.core.errors import UserError
 from diptych.core.files import make_folder, write_text
 from diptych.core.locks import only_writer
@@ -28,7 +29,7 @@ from diptych.recipes.clock import clock, seconds
 from diptych.recipes.legacy import with_new_names
 from diptych.recipes.load import load
 from diptych.recipes.quickstart import hardware
-from diptych.recipes.resuming import difference, strip
+from diptych.recipes.resuming import strip
 from diptych.recipes.run import train_recipe
 from diptych.recipes.study import Planned, StudySpec, asked, plan
 
