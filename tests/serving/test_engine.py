@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ import pytest
 import torch
 
 import diptych
+from diptych.core.condition import TokenCondition
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample
 from diptych.core.tokens import likeliest
 from diptych.data.imaging import from_pil
 from diptych.inference.engine import Engine
+from diptych.serving import memory
 from diptych.serving.drawing import Conditions, Joined, Picture, advance
 from diptych.serving.jobs import DrawingJob, Drawn, Event, TextJob, Written
-from diptych.serving.memory import FLOOR, Costs, measured
+from diptych.serving.memory import Costs
 from diptych.serving.metrics import Metrics
 from diptych.serving.scheduler import Bounds, QueueFull, Scheduler
 
@@ -204,12 +207,55 @@ def test_costs_are_of_each_branch_and_each_image() -> None:
     assert costs.writing(3, 2048) == 30
 
 
-def test_costs_are_measured_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    made = measured(diptych.load("toy/ovis-u1", device="cpu"))
-    assert min(made.image, made.edit, made.text) >= FLOOR
-    assert max(made.image, made.edit, made.text) < 1 << 30
+def test_costs_are_measured_for_each_kind(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="diptych")
+    engine = diptych.load("toy/ovis-u1", device="cpu")
+    taken = 0
+
+    def stand_in(name: str, each: int) -> None:
+        """A call of the engine that takes so many bytes for each row."""
+
+        def call(given: Any, *_: Any, n: int = 0, **__: Any) -> None:
+            nonlocal taken
+            taken = (500 << 20) + each * (n or len(given))
+
+        monkeypatch.setattr(engine, name, call)
+
+    def peak(_: Engine, run: Callable[[], Any]) -> int:
+        run()
+        return taken
+
+    monkeypatch.setattr(memory, "peak", peak)
+    for name, each in (("generate", 40 << 20), ("edit", 90 << 20), ("ask", 20 << 20)):
+        stand_in(name, each)
+    # Ovis-U1 compares two versions of a request, and three where it edits with guidance by the image.
+    rows = [
+        memory.branches(engine.settings({}), Sample(id="a", task="text_to_image", text="a")),
+        memory.branches(engine.settings({}, edits=True), Sample(id="a", task="edit", text="a")),
+    ]
+    made = memory.measured(engine)
+    assert (made.image, made.edit, made.text) == ((40 << 20) // rows[0], (90 << 20) // rows[1], 20 << 20)
     assert all(f"{kind} " in caplog.text for kind in ("image", "edit", "text"))
+    # What is too small to be seen is counted with a floor.
+    stand_in("ask", 1)
+    assert memory.measured(engine).text == memory.FLOOR
+
+
+def test_a_group_is_never_taken_for_one_that_is_gone() -> None:
+    kinds: list[Any] = [TokenCondition(tokens=torch.full((1, 2, 3), value), mask=torch.ones(1, 2, dtype=torch.bool))
+                        for value in (1.0, 2.0)]  # fmt: skip
+    joined = Joined()
+
+    def of(condition: Any) -> Any:
+        """A request's conditions, which are gone after it."""
+        member: Any = SimpleNamespace(conditions={"full": condition})
+        return joined.of([member], ("full",))
+
+    assert of(kinds[0]) is kinds[0]
+    assert all(of(kinds[1]) is kinds[1] for _ in range(50)), "another request's condition was taken"
+    joined.forget()
+    joined.forget()
+    assert not joined._kept
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -164,10 +164,14 @@ class Picture:
 
 
 class Joined:
-    """Joined conditions of groups, kept while a group stays together, so that a step joins nothing."""
+    """Joined conditions of groups, kept while a group stays together, so that a step joins nothing.
+
+    A group is known by which objects its conditions are. These are kept with the entry: an object that was freed would
+    leave its identity to that of a later request, which would then be drawn from the condition of another.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], Condition] = {}
+        self._kept: dict[tuple[Any, ...], tuple[list[Mapping[Branch, Condition]], Condition]] = {}
         self._used: set[tuple[Any, ...]] = set()
 
     def of(self, group: Sequence[Pass], branches: tuple[Branch, ...]) -> Condition:
@@ -175,13 +179,14 @@ class Joined:
         key = (*branches, *(id(member.conditions) for member in group))
         if key not in self._kept:
             first, *others = [member.conditions[branch] for branch in branches for member in group]
-            self._kept[key] = first.join(others) if others else first
+            joined = first.join(others) if others else first
+            self._kept[key] = [member.conditions for member in group], joined
         self._used.add(key)
-        return self._kept[key]
+        return self._kept[key][1]
 
     def forget(self) -> None:
         """Drop what was not used since the last call."""
-        self._kept = {key: value for key, value in self._kept.items() if key in self._used}
+        self._kept = {key: entry for key, entry in self._kept.items() if key in self._used}
         self._used = set()
 
 

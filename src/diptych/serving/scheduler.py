@@ -139,7 +139,8 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         begun = time.monotonic()
-        for space in {id(running.space): running.space for running in self.running}.values():
+        spaces = {id(running.space): running.space for running in self.running}.values()
+        for space in spaces:
             mine = [running for running in self.running if running.space is space]
             self._draw(space, mine)
             self._write(space, mine)
@@ -147,6 +148,9 @@ class Scheduler:
             result = self._guarded(running, running.result)
             if result is not None and running in self.running:
                 self._end(running, Event(kind="done", value=result))
+        for space in spaces:  # nothing of what is done is kept where no request follows
+            if not any(running.space is space for running in self.running):
+                space.joined.forget()
         self.metrics.rounds(time.monotonic() - begun, len(self.running), len(self.waiting))
 
     def _drop_cancelled(self) -> None:
