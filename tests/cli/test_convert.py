@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(tmp_path: Path, recipe: Path, capsys: pytest.Capt
     (tmp_path / "there").mkdir()
     out = str(tmp_path / "out.safetensors")
     for words, said in (
-        ([str(tmp_path / "evil.pth"), out], "evil.pth: not readable as weights (Weights only load failed"),
+        ([str(tmp_path / "evil.pth"), out], "evil.pth: not readable as weights (it asks for more than tensors"),
         ([str(tmp_path / "text.pth"), out], "text.pth: not readable as weights (b is no tensor)"),
         ([str(tmp_path / "noise.pth"), out], "noise.pth: not readable as weights"),
         ([str(tmp_path / "none.pth"), out], "none.pth: no such file"),

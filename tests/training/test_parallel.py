@@ -156,12 +156,24 @@ def test_sharding_alone_is_refused(tiny_plain: dict[str, Any], tmp_path: Path) -
         train_recipe(parse(tiny_plain), tiny_plain, tmp_path / "run")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="processes with GPUs find each other")
-def test_processes_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+@pytest.mark.parametrize(
+    ("rank", "local", "message"),
+    [
+        ("0", None, "WORLD_SIZE is 2 and LOCAL_RANK is not set; start processes with torchrun"),
+        (None, "0", "WORLD_SIZE is 2 and RANK is not set"),
+        ("0", "2", "WORLD_SIZE is 2 and LOCAL_RANK is 2, which is not below it"),
+        ("0", "0", "WORLD_SIZE is 2 without MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_processes_that_would_train_alone_are_refused(
+    rank: str | None, local: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {"RANK": rank, "LOCAL_RANK": local, "MASTER_ADDR": None, "MASTER_PORT": None}.items():
+        monkeypatch.delenv(variable, raising=False)
+        if value is not None:
+            monkeypatch.setenv(variable, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(UserError, match="2 processes were launched"):
+    with pytest.raises(UserError, match=message):
         make_accelerator(RunConfig())
 
 

@@ -40,6 +40,7 @@ def to_safetensors(source: Path, target: Path) -> None:
         program = [sys.executable, "-I", read_pickle.__file__, str(source.resolve()), str(place.resolve())]
         ran = subprocess.run(program, env={}, capture_output=True, text=True, check=False)
         if ran.returncode:
-            raise UserError(f"{source}: not readable as weights ({reason(ran.stderr)})")
+            why = ran.stderr.strip() if ran.returncode == read_pickle.NOT_WEIGHTS else reason(ran.stderr)
+            raise UserError(f"{source}: not readable as weights ({why})")
 
     write_file(target, write)

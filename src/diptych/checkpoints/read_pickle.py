@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 NESTED = ("state_dict", "model", "module")
 """Keys under which a training loop keeps the weights beside other things."""
+NOT_READ, NOT_WEIGHTS = 2, 3
+"""Exit codes: PyTorch did not read the file; what it read is no mapping of names to tensors."""
 
 
 def tensors_of(loaded: Any) -> dict[str, torch.Tensor]:
@@ -32,13 +34,15 @@ def tensors_of(loaded: Any) -> dict[str, torch.Tensor]:
 
 
 def main(source: str, target: str) -> int:
-    """Convert; the exit code: 0, or 2 with a line on stderr."""
+    """Convert; the exit code: 0, or with a line on stderr NOT_READ or NOT_WEIGHTS."""
+    code = NOT_READ
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
+        code = NOT_WEIGHTS
         save_file(tensors_of(loaded), target)
     except Exception as error:
         sys.stderr.write(" ".join(str(error).split())[:400] + "\n")
-        return 2
+        return code
     return 0
 
 

@@ -20,7 +20,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", nargs="+", default=[], help="prepare for these stages; for all when not given")
     parser.add_argument(
-        "--output", help="folder, with one for each source in it; beside the data when not given, or the sources' own"
+        "-o",
+        "--output",
+        "--out",
+        help="folder, with one for each source in it; beside the data when not given, or the sources' own",
     )
     parser.add_argument(
         "--watermark", metavar="MODEL", help="image classifier: owner/name@COMMIT or a folder, then :LABEL"

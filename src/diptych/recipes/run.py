@@ -134,8 +134,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError("LOCAL_RANK is set and WORLD_SIZE is not; a launcher such as torchrun sets both")
     for variable in ("RANK", "LOCAL_RANK") if launched > 1 else ():
-        if variable not in os.environ or environment.number(variable, 0) >= launched:
-            raise UserError(f"WORLD_SIZE is {launched} and {variable} not below it; start processes with torchrun")
+        if variable not in os.environ or (rank := environment.number(variable, 0)) >= launched:
+            state = f"is {rank}, which is not below it" if variable in os.environ else "is not set"
+            raise UserError(f"WORLD_SIZE is {launched} and {variable} {state}; start processes with torchrun")
     if launched > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(f"WORLD_SIZE is {launched} without MASTER_ADDR and MASTER_PORT; start processes with torchrun")
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
@@ -145,11 +146,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         cpu=cpu,  # unless told, processes without a GPU do not find each other
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if launched != accelerator.num_processes:
-        raise UserError(
-            f"{launched} processes were launched (WORLD_SIZE), but each would train alone on "
-            f"{accelerator.device.type!r}; launch one, or set run.device=cpu"
-        )
     return accelerator
 
 
