@@ -134,7 +134,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError("LOCAL_RANK is set and WORLD_SIZE is not; a launcher such as torchrun sets both")
     for variable in ("RANK", "LOCAL_RANK") if launched > 1 else ():
-        if variable not in os.environ or (rank := environment.number(variable, 0)) >= launched:
+        rank = environment.number(variable, 0)
+        if variable not in os.environ or rank >= launched:
             state = f"is {rank}, which is not below it" if variable in os.environ else "is not set"
             raise UserError(f"WORLD_SIZE is {launched} and {variable} {state}; start processes with torchrun")
     if launched > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
