@@ -606,7 +606,7 @@ def test_unusual_pictures_are_read(client: Client, mode: str, drawn: Image.Image
 
 
 @pytest.mark.parametrize(
-    ("mask", "words"), [(mask_of((16, 32)), "size"), (mask_of((32, 32), "RGB"), "alpha"), (b"no", "corrupt")]
+    ("mask", "words"), [(mask_of((16, 32)), "size"), (mask_of((32, 32), "RGB"), "alpha"), (b"no", "not an image")]
 )
 def test_a_wrong_mask_is_refused(client: Client, mask: bytes, words: str, drawn: Image.Image) -> None:
     with pytest.raises(openai.BadRequestError) as caught:

@@ -14,8 +14,14 @@ class UserError(ValueError):
     """A mistake in what the user gave. The command prints it as one line and exits with code 2."""
 
 
+LONGEST_NAME = 200
+"""Characters of a name whose nearest is looked for: what is longer is no slip of the pen, and takes long to compare."""
+
+
 def nearest(value: str, choices: Iterable[str]) -> str | None:
     """The choice most like `value`, or None when none is close."""
+    if len(str(value)) > LONGEST_NAME:
+        return None
     matches = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return matches[0] if matches else None
 

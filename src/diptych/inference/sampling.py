@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Interval, Le
 
@@ -115,17 +117,24 @@ class Sampling:
         for name in changes:
             if name not in names() or name == "edit":
                 raise unknown("option", name, names())
+        for name, value in changes.items():
+            check_kind(name, value)
         if "size" in changes:
             size = changes["size"]
-            sides = (size, size) if isinstance(size, int) else tuple(size)
-            if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+            if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side is not True for side in sides):
                 raise UserError(f"size must be one or two whole numbers above 0, not {size!r}")
             changes["size"] = sides
         if "guidance" in changes:
+            if not isinstance(changes["guidance"], str | Mapping):
+                raise UserError(f"guidance must be a kind, or a mapping of it, not {changes['guidance']!r}")
             before, after = as_mapping(self.guidance), as_mapping(changes["guidance"], kind=None)
             same = after.get("kind", before["kind"]) == before["kind"]
             changes["guidance"] = {**before, **after} if same else after
-        return replace(self, edit={}, **changes)
+        try:
+            return replace(self, edit={}, **changes)
+        except TypeError as error:
+            raise UserError(f"{', '.join(changes)}: a value is of the wrong type ({error})") from error
 
     def guide(self, during: tuple[float, float] = ALWAYS, patch: int = 1) -> Guidance:
         """The guidance that these settings ask for.
@@ -155,6 +164,23 @@ class Sampling:
         """The solver for an image of this many tokens of 2x2 latent pixels."""
         shift, dynamic = shift_at(self.timestep_shift, tokens), isinstance(self.timestep_shift, str)
         return make_solver(self.solver, self.steps, shift, self.shift_terminal, dynamic=dynamic)
+
+
+def check_kind(name: str, value: Any) -> None:
+    """UserError for a setting that is a number or a text and is given something else."""
+    kind = kinds()[name]
+    if kind in (int, float):
+        whole = "whole " if kind is int else ""
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+            raise UserError(f"{name} must be a {whole}number, not {value!r}")
+    elif kind is str and not isinstance(value, str):
+        raise UserError(f"{name} must be a text, not {value!r}")
+
+
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """Types of the settings, without their ranges."""
+    return get_type_hints(Sampling)
 
 
 def names() -> list[str]:

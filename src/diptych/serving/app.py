@@ -31,6 +31,7 @@ from diptych.serving.service import Service
 
 log = logging.getLogger(__name__)
 DRAINED = 8
+MAX_HEADERS, HEADER_BYTES = 200, 1 << 16
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ADAPTER_FIELDS = {"model": Field(kind="text", high=1000), "name": Field(kind="text", high=100)}
 OPEN = ("/health", "/ready")
@@ -100,6 +101,7 @@ def make_app(service: Service, status: Status, mounts: list[Mount]) -> ASGIApp:
             yield
 
     app = Starlette(routes=routes, lifespan=lifespan)
+    app.router.redirect_slashes = False
     for mount in mounts:
         app.router.routes.append(Below(mount) if mount.below else Route(mount.path, mount.app))
     # The router alone: Starlette's own middleware would answer errors before the guard sees them.
@@ -209,14 +211,16 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if len(scope["headers"]) > MAX_HEADERS or sum(len(k) + len(v) for k, v in scope["headers"]) > HEADER_BYTES:
+            raise ApiError(431, "the request has too many headers, or too long ones", code="headers_too_large")
         # A page elsewhere must not use a server of this machine through its visitor's browser.
         origin = headers.get("origin")
         if origin and scope["method"] != "GET":
             host = headers.get("host", "")
             # A name that was made to lead here is not this machine's, though its page says the same name.
             own = not self.service.options.local or host_name(host) in LOOPBACK
-            allowed = {host if own else "", *(urllib.parse.urlsplit(o).netloc for o in self.service.options.cors)}
-            if urllib.parse.urlsplit(origin).netloc not in allowed and "*" not in self.service.options.cors:
+            allowed = {host if own else "", *map(origin_place, self.service.options.cors)}
+            if origin_place(origin) not in allowed and "*" not in self.service.options.cors:
                 raise ApiError(403, "this origin may not call the server; see --cors", code="origin_not_allowed")
         if self.status.closing:
             raise ApiError(503, "the server is being shut down", code="shutting_down", headers={"Retry-After": "10"})
@@ -239,6 +243,14 @@ class Guard:
         if refused.status == 500:
             log.error("%s failed", number, exc_info=error if self.service.options.verbose else trace_only(error))
         return refused
+
+
+def origin_place(origin: str) -> str | None:
+    """The host and port of an Origin header; None for one that cannot be read."""
+    try:
+        return urllib.parse.urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def host_name(host: str) -> str:

@@ -20,7 +20,7 @@ from diptych.core.tokens import drawn as drawn_token
 from diptych.serving.cache import fingerprint
 from diptych.serving.errors import ApiError, bad
 from diptych.serving.fetching import fetch_picture
-from diptych.serving.fields import Field, read_fields
+from diptych.serving.fields import Field, checked, read_fields, shown
 from diptych.serving.images_api import OPTIONS, read_size
 from diptych.serving.jobs import Event, Written
 from diptych.serving.pictures import DATA_URL, encode, from_data_url, read_picture, to_base64
@@ -58,6 +58,11 @@ USUAL_TOKENS = 256
 READ = ("role", "content", "name", "images", "refusal")
 EMPTY = ("annotations", "audio", "function_call", "tool_calls")
 """Of a message: what is read or may be there, and what clients send back empty."""
+DETAILS = ("auto", "low", "high")
+"""Of a picture, as OpenAI's clients send them; it is read whole in any case."""
+STREAM_OPTIONS = {"include_usage": Field(kind="boolean"), "include_obfuscation": Field(kind="boolean")}
+LONGEST_STOP = 1000
+"""Characters of a text that ends an answer."""
 
 
 @dataclass
@@ -102,19 +107,21 @@ class ChatApi:
         for name in OF_PICTURES:
             if name in fields and not draws:
                 raise bad(name, 'it is of pictures; ask for them by modalities ["text", "image"]')
+        usage = read_stream_options(fields)
         turns = await self._turns(fields["messages"])
         if draws:
-            return await self._drawn(request, model, fields, turns)
-        return await self._written(request, model, fields, turns)
+            return await self._drawn(request, model, fields, turns, usage)
+        return await self._written(request, model, fields, turns, usage)
 
     # Text
 
-    async def _written(self, request: Request, model: str, fields: dict[str, Any], turns: Turns) -> Response:
+    async def _written(
+        self, request: Request, model: str, fields: dict[str, Any], turns: Turns, usage: bool
+    ) -> Response:
         longest = token_limit(fields)
         stop = stop_texts(fields.get("stop"))
         seed = fields.get("seed", secrets.randbelow(1 << 31))
         choose = chooser(fields, seed, longest)
-        usage = bool((fields.get("stream_options") or {}).get("include_usage"))
 
         call = WriteCall(
             model=model, messages=turns.messages, pictures=turns.pictures, max_new_tokens=longest, choose=choose,
@@ -138,7 +145,7 @@ class ChatApi:
 
     # Pictures
 
-    async def _drawn(self, request: Request, model: str, fields: dict[str, Any], turns: Turns) -> Response:
+    async def _drawn(self, request: Request, model: str, fields: dict[str, Any], turns: Turns, usage: bool) -> Response:
         """The picture that the last turn asks for: of its own pictures, of the latest before, or of its words alone."""
         for name in ("temperature", "top_p", "stop", "max_tokens", "max_completion_tokens"):
             if name in fields:
@@ -153,10 +160,10 @@ class ChatApi:
             raise bad("image_guidance_scale", "there is no picture in the conversation to go by")
         call = DrawCall(
             model=model, prompt=turns.text, images=images, seed=fields.get("seed"), options=options,
-            think=fields.get("think"),
+            think=fields.get("think"), words="messages",
         )  # fmt: skip
         if fields.get("stream"):
-            return sse(request, self._picture_chunks(model, call), named=False)
+            return sse(request, self._picture_chunks(model, call, usage), named=False)
 
         made: Made = await until_gone(request, last(self.service.draw(call)))
         part = await asyncio.to_thread(image_part, made)
@@ -164,16 +171,22 @@ class ChatApi:
         message = {"role": "assistant", "content": text, "refusal": None, "images": [part]}
         return JSONResponse(completion(model, message, "stop", token_usage(made.prompt_tokens, made.drawn.tokens)))
 
-    async def _picture_chunks(self, model: str, call: DrawCall) -> AsyncIterator[dict[str, Any]]:
+    async def _picture_chunks(self, model: str, call: DrawCall, usage: bool) -> AsyncIterator[dict[str, Any]]:
         name = f"chatcmpl-{secrets.token_hex(12)}"
-        yield chunk(model, name, {"role": "assistant", "content": ""})
+        begun = False
         async for event in self.service.draw(call):
+            if not begun:
+                begun = True
+                yield chunk(model, name, {"role": "assistant", "content": ""})
             if event.kind == "text":
                 yield chunk(model, name, {"content": event.value})
             elif event.kind == "done":
-                part = await asyncio.to_thread(image_part, event.value)
+                made: Made = event.value
+                part = await asyncio.to_thread(image_part, made)
                 yield chunk(model, name, {"images": [part]})
-        yield chunk(model, name, {}, "stop")
+                yield chunk(model, name, {}, "stop")
+                if usage:
+                    yield usage_chunk(model, name, made.prompt_tokens, made.drawn.tokens)
 
     # Messages
 
@@ -193,31 +206,37 @@ class ChatApi:
             }  # fmt: skip
             role = roles.get(str(message.get("role")))
             if role is None:
-                raise bad(f"{where}.role", f"must be system, developer, user or assistant, not {message.get('role')!r}")
+                given = shown(message.get("role"))
+                raise bad(f"{where}.role", f"must be system, developer, user or assistant, not {given}")
             for name, value in message.items():
                 if name not in (*READ, *EMPTY) or (name in EMPTY and value):
-                    raise ApiError(400, f"{where}: unknown parameter {name!r}", param=f"{where}.{name}",
-                                   code="unknown_parameter")  # fmt: skip
+                    raise unknown_at(where, name)
+                if name in ("name", "refusal") and not isinstance(value, str | None):
+                    raise bad(f"{where}.{name}", f"must be a text, not {shown(value)}", "invalid_type")
             parts = content_parts(message, where)
-            text, files = "", list[bytes]()
-            for number, part in enumerate(parts):
-                spot = f"{where}.content[{number}]"
-                if part.get("type") == "text" and isinstance(part.get("text"), str):
-                    text += part["text"]
-                elif part.get("type") == "image_url":
-                    files.append(await self._file(part.get("image_url"), f"{spot}.image_url"))
-                    text += f"{IMAGE_PLACEHOLDER}\n"
-                else:
-                    raise bad(spot, "a part is of type text or image_url", "unsupported_content")
+            text, files, pictures = "", list[bytes](), list[Image.Image]()
+            for spot, part in parts:
+                kind = part.get("type")
+                if kind not in ("text", "image_url") or (kind == "text" and ".images[" in spot):
+                    raise bad(spot, "a part is of type text or image_url, and of images image_url alone",
+                              "unsupported_content")  # fmt: skip
+                for name in part:
+                    if name not in ("type", kind):
+                        raise unknown_at(spot, name)
+                if kind == "text":
+                    text += checked(f"{spot}.text", part.get("text"), Field(kind="text"))
+                    continue
+                files.append(await self._file(part.get("image_url"), f"{spot}.image_url"))
+                pictures.append(await asyncio.to_thread(read_picture, files[-1], f"{spot}.image_url"))
+                text += f"{IMAGE_PLACEHOLDER}\n"
+                if len(turns.pictures) + len(pictures) > MOST_PICTURES:
+                    raise bad("messages", f"at most {MOST_PICTURES} pictures")
             if len(text) > 32_000:
                 raise bad(where, f"has {len(text):,} characters; at most 32,000 are read", "string_too_long")
-            pictures = [await asyncio.to_thread(read_picture, data, where) for data in files]
             turns.messages.append(Message(role=role, text=text))
             turns.pictures += pictures
             turns.files += files
             turns.last, turns.text = pictures, text.replace(f"{IMAGE_PLACEHOLDER}\n", "")
-            if len(turns.pictures) > MOST_PICTURES:
-                raise bad("messages", f"at most {MOST_PICTURES} pictures")
         if turns.messages[-1].role != "user":
             raise bad("messages", "the last message must be the user's")
         return turns
@@ -227,15 +246,35 @@ class ChatApi:
         url = value.get("url") if isinstance(value, Mapping) else None
         if not isinstance(url, str):
             raise bad(where, "it must be an object with a url", "invalid_type")
-        if url.startswith(("http://", "https://")) and self.service.options.urls:
+        for name in value:
+            if name not in ("url", "detail"):
+                raise unknown_at(where, name)
+        if value.get("detail") not in (None, *DETAILS):
+            raise bad(f"{where}.detail", f"must be one of {', '.join(DETAILS)}, not {shown(value['detail'])}")
+        remote = url[:8].lower().startswith(("http://", "https://"))
+        if remote and self.service.options.urls:
             return await asyncio.to_thread(fetch_picture, url, self.service.options.urls, where)
-        if url.startswith(("http://", "https://")):
+        if remote:
             raise bad(where, f"addresses are not fetched; send {DATA_URL}png;base64,...", "invalid_image_url")
         return from_data_url(url, where)
 
 
-def content_parts(message: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
-    """The parts of a message, its `images` behind."""
+def unknown_at(where: str, name: str) -> ApiError:
+    """A field of a part of a conversation that is not known."""
+    return ApiError(400, f"{where}: unknown parameter {shown(name)}", param=f"{where}.{name}", code="unknown_parameter")
+
+
+def read_stream_options(fields: Mapping[str, Any]) -> bool:
+    """Whether a stream is to end with the count of its tokens."""
+    if "stream_options" not in fields:
+        return False
+    if not fields.get("stream"):
+        raise bad("stream_options", "they are of a stream; set stream to true")
+    return bool(read_fields(fields["stream_options"], STREAM_OPTIONS, where="stream_options").get("include_usage"))
+
+
+def content_parts(message: Mapping[str, Any], where: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The parts of a message with their places in the request, its `images` before the others."""
     content = message.get("content")
     if isinstance(content, str):
         if IMAGE_PLACEHOLDER in content:
@@ -243,14 +282,18 @@ def content_parts(message: Mapping[str, Any], where: str) -> list[Mapping[str, A
         content = [{"type": "text", "text": content}]
     parts = [] if content is None else content
     images = message.get("images") or []
-    if not isinstance(parts, list) or not isinstance(images, list):
+    if not isinstance(parts, list):
         raise bad(f"{where}.content", "it must be a text or a list of parts", "invalid_type")
-    every = [*images, *parts]
+    if not isinstance(images, list):
+        raise bad(f"{where}.images", "it must be a list of image_url parts", "invalid_type")
+    every: list[tuple[str, Mapping[str, Any]]] = []
+    for name, some in (("images", images), ("content", parts)):
+        every += [(f"{where}.{name}[{number}]", part) for number, part in enumerate(some)]
     if not every and message.get("role") != "assistant":
         raise bad(f"{where}.content", "it is missing", "missing_parameter")
-    if not all(isinstance(part, Mapping) for part in every):
-        raise bad(f"{where}.content", "its parts must be objects", "invalid_type")
-    for part in every:
+    for spot, part in every:
+        if not isinstance(part, Mapping):
+            raise bad(spot, f"it must be an object, not {shown(part)}", "invalid_type")
         if IMAGE_PLACEHOLDER in str(part.get("text", "")):
             raise bad(f"{where}.content", f"it must not hold {IMAGE_PLACEHOLDER}; send pictures as image_url parts")
     return every
@@ -260,7 +303,7 @@ def draws_pictures(modalities: list[Any]) -> bool:
     """Whether a picture is asked for."""
     for one in modalities:
         if one not in ("text", "image"):
-            raise bad("modalities", f"they are text and image, not {one!r}")
+            raise bad("modalities", f"they are text and image, not {shown(one)}")
     if not modalities:
         raise bad("modalities", "there are none")
     return "image" in modalities
@@ -278,6 +321,8 @@ def stop_texts(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
         raise bad("stop", "it must be a text, or a list of at most four texts", "invalid_type")
+    if max(map(len, texts), default=0) > LONGEST_STOP:
+        raise bad("stop", f"a text has more than {LONGEST_STOP:,} characters", "string_too_long")
     return texts
 
 
@@ -330,8 +375,12 @@ async def chunks(model: str, events: AsyncIterator[Event], usage: bool) -> Async
             written: Written = event.value
             yield chunk(model, name, {}, written.finish)
             if usage:
-                counts = token_usage(written.prompt_tokens, written.tokens)
-                yield {**chunk(model, name, {}), "choices": [], "usage": counts}
+                yield usage_chunk(model, name, written.prompt_tokens, written.tokens)
+
+
+def usage_chunk(model: str, name: str, read: int, written: int) -> dict[str, Any]:
+    """The last piece of a stream whose tokens are to be counted."""
+    return {**chunk(model, name, {}), "choices": [], "usage": token_usage(read, written)}
 
 
 def token_usage(read: int, written: int) -> dict[str, int]:

@@ -17,11 +17,16 @@ TYPES = {
     410: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    431: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
     504: "timeout_error",
 }
+
+
+LONGEST_MESSAGE, LONGEST_PARAM = 1000, 100
+"""Characters of an error that is answered; a request may hold names and values of any length."""
 
 
 class ApiError(Exception):
@@ -43,7 +48,15 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """As it is answered."""
         kind = TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else shortened(self.param, LONGEST_PARAM)
+        message = shortened(self.message, LONGEST_MESSAGE)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text of at most so many characters, which UTF-8 can write."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
@@ -57,6 +70,8 @@ def as_api_error(error: BaseException, request_id: str) -> ApiError:
         return error
     if isinstance(error, UserError):
         return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the request is nested too deeply", code="invalid_json")
     if isinstance(error, QueueFull):
         wait = {"Retry-After": str(error.wait)}
         return ApiError(429, str(error), code="queue_full", headers=wait)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from diptych.core.errors import nearest
 from diptych.serving.errors import ApiError, bad
+from diptych.serving.texts import parsed
+
+WHOLE = re.compile(r"\s*[+-]?[0-9]{1,40}\s*")
+NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+"""Numbers as forms write them; Python reads more, such as 1_0, digits of other scripts, and nan."""
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 3, 4, 4
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +30,25 @@ class Field:
     choices: tuple[str, ...] = ()
 
 
-def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], *, form: bool = False) -> dict[str, Any]:
+def read_fields(
+    values: Mapping[str, Any], table: Mapping[str, Field], *, form: bool = False, where: str = ""
+) -> dict[str, Any]:
     """The given values, checked; those that are null count as not given.
 
     Args:
-        form: whether values are texts of a form, in which numbers are written out.
+        form: whether values are texts of a form, in which numbers are written out. where: the field whose value they
+            are; empty for the request's own.
     """
+    top = f"{where}." if where else ""
     for name in values:
         if name not in table:
             guess = nearest(name, table)
             hint = f" Did you mean {guess!r}?" if guess else ""
-            raise ApiError(400, f"unknown parameter {name!r}.{hint}", param=name, code="unknown_parameter")
-    return {name: checked(name, value, table[name], form) for name, value in values.items() if value is not None}
+            raise ApiError(
+                400, f"unknown parameter {shown(name)}.{hint}", param=f"{top}{name}", code="unknown_parameter"
+            )
+    given = {name: value for name, value in values.items() if value is not None}
+    return {name: checked(f"{top}{name}", value, table[name], form) for name, value in given.items()}
 
 
 def checked(name: str, value: Any, field: Field, form: bool = False) -> Any:
@@ -60,22 +77,14 @@ def checked(name: str, value: Any, field: Field, form: bool = False) -> Any:
 def from_text(name: str, value: str, field: Field) -> Any:
     """A form's text as the value that it writes."""
     if field.kind in ("integer", "number"):
-        try:
-            return int(value) if field.kind == "integer" else float(value)
-        except ValueError:
-            raise bad(name, f"must be a number, not {shown(value)}", "invalid_type") from None
+        if not (WHOLE if field.kind == "integer" else NUMBER).fullmatch(value):
+            raise bad(name, f"must be a number, not {shown(value)}", "invalid_type")
+        return int(value) if field.kind == "integer" else float(value)
     if field.kind == "boolean":
         if value.lower() not in ("true", "false"):
             raise bad(name, f"must be true or false, not {shown(value)}", "invalid_type")
         return value.lower() == "true"
-    if field.kind in ("mapping", "list"):
-        import json
-
-        try:
-            return json.loads(value)
-        except ValueError:
-            raise bad(name, "must be JSON", "invalid_type") from None
-    return value
+    return parsed(value.encode(), name) if field.kind in ("mapping", "list") else value
 
 
 def check_text(name: str, value: Any, field: Field) -> str:
@@ -84,10 +93,6 @@ def check_text(name: str, value: Any, field: Field) -> str:
         raise bad(name, f"must be a text, not {shown(value)}", "invalid_type")
     if field.high is not None and len(value) > field.high:
         raise bad(name, f"has {len(value):,} characters; at most {int(field.high):,} are read", "string_too_long")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise bad(name, "is not valid Unicode") from None
     if field.choices and value not in field.choices:
         guess = nearest(value, field.choices)
         hint = f" Did you mean {guess!r}?" if guess else ""
@@ -102,12 +107,12 @@ def check_number(name: str, value: Any, field: Field) -> Any:
         raise bad(name, f"must be a {'whole ' if whole else ''}number, not {shown(value)}", "invalid_type")
     low, high = field.low, field.high
     if value != value or (low is not None and value < low) or (high is not None and value > high):
-        span = f"from {low:g} to {high:g}" if low is not None and high is not None else f"at least {low:g}"
-        raise bad(name, f"must be {span}, not {value}")
+        span = f"from {low} to {high}" if high is not None else f"at least {low}"
+        raise bad(name, f"must be {span}, not {shown(value)}")
     return value
 
 
 def shown(value: Any) -> str:
     """A value in an error: short, whatever it is."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    text = SHORT.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

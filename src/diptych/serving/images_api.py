@@ -191,13 +191,19 @@ def draw_call(
     if fields.get("partial_images") and not fields.get("stream"):
         raise bad("partial_images", "they come in a stream; set stream to true")
     options = {name: fields[field] for field, name in OPTIONS.items() if field in fields}
-    options |= fields.get("sampling", {})
     if fields.get("size", "auto") != "auto":
         options["size"] = read_size(fields["size"])
+    sampling = fields.get("sampling", {})
+    twice = next((name for name in options if name in sampling), None)
+    if twice is not None:
+        raise bad(f"sampling.{twice}", "it is given by a field of its own already; leave one of them out")
+    options |= sampling
     noise = fields.get("noise")
     n = fields.get("n", 1)
-    if noise is not None and (len(noise) != n or not all(isinstance(key, int) for key in noise)):
-        raise bad("noise", f"it must be a list of {n} whole numbers, one for each image")
+    if noise is not None and "seed" in fields:
+        raise bad("noise", "it stands in place of a seed; leave one of them out")
+    if noise is not None and (len(noise) != n or not all(type(key) is int and abs(key) < 1 << 64 for key in noise)):
+        raise bad("noise", f"it must be a list of {n} whole numbers of 64 bits, one for each image")
     return DrawCall(
         model=service.models.check(fields.get("model", service.models.names[0])),
         prompt=prompt,

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diptych.core.errors import UserError
 from diptych.data.imaging import as_image
@@ -66,7 +66,8 @@ def from_base64(text: str, param: str) -> bytes:
 def from_data_url(url: str, param: str) -> bytes:
     """The bytes of a data URL of a picture."""
     head, comma, body = url.partition(",")
-    if not head.startswith(DATA_URL) or not head.endswith(";base64") or not comma:
+    kind = head[:100].lower()
+    if not kind.startswith(DATA_URL) or not kind.endswith(";base64") or not comma:
         raise bad(param, "a picture's address must be data:image/png;base64,...", "invalid_image_url")
     return from_base64(body, param)
 
@@ -81,9 +82,11 @@ def read_mask(data: bytes, param: str, image: Image.Image) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            mask = opened.convert("RGBA") if opened.mode in ("P", "PA", "LA") else opened.copy()
+            mask = ImageOps.exif_transpose(opened)
+            mask = mask.convert("RGBA") if mask.mode in ("P", "PA", "LA") else mask
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken data
-        raise bad(param, f"truncated or corrupt image ({error})", "invalid_image") from error
+        read_picture(data, param)  # which says what is wrong, in words
+        raise bad(param, "the mask cannot be read", "invalid_image") from error
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height}, the picture {image.width}x{image.height}"
         raise bad(param, f"the mask must be of the picture's size; it is {sizes}", "invalid_mask")

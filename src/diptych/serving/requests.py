@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from diptych.serving.errors import ApiError, as_api_error, bad
+from diptych.serving.texts import FormParser, parsed
 
 Result = TypeVar("Result")
 SLOW_READER = 60.0
@@ -34,10 +35,7 @@ async def json_body(request: Request) -> Mapping[str, Any]:
         body = await request.body()
     except ClientDisconnect:
         raise Gone from None
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    values = parsed(body)
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return values
@@ -51,17 +49,13 @@ async def form_body(request: Request, files: Sequence[str]) -> tuple[dict[str, A
     values: dict[str, Any] = {}
     uploads: list[tuple[str, bytes]] = []
     try:
-        form = await request.form(max_files=20, max_fields=100, max_part_size=1 << 20)
+        limits: dict[str, Any] = {"max_files": 20, "max_fields": 100, "max_part_size": 1 << 20}
+        form = await FormParser(request.headers, request.stream(), **limits).parse()
     except ClientDisconnect:
         raise Gone from None
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:
         message = getattr(error, "message", "") or "it cannot be read"
         raise ApiError(400, f"the form is broken: {message}", code="invalid_form") from None
-    except Exception as error:
-        # Starlette raises its own HTTPException for a broken form within an application.
-        if type(error).__name__ != "HTTPException":
-            raise
-        raise ApiError(400, f"the form is broken: {getattr(error, 'detail', '')}", code="invalid_form") from None
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -18,6 +20,7 @@ from diptych.core.errors import UserError
 from diptych.serving.adapters import Adapters
 from diptych.serving.app import Mount, Status, make_app
 from diptych.serving.cache import AnswerCache
+from diptych.serving.errors import ApiError
 from diptych.serving.memory import free
 from diptych.serving.metrics import Metrics
 from diptych.serving.models import Models
@@ -63,6 +66,15 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._first.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP is answered in the form of all errors."""
+        refused = ApiError(400, "this is no HTTP request that can be read", code="invalid_http")
+        body = json.dumps(refused.body()).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _idle(self) -> None:
         if self.cycle is None and not self.transport.is_closing():

@@ -21,6 +21,7 @@ from diptych.inference.caching import threshold_of
 from diptych.inference.engine import Engine
 from diptych.inference.provenance import facts
 from diptych.inference.sampling import Sampling
+from diptych.inference.scales import scale_names
 from diptych.serving.cache import AnswerCache
 from diptych.serving.errors import ApiError, bad
 from diptych.serving.jobs import DrawingJob, Drawn, Event, Job, TextJob
@@ -31,6 +32,8 @@ from diptych.serving.scheduler import Scheduler
 from diptych.systems.base import AssembledSystem
 
 MOST_STEPS = 1000
+MOST_EXPANSION = 32_768
+"""Tokens of what a model may write before it draws."""
 MOST_AREA = 16
 """Area of an image, in areas of the model's usual one."""
 THOUGHT = 256
@@ -58,7 +61,8 @@ class Options:
 @dataclass(frozen=True, kw_only=True)
 class DrawCall:
     """Pictures that are asked for. options: of `Sampling`. mask: (H, W) what is kept of the first image, 0..1. noise:
-    keys of the noise of each, in place of the seed. think: whether the model is to write before it draws."""
+    keys of the noise of each, in place of the seed. think: whether the model is to write before it draws. words: the
+    field of the request that the prompt came from."""
 
     model: str
     prompt: str
@@ -72,6 +76,7 @@ class DrawCall:
     think: bool | None = None
     scales: str = "last"
     partials: int = 0
+    words: str = "prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +116,11 @@ class Service:
     options: Options
     cache: AnswerCache
 
-    async def run(self, make: Callable[[Callable[[Event], None]], Job]) -> AsyncGenerator[Event]:
+    async def run(self, make: Callable[[Callable[[Event], None]], Job], words: str) -> AsyncGenerator[Event]:
         """Submit a job and give its events up to "done"; it is cancelled when the reader leaves, or in time.
+
+        Args:
+            words: the field of the request that the job's text came from.
 
         Raises:
             ApiError: it took too long. What it failed with, otherwise.
@@ -135,7 +143,7 @@ class Service:
                     message = f"the request took longer than {self.options.timeout:g} s"
                     raise ApiError(504, message, code="timeout") from None
                 if event.kind == "failed":
-                    raise event.value
+                    raise of_text(event.value, words)
                 yield event
                 if event.kind == "done":
                     return
@@ -151,6 +159,7 @@ class Service:
                 what = "cannot edit pictures" if call.images else "makes no pictures"
                 raise bad("model", f"{call.model} {what}", "unsupported_task")
             check_size(engine, settings)
+            check_scales(engine, call.scales)
             seed = secrets.randbelow(1 << 31) if call.seed is None else call.seed
             seeds = [seed + place for place in range(call.n)]
             keys = list(call.noise) if call.noise is not None else [key(own, 0, 0) for own in seeds]
@@ -158,6 +167,10 @@ class Service:
             if call.images:
                 context = await asyncio.to_thread(lambda: tuple(from_pil(image) for image in call.images))
             sample = Sample(id="request", task=task, text=call.prompt, context_images=context)
+            try:
+                engine.image_size(sample, settings, "size" in call.options)
+            except UserError as error:
+                raise bad("image", str(error)) from error
 
             costs = self.models.costs(call.model)
             area = settings.size[0] * settings.size[1] / (engine.sampling.size[0] * engine.sampling.size[1])
@@ -179,7 +192,7 @@ class Service:
             def masked(image: Image.Image) -> Image.Image:
                 return image if call.mask is None else keep_masked(image, call.images[0], call.mask)
 
-            async with aclosing(self.run(make)) as events:
+            async with aclosing(self.run(make, call.words)) as events:
                 async for event in events:
                     if event.kind == "partial":
                         yield Event(kind="partial", value=masked(event.value), image=event.image, index=event.index)
@@ -226,7 +239,7 @@ class Service:
                     max_new_tokens=call.max_new_tokens, choose=call.choose, stop=call.stop,
                 )  # fmt: skip
 
-            async with aclosing(self.run(make)) as events:
+            async with aclosing(self.run(make, "messages")) as events:
                 async for event in events:
                     yield event
 
@@ -267,6 +280,8 @@ def settings_of(engine: Engine, call: DrawCall) -> Sampling:
         settings = settings.over({"steps": max(1, round(settings.steps * QUALITIES[call.quality]))})
     if settings.steps > MOST_STEPS:
         raise bad("num_inference_steps", f"must be from 1 to {MOST_STEPS}, not {settings.steps}")
+    if settings.prompt_expansion > MOST_EXPANSION:
+        raise bad("sampling", f"prompt_expansion must be from 0 to {MOST_EXPANSION}, not {settings.prompt_expansion}")
     # Cached velocities are of a solver's own steps, which requests share here.
     if "cache" in call.options and threshold_of(settings.cache) > 0:
         raise bad("sampling", "cache does not go with a server, where requests share steps; leave it out")
@@ -276,6 +291,22 @@ def settings_of(engine: Engine, call: DrawCall) -> Sampling:
             raise bad("think", f"{call.model} writes nothing before it draws; leave it out")
         settings = settings.over({"prompt_expansion": (settings.prompt_expansion or THOUGHT) if call.think else 0})
     return settings
+
+
+def of_text(error: Exception, field_name: str) -> Exception:
+    """An error of a job; one about its text names the field that it came from, and not its place in a batch."""
+    place, _, message = str(error).partition(": ")
+    if not isinstance(error, UserError) or place != "conversation 0":
+        return error
+    return bad(field_name, message, "context_length_exceeded" if "tokens" in message else "invalid_value")
+
+
+def check_scales(engine: Engine, wanted: str) -> None:
+    """Refuse scales that the model does not have."""
+    try:
+        scale_names(engine.system, wanted)
+    except UserError as error:
+        raise bad("scales", str(error).replace("--scales", "them")) from error
 
 
 def check_size(engine: Engine, settings: Sampling) -> None:
