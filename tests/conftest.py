@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from diptych.parts.backbones.toy_tokenizer import train_tokenizer
 from diptych.recipes.build import build_system
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import save_model
+
+# One thread each, here and in processes that tests start: sums are then added in one order, and workers do not crowd.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of several rooms read
 

@@ -62,15 +62,15 @@ def header(name: str) -> list[str]:
     return lines
 
 
-def set_value(plain: dict[str, Any], override: str) -> None:
-    """Apply "dotted.key=value"; the value is read as YAML."""
+def set_value(plain: dict[str, Any], override: str, *, new_names: bool = False) -> None:
+    """Apply "dotted.key=value"; the value is read as YAML. A study's file may name stages anew (`new_names`)."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"--set {override}: write it as key=value, as in stages.pretrain.steps=100")
     *path, last = key.split(".")
     place: Any = plain
     for depth, name in enumerate(path):
-        if depth and path[depth - 1] in NAMED and name not in place:
+        if not new_names and depth and path[depth - 1] in NAMED and name not in place:
             raise unknown(NAMED[path[depth - 1]], name, place, f"--set {override}")
         if not isinstance(place.setdefault(name, {}), dict):
             raise UserError(f"--set {override}: {name!r} is a value, not a mapping")

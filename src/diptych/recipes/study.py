@@ -138,7 +138,7 @@ def load(name: str, overrides: Sequence[str] = (), limit: int | None = None) -> 
     if not isinstance(plain, dict):
         raise UserError(f"{path}: a study is a mapping")
     for override in overrides:
-        set_value(plain, override)
+        set_value(plain, override, new_names=True)
     try:
         study: StudySpec = read(StudySpec, plain, "")
     except UserError as error:
