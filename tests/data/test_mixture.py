@@ -5,7 +5,7 @@ import logging
 import math
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -313,3 +313,36 @@ def test_a_balanced_mixture_is_fair_and_spread() -> None:
     counts = [sum(id.startswith("a") for id in uneven.batch(step).ids) for step in range(600)]
     assert set(counts) == {1, 2}
     assert abs(sum(counts) / len(counts) - 4 / 3) < 0.06
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_gpu_copies_is_pinned(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing can be pinned: what would be is marked instead, and the loader's thread is a plain call."""
+    marked: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        marked.append(tensor.clone())
+        return marked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    asked: list[bool] = []
+
+    class Loader(loader.DataLoader[loader.Sent]):
+        def __init__(self, *args: object, pin_memory: bool, **options: object) -> None:
+            asked.append(pin_memory)
+            super().__init__(*args, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+        def __iter__(self) -> Iterator[loader.Sent]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            yield from (sent.pin_memory() for sent in super().__iter__())
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    mixture = Mixture([(Numbers(13), 1.0)], seed=3, batch=4, size=2)
+    plain = list(loader.steps(mixture, Texts(), 0, 2))
+    assert not marked
+    steps = list(loader.steps(mixture, Texts(), 0, 2, workers=workers, pin=True))
+    assert asked == [True] * workers
+    assert [step.passes[0].keys for step in steps] == [step.passes[0].keys for step in plain]
+    known = {id(tensor) for tensor in marked}
+    for step, other in zip(steps, plain, strict=True):
+        assert id(step.passes[0].batch.inputs[0]) in known
+        assert torch.equal(step.passes[0].batch.inputs[0], other.passes[0].batch.inputs[0])

@@ -6,7 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diptych.recipes.check import SystemReport
+    from diptych.recipes.cards import Card
+    from diptych.recipes.check import StageReport, SystemReport
+    from diptych.recipes.recipe import Recipe
 
 PREVIEW = 16
 """Items of each source that a preview reads."""
@@ -19,6 +21,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", "--out", help="folder for the sheets of what the model will see (runs/check-<recipe>)"
     )
     parser.add_argument("--processes", type=int, default=1, help="tell the memory of each of so many processes (1)")
+    parser.add_argument(
+        "--card", metavar="CARD", help="warn where a step does not fit it: a name (a100, h100, rtx4090) or 24GB"
+    )
+    parser.add_argument("--mfu", type=float, help="share of the card's peak that is reached, for the days (0.4)")
+    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the card's peak in the run's precision")
     parser.add_argument("--limit", type=int, help="read at most this many items of each source; all when not given")
     parser.add_argument(
         "--preview", action="store_true", help="draw the sheets after a glance at each source, without reading it whole"
@@ -59,8 +66,12 @@ def _report(args: argparse.Namespace) -> int:
     recipe, _ = load(args.recipe, args.set)
     if args.processes < 1:
         raise UserError(f"--processes must be at least 1, not {args.processes}")
+    card = chosen_card(args)
     found = check_system(recipe, processes=args.processes)
     print("\n".join(system_lines(found, recipe.run.strategy, args.processes)), flush=True)
+    for stage in found.stages:
+        for line in work_lines(stage, recipe, args.processes, card, args.mfu):
+            print(line, flush=True)
     kept = inherited(args.recipe)
     if kept:
         print(f"\nfrom its base, and not said by {args.recipe}: {', '.join(kept)}")
@@ -91,6 +102,59 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(f"{len(faults)} faults, listed above; a run would stop at the first")
     print("no fault: the run can begin")
     return 0
+
+
+def chosen_card(args: argparse.Namespace) -> Card | None:
+    """The card that options name; UserError where they do not go together."""
+    from diptych.core.errors import UserError
+    from diptych.recipes.cards import UTILISATION, card_named, days
+
+    if args.mfu is not None:
+        days(0.0, 1, 1.0, args.mfu)
+    if args.card is None:
+        given = "--peak" if args.peak is not None else "--mfu" if args.mfu is not None else None
+        if given:
+            raise UserError(f"{given} has no effect without --card, a name (h100) or a memory (24GB)")
+        return None
+    card = card_named(args.card, args.peak)
+    if args.mfu is None:
+        args.mfu = UTILISATION
+    elif card.bf16 is None:
+        raise UserError(f"--mfu: the peak of a card of {card.name} is not known; give --peak too, or the card's name")
+    return card
+
+
+def work_lines(
+    stage: StageReport, recipe: Recipe, processes: int, card: Card | None, utilisation: float | None
+) -> list[str]:
+    """Tokens, operations and days of a stage, and whether a card holds its step."""
+    from diptych.recipes.cards import days, shortfall
+    from diptych.recipes.nearest import nearest
+
+    lines: list[str] = []
+    if stage.work is not None:
+        whole = stage.work.flops * stage.seen
+        line = (
+            f"stage {stage.name}: {quantity(round(stage.work.tokens * stage.seen))} tokens are learned "
+            f"({stage.work.tokens:,.0f} a sample), {whole:.2e} FLOP ({stage.work.flops / 1e12:,.2f} TFLOP a sample)"
+        )
+        peak = None if card is None else card.peak(recipe.run.precision)
+        if card is not None and peak is not None and utilisation is not None:
+            cards = f"{processes} x {card.name}" if processes > 1 else f"one {card.name}"
+            took = days(whole, processes, peak, utilisation)
+            line += f", {duration(86400 * took)} on {cards} at {utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+        lines.append(line)
+    if card is None or (missing := shortfall(card, stage.memory.total)) == 0:
+        return lines
+    lines.append(
+        f"warning: stage {stage.name}: {amount(stage.memory.total)} do not fit {card.name}: {amount(missing)} are "
+        f"missing, of {amount(card.room)} beside the driver"
+    )
+    other = nearest(recipe, stage.name, card.room, processes)
+    if other is not None:
+        start = "with" if other.fits else "nothing that was tried fits; the least is with"
+        lines.append(f"  {start} {other.words()} it takes {amount(other.needed)}")
+    return lines
 
 
 def system_lines(found: SystemReport, strategy: str, processes: int = 1) -> list[str]:

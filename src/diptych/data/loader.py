@@ -51,6 +51,7 @@ def steps(
     rank: int = 0,
     world: int = 1,
     same_tasks: bool = False,
+    pin: bool = False,
 ) -> Iterator[Step]:
     """Gives every step in [start, stop).
 
@@ -62,6 +63,8 @@ def steps(
         rank, world: as of `Mixture.batch`.
         same_tasks: every rank has the same tasks in each pass: a task that a rank has none of is borrowed from
             another's samples. Sharded systems, whose passes wait for each other, need that.
+        pin: tensors are in page-locked memory, from which a GPU copies while the host goes on; with workers a thread
+            beside training puts them there.
 
     Raises:
         UserError: as `Mixture.batch`, from a worker too.
@@ -74,7 +77,7 @@ def steps(
         for number in range(start, stop):
             drawn = data.draw(number)
             mixture.record(drawn)
-            yield drawn.made[0]
+            yield pinned(drawn.made[0]) if pin else drawn.made[0]
         return
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' threads do not survive a fork
@@ -86,16 +89,36 @@ def steps(
         prefetch_factor=max(1, ahead),
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
+        pin_memory=pin,
     )
-    for drawn in loader:
+    for sent in loader:
+        drawn = sent.drawn
         if isinstance(drawn, UserError):
             raise drawn
         mixture.record(drawn)
-        yield map_tensors(drawn.made[0], torch.from_numpy, np.ndarray)
+        yield map_tensors(drawn.made[0], torch.from_numpy, np.ndarray)  # those that are pinned are tensors already
+
+
+def pinned(step: Step) -> Step:
+    """The same step in page-locked memory."""
+    return replace(step, passes=tuple(replace(part, batch=part.batch.pin()) for part in step.passes))
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Drawn[Step] | UserError]):
+class Sent:
+    """What a worker sends. `pin_memory` is called by the data loader's thread that pins what it does not know."""
+
+    drawn: Drawn[Step] | UserError
+
+    def pin_memory(self) -> Sent:
+        if isinstance(self.drawn, UserError):
+            return self
+        [step] = self.drawn.made
+        return Sent(replace(self.drawn, made=[pinned(map_tensors(step, torch.from_numpy, np.ndarray))]))
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[Sent]):
     """Steps by number, tensors as arrays: each tensor would take a shared file of its own to the training process.
 
     A user's mistake is returned, for a worker would wrap what it raises in a traceback.
@@ -108,12 +131,12 @@ class _Steps(Dataset[Drawn[Step] | UserError]):
     world: int
     same_tasks: bool
 
-    def __getitem__(self, index: int) -> Drawn[Step] | UserError:
+    def __getitem__(self, index: int) -> Sent:
         try:
             drawn = self.draw(index)
         except UserError as error:
-            return error
-        return replace(drawn, made=[map_tensors(drawn.made[0], torch.Tensor.numpy)])
+            return Sent(error)
+        return Sent(replace(drawn, made=[map_tensors(drawn.made[0], torch.Tensor.numpy)]))
 
     def draw(self, number: int) -> Drawn[Step]:
         """A step, and the items that were met on the way to it."""

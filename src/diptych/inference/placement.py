@@ -135,15 +135,20 @@ def blocks(system: System) -> list[nn.Module]:
     return list(system.shard_units())
 
 
-def quantize(modules: Iterable[nn.Module], format: Quantization) -> int:
+def quantize(
+    modules: Iterable[nn.Module], format: Quantization, convert: Callable[[nn.Linear], nn.Module] | None = None
+) -> int:
     """Put the weights of all linear layers inside `modules`, but for those of adapters, into a quantised format; how
     many layers there were.
+
+    Args:
+        convert: makes the quantised layer; by default by the format's library.
 
     Raises:
         UserError: the library is not installed, or a layer learns.
     """
     try:
-        convert = _to_fp8() if format == "fp8" else _by_bitsandbytes(format)
+        convert = convert or (_to_fp8() if format == "fp8" else _by_bitsandbytes(format))
     except ImportError as error:
         raise UserError(
             f"quantize {format}: {error.name} is missing; pip install 'diptych[{EXTRAS[format]}]'"

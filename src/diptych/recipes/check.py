@@ -21,7 +21,7 @@ from diptych.data.mixture import tolerated
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
-from diptych.recipes.estimate import Memory, MemoryPlan, world_of
+from diptych.recipes.estimate import Memory, MemoryPlan, Work, world_of
 from diptych.recipes.load import check_quantized, start
 from diptych.recipes.prepared import prepared_lines
 from diptych.recipes.recipe import Part, Recipe, StageSpec
@@ -52,13 +52,14 @@ class PartReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """trained: parameters that learn. seen: samples in all."""
+    """trained: parameters that learn. seen: samples in all. work: of a sample, None where the step is not traced."""
 
     name: str
     steps: int
     batch: int
     trained: int
     memory: Memory
+    work: Work | None = None
 
     @property
     def seen(self) -> int:
@@ -122,8 +123,11 @@ def _check_system(recipe: Recipe, processes: int, *, merge: bool = True) -> Syst
             if learns:
                 trained[part][name] = learns
         learned = sum(parameter.numel() for parameter in trainable(system).values())
-        memory = plan.stage(name, spec)
-        stages.append(StageReport(name=name, steps=spec.steps, batch=spec.batch_size, trained=learned, memory=memory))
+        memory, work = plan.stage(name, spec)
+        report_ = StageReport(
+            name=name, steps=spec.steps, batch=spec.batch_size, trained=learned, memory=memory, work=work
+        )
+        stages.append(report_)
     parts = [
         PartReport(
             name=name,

@@ -6,6 +6,7 @@ are not there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import Prepared, PreparedBatch, map_tensors
 from diptych.core.sample import Task
+from diptych.recipes.load import quantize_frozen
+from diptych.recipes.quantized_stand_in import QuantizedStandIn
 from diptych.recipes.recipe import Recipe, StageSpec
 from diptych.recipes.stand_in import ANSWER_TOKENS, PROMPT_TOKENS, lend_tokenizer, stand_in_samples, task_counts
 from diptych.systems.base import System
 from diptych.training.attention import WrittenOut
 from diptych.training.config import StageConfig
 from diptych.training.cuda_autocast import CudaAutocast
+from diptych.training.flops import FlopCounter
 from diptych.training.memory import AllocationTracker, StepMemory, trace_step, without_memory
 from diptych.training.optimizers import trainable
 from diptych.training.parallel import shard
@@ -67,6 +71,18 @@ class Memory:
         return sum(parts) + (self.activations or 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a sample takes, on average over a stage's tasks.
+
+    tokens: latent and text tokens that are predicted. flops: floating-point operations forward and backward
+    (`training.flops`), where the texts are as long as a trace takes them to be.
+    """
+
+    tokens: float
+    flops: float
+
+
 def world_of(recipe: Recipe, processes: int) -> AbstractContextManager[None]:
     """The world in which a recipe's memory is traced."""
     return simulated_world(processes) if sharded(recipe, processes) else nullcontext()
@@ -86,6 +102,8 @@ class MemoryPlan:
         self.sharded = sharded(recipe, processes)
         self.half = recipe.run.precision == "bf16"
         lend_tokenizer(system)
+        widened = torch.bfloat16 if recipe.run.frozen_weights == "bfloat16" else torch.float32
+        quantize_frozen(system, recipe, functools.partial(QuantizedStandIn, widened=widened))
         recompute_activations(system, recipe.run.checkpointing)
         muon = any(stage.optimizer.kind == "muon" for stage in recipe.stages.values())  # which takes matrices
         blocks = list(system.shard_units())
@@ -99,21 +117,22 @@ class MemoryPlan:
 
     def _formats(self) -> Callable[[str], torch.dtype]:
         """The number format of each weight. What no stage trains counts as float32 where the run leaves it to the
-        files, which are not read here."""
+        files, which are not read here; quantised weights are bytes."""
         parts = self.system.named_parts()
         names = {name for stage in self.recipe.stages.values() for name in stage.train}
         trained = {id(p) for name in names for p in parts[name].parameters()}
         learn = {name for name, parameter in self.system.named_parameters() if id(parameter) in trained}
         half = self.recipe.run.frozen_weights == "bfloat16"
-        return lambda name: torch.bfloat16 if half and name not in learn else torch.float32
+        bytes_ = {name: p.dtype for name, p in self.system.named_parameters() if not p.is_floating_point()}
+        return lambda name: bytes_.get(name, torch.bfloat16 if half and name not in learn else torch.float32)
 
-    def stage(self, name: str, spec: StageSpec) -> Memory:
-        """Of a stage whose trained parts are unfrozen and whose options are set."""
-        batches = self._batches(spec)
+    def stage(self, name: str, spec: StageSpec) -> tuple[Memory, Work | None]:
+        """Of a stage whose trained parts are unfrozen and whose options are set; no `Work` where it is not traced."""
+        batches, flops = self._batches(spec), list[float]()
         with suppress(NothingLearnsError):  # which the look at the data says, with its reason
-            step = self._traced(name, spec, batches) if batches else None
+            step = self._traced(name, spec, batches, flops) if batches else None
             if step is not None:
-                return Memory(
+                memory = Memory(
                     weights=step.weights,
                     gradients=step.gradients,
                     optimizer=step.optimizer,
@@ -122,21 +141,46 @@ class MemoryPlan:
                     gathered=step.gathered,
                     buckets=step.gradients if self.processes > 1 and not self.sharded else 0,
                 )
+                return memory, self._work(spec, batches, flops)
         learned = list(trainable(self.system).values())
         count = sum(parameter.numel() for parameter in learned)
         inside = {id(p) for block in self.system.shard_units() for p in block.parameters() if p.ndim == 2}
         muon = sum(p.numel() for p in learned if spec.optimizer.kind == "muon" and id(p) in inside)
         share = self.processes // (self.recipe.run.replicas or 1) if self.sharded else 1
-        return Memory(
-            weights=4 * sum(parameter.numel() for parameter in self.system.parameters()) // share,
+        memory = Memory(
+            weights=sum(parameter.nbytes for parameter in self.system.parameters()) // share,
             gradients=4 * count // share,
             optimizer=(8 * (count - muon) + 4 * muon) // share,
             ema=4 * count // share if spec.ema_decay else 0,
             activations=None,
             buckets=4 * count if self.processes > 1 and not self.sharded else 0,
         )
+        return memory, None
 
-    def _traced(self, name: str, spec: StageSpec, batches: list[PreparedBatch]) -> StepMemory:
+    def _work(self, spec: StageSpec, batches: list[PreparedBatch], flops: list[float]) -> Work:
+        """A sample's share of the passes that were traced, each task counted by its sources' weights.
+
+        A process of a sharded run borrows samples of tasks that it has none of: what these take belongs to its own.
+        """
+        weights: dict[str, float] = {}
+        for source in spec.data.sources.values():
+            weights[source.task] = weights.get(source.task, 0.0) + source.weight
+        shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
+        tokens: dict[str, float] = {}
+        for batch in batches:
+            for term, counts in batch.counts.items():
+                family, _, task = term.rpartition(".")
+                if not family.startswith("align"):  # a second term on the tokens of the first
+                    tokens[term] = sum(counts) / len(counts) * shares[task]
+        size, rest = self._pass_size(spec), sum(shares[task] for batch in batches[1:] for task in set(batch.tasks))
+        each = [flops[0] / size * (1 - rest)]
+        each += [
+            count / len(batch) * shares[batch.tasks[0]] for batch, count in zip(batches[1:], flops[1:], strict=True)
+        ]
+        return Work(tokens=sum(tokens.values()), flops=sum(each))
+
+    def _traced(self, name: str, spec: StageSpec, batches: list[PreparedBatch], flops: list[float]) -> StepMemory:
+        """flops: gets those of each batch."""
         inputs: list[Tensor] = []
         for batch in batches:
             map_tensors(batch.inputs, inputs.append)
@@ -150,13 +194,13 @@ class MemoryPlan:
             ema_warmup=spec.ema_warmup,
         )
         blocks = list(self.system.shard_units())
-        tracker = AllocationTracker()
-        repeated = nullcontext() if self._copies(blocks) else self.repeated.passed_over(tracker)
+        tracker, counter = AllocationTracker(), FlopCounter()
+        repeated = nullcontext() if self._copies(blocks) else self.repeated.passed_over(tracker, counter)
         with self._kernels(), repeated:
             return trace_step(
                 self.system,
                 config,
-                [self._forward(batch) for batch in batches],
+                [self._forward(batch, counter, flops) for batch in batches],
                 blocks=blocks,
                 inputs=inputs,
                 accumulates=self._passes(spec) > len(batches),
@@ -178,10 +222,12 @@ class MemoryPlan:
             return nullcontext()
         return WrittenOut() if self.recipe.run.device == "cpu" else CudaAutocast()
 
-    def _forward(self, batch: PreparedBatch) -> Callable[[], Tensor]:
+    def _forward(self, batch: PreparedBatch, counter: FlopCounter, flops: list[float]) -> Callable[[], Tensor]:
         def forward() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            before = counter.total
+            with counter, torch.autocast("cpu", torch.bfloat16, enabled=self.half):
                 terms = self.system.losses(batch, Draws(list(range(len(batch))), "cpu"))
+            flops.append(counter.total - before)
             loss = torch.stack([values.float().sum() for values in terms.values()]).sum()
             if not loss.requires_grad:
                 raise NothingLearnsError

@@ -20,6 +20,7 @@ from diptych.core.errors import UserError
 from diptych.core.sample import Sample
 from diptych.inference.engine import Engine
 from diptych.inference.placement import Offload, Placement, Quantization, blocks, blocks_by_part
+from diptych.recipes.quantized_stand_in import quantized_bytes
 from diptych.systems.base import AssembledSystem
 from diptych.training.memory import AllocationTracker
 
@@ -32,9 +33,6 @@ TILE = 512
 COSTS = {"bfloat16": 1, "tile": 2, "model": 3, "int8": 4, "nf4": 6, "layers": 8}
 """What each choice costs in quality or time; the cheapest sum that fits is taken. bfloat16 changes pictures least and
 is the fastest; tiles and moved parts cost time, and quantised weights quality, before the slow streaming of layers."""
-
-QUANTISED = {"int8": 1.0, "nf4": 0.5 + 1 / 64, "fp8": 1.0}
-"""Bytes of a weight in each format; nf4 has a scale of 8 bits for each 64, and further scales of these."""
 
 CONTEXT_BYTES = {"cuda": 700 * 10**6}
 """What a device's driver and kernels take beside the tensors."""
@@ -163,8 +161,7 @@ def resident(engine: Engine, placement: Placement) -> int:
             if layer is None or placement.quantize == "none":
                 total += size(parameter)
             else:
-                scales = 0 if placement.quantize == "nf4" else 4 * layer.out_features
-                total += QUANTISED[placement.quantize] * parameter.numel() + scales
+                total += quantized_bytes(layer, placement.quantize)
         return total + sum(buffer.nbytes for buffer in block.buffers())
 
     units = blocks(system)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,15 +249,22 @@ def check_quantized(system: System, recipe: Recipe) -> None:
                     )
 
 
-def quantize_frozen(system: System, recipe: Recipe) -> None:
-    """Put the parts whose `quantize` the recipe sets into that format, their adapters excepted."""
+def quantize_frozen(
+    system: System, recipe: Recipe, convert: Callable[[Quantization, nn.Linear], nn.Module] | None = None
+) -> None:
+    """Put the parts whose `quantize` the recipe sets into that format, their adapters excepted.
+
+    Args:
+        convert: makes the quantised layer; by default by the format's library.
+    """
     check_quantized(system, recipe)
     for name, format in quantized_parts(recipe).items():
         part: Any = getattr(system, name)
         for parameter in part.parameters():
             parameter.requires_grad_(False)
         inside = {id(module) for module in part.modules()}
-        quantize([unit for unit in system.shard_units() if id(unit) in inside], format)
+        units = [unit for unit in system.shard_units() if id(unit) in inside]
+        quantize(units, format, None if convert is None else functools.partial(convert, format))
 
 
 def quantized_parts(recipe: Recipe) -> dict[str, Quantization]:

@@ -19,7 +19,7 @@ from diptych.data.survey import Survey, survey
 from diptych.data.variations import Variations, varied_text
 from diptych.recipes.build import build_system
 from diptych.recipes.check import check_system
-from diptych.recipes.fit import amount, memory
+from diptych.recipes.fit import CONTEXT_BYTES, amount, memory
 from diptych.recipes.from_model import with_system
 from diptych.recipes.plain import load_plain
 from diptych.recipes.recipe import parse
@@ -179,7 +179,7 @@ def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]
         for count in sorted({settings.micro_batch_size, 1}, reverse=True):
             tried = replace(settings, side=side, micro_batch_size=count)
             recipe = parse(with_system(yaml.safe_load(text(tried, look))), settings.model)
-            need = check_system(recipe).stages[0].memory.total
+            need = check_system(recipe).stages[0].memory.total + CONTEXT_BYTES["cuda"]
             if need <= budget:
                 return tried, f"images of {side} px, {count} a pass: a step takes about {amount(need)} of {card}"
     raise UserError(
@@ -202,7 +202,8 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
     if look.task == "text_to_image":
         run["sample_every"] = max(steps // 4, 1)
     if settings.large:
-        run |= {"precision": "bf16", "checkpointing": ["llm" if look.task == "understand" else "decoder"]}
+        parts = ["llm" if look.task == "understand" else "decoder"]
+        run |= {"precision": "bf16", "frozen_weights": "bfloat16", "checkpointing": parts}
     lora = {"rank": settings.rank, "alpha": settings.rank, "targets": list(settings.targets)}
     if settings.trigger:
         varied = Variations(trigger=settings.trigger)

@@ -212,6 +212,7 @@ def train_stage(
         rank=rank,
         world=world,
         same_tasks=isinstance(system, FSDPModule) and not system.runs_every_unit,
+        pin=accelerator.device.type == "cuda",
     )
     title = {"total": config.steps, "initial": progress.step, "disable": not main}
     with saving_first(rescue), progress_bar(config.name, "step", **title) as bar:

@@ -204,7 +204,9 @@ def trace_step(
         for name, parameter in parameters.items():
             if parameter is not updated[name] and parameter.grad is not None:
                 updated[name].grad, parameter.grad = local(parameter.grad), None
-        torch.nn.utils.clip_grad_norm_(list(updated.values()), stage.max_grad_norm)
+        for sharded in (False, True):  # an operation takes no tensors of both kinds; clipping takes no memory
+            clipped = [p for p in updated.values() if isinstance(p, DTensor) is sharded]
+            torch.nn.utils.clip_grad_norm_(clipped, stage.max_grad_norm)
         apply_update(optimizers, skip)
         if ema:
             ema.update(skip)

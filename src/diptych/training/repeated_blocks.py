@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from diptych.training.flops import FlopCounter
 from diptych.training.memory import AllocationTracker
 from diptych.training.recompute import CACHE, Recomputed
 
@@ -25,13 +26,14 @@ from diptych.training.recompute import CACHE, Recomputed
 class Result:
     """What a block gave. tensors: shape, number format, and whether a gradient flows, or the place of the input that it
     is; None for a value that is no tensor (`values`). kept: bytes that its forward pass left for the backward pass.
-    inputs: which of the tensors that it was given it keeps too."""
+    inputs: which of the tensors that it was given it keeps too. flops: as of `FlopCounter`."""
 
     structure: TreeSpec
     tensors: tuple[tuple[torch.Size, torch.dtype, bool] | int | None, ...]
     values: tuple[Any, ...]
     kept: int
     inputs: tuple[bool, ...]
+    flops: float
 
 
 class UnequalBlocksError(Exception):
@@ -60,8 +62,9 @@ class RepeatedBlocks:
                 self.merged.add(id(block))
 
     @contextmanager
-    def passed_over(self, tracker: AllocationTracker) -> Iterator[None]:
-        """Inside its block only those at the ends of each group run; `tracker` counts what they keep.
+    def passed_over(self, tracker: AllocationTracker, flops: FlopCounter | None = None) -> Iterator[None]:
+        """Inside its block only those at the ends of each group run; `tracker` counts what they keep, and `flops` what
+        they compute.
 
         Raises:
             UnequalBlocksError: in a pass, where a block with merged weights would have to run.
@@ -72,7 +75,8 @@ class RepeatedBlocks:
             for place, block in enumerate(members):
                 before.append((block, block.forward))
                 ends = place in (0, 1, len(members) - 1)
-                block.forward = _Repeated(block, results, tracker, always=ends, merged=id(block) in self.merged)
+                merged = id(block) in self.merged
+                block.forward = _Repeated(block, results, tracker, flops or FlopCounter(), always=ends, merged=merged)
         try:
             yield
         finally:
@@ -81,12 +85,13 @@ class RepeatedBlocks:
 
 
 def merge_weights(block: nn.Module, owner: Mapping[int, str]) -> None:
-    """One weight of a block for all of a part's, as large as they are together, in the place of the first."""
-    places: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+    """One weight of a block for all of a part's of a number format, as large as they are together, in the place of
+    the first."""
+    places: dict[tuple[str, torch.dtype], list[tuple[nn.Module, str, nn.Parameter]]] = {}
     for module in block.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(owner[id(parameter)], []).append((module, name, parameter))
+                places.setdefault((owner[id(parameter)], parameter.dtype), []).append((module, name, parameter))
     for entries in places.values():
         whole = torch.empty(sum(p.numel() for _, _, p in entries), dtype=entries[0][2].dtype, device="meta")
         for module, name, _ in entries:
@@ -97,9 +102,16 @@ def merge_weights(block: nn.Module, owner: Mapping[int, str]) -> None:
 
 class _Repeated:
     def __init__(
-        self, block: nn.Module, results: dict[Any, Result], tracker: AllocationTracker, *, always: bool, merged: bool
+        self,
+        block: nn.Module,
+        results: dict[Any, Result],
+        tracker: AllocationTracker,
+        flops: FlopCounter,
+        *,
+        always: bool,
+        merged: bool,
     ) -> None:
-        self.block, self.results, self.tracker = block, results, tracker
+        self.block, self.results, self.tracker, self.flops = block, results, tracker, flops
         self.forward: Callable[..., Any] = block.forward
         self.always, self.merged = always, merged
 
@@ -112,7 +124,7 @@ class _Repeated:
         if result is None and self.merged:
             raise UnequalBlocksError
         if self.always or result is None:
-            now, saved = self.tracker.now, set[int]()
+            now, before, saved = self.tracker.now, self.flops.total, set[int]()
 
             def save(tensor: Tensor) -> Tensor:
                 saved.add(_address(tensor))
@@ -122,8 +134,10 @@ class _Repeated:
             with hooks if result is None else nullcontext():
                 output = self.forward(*args, **kwargs)
             if result is None:
-                self.results[signature] = self._result(output, given, self.tracker.now - now, saved)
+                kept, flops = self.tracker.now - now, self.flops.total - before
+                self.results[signature] = self._result(output, given, kept, saved, flops)
             return output
+        self.flops.total += result.flops
         learning = [p for p in self.block.parameters() if p.requires_grad]
         inputs = [value for value in given if isinstance(value, Tensor)]
         template = next(self.block.parameters())
@@ -135,7 +149,7 @@ class _Repeated:
         ]
         return tree_unflatten(values, result.structure)
 
-    def _result(self, output: Any, given: Sequence[Any], change: int, saved: set[int]) -> Result:
+    def _result(self, output: Any, given: Sequence[Any], change: int, saved: set[int], flops: float) -> Result:
         values, structure = tree_flatten(output)
         places = {id(value): place for place, value in enumerate(given) if isinstance(value, Tensor)}
         tensors: list[tuple[torch.Size, torch.dtype, bool] | int | None] = []
@@ -152,7 +166,7 @@ class _Repeated:
         kept = max(0, change - sum(new.values()))
         again = isinstance(self.forward, Recomputed)  # which keeps all that it was given
         inputs = tuple(again or _address(value) in saved for value in given if isinstance(value, Tensor))
-        return Result(structure=structure, tensors=tuple(tensors), values=others, kept=kept, inputs=inputs)
+        return Result(structure=structure, tensors=tuple(tensors), values=others, kept=kept, inputs=inputs, flops=flops)
 
 
 def _address(tensor: Tensor) -> int:
