@@ -71,12 +71,19 @@ class Server:
     def memory(self) -> float:
         return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
-    def metric(self, name: str) -> float:
+    def computing(self) -> float:
+        """Seconds that the engine has spent on requests."""
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         line.request("GET", "/metrics")
         text = line.getresponse().read().decode()
         line.close()
-        return next((float(row.split()[-1]) for row in text.splitlines() if row.startswith(f"{name} ")), 0.0)
+        names = [f'diptych_phase_seconds_total{{phase="{name}"}} ' for name in ("prepare", "draw", "write")]
+        return sum(float(row.split()[-1]) for row in text.splitlines() if row.startswith(tuple(names)))
+
+    def answering(self) -> float:
+        """Seconds of CPU of the thread that reads requests and answers them."""
+        process = psutil.Process(self.process.pid)
+        return next(each.user_time + each.system_time for each in process.threads() if each.id == process.pid)
 
 
 def batching() -> dict[str, float]:
@@ -127,19 +134,44 @@ def cache() -> dict[str, float]:
     return {"made ms": 1e3 * one, "repeated ms": 1e3 * two, "ratio": one / two}
 
 
-def overhead() -> dict[str, float]:
-    """Time of a small request that is not the engine's: the whole less queue, prepare, draw and write."""
-    with Server("toy/iomm", "--no-cache") as server:
-        names = ("prepare", "draw", "write")
-        spent: list[float] = []
-        for seed in range(40):
-            before = sum(server.metric(f'diptych_phase_seconds_total{{phase="{name}"}}') for name in names)
-            begun = time.monotonic()
-            server.draw(prompt=PROMPTS[0], seed=seed, num_inference_steps=2, think=False)
-            whole = time.monotonic() - begun
-            after = sum(server.metric(f'diptych_phase_seconds_total{{phase="{name}"}}') for name in names)
-            spent.append(1e3 * (whole - (after - before)))
-    return {"median ms": statistics.median(spent[5:])}
+def overhead(count: int = 60) -> dict[str, float]:
+    """What a small request takes beside the engine, in turns with the same picture by the engine alone.
+
+    outside: the whole less the engine's phases (prepare, draw, write), over one connection that stays open. more than
+    alone: the whole less a call of the model in this process. cpu: of the server's thread that reads and answers.
+    """
+    engine = diptych.load("toy/iomm", device="cpu")
+    small = {"num_inference_steps": 2, "think": False}
+    whole, outside, alone = list[float](), list[float](), list[float]()
+    with Server("toy/iomm", "--no-cache", "--no-page", "--no-tools") as server:
+        line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+        spent = 0.0
+        for seed in range(count + 5):
+            if seed == 5:  # the first ones warm up
+                spent = server.answering()
+                whole, outside, alone = [], [], []
+            before, begun = server.computing(), time.perf_counter()
+            fields = {"prompt": PROMPTS[0], "seed": seed, **small}
+            line.request("POST", "/v1/images/generations", json.dumps(fields), {"Content-Type": "application/json"})
+            data = json.loads(line.getresponse().read())
+            whole.append(1e3 * (time.perf_counter() - begun))
+            outside.append(whole[-1] - 1e3 * (server.computing() - before))
+            begun = time.perf_counter()
+            image = engine.generate(PROMPTS[0], seed=[seed], steps=2, prompt_expansion=0)[0]
+            alone.append(1e3 * (time.perf_counter() - begun))
+            made = Image.open(io.BytesIO(base64.b64decode(data["data"][0]["b64_json"])))
+            assert np.abs(np.asarray(made).astype(int) - np.asarray(image)).max() <= 1
+        # Each request stands between two looks at the metrics, which this thread answers too.
+        looks = [server.answering()]
+        for _ in range(2 * count):
+            server.computing()
+        looks.append(server.answering())
+        line.close()
+    medians = {name: statistics.median(values) for name, values in
+               (("whole", whole), ("engine alone", alone), ("outside", outside))}  # fmt: skip
+    medians["more than alone"] = statistics.median(a - b for a, b in zip(whole, alone, strict=True))
+    cpu = 1e3 * ((looks[0] - spent) - (looks[1] - looks[0])) / count
+    return {**{f"{name} ms": value for name, value in medians.items()}, "cpu outside ms": cpu}
 
 
 def load(count: int, clients: int) -> dict[str, float]:

@@ -55,6 +55,8 @@ OPTIONS = {
     "image_guidance_scale": "image_cfg",
     "negative_prompt": "negative",
 }
+AT_ONCE = 128 * 128
+"""Pixels of an answer that are written between two events of the server; more are in a thread beside it."""
 KEPT_FILES = 64
 """Pictures that are kept for `response_format: url`."""
 
@@ -126,7 +128,11 @@ class ImagesApi:
             self.service.metrics.count("diptych_cache_hits_total")
             return Response(body, media_type="application/json", headers={"x-diptych-cache": "hit"})
         made: Made = await until_gone(request, last(self.service.draw(call)))
-        values = await asyncio.to_thread(self._body, request, made, form)
+        # A thread of its own costs more than small pictures take to be written.
+        if pixels(made) <= AT_ONCE:
+            values = self._body(request, made, form)
+        else:
+            values = await asyncio.to_thread(self._body, request, made, form)
         body = JSONResponse(values).body
         if form.response == "b64_json":
             self.service.cache.put(key, body, len(body))
@@ -262,6 +268,11 @@ def shared(made: Made, form: Form) -> dict[str, Any]:
             "input_tokens_details": {"text_tokens": words, "image_tokens": 0},
         },
     }
+
+
+def pixels(made: Made) -> int:
+    """Of all pictures of an answer."""
+    return sum(image.width * image.height for scales in made.images for image in scales)
 
 
 def read_size(text: str) -> tuple[int, int]:

@@ -266,31 +266,40 @@ FIELDS = {
 
 def settings_of(engine: Engine, call: DrawCall) -> Sampling:
     """The settings of a call; an error names the field that is wrong."""
-    edits = bool(call.images)
-    settings = engine.settings({}, edits=edits)
-    for name, value in call.options.items():
-        try:
-            settings = settings.over({name: value})
-        except UserError as error:
-            field_name = FIELDS.get(name, "sampling")
-            raise bad(field_name, str(error)) from error
+    settings = checked_settings(engine, call.options, edits=bool(call.images))
+    changes: dict[str, Any] = {}
     if QUALITIES[call.quality] != 1:
         if "steps" in call.options:
             raise bad("quality", "it chooses the number of steps; leave out num_inference_steps, or quality")
-        settings = settings.over({"steps": max(1, round(settings.steps * QUALITIES[call.quality]))})
-    if settings.steps > MOST_STEPS:
-        raise bad("num_inference_steps", f"must be from 1 to {MOST_STEPS}, not {settings.steps}")
-    if settings.prompt_expansion > MOST_EXPANSION:
-        raise bad("sampling", f"prompt_expansion must be from 0 to {MOST_EXPANSION}, not {settings.prompt_expansion}")
+        changes["steps"] = max(1, round(settings.steps * QUALITIES[call.quality]))
+    steps = changes.get("steps", settings.steps)
+    if steps > MOST_STEPS:
+        raise bad("num_inference_steps", f"must be from 1 to {MOST_STEPS}, not {steps}")
     # Cached velocities are of a solver's own steps, which requests share here.
-    if "cache" in call.options and threshold_of(settings.cache) > 0:
-        raise bad("sampling", "cache does not go with a server, where requests share steps; leave it out")
-    settings = settings.over({"cache": "off"})
+    if threshold_of(settings.cache) > 0:
+        if "cache" in call.options:
+            raise bad("sampling", "cache does not go with a server, where requests share steps; leave it out")
+        changes["cache"] = "off"
     if call.think is not None:
         if call.think and not engine.system.expands:
             raise bad("think", f"{call.model} writes nothing before it draws; leave it out")
-        settings = settings.over({"prompt_expansion": (settings.prompt_expansion or THOUGHT) if call.think else 0})
-    return settings
+        changes["prompt_expansion"] = (settings.prompt_expansion or THOUGHT) if call.think else 0
+    if changes.get("prompt_expansion", settings.prompt_expansion) > MOST_EXPANSION:
+        raise bad("sampling", f"prompt_expansion must be from 0 to {MOST_EXPANSION}, not {settings.prompt_expansion}")
+    return settings.over(changes) if changes else settings
+
+
+def checked_settings(engine: Engine, options: Mapping[str, Any], *, edits: bool) -> Sampling:
+    """The model's settings with these options, which are looked at one by one only where they do not fit."""
+    try:
+        return engine.settings(options, edits=edits)
+    except UserError as error:
+        for name, value in options.items():
+            try:
+                engine.settings({name: value}, edits=edits)
+            except UserError as culprit:
+                raise bad(FIELDS.get(name, "sampling"), str(culprit)) from culprit
+        raise bad("sampling", str(error)) from error
 
 
 def of_text(error: Exception, field_name: str) -> Exception:
