@@ -2,6 +2,8 @@
    below one folder; before the n-th it kills the process, or lets it and those after it fail; and it writes down what a
    disk would know after each of them, so that a power cut can be played afterwards (powercut.py).
 
+   Below another folder, files that child processes open to read can fail, or end the child (faults_arm_reads).
+
    Nothing happens before faults_arm(). Only what goes through libc is seen: Python, PyTorch and safetensors do. */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -24,6 +26,10 @@ static char root[PATH_MAX];
 static long number, target;  /* operations so far; the one at which something happens, from 1, 0 for never */
 static int failure, lasting; /* errno, 0 for a kill; whether later operations fail too */
 static int record = -1;      /* descriptor of the record, -1 for none */
+static char read_root[PATH_MAX];
+static long reads, read_target; /* files that this child has opened; the one at which something happens */
+static int read_failure;        /* errno, 0 for a kill */
+static pid_t parent;            /* who armed the reads, and is spared */
 
 #define REAL(type, name, ...) \
   static type (*real)(__VA_ARGS__); \
@@ -38,7 +44,12 @@ void faults_arm(const char *folder, long at, int error, int from_then_on, const 
 
 long faults_count(void) { return number; }
 
-static int below(int folder, const char *path, char *whole) {
+void faults_arm_reads(const char *folder, long at, int error) {
+  strncpy(read_root, folder, sizeof read_root - 1);
+  reads = 0, read_target = at, read_failure = error, parent = getpid();
+}
+
+static int below_root(const char *root, int folder, const char *path, char *whole) {
   if (!*root || !path) return 0;
   if (path[0] == '/') snprintf(whole, PATH_MAX, "%s", path);
   else {
@@ -55,6 +66,20 @@ static int below(int folder, const char *path, char *whole) {
   }
   size_t size = strlen(root);
   return !strncmp(whole, root, size) && (whole[size] == '/' || !whole[size]);
+}
+
+static int below(int folder, const char *path, char *whole) { return below_root(root, folder, path, whole); }
+
+/* A child is about to read a file: kill it, or give an errno. */
+static int unreadable(int folder, const char *path) {
+  char whole[PATH_MAX];
+  if (!read_target || getpid() == parent || !below_root(read_root, folder, path, whole)) return 0;
+  if (++reads != read_target) return 0;
+  if (!read_failure) {
+    kill(getpid(), SIGKILL);
+    for (;;) pause();
+  }
+  return read_failure;
 }
 
 static int below_fd(int fd, char *whole) {
@@ -117,7 +142,11 @@ static int open_any(int (*real)(int, const char *, int, mode_t), int folder, con
   char whole[PATH_MAX];
   struct stat about;
   int writes = (flags & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC)) && below(folder, path, whole);
-  if (!writes) return real(folder, path, flags, mode);
+  if (!writes) {
+    int error = unreadable(folder, path);
+    if (error) { errno = error; return -1; }
+    return real(folder, path, flags, mode);
+  }
   FAULT(-1);
   int missing = lstat(whole, &about) != 0;
   int fd = real(folder, path, flags, mode);

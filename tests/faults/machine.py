@@ -95,13 +95,13 @@ class Machine:
         self.process.stdin.flush()
         return [Ended(**each) for each in self.answer()]
 
-    def settle(self, command: Command, work: Path) -> Ended:
-        """Run the command as someone does who reads what it says, until it is done."""
-        [ended] = self.run(command, work)
+    def settle(self, command: Command, work: Path, **fault: Any) -> Ended:
+        """Run the command as someone does who reads what it says, until it is done; a fault hits its last run."""
+        [ended] = self.run(command, work, **({} if command.again else fault))
         if ended.code == 2:
             extra = [option for said, option in command.again.items() if said in ended.err]
             if extra:
-                [ended] = self.run(command, work, extra=extra)
+                [ended] = self.run(command, work, extra=extra, **fault)
         return ended
 
     def close(self) -> None:
@@ -138,10 +138,19 @@ def commands(folder: Path, model: Path, plain: Mapping[str, Any]) -> list[Comman
     stage["data"]["sources"] = {"mine": {"kind": "folder", "task": "image", "path": str(folder / "photos")}}
     prepared = folder / "prepare.yaml"
     prepared.write_text(yaml.safe_dump({**short, "stages": {"mix": stage}}))
+    working = {**short, "run": {**short["run"], "num_workers": 2, "save_every": 1}}
+    workers = folder / "workers.yaml"
+    workers.write_text(yaml.safe_dump({**working, "stages": {"mix": {**stage, "steps": 4}}}))
     scores = ("eval", str(model), "--tasks", "toyeval,toyvqa", "--n", "1", "--limit", "2", "--steps", "1")
     start = ("quickstart", "--model", str(model), "--recipe", str(quick), "--limit", "1", "--out", "{w}/quick")
     return [
         Command(name="train", argv=("train", str(train), "--out", "{w}/run"), again={"--resume": "--resume"}),
+        Command(
+            name="workers",
+            argv=("train", str(workers), "--out", "{w}/run"),
+            again={"--resume": "--resume"},
+            env={"DIPTYCH_INDEX": "{w}/index"},
+        ),
         Command(name="eval", argv=(*scores, "--output", "{w}/scores")),
         Command(name="study", argv=("study", str(folder / "study.yaml"), "--out", "{w}/study")),
         Command(name="save", argv=("save", str(model), "{w}/saved")),

@@ -1,13 +1,15 @@
 """Kills, power cuts, full disks and second writers at every command that writes; docs/reliability.md has the table.
 
-One fault of each kind and command always; a few with DIPTYCH_FAULTS=few; one at every operation with =all.
-Each of the latter two prints rows of the table.
+One fault of each kind and command always; a few with DIPTYCH_FAULTS=few; so many of each kind and command, at places
+drawn by DIPTYCH_FAULTS_SEED (0), with a number; one at every operation with =all. Each of the latter three prints rows
+of the table.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,13 +18,15 @@ from typing import Any
 
 import pytest
 
-from faults import powercut
+from faults import mounts, powercut
 from faults.machine import Ended, Machine, commands, compiler, differences
 
 MORE = os.environ.get("DIPTYCH_FAULTS", "")
+SEED = int(os.environ.get("DIPTYCH_FAULTS_SEED", "0"))
 ALL = MORE == "all"
-NAMES = ("train", "eval", "study", "save", "quickstart", "prepare", "index")
-FEW = {"train": 2, "eval": 2, "study": 2, "save": 2, "quickstart": 1, "prepare": 2, "index": 2}
+MANY = ALL or MORE.isdigit()
+NAMES = ("train", "workers", "eval", "study", "save", "quickstart", "prepare", "index")
+FEW = {"train": 2, "workers": 1, "eval": 2, "study": 2, "save": 2, "quickstart": 1, "prepare": 2, "index": 2}
 """Faults of each kind and command that are tried with DIPTYCH_FAULTS=few."""
 ONE = {"train": 0.7, "eval": 0.5, "study": 0.8, "save": 0.4, "prepare": 0.6, "index": 0.5}
 """How far into its operations a command of those that are always tried is hit."""
@@ -31,7 +35,7 @@ WRITERS = ("train", "eval", "study", "quickstart")
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or compiler() is None, reason="needs Linux and a C compiler (cc)"
 )
-by_hand = pytest.mark.skipif(not MORE, reason="by hand: DIPTYCH_FAULTS=few, or all")
+by_hand = pytest.mark.skipif(not MORE, reason="by hand: DIPTYCH_FAULTS=few, a number, or all")
 
 DISKS: dict[str, dict[str, Any]] = {
     "full disk": {"error": errno.ENOSPC, "lasting": True},
@@ -116,6 +120,66 @@ class Bench:
         wrong = fails_cleanly(ended)
         return [f"files up to {largest}: {what}" for what in ([wrong] if wrong else self.lost(name, work))]
 
+    def killed_again(self, name: str, at: int, then: int) -> list[str]:
+        """A kill, and another one of the command that goes on from there."""
+        work, count = self.fresh(), self.undisturbed(name)[1]
+        self.machine.run(self.commands[name], work, at=at)
+        ended = self.machine.settle(self.commands[name], work, at=then)
+        where = f"killed before {at} of {count}, and before {then} of what goes on"
+        if ended.code not in (0, -9):
+            return [f"{where}: ends with {ended.code}: {ended.err.strip()[-300:]}"]
+        return [f"{where}: {what}" for what in self.lost(name, work)]
+
+    def reading(self, name: str, at: int, error: int) -> list[str]:
+        """A data process that is killed, or cannot read a file, when it opens its n-th one."""
+        work = self.fresh()
+        self.undisturbed(name)
+        reads = {"folder": str(self.folder / "photos"), "at": at, "error": error}
+        [ended] = self.machine.run(self.commands[name], work, reads=reads)
+        wrong = fails_cleanly(ended)
+        if not wrong and ended.code == 0:
+            wrong = "nothing was said of it"
+        what = f"data process, {errno.errorcode.get(error, 'kill')} at its file {at}"
+        return [f"{what}: {each}" for each in ([wrong] if wrong else self.lost(name, work))]
+
+    def full(self, name: str, share: float) -> list[str]:
+        """A file system in memory that holds this share of what the command leaves, and then more."""
+        tree, work = self.undisturbed(name)[0], self.fresh()
+        size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
+        room = max(int(share * size) // 4096, 1) * 4096
+        with mounts.in_memory(work, f"size={room}"):
+            [ended] = self.machine.run(self.commands[name], work)
+            wrong = fails_cleanly(ended) or (None if ended.code == 2 else f"ends with {ended.code} in {room} bytes")
+            mounts.remount(work, mounts.LARGE)
+            return [f"{room} bytes: {what}" for what in ([wrong] if wrong else self.lost(name, work))]
+
+    def read_only(self, name: str, at: int) -> list[str]:
+        """A file system that is read-only when the command goes on after a kill, and then is not."""
+        self.undisturbed(name)
+        work = self.fresh()
+        with mounts.in_memory(work, mounts.LARGE):
+            self.machine.run(self.commands[name], work, at=at)
+            mounts.remount(work, "ro")
+            ended = self.machine.settle(self.commands[name], work)
+            wrong = fails_cleanly(ended) or (None if ended.code == 2 else f"ends with {ended.code}")
+            mounts.remount(work, "rw")
+            return [f"read-only after {at}: {what}" for what in ([wrong] if wrong else self.lost(name, work))]
+
+    def image_cut(self, name: str, at: int) -> list[str]:
+        """A power cut on ext4: what its image holds when the command is killed; for operation 0, when it has ended."""
+        self.undisturbed(name)
+        work, image, left = self.fresh(), self.folder / "disk.ext4", self.folder / "left.ext4"
+        mounts.format_image(image, 64 * 2**20)
+        with mounts.in_image(image, work):
+            [ended] = self.machine.run(self.commands[name], work, at=at)
+            assert ended.code == (-9 if at else 0), ended
+            mounts.power_cut(image, left)
+        with mounts.in_image(left, work):
+            if at:
+                return [f"ext4 cut at {at}: {what}" for what in self.lost(name, work)]
+            there = self.differences(name, work)
+            return [f"ext4 cut after the end: {what}" for what in there if not what.startswith("left behind")]
+
     def two_writers(self, name: str) -> list[str]:
         work = self.fresh()
         both = self.machine.run(self.commands[name], work, work)
@@ -156,6 +220,13 @@ def test_one_fault_of_each_kind(bench: Bench) -> None:
         here += bench.failing(name, "disk becomes read-only", 1 + at // 2)
         here += bench.two_writers(name) if name in WRITERS else []
         lost += [f"{name}: {what}" for what in here]
+    lost += bench.killed_again("train", int(0.6 * bench.undisturbed("train")[1]), 40)
+    lost += bench.reading("workers", 2, 0) + bench.reading("workers", 2, errno.EIO)
+    assert not lost, "\n".join(lost)
+
+
+def test_a_full_and_a_read_only_file_system(bench: Bench) -> None:
+    lost = bench.full("eval", 0.5) + bench.read_only("train", bench.undisturbed("train")[1] // 2)
     assert not lost, "\n".join(lost)
 
 
@@ -166,9 +237,12 @@ def tell(what: str, name: str, tried: int, lost: Sequence[str]) -> None:
 
 
 def sample(count: int, name: str) -> list[int]:
-    """Numbers from 1 to `count`: all, or a few that are spread over them."""
-    if ALL or count <= FEW[name]:
+    """Numbers from 1 to `count`: all, one drawn from each of so many equal parts, or a few that are spread."""
+    if ALL or count <= (int(MORE) if MANY else FEW[name]):
         return list(range(1, count + 1))
+    if MANY:
+        draws = random.Random(f"{SEED} {name} {count}")
+        return [1 + int((part + draws.random()) * count / int(MORE)) for part in range(int(MORE))]
     return [1 + round((place + 0.5) * count / FEW[name]) for place in range(FEW[name])]
 
 
@@ -193,7 +267,7 @@ def test_power_cut(name: str, bench: Bench) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_disks_that_fail(name: str, kind: str, bench: Bench) -> None:
     places = sample(bench.undisturbed(name)[1], name)
-    if not ALL:
+    if not MANY:
         places = places[list(DISKS).index(kind) % len(places) :][:1]
     tell(kind, name, len(places), [what for at in places for what in bench.failing(name, kind, at)])
 
@@ -202,12 +276,54 @@ def test_disks_that_fail(name: str, kind: str, bench: Bench) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_may_not_grow(name: str, bench: Bench) -> None:
     """The kernel's own limit on the size of a file."""
-    limits = [0, 1, 100, 2_000, 20_000, 100_000] if ALL else [2_000]
+    limits = [0, 1, 100, 2_000, 20_000, 100_000] if MANY else [2_000]
     tell("largest file", name, len(limits), [what for largest in limits for what in bench.limited(name, largest)])
 
 
 @by_hand
 @pytest.mark.parametrize("name", WRITERS)
 def test_two_writers(name: str, bench: Bench) -> None:
-    times = 10 if ALL else 1
+    times = 3 if MANY else 1
     tell("two writers", name, times, [what for _ in range(times) for what in bench.two_writers(name)])
+
+
+@by_hand
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_again_while_going_on(name: str, bench: Bench) -> None:
+    count = bench.undisturbed(name)[1]
+    firsts = [max(1, int(share * count)) for share in ((0.25, 0.5, 0.75) if MANY else (0.5,))]
+    seconds = [max(1, int(share * count)) for share in ((0.05, 0.2, 0.4) if MANY else (0.2,))]
+    lost = [what for at in firsts for then in seconds for what in bench.killed_again(name, at, then)]
+    tell("killed twice", name, len(firsts) * len(seconds), lost)
+
+
+@by_hand
+def test_data_processes(bench: Bench) -> None:
+    errors = (0, errno.EIO, errno.EACCES, errno.ENOENT, errno.EMFILE, errno.ENOMEM)
+    places = range(1, 4 if MANY else 2)
+    lost = [what for at in places for error in errors for what in bench.reading("workers", at, error)]
+    tell("data processes", "workers", len(places) * len(errors), lost)
+
+
+@by_hand
+@pytest.mark.parametrize("name", NAMES)
+def test_small_file_systems(name: str, bench: Bench) -> None:
+    shares = (0.02, 0.1, 0.25, 0.5, 0.75, 0.95) if MANY else (0.5,)
+    tell("small tmpfs", name, len(shares), [what for share in shares for what in bench.full(name, share)])
+
+
+@by_hand
+@pytest.mark.parametrize("name", NAMES)
+def test_read_only_file_systems(name: str, bench: Bench) -> None:
+    count = bench.undisturbed(name)[1]
+    places = [max(1, int(share * count)) for share in ((0.1, 0.5, 0.9) if MANY else (0.5,))]
+    tell("read-only tmpfs", name, len(places), [what for at in places for what in bench.read_only(name, at)])
+
+
+@by_hand
+@pytest.mark.parametrize("name", NAMES)
+def test_power_cut_of_ext4(name: str, bench: Bench) -> None:
+    count = bench.undisturbed(name)[1]
+    shares = [place / 20 for place in range(1, 20)] if ALL else [0.1, 0.25, 0.4, 0.6, 0.8, 0.95] if MANY else [0.5]
+    places = [0, *sorted({max(1, int(share * count)) for share in shares})]
+    tell("power cut, ext4", name, len(places), [what for at in places for what in bench.image_cut(name, at)])

@@ -70,6 +70,8 @@ def start(job: dict[str, Any]) -> tuple[int, int]:
 
         at, error, lasting = job.get("at", 0), job.get("error", 0), int(job.get("lasting", False))
         record = str(job.get("record", "")).encode()
+        if (reads := job.get("reads")) is not None:
+            LIBRARY.faults_arm_reads(os.fsencode(reads["folder"]), ctypes.c_long(reads["at"]), reads["error"])
         LIBRARY.faults_arm(os.fsencode(job["root"]), ctypes.c_long(at), error, lasting, record)
         code = main(job["argv"])
         sys.stdout.flush()

@@ -11,12 +11,17 @@ on where it was.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diptych.evaluation.judge import Judge
     from diptych.evaluation.task import Tools
+
+OF_PUBLISHED = ("data_dir", "detector", "clip", "inception", "no_self_test", "dpg_scoring", "score_batch", "judge")
+OF_JUDGES = ("judge_model", "judge_workers", "judge_timeout", "judge_retries", "judge_budget", "judge_max_tokens")
+"""Options that published benchmarks alone read, and of these those of a judge."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise unknown("scoring", args.dpg_scoring, ("official", "fixed"), "--dpg-scoring")
     if args.only not in (None, "generate", "score"):
         raise unknown("step", args.only, ("generate", "score"), "--only")
+    check_used(args, tasks)
     toys = [task for task in tasks if task in TOYS]
     published = [task for task in tasks if task not in TOYS]
     images = None if args.images is None else Path(args.images).expanduser()
@@ -141,6 +147,23 @@ def run(args: argparse.Namespace) -> int:
     print(f"{found['seconds']:.0f} s on {found['device'] or device}{place}")
     scored = [scores for scores in found["tasks"].values() if scores.get("overall") is not None or not scores["failed"]]
     return 0 if scored or not found["tasks"] else 1
+
+
+def check_used(args: argparse.Namespace, tasks: Sequence[str]) -> None:
+    """UserError for an option that nothing here would read."""
+    from diptych.core.errors import UserError
+    from diptych.evaluation.evaluate import TOYS
+
+    parser = argparse.ArgumentParser()
+    add(parser)
+    given = [
+        name for name in (*OF_PUBLISHED, *OF_JUDGES, "judge_prompts") if getattr(args, name) != parser.get_default(name)
+    ]
+    if given and all(task in TOYS for task in tasks):
+        raise UserError(f"--{given[0].replace('_', '-')} is for published benchmarks, not {', '.join(tasks)}")
+    asking = [name for name in given if name in OF_JUDGES]
+    if asking and args.judge is None:
+        raise UserError(f"--{asking[0].replace('_', '-')} goes with --judge, and none is given")
 
 
 def own_device(device: str) -> str:

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
         if args.processes < 1:
             raise UserError(f"--processes must be at least 1, not {args.processes}")
         os.environ["DIPTYCH_INDEX_PROCESSES"] = str(args.processes)
+    if "" in args.path:
+        raise UserError("a PATH is empty; name tar shards, a folder, a .jsonl or a .parquet")
     for path in args.path:
         source = index(path, args.task)
         sizes = source.sizes()

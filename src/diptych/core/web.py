@@ -80,8 +80,14 @@ def shown_url(url: str) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A name of a file as it is, and an address as `shown_url` shows it."""
-    return shown_url(name) if "://" in name else name
+    """A name of a file as it is, and an address as `shown_url` shows it; of one that another wraps
+    (`simplecache::s3://...`) each part."""
+    if "://" not in name:
+        return name
+    *wrappers, address = name.split("::")
+    return "::".join(
+        [*(part if re.fullmatch(r"\w+", part) else shown_name(part) for part in wrappers), shown_url(address)]
+    )
 
 
 def checked_url(url: str, option: str) -> str:

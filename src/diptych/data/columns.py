@@ -24,6 +24,7 @@ VERSION = 1
 
 _META = "index.json"
 _PLACE = "DIPTYCH_INDEX"
+_REMEDY = f"set {_PLACE} to a folder that can be written and has room"
 
 
 def index_root() -> Path:
@@ -109,21 +110,24 @@ def _write(path: Path, pieces: Iterable[np.ndarray]) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What goes wrong while an index is written, in one line with a remedy."""
-    remedy = f"set {_PLACE} to a folder that can be written and has room"
+def writing(folder: Path, what: str = "the index: ", remedy: str = _REMEDY) -> Iterator[None]:
+    """What goes wrong while an index, or something else, is written, in one line with a remedy."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"the index: {error}; {remedy}") from error
+        raise UserError(f"{what}{error}; {remedy}") from error
     except OSError as error:
-        raise UserError(f"the index: {folder}: could not be written ({error.strerror}); {remedy}") from error
+        raise UserError(f"{what}{folder}: could not be written ({error.strerror}); {remedy}") from error
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes what is in a folder; the others wait. A process that ends lets go of it."""
-    with writing(folder):
+def locked(folder: Path, what: str = "the index: ", remedy: str = _REMEDY) -> Iterator[None]:
+    """One process at a time makes what is in a folder; the others wait. A process that ends lets go of it.
+
+    Args:
+        what, remedy: what is made there, and what helps where it cannot be written; for messages.
+    """
+    with writing(folder, what, remedy):
         make_folder(folder)
         file = (folder / ".lock").open("w")
     with file:

@@ -138,7 +138,7 @@ class JsonlSource(Source, Scored, Listed):
         except FileNotFoundError:
             raise UserError(f"{self.file}: no such file") from None
         except OSError as error:
-            raise UserError(f"{self.file}: not readable ({error.strerror})") from error
+            raise UserError(f"{self.file}: not readable ({error.strerror or error})") from error
         with lines:
             start = len(codecs.BOM_UTF8) if lines.read(3) == codecs.BOM_UTF8 else 0
             lines.seek(start)

@@ -91,9 +91,16 @@ def steps(
         worker_init_fn=_start_worker,
         pin_memory=pin,
     )
-    for sent in loader:
+    loaded = iter(loader)
+    while True:
+        try:
+            sent = next(loaded, None)
+        except RuntimeError as error:
+            raise _ended(error, workers) from error
+        if sent is None:
+            return
         drawn = sent.drawn
-        if isinstance(drawn, UserError):
+        if isinstance(drawn, Exception):
             raise drawn
         mixture.record(drawn)
         yield map_tensors(drawn.made[0], torch.from_numpy, np.ndarray)  # those that are pinned are tensors already
@@ -104,14 +111,26 @@ def pinned(step: Step) -> Step:
     return replace(step, passes=tuple(replace(part, batch=part.batch.pin()) for part in step.passes))
 
 
+def _ended(error: RuntimeError, workers: int) -> Exception:
+    """What PyTorch says of a worker that the system has killed, in words that name the setting; others as they are."""
+    said = str(error)
+    if "DataLoader worker (pid" not in said or "Traceback" in said:
+        return error
+    if "Bus error" in said:
+        what = "has no shared memory left (a container's /dev/shm is small: --shm-size, --ipc=host)"
+    else:
+        what = "was killed from outside, as a system does that runs out of memory"
+    return UserError(f"one of the {workers} data processes of run.num_workers {what}; fewer of them take less memory")
+
+
 @dataclass(frozen=True)
 class Sent:
     """What a worker sends. `pin_memory` is called by the data loader's thread that pins what it does not know."""
 
-    drawn: Drawn[Step] | UserError
+    drawn: Drawn[Step] | Exception
 
     def pin_memory(self) -> Sent:
-        if isinstance(self.drawn, UserError):
+        if isinstance(self.drawn, Exception):
             return self
         [step] = self.drawn.made
         return Sent(replace(self.drawn, made=[pinned(map_tensors(step, torch.from_numpy, np.ndarray))]))
@@ -121,7 +140,8 @@ class Sent:
 class _Steps(Dataset[Sent]):
     """Steps by number, tensors as arrays: each tensor would take a shared file of its own to the training process.
 
-    A user's mistake is returned, for a worker would wrap what it raises in a traceback.
+    A user's mistake, or what files and memory refuse, is returned, for a worker would wrap what it raises in a
+    traceback, and an OSError would lose its number and its file.
     """
 
     mixture: Mixture
@@ -134,7 +154,9 @@ class _Steps(Dataset[Sent]):
     def __getitem__(self, index: int) -> Sent:
         try:
             drawn = self.draw(index)
-        except UserError as error:
+        except (UserError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno is None:
+                raise
             return Sent(error)
         return Sent(replace(drawn, made=[map_tensors(drawn.made[0], torch.Tensor.numpy)]))
 

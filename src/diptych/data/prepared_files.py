@@ -209,7 +209,7 @@ def open_set(root: Path, manifest: Manifest) -> PreparedSet:
         UserError: it is there in another number format, or the folder cannot be written.
     """
     folder = root / f"{manifest.kind}-{manifest.key}"
-    with locked(folder):
+    with locked(folder, what="", remedy="say where to write with --output"):
         if not (folder / _MANIFEST).is_file():
             write_json(folder / _MANIFEST, {"version": VERSION, **asdict(manifest)})
     made = PreparedSet(folder)

@@ -167,7 +167,7 @@ def read_file(path: Path, id: str) -> bytes:
     except FileNotFoundError:
         raise BadItem(id, f"image file missing ({path})") from None
     except OSError as error:
-        raise BadItem(id, f"image file not readable ({error.strerror})") from error
+        raise BadItem(id, f"image file not readable ({error.strerror or error})") from error
 
 
 def check_characters(text: str, id: str) -> None:

@@ -77,7 +77,9 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
             if task is not None:
                 raise
             if any(path.suffix == ".txt" or path.name in NAMES for path in folder.rglob("*")):
-                raise UserError(f"{error} To learn from the images alone, give --task image.") from error
+                raise UserError(
+                    f"{str(error).rstrip('.')}. To learn from the images alone, give --task image."
+                ) from error
             source = FolderSource(folder, task="image", name=folder.resolve().name)
     sizes = source.sizes()
     table = size_table([] if sizes is None else sizes)

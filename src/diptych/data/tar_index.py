@@ -54,7 +54,7 @@ def stamp(path: Path) -> Stamp:
         remote = remote_of(path)
         if remote is not None:
             return os.path.abspath(path), remote.size, remote.time
-        raise UserError(f"{path}: not readable ({error.strerror})") from error
+        raise UserError(f"{path}: not readable ({error.strerror or error})") from error
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 

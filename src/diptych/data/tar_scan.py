@@ -94,7 +94,7 @@ def scan(path: Path) -> Listing:
             window = Window(file.fileno())
             return _grouped(_members(path, window), window)
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from error
+        raise UserError(f"{path}: not readable ({error.strerror or error})") from error
 
 
 def _grouped(members: Iterator[tuple[str, bytes, int, int]], window: Window) -> Listing:

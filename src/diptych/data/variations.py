@@ -42,6 +42,8 @@ class Variations:
     crop: Annotated[float, Interval(ge=0, le=1)] = 0.0
 
     def __post_init__(self) -> None:
+        if self.trigger and (not self.trigger.strip() or not self.trigger.isprintable() or "<image>" in self.trigger):
+            raise UserError(f"trigger {self.trigger!r}: needs visible characters on one line, and no <image>")
         if self.keep_tags and not self.shuffle_tags:
             raise UserError("keep_tags goes with shuffle_tags")
 

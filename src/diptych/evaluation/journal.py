@@ -85,10 +85,11 @@ class Journal:
                 )
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Remember a row for good."""
+        """Remember a row for good; one that is there already, as after a kill half-way, is not written again."""
         whole = {"key": key, **row}
         with self._lock:
-            self._append(whole)
+            if json.dumps(self.rows.get(key)) != json.dumps(whole):
+                self._append(whole)
             self.rows[key] = whole
 
     def _append(self, row: Mapping[str, Any]) -> None:

@@ -81,8 +81,14 @@ def place(system: System, placement: Placement) -> None:
         offload(system, torch.device(placement.device), by_part=placement.offload == "model")
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+"""Kinds of devices, or `auto`."""
+
+
 def device_named(name: str) -> str:
-    """`auto` as the best device there is; UserError for one that is not there."""
+    """`auto` as the best device there is; UserError for one that is not there, or that no model runs on."""
+    if name.partition(":")[0] not in DEVICES:
+        raise unknown("device", name, ("cuda:1", *DEVICES), "device")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "auto":
         return best

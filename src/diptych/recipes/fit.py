@@ -42,10 +42,11 @@ SLACK = 1.1
 
 
 def memory(text: str | int, option: str = "fit") -> int:
-    """ "24GB" (10^9 bytes), "24GiB" (2^30), "800MB" or a number of bytes, as bytes; UserError for anything else."""
+    """ "24GB" (10^9 bytes), "24GiB" (2^30), "800MB" or a number of bytes from a million on, as bytes; UserError for
+    anything else."""
     match = _MEMORY.fullmatch(str(text).strip())
     value = 0 if match is None else int(float(match[1]) * UNITS[match[2].upper()])
-    if value < 1:
+    if value < 1 or (match is not None and not match[2] and value < 10**6):
         raise UserError(f"{option} {text}: write a memory as 24GB, 24GiB or 800MB")
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diptych.core.errors import UserError, unknown
 from diptych.recipes.recipe import StageSpec
 from diptych.systems.base import System
+from diptych.training.step import weight
 
 ANSWERS = "cross_entropy"
 
@@ -31,6 +32,7 @@ def check_loss_weights(name: str, spec: StageSpec, system: System) -> None:
     for term in spec.loss_weights:
         if term not in known:
             raise unknown("loss term", term, known, f"stages.{name}.loss_weights")
-    families = {term.split("_")[0] if term != ANSWERS else term for term in known if "." not in term}
-    if families and all(spec.loss_weights.get(family, 1.0) == 0 for family in families):
+    whole = ("flow", "align") if system.scales else ()  # of several scales, each has terms of its own
+    terms = {term for term in known if "." in term and term.split(".")[0] not in whole}
+    if terms and all(weight(spec.loss_weights, term) == 0 for term in terms):
         raise UserError(f"stages.{name}.loss_weights: every term counts 0, so that nothing is learned")

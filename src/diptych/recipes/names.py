@@ -40,6 +40,8 @@ def is_local(name: str) -> bool:
 
 
 def _locate(name: str, patterns: list[str]) -> Path:
+    if not name.strip():
+        raise UserError(f"the name of a MODEL is empty; give a folder, a hub id, or one of: {', '.join(shipped())}")
     if name in shipped():
         return SHIPPED / name.removeprefix("toy/")
     path = Path(name).expanduser()

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
 from diptych.core.sample import Task
 from diptych.data.source import ItemDraws
 from diptych.data.survey import Survey, survey
@@ -93,6 +93,8 @@ def new_recipe(
     Raises:
         UserError: nothing usable in the folder, a model without a part for the task, or a card that no size fits.
     """
+    with attributed_to("--trigger"):
+        Variations(trigger=trigger)
     look = survey(folder, task)
     drafted = with_system({"start": model, "stages": {}})
     stage = {"train": ["decoder"], "steps": 1, "batch_size": 1, "data": {"sources": {}}}

@@ -21,6 +21,7 @@ import torch
 
 from diptych.core.claims import Claims
 from diptych.core.errors import UserError, unknown
+from diptych.core.filenames import file_name
 from diptych.core.files import remove_litter
 from diptych.core.sample import Sample
 from diptych.data.prepared_files import (
@@ -36,6 +37,7 @@ from diptych.data.prepared_files import (
 from diptych.data.rows import DIGEST
 from diptych.data.source import BadItem, ItemDraws, Listed, Source
 from diptych.evaluation.image_scores import ImageScorer, aesthetic_scorer, classifier_scorer, clip_scorer
+from diptych.inference.placement import device_named
 from diptych.recipes.load import stage_settings, start
 from diptych.recipes.prepare_makers import Features, Latents, Maker, Score, Sizes
 from diptych.recipes.prepared import Needed
@@ -363,19 +365,22 @@ def loaded(source: Source, items: Iterator[tuple[int, tuple[int, ...]]], threads
 def folder_of(name: str, spec: SourceSpec, output: str | None, where: str) -> Path:
     """Where a source's sets go: below `output`, where its `prepared` says, or beside its data."""
     if output is not None:
-        return Path(output).expanduser() / name
+        return Path(output).expanduser() / file_name(name)
     if spec.prepared is not None:
         return Path(spec.prepared).expanduser()
     path = Path(spec.path or "").expanduser()
     if not spec.path or "://" in spec.path or not any(above.exists() for above in (path, path.parent)):
         raise UserError(f"{where}: its data do not lie in a folder here; say where to write with --output")
-    return path.with_name(f"{path.name}.prepared") if path.is_dir() else path.parent / f"{name}.prepared"
+    return path.with_name(f"{path.name}.prepared") if path.is_dir() else path.parent / file_name(f"{name}.prepared")
 
 
 def own_device(device: str) -> str:
     """The device of this process; of several on a machine (LOCAL_RANK), each has its own."""
     if device != "auto":
-        return device
+        try:
+            return device_named(device)
+        except UserError as error:
+            raise UserError(f"--{error}") from error
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

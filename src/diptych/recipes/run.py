@@ -33,7 +33,7 @@ from diptych.recipes.bases import save_system
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.prepared import Needed
-from diptych.recipes.recipe import DataSpec, Recipe, StageSpec
+from diptych.recipes.recipe import DataSpec, Part, Recipe, StageSpec
 from diptych.recipes.resuming import claim
 from diptych.recipes.sources import build_data
 from diptych.recipes.start import make_weights
@@ -131,8 +131,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         if os.environ.get(variable, "1").strip() == "":
             raise UserError(f"the environment variable {variable} is empty; unset it, or let torchrun set it")
         environment.number(variable, 0)
-    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError("LOCAL_RANK is set and WORLD_SIZE is not; a launcher such as torchrun sets both")
+    for variable in ("LOCAL_RANK", "RANK"):
+        if variable in os.environ and "WORLD_SIZE" not in os.environ:
+            raise UserError(f"{variable} is set and WORLD_SIZE is not; a launcher such as torchrun sets both")
     for variable in ("RANK", "LOCAL_RANK") if launched > 1 else ():
         rank = environment.number(variable, 0)
         if variable not in os.environ or rank >= launched:
@@ -169,6 +170,13 @@ def check_parts(recipe: Recipe, system: System) -> None:
     for task in recipe.run.score_tasks:
         if task not in evaluate.names():
             raise unknown("task", task, evaluate.names(), "run.score_tasks")
+    check_drawn(recipe, system)
+    for field in dataclasses.fields(recipe.system):
+        part = getattr(recipe.system, field.name)
+        if isinstance(part, Part) and part.weights and part.tokenizer:
+            raise UserError(
+                f"system.{field.name}: its weights, {part.weights}, bring a tokenizer; leave out `tokenizer`"
+            )
     parts = system.named_parts()
     trained = {part for stage in recipe.stages.values() for part in stage.train}
     if "mask_token" in parts and recipe.start is None and "mask_token" not in trained:
@@ -187,6 +195,20 @@ def check_parts(recipe: Recipe, system: System) -> None:
         for source, spec in stage.data.sources.items():
             if spec.task not in system.tasks:
                 raise unknown("task", spec.task, system.tasks, f"stages.{name}.data.sources.{source}")
+
+
+def check_drawn(recipe: Recipe, system: System) -> None:
+    """UserError for pictures of the run that could not be drawn, before the step that would draw them."""
+    drawn = recipe.run.sample_every and recipe.sample_prompts
+    if (drawn or recipe.run.score_every) and "text_to_image" in system.tasks:
+        try:
+            system.latent_shape(*recipe.sampling.size)
+            system.scale_sizes(*recipe.sampling.size)
+        except UserError as error:
+            raise UserError(f"sampling.size: {error}") from error
+    for place, prompt in enumerate(recipe.sample_prompts):
+        if "<image>" in prompt:
+            raise UserError(f"sample_prompts[{place}]: {prompt!r} holds <image>, and a prompt has no images")
 
 
 def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> loop.Stage:

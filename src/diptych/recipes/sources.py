@@ -58,6 +58,12 @@ def _build_source(name: str, spec: SourceSpec, data: DataSpec, needed: Needed | 
             reads = ", ".join(sorted(SOURCE_KEYS[spec.kind]))
             raise UserError(f"sources.{name}: a source of kind {spec.kind!r} has no {field.name!r}. It reads: {reads}.")
     if spec.kind in DRAWN_SOURCES:
+        for key in ("task", "name", "count", "seed", "size"):
+            if key in spec.options:
+                where = (
+                    "data.size" if key == "size" else "the source's name" if key == "name" else f"the source's {key}"
+                )
+                raise UserError(f"sources.{name}.options: {key!r} is no option; it is {where}")
         size = data.size if isinstance(data.size, int) else data.size[0]
         options = {**spec.options, "count": spec.count or ENDLESS, "seed": spec.seed, "size": size}
         return call(

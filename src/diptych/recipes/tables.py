@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from diptych.core.errors import UserError, unknown
-from diptych.core.schema import resolved
+from diptych.core.schema import read, resolved
 
 Kind = TypeVar("Kind")
 
@@ -26,7 +26,8 @@ def choose(what: str, kind: str, table: Mapping[str, str], base: type[Kind]) -> 
 
 
 def call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:
-    """Calls with keyword arguments; an argument that is not there is a user's error."""
+    """Calls with keyword arguments; one that is not there, or plain and of another type than it is annotated with, is a
+    user's error."""
     gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     signature = inspect.signature(cls).parameters
     parameters = {name: parameter for name, parameter in signature.items() if parameter.kind not in gathering}
@@ -36,4 +37,10 @@ def call(cls: Callable[..., Any], where: str, values: dict[str, Any]) -> Any:
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in values:
             raise UserError(f"{where}: {name!r} is missing in its config")
-    return cls(**values)
+    hints = get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
+    return cls(
+        **{
+            name: read(hints[name], value, f"{where}.{name}") if hints.get(name) in (bool, int, float, str) else value
+            for name, value in values.items()
+        }
+    )

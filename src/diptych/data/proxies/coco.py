@@ -256,7 +256,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from error
+        raise UserError(f"{path}: not readable ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({reason(error)})") from error
 
