@@ -37,10 +37,12 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a command ended. code: negative for a signal. count: its file operations, 0 after a kill."""
+    """How a command ended. code: negative for a signal. count: its file operations, 0 after a kill. orphans: whether
+    processes that it started live on."""
 
     code: int
     count: int
+    orphans: bool
     out: str
     err: str
 

@@ -90,7 +90,8 @@ class Bench:
         work, count = self.fresh(), self.undisturbed(name)[1]
         [ended] = self.machine.run(self.commands[name], work, at=at)
         assert ended.code == -9, f"operation {at} of {count}: {ended}"
-        return [f"killed before {at} of {count}: {what}" for what in self.lost(name, work)]
+        lost = ["its data processes live on"] if ended.orphans else []
+        return [f"killed before {at} of {count}: {what}" for what in [*lost, *self.lost(name, work)]]
 
     def cut(self, name: str, number: int, eager: bool, tree: powercut.Tree) -> list[str]:
         work = self.fresh()
@@ -221,6 +222,7 @@ def test_one_fault_of_each_kind(bench: Bench) -> None:
         here += bench.two_writers(name) if name in WRITERS else []
         lost += [f"{name}: {what}" for what in here]
     lost += bench.killed_again("train", int(0.6 * bench.undisturbed("train")[1]), 40)
+    lost += bench.killed("workers", int(0.6 * bench.undisturbed("workers")[1]))
     lost += bench.reading("workers", 2, 0) + bench.reading("workers", 2, errno.EIO)
     assert not lost, "\n".join(lost)
 

@@ -13,6 +13,7 @@ import json
 import os
 import pkgutil
 import resource
+import select
 import signal
 import sys
 import traceback
@@ -86,10 +87,12 @@ def start(job: dict[str, Any]) -> tuple[int, int]:
 def end(job: dict[str, Any], child: int, reader: int) -> dict[str, Any]:
     """How a child ended."""
     _, status = os.waitpid(child, 0)
-    count = os.read(reader, 64)
+    ready, _, _ = select.select([reader], [], [], 20)  # its children hold the other end too
+    count = os.read(reader, 64) if ready else b""
     os.close(reader)
     said = {end: Path(f"{job['log']}.{end}").read_text(errors="replace") for end in ("out", "err")}
-    return {"code": os.waitstatus_to_exitcode(status), "count": int(count or 0), **said}
+    code = os.waitstatus_to_exitcode(status)
+    return {"code": code, "count": int(count or 0), "orphans": not ready, **said}
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
         del _held[place]
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        place = path if path.is_dir() else folder
+        raise UserError(f"{place}: cannot be written ({error.strerror or error})") from error
     try:
         remove_litter(folder, deep=True)
         yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,6 +199,18 @@ def _as_is(drawn: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group: the parent finishes its step, saves, and ends its workers."""
+    """Ctrl-C and SIGTERM reach the whole process group: the parent finishes its step, saves, and ends its workers.
+
+    A parent that is killed ends none. PyTorch's workers then look for it themselves, but wait for ever where what they
+    have made does not fit into the pipe that nobody reads any more; so a thread of ours looks too.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when it is nobody's, or another's, child."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

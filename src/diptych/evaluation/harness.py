@@ -14,12 +14,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diptych.core import environment
-from diptych.core.errors import UserError
+from diptych.core.errors import UserError, attributed_to
 from diptych.evaluation.fingerprint import made_by
 from diptych.evaluation.journal import Journal
 from diptych.evaluation.judge import JudgeDown
@@ -93,7 +94,9 @@ def run(
         return None
     rows = {seed: each.rows for seed, each in drawn.items()}
     missing = {seed: each.missing for seed, each in drawn.items()}
-    result = entry(task, items, rows, missing, plan.limit)
+    kept = None if plan.output is None else attributed_to(f"{plan.output / task.name}: a row of scores.jsonl")
+    with kept or nullcontext():
+        result = entry(task, items, rows, missing, plan.limit)
     last = drawn[seeds[-1]]
     if engine is None and last.model is not None:
         result.scores["about"]["model"] = last.model
@@ -215,7 +218,8 @@ def make(
     The noise of a picture depends on the seed and on its item's position alone, so that a stopped, resumed or shared
     run gives the same pictures as one in one go.
     """
-    todo = [item for item in items if not store.has(item) or not (journal is None or scored(item, journal))]
+    known = {} if journal is None else unchanged(task, [item for item in items if store.has(item)], store, journal)
+    todo = [item for item in items if not store.has(item) or not (journal is None or scored(item, known))]
     done, total = len(items) - len(todo), len(items)
     what = task.name if task.at_once else f"{task.name}: {'ask' if task.replies else 'generate'}"
 
@@ -241,14 +245,34 @@ def make(
         report(0, 0)
 
 
-def scored(item: Item, journal: Journal) -> bool:
+def unchanged(task: Task, items: Sequence[Item], store: Store, journal: Journal) -> dict[str, Row]:
+    """The rows of outputs that are still those that were scored; a warning names the others, which are made again."""
+    if not items:
+        return {}
+    now = {output.key: output.digest for output in store.read(items)[0]}
+    rows = {key: row for key, row in journal.rows.items() if now.get(key) == row.get("digest")}
+    if changed := [key for key in now if key in journal.rows and key not in rows]:
+        log.warning(
+            "%s: %d outputs are not those that were scored, the first is %s; they are made again",
+            task.name, len(changed), changed[0],
+        )  # fmt: skip
+    return rows
+
+
+def scored(item: Item, rows: Mapping[str, Row]) -> bool:
     """Whether every output of an item has its row."""
-    return all(key in journal.rows for key in item.files or (item.id,))
+    return all(key in rows for key in item.files or (item.id,))
 
 
 def score(task: Task, outputs: Sequence[Output], journal: Journal, progress: ProgressCallback | None) -> None:
     """Rows of outputs: those that are known of just these files or replies, and new ones for the rest."""
     todo = [output for output in outputs if not final(journal.rows.get(output.key), output.digest)]
+    changed = [output.key for output in todo if not journal.rows.get(output.key, {"again": True}).get("again", False)]
+    if changed:
+        log.warning(
+            "%s: %d outputs have changed since they were scored, the first is %s; they are scored again",
+            task.name, len(changed), changed[0],
+        )  # fmt: skip
     done = len(outputs) - len(todo)
     if progress is not None:
         progress(f"{task.name}: score", done, len(outputs))

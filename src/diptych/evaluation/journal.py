@@ -16,6 +16,11 @@ from diptych.core.files import make_folder, sync
 Row = dict[str, Any]
 
 
+def _refused(name: str) -> float:
+    """NaN and infinity, which no score is."""
+    raise ValueError(name)
+
+
 class Journal:
     """Rows of JSON, each written whole and at once; the first line says what they were made with.
 
@@ -65,7 +70,7 @@ class Journal:
     def _lines(self, data: bytes) -> Iterator[Row]:
         for number, line in enumerate(data.splitlines(), start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=_refused)
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{self.path}: line {number} is not JSON; remove it, or choose another --output"
@@ -79,8 +84,9 @@ class Journal:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
                 place = None if self.path is None else self.path.parent
+                what = f"{name} (a digest of them, and of --limit and --n)" if name == "prompts" else name
                 raise UserError(
-                    f"{place}: holds results made with {name} {before.get(name)!r}, now it is {now.get(name)!r}; "
+                    f"{place}: holds results made with {what} {before.get(name)!r}, now it is {now.get(name)!r}; "
                     "choose another --output"
                 )
 

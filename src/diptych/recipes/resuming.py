@@ -63,6 +63,9 @@ def claim(
     if not isinstance(before, dict):
         raise UserError(f"{path}: a recipe is a mapping")
     before = with_new_names(before)
+    stages = before.get("stages")
+    if not isinstance(stages, dict) or not all(isinstance(spec, dict) for spec in stages.values()):
+        raise UserError(f"{path}: its stages are missing, or no mappings: not what the run was begun with")
     changes = list(differences(strip(before), strip(plain)))
     if not changes:
         return bool(saved)

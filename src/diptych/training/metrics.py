@@ -27,6 +27,8 @@ class Metrics:
         if not main:
             return
         path = folder / "metrics.jsonl"
+        if start and not path.exists():
+            log.warning("%s is not there any more: the rows of the %d steps before are lost", path, start)
         kept = (
             [row for row in read_metrics(path) if isinstance(row.get("step"), int) and row["step"] <= start]
             if path.exists()
@@ -60,6 +62,15 @@ class Metrics:
             self.board.close()
 
 
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether an object is what `Metrics.write` writes: a step, a stage and numbers."""
+    step, *others = (row.get("step"), *(value for name, value in row.items() if name not in ("step", "stage")))
+    whole = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in others)
+    small = numbers and not any(isinstance(value, int) and abs(value) >= 2**53 for value in others)
+    return whole and isinstance(row.get("stage"), str) and small
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file. Lines that are no row are left out, with a warning: a disk that was full, or a last
     line that was cut off while being written."""
@@ -70,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError):
             row = number
-        if isinstance(row, dict):
+        if isinstance(row, dict) and _is_row(row):
             rows.append(row)
         elif row is not None or line.strip():
             broken.append(number)

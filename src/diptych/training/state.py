@@ -22,9 +22,11 @@ from torch.optim import Optimizer
 
 from diptych.checkpoints.chunks import read_block, read_chunks, whole_shape
 from diptych.checkpoints.tensors import read_tensors, weight_files
-from diptych.core.errors import UserError, attributed_to
+from diptych.core.errors import UserError
 from diptych.core.files import remove_folder
+from diptych.core.ranges import Count, NotNegativeInt
 from diptych.core.reading import read_object
+from diptych.core.schema import read
 from diptych.training.ema import EMA
 from diptych.training.tensors import local
 
@@ -47,15 +49,15 @@ class Progress:
     processes: how many wrote it, each its own files.
     """
 
-    stage: int = 0
-    step: int = 0
-    total: int = 0
-    ema_steps: int = 0
+    stage: NotNegativeInt = 0
+    step: NotNegativeInt = 0
+    total: NotNegativeInt = 0
+    ema_steps: NotNegativeInt = 0
     unlogged: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     pending: bool = False
     items: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
-    tensors: dict[str, int] = field(default_factory=dict[str, int])
-    processes: int = 1
+    tensors: dict[str, NotNegativeInt] = field(default_factory=dict[str, int])
+    processes: Count = 1
 
     def note(self, metrics: dict[str, float]) -> None:
         """Keep the metrics of a step for the next logged row."""
@@ -150,7 +152,8 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None for one that is whole: every tensor is read and its checksum compared."""
     try:
         progress = read_progress(checkpoint)
-        read_recipe(checkpoint)
+        if reason := misplaced(progress, read_recipe(checkpoint)):
+            return f"{checkpoint / 'progress.json'}: {reason}"
         for stem in KINDS:
             if stem not in progress.tensors and stem != "trained":
                 continue
@@ -162,12 +165,31 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def misplaced(progress: Progress, recipe: dict[str, Any]) -> str | None:
+    """Why a run with this recipe cannot have stood there; None where it can."""
+    stages = recipe.get("stages")
+    if not isinstance(stages, dict):
+        return None
+    if progress.stage >= len(stages):
+        return f"stage {progress.stage} of {len(stages)}"
+    name, spec = list(stages.items())[progress.stage]
+    steps = spec.get("steps") if isinstance(spec, dict) else None
+    if isinstance(steps, int) and progress.step > steps:
+        return f"step {progress.step} of {steps} in stage {name}"
+    return None
+
+
 def read_progress(checkpoint: Path) -> Progress:
-    """Where the run stood."""
-    values = read_object(checkpoint / "progress.json")
-    with attributed_to(str(checkpoint / "progress.json")):
-        values["items"] = {name: (int(count), str(some)) for name, (count, some) in values.get("items", {}).items()}
-        return Progress(**values)
+    """Where the run stood; UserError for a file that does not say it, or says what cannot be."""
+    path = checkpoint / "progress.json"
+    values = read_object(path)
+    try:
+        for name in ("stage", "step", "total"):
+            if name not in values:
+                raise UserError(f"{name!r} is missing")
+        return read(Progress, values, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_recipe(checkpoint: Path) -> dict[str, Any]:
