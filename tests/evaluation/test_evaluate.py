@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_stale_scores_are_not_given_again(tiny_model: Path, tmp_path: Path) -> N
         evaluate(other, ["toyedit"], output=out, limit=2, steps=1)
     same = {path: path.read_bytes() for path in files if path.name not in ("results.json", "results.md", "report.html")}
     assert all(files[path] == data for path, data in same.items())
+
+
+def test_pictures_and_rows_that_were_changed_by_hand_are_seen(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, out = load(str(tiny_model)), tmp_path / "out"
+    first = evaluate(engine, ["toyeval"], output=out, n=1, limit=2, steps=1)
+    mine, other = sorted((out / "toyeval" / "images").glob("*.png"))
+    before = mine.read_bytes()
+    mine.write_bytes(other.read_bytes())
+    assert evaluate(engine, ["toyeval"], output=out, n=1, limit=2, steps=1)["tasks"] == first["tasks"]
+    assert mine.read_bytes() == before
+    assert f"1 outputs are not those that were scored, the first is {mine.name}; they are made again" in caplog.text
+    journal = out / "toyeval" / "scores.jsonl"
+    for now, what in (('"score": "x"', "ValueError"), ('"scroe": 0.0', "KeyError: 'score'")):
+        journal.write_text(re.sub(r'"sc\w+": [^,]+', now, journal.read_text()))
+        with pytest.raises(UserError, match=f"toyeval: a row of scores.jsonl: {what}"):
+            evaluate(engine, ["toyeval"], output=out, n=1, limit=2, steps=1)
 
 
 def test_a_digest_sees_every_weight(engine: Engine) -> None:

@@ -125,7 +125,14 @@ def test_a_journal_cuts_a_torn_line_and_names_what_changed(tmp_path: Path) -> No
         file.write(b'{"key": "three", "sco')
     again = Journal(path, {"judge": "a"})
     assert {key: row["score"] for key, row in again.rows.items()} == {"one": 1, "two": 2}
+    size = path.stat().st_size
+    again.add("two", {"score": 2})
+    assert path.stat().st_size == size, "a row that is there is not written again"
     again.add("two", {"score": 5})
     assert Journal(path, {"judge": "a"}).rows["two"]["score"] == 5
     with pytest.raises(UserError, match="made with judge 'a', now it is 'b'"):
         Journal(path, {"judge": "b"})
+    with path.open("ab") as file:
+        file.write(b'{"key": "four", "score": NaN}\n')
+    with pytest.raises(UserError, match=r"scores\.jsonl: line 5 is not JSON"):
+        Journal(path, {"judge": "a"})

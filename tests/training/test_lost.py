@@ -88,6 +88,43 @@ def test_the_newest_whole_checkpoint_is_taken(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+ODD = {
+    "a step before the first": ({"step": -3}, "step must be at least 0, not -3"),
+    "a step after the last": ({"step": 99}, "step 99 of 3 in stage mix"),
+    "half a step": ({"step": 2.5}, "step: needs a whole number, not 2.5"),
+    "a word": ({"total": "x"}, "total: needs a whole number, not 'x'"),
+    "a stage too many": ({"stage": 7}, "stage 7 of 1"),
+    "no processes": ({"processes": 0}, "processes must be at least 1, not 0"),
+    "a metric that is a word": ({"unlogged": {"loss": ["x"]}}, "unlogged.loss[0]: needs a number, not 'x'"),
+    "items without a digest": ({"items": {"pairs": 3}}, "items.pairs: needs a list, not 3"),
+    "averages of fewer than no steps": ({"ema_steps": -1}, "ema_steps must be at least 0"),
+    "nothing of where it stood": ({"step": None}, "'step' is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_place_where_no_run_can_stand_is_damage(kind: str, whole: Path, tmp_path: Path) -> None:
+    """Such a checkpoint would begin anew with learned weights, end at once, or end in a traceback."""
+    values, reason = ODD[kind]
+    checkpoint = tmp_path / "step-00000003"
+    shutil.copytree(whole / "checkpoints" / "step-00000003", checkpoint)
+    path = checkpoint / "progress.json"
+    plain = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({name: value for name, value in plain.items() if value is not None}))
+    assert reason in str(state.damage(checkpoint))
+
+
+@pytest.mark.parametrize("text", ["seed: 1\n", "stages: [mix]\n", "stages: {mix: null}\n"])
+def test_a_run_s_recipe_without_stages_is_named(
+    text: str, whole: Path, tiny_plain: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml: its stages are missing, or no mappings"):
+        run(saving(tiny_plain), folder, resume=True)
+
+
 def test_a_run_without_a_whole_checkpoint_is_refused(whole: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -120,9 +157,13 @@ def test_a_flipped_bit_of_a_model_is_seen(tmp_path: Path) -> None:
 
 def test_a_broken_line_of_metrics_loses_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "sta\x00\n[3]\n{"step": 4}\n{"step": 5, "st')
-    assert read_metrics(path) == [{"step": 1}, {"step": 4}]
-    assert "3 lines are no rows and are left out, the first is line 2" in caplog.text
+    rows = [{"step": 1, "stage": "mix", "loss": 1.0}, {"step": 4, "stage": "mix"}]
+    odd = [3, [], {"step": "2", "stage": "mix"}, {"step": 2}, {"step": True, "stage": "mix"}]
+    odd += [{"step": 2, "stage": "mix", "loss": "low"}, {"step": 2, "stage": "mix", "loss": 10**400}]
+    lines = [json.dumps(rows[0]), '{"step": 2', *map(json.dumps, odd), json.dumps(rows[1]), '{"st']
+    path.write_text("\n".join(lines))
+    assert read_metrics(path) == rows
+    assert "metrics.jsonl: 9 lines are no rows and are left out, the first is line 2" in caplog.text
 
 
 @pytest.fixture
