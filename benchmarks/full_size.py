@@ -28,9 +28,9 @@ from diptych.core.schema import read
 from diptych.recipes.build import build_system
 from diptych.recipes.published import published_config
 from diptych.recipes.recipe import VARIANTS, SystemSpec, load_plain
-from diptych.recipes.run import set_checkpointing
 from diptych.systems.composed import ComposedSystem
 from diptych.training.loop import freeze
+from diptych.training.recompute import recompute_activations
 from diptych.training.step import precision
 from measure import Peak, machine, synchronize
 
@@ -109,7 +109,7 @@ def build(options: argparse.Namespace) -> ComposedSystem:
             if not parameter.any():
                 parameter.normal_(std=0.02)
     if options.checkpointing:
-        set_checkpointing(system)
+        recompute_activations(system, ["decoder"])
     return system.to(options.device)
 
 

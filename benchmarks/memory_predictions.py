@@ -32,8 +32,8 @@ from measure import machine
 MIB = 2**20
 STEPS = 3
 SIDE = 128
-WORDS = 27
-"""Words of a caption, which with the prompt around it are about as many tokens as a trace takes for one (64)."""
+WORDS = 64
+"""Words of a caption, each a token of the toy world's tokenizer: as many as a trace takes for a caption."""
 
 
 class EnoughError(BaseException):
@@ -62,6 +62,10 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA, 150M": {"decoder": mmdit(768, 2, 12) | {"lora": LORA}, "batch": 4, "train": ["lora"]},
     "LoRA, recomputed, 150M": {
         "decoder": mmdit(768, 2, 12) | {"lora": LORA}, "batch": 4, "train": ["lora"], "checkpointing": ["decoder"],
+    },
+    "QLoRA (nf4), recomputed, 150M": {
+        "decoder": mmdit(768, 2, 12) | {"lora": LORA, "quantize": "nf4"}, "batch": 4, "train": ["lora"],
+        "checkpointing": ["decoder"],
     },
     "plain, 150M": {"decoder": mmdit(768, 2, 12), "batch": 2},
     "averages, recomputed, 300M": {

@@ -111,7 +111,8 @@ def _check_system(recipe: Recipe, processes: int, *, merge: bool = True) -> Syst
     check_parts(recipe, system)
     check_quantized(system, recipe)
     apply = stage_settings(system, list(recipe.stages.values()))
-    plan = MemoryPlan(system, recipe, processes, merge=merge)
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in system.named_parts().items()}
+    plan = MemoryPlan(system, recipe, processes, merge=merge)  # which makes bytes of quantised weights
     trained: dict[str, dict[str, int]] = {name: {} for name in system.named_parts()}
     stages: list[StageReport] = []
     for position, (name, spec) in enumerate(recipe.stages.items()):
@@ -131,7 +132,7 @@ def _check_system(recipe: Recipe, processes: int, *, merge: bool = True) -> Syst
     parts = [
         PartReport(
             name=name,
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            parameters=sizes[name],
             weights=_origin(recipe, system, name, module),
             trained=trained[name],
         )

@@ -1,4 +1,4 @@
-"""What a system reads in a trace of its memory: a tokenizer of one token a byte, and samples of a stage's sizes.
+"""What a system reads in a trace of its memory: a tokenizer of four characters a token, and samples of a stage's sizes.
 
 No file is read, so that the cost of a recipe can be told before anything was downloaded.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from diptych.core.errors import UserError
@@ -24,6 +24,9 @@ PROMPT_TOKENS = 64
 """Tokens of a caption, an instruction or a question."""
 ANSWER_TOKENS = 256
 """Tokens of an answer that is learned."""
+CHARACTERS = 4
+"""Of a token, about as many as a large vocabulary has for English; templates around a text count by them."""
+UNKNOWN = "<|unknown|>"
 
 IMAGE_TOKENS = {"internvl": "<IMG_CONTEXT>", "qwen2_5_vl": "<|image_pad|>"}
 """The token of an image slot, by kind of backbone, whose id its configuration names."""
@@ -34,19 +37,20 @@ MARKERS: tuple[str, ...] = (
 
 
 def stand_in_tokenizer(image_token: str | None = None, image_id: int | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer whose tokens are bytes and the markers of all chat templates; an image slot has the given id."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*alphabet, *MARKERS])}
+    """A tokenizer of pieces of four characters, which are all one token, and of the markers of all chat templates; an
+    image slot has the given id."""
+    vocabulary = {token: number for number, token in enumerate([UNKNOWN, *MARKERS])}
     special = list(MARKERS)
     if image_token is not None and image_id is not None:
         vocabulary = {token: number + (number >= image_id) for token, number in vocabulary.items()}
         vocabulary[image_token] = image_id
         special.append(image_token)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{CHARACTERS}}}"), "isolated")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=MARKERS[0], eos_token=MARKERS[2])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=MARKERS[0], eos_token=MARKERS[2], unk_token=UNKNOWN
+    )
     made.chat_template = CHATML
     return made
 
@@ -92,7 +96,7 @@ def stand_in_samples(stage: StageSpec, counts: Mapping[Task, int], length: float
     """
     height, width = both_sides(stage.data.size)
     image = torch.zeros(3, height, width)
-    text, answer = ("x" * max(1, int(length * tokens)) for tokens in (PROMPT_TOKENS, ANSWER_TOKENS))
+    text, answer = ("x" * max(1, int(length * tokens) * CHARACTERS) for tokens in (PROMPT_TOKENS, ANSWER_TOKENS))
     turns = (Message(role="user", text=f"<image>{text}"), Message(role="assistant", text=answer))
     made: dict[Task, Sample] = {
         "image": Sample(id="image", task="image", image=image),
