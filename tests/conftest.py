@@ -25,6 +25,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of several rooms read
 
+from shared import made_once  # noqa: E402
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _index_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -78,11 +80,13 @@ DECODER: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone in its published layout."""
-    folder = tmp_path_factory.mktemp("mllm") / "mllm"
-    folder.mkdir()
-    torch.manual_seed(0)
-    InternVL.from_config(BACKBONE, train_tokenizer(TEXTS, 320)).save_pretrained(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        (folder / "mllm").mkdir()
+        torch.manual_seed(0)
+        InternVL.from_config(BACKBONE, train_tokenizer(TEXTS, 320)).save_pretrained(folder / "mllm")
+
+    return made_once(tmp_path_factory, "mllm", make) / "mllm"
 
 
 @pytest.fixture(scope="session")
@@ -133,12 +137,14 @@ def tiny_recipe(tiny_plain: dict[str, Any], tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole tiny system in save_pretrained layout; nothing refers to another folder."""
-    recipe = parse(_tiny_plain)
-    torch.manual_seed(0)
-    system = build_system(recipe.system)
-    for parameter in system.named_parts()["decoder"].parameters():  # its last layer starts at zero
-        torch.nn.init.normal_(parameter, std=0.2)
-    system.own(system.named_parts())
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    save_model(system, recipe, folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        recipe = parse(_tiny_plain)
+        torch.manual_seed(0)
+        system = build_system(recipe.system)
+        for parameter in system.named_parts()["decoder"].parameters():  # its last layer starts at zero
+            torch.nn.init.normal_(parameter, std=0.2)
+        system.own(system.named_parts())
+        save_model(system, recipe, folder / "model")
+
+    return made_once(tmp_path_factory, "tiny", make) / "model"

@@ -20,6 +20,7 @@ from diptych.recipes.start import check_host_memory
 from diptych.training.config import RunConfig
 from diptych.training.parallel import check_strategy
 from diptych.training.state import Stored, checkpoints
+from shared import made_once
 
 ORDINARY = 0.008
 """Weights from here on are 6e-5 apart in bfloat16, so that an update of 2e-5 changes none of them."""
@@ -36,13 +37,16 @@ TRAINED = {
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The shipped systems in bfloat16."""
-    folder = tmp_path_factory.mktemp("halved")
-    for name in TRAINED:
-        system, _ = load_system(name)
-        system.own(system.named_parts())
-        place = folder / name.replace("/", "-")
-        place.mkdir()
-        system.save_pretrained(place, torch.bfloat16)
+
+    def make(folder: Path) -> None:
+        for name in TRAINED:
+            system, _ = load_system(name)
+            system.own(system.named_parts())
+            place = folder / name.replace("/", "-")
+            place.mkdir()
+            system.save_pretrained(place, torch.bfloat16)
+
+    folder = made_once(tmp_path_factory, "halved", make)
     return {name: folder / name.replace("/", "-") for name in TRAINED}
 
 

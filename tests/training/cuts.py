@@ -30,7 +30,12 @@ def step(name: str, folder: Path, micro: int | None = None, balance: str = "samp
     path = where.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
     assert train_recipe(*load(str(path)), where)
-    rows = read_metrics(where / "metrics.jsonl")
+    return values_of(where)
+
+
+def values_of(folder: Path) -> dict[str, float]:
+    """What a run logged."""
+    rows = read_metrics(folder / "metrics.jsonl")
     return {key: value for row in rows for key, value in row.items() if key not in ("stage", "step", "lr")}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cuts import BALANCES, step, steps
+from cuts import BALANCES, step, steps, values_of
 from golden_runs import RUNS
 
 import warm
-from diptych.training.metrics import read_metrics
+from shared import made_once
 
 Steps = dict[tuple[str, str], dict[str, float]]
 """What a step gave, by system and balance."""
@@ -19,14 +19,16 @@ CASES = [*((name, "samples") for name in RUNS), *(("bagel", balance) for balance
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Steps:
     """Each step in one pass."""
-    folder = tmp_path_factory.mktemp("whole")
-    made = {(name, "samples"): step(name, folder) for name in RUNS}
-    return made | {("bagel", balance): step("bagel", folder, None, balance) for balance in BALANCES[1:]}
+
+    def make(folder: Path) -> None:
+        for name, balance in CASES:
+            step(name, folder, None, balance)
+
+    folder = made_once(tmp_path_factory, "cuts", make)
+    return {(name, balance): values_of(folder / f"{name}-None-{balance}") for name, balance in CASES}
 
 
-@pytest.mark.parametrize(
-    ("name", "balance"), [*((name, "samples") for name in RUNS), ("bagel", "terms"), ("bagel", "tokens")]
-)
+@pytest.mark.parametrize(("name", "balance"), CASES)
 def test_passes_change_nothing(name: str, balance: str, whole: Steps, tmp_path: Path) -> None:
     """Mutants: a pass weighed by itself; held-out losses by batch; one family's mean taken by pass."""
     cut = step(name, tmp_path, 1 if name == "bagel" else 3, balance)
@@ -38,8 +40,7 @@ def test_processes_change_nothing(whole: Steps, tmp_path: Path) -> None:
     """The same for two processes; mutant: means by process."""
     warm.group(steps, tmp_path, output=tmp_path / "said")
     for (name, balance), expected in whole.items():
-        rows = read_metrics(tmp_path / f"{name}-None-{balance}" / "metrics.jsonl")
-        got = {key: value for row in rows for key, value in row.items() if key not in ("stage", "step", "lr")}
+        got = values_of(tmp_path / f"{name}-None-{balance}")
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), (name, balance)
 
 

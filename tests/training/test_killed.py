@@ -15,6 +15,7 @@ from diptych.recipes.recipe import parse
 from diptych.recipes.run import train_recipe
 from diptych.training import state
 from diptych.training.metrics import read_metrics
+from shared import made_once
 
 LAST = "step-00000008"
 
@@ -34,25 +35,29 @@ def steps_of(folder: Path) -> list[int]:
 def killed(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes, of which one is killed while it writes the checkpoint of step 4, which goes on with two
     until all are killed in step 6."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    plain = eight_steps(_tiny_plain, "fsdp")
-    with pytest.raises(AssertionError, match="-9"):
-        warm.group(train, plain, folder, False, "writing", output=folder.with_name("first"))
-    assert steps_of(folder) == [2]
-    assert any(path.name.startswith(".step-00000004") for path in (folder / "checkpoints").iterdir())
-    with pytest.raises(AssertionError, match="-9"):
-        warm.group(train, plain, folder, True, "updating", output=folder.with_name("second"))
-    assert steps_of(folder) == [2, 4]
-    return folder
+
+    def make(place: Path) -> None:
+        folder, plain = place / "run", eight_steps(_tiny_plain, "fsdp")
+        with pytest.raises(AssertionError, match="-9"):
+            warm.group(train, plain, folder, False, "writing", output=folder.with_name("first"))
+        assert steps_of(folder) == [2]
+        assert any(path.name.startswith(".step-00000004") for path in (folder / "checkpoints").iterdir())
+        with pytest.raises(AssertionError, match="-9"):
+            warm.group(train, plain, folder, True, "updating", output=folder.with_name("second"))
+        assert steps_of(folder) == [2, 4]
+
+    return made_once(tmp_path_factory, "killed", make) / "run"
 
 
 @pytest.fixture(scope="module")
 def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by one process that nothing happened to."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    plain = eight_steps(_tiny_plain, "auto")
-    assert train_recipe(parse(plain), plain, folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        plain = eight_steps(_tiny_plain, "auto")
+        assert train_recipe(parse(plain), plain, folder / "run")
+
+    return made_once(tmp_path_factory, "unbroken-eight", make) / "run"
 
 
 @pytest.mark.parametrize("processes", [2, 1, 3])

@@ -26,6 +26,7 @@ from diptych.systems.composed import ComposedSystem
 from diptych.training import state
 from diptych.training.metrics import read_metrics
 from diptych.training.saving import Saver
+from shared import made_once
 
 
 def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> bool:
@@ -35,9 +36,11 @@ def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> bool:
 @pytest.fixture(scope="module")
 def whole(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with a checkpoint of each."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(saving(json.loads(json.dumps(_tiny_plain))), folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        assert run(saving(json.loads(json.dumps(_tiny_plain))), folder / "run")
+
+    return made_once(tmp_path_factory, "lost", make) / "run"
 
 
 def saving(plain: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from diptych.recipes.run import make_accelerator, train_recipe
 from diptych.training.config import RunConfig
 from diptych.training.metrics import read_metrics
 from diptych.training.state import Stored
+from shared import made_once
 
 KINDS = {"auto": "muon", "fsdp": "adamw"}
 LAST = "checkpoints/step-00000007"
@@ -78,24 +79,26 @@ def all_tasks(tokenizer: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def together(_tiny_plain: dict[str, Any], tiny_mllm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both strategies under torchrun with two processes on the CPU; the sharded run also continued."""
-    folder = tmp_path_factory.mktemp("together")
-    mixed = all_tasks(tiny_mllm)
-    mixed["run"]["strategy"] = "fsdp"
-    (folder / "all_tasks.yaml").write_text(yaml.safe_dump(mixed, sort_keys=False))
-    for strategy in KINDS:
-        plain = two_stages(_tiny_plain, strategy)
-        plain["run"]["device"] = "auto"  # there is no GPU to be seen
-        (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-    script = Path(__file__).with_name("two_processes.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        mixed = all_tasks(tiny_mllm)
+        mixed["run"]["strategy"] = "fsdp"
+        (folder / "all_tasks.yaml").write_text(yaml.safe_dump(mixed, sort_keys=False))
+        for strategy in KINDS:
+            plain = two_stages(_tiny_plain, strategy)
+            plain["run"]["device"] = "auto"  # there is no GPU to be seen
+            (folder / f"{strategy}.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+        script = Path(__file__).with_name("two_processes.py")
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "parallel", make)
 
 
 def tensors(run: Path, file: str) -> dict[str, torch.Tensor]:

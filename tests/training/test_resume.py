@@ -21,6 +21,7 @@ from diptych.recipes.recipe import load, parse
 from diptych.recipes.run import train_recipe
 from diptych.training import state
 from diptych.training.metrics import read_metrics
+from shared import made_once
 
 FIRST, SECOND = 15, 15
 
@@ -86,10 +87,11 @@ def same_runs(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two stages that nothing happened to."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    plain = two_stages(json.loads(json.dumps(_tiny_plain)))
-    assert run(plain, folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        assert run(two_stages(json.loads(json.dumps(_tiny_plain))), folder / "run")
+
+    return made_once(tmp_path_factory, "unbroken", make) / "run"
 
 
 def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:

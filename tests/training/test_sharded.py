@@ -11,14 +11,13 @@ from sharded import CASES, every_case, run
 import warm
 from diptych.training.metrics import read_metrics
 from diptych.training.state import Stored
+from shared import made_once
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of two processes; a pass that one of them runs alone would wait forever."""
-    folder = tmp_path_factory.mktemp("together")
-    warm.group(every_case, folder, output=folder / "said")
-    return folder
+    return made_once(tmp_path_factory, "sharded", lambda folder: warm.group(every_case, folder, output=folder / "said"))
 
 
 @pytest.mark.parametrize("case", CASES)
