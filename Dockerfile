@@ -6,14 +6,15 @@ FROM python:3.11-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
+RUN useradd --create-home --uid 10001 diptych
 WORKDIR /app
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN pip install --index-url "$TORCH_INDEX" "$(grep '^torch==' constraints.txt)"
 COPY src ./src
 RUN pip install -c constraints.txt '.[serve]'
 
-RUN useradd --create-home --uid 10001 diptych
-USER diptych
+# By number, so that a cluster can tell that it is not root.
+USER 10001
 WORKDIR /home/diptych
 
 EXPOSE 8000

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import diptych
 from diptych.core.condition import TokenCondition
@@ -21,11 +22,12 @@ from diptych.core.tokens import likeliest
 from diptych.data.imaging import from_pil
 from diptych.inference.engine import Engine
 from diptych.serving import memory
-from diptych.serving.drawing import Conditions, Joined, Picture, advance
+from diptych.serving.drawing import Conditions, Joined, Picture, advance, sized
 from diptych.serving.jobs import DrawingJob, Drawn, Event, TextJob, Written
 from diptych.serving.memory import Costs
 from diptych.serving.metrics import Metrics
 from diptych.serving.scheduler import Bounds, QueueFull, Scheduler
+from diptych.serving.writing import Row, TextBatch
 
 WORDS = ["a red circle left of a blue square", "three green crosses", "a yellow triangle"]
 
@@ -117,6 +119,67 @@ def test_steps_that_are_shared_change_no_number(name: str) -> None:
         torch.testing.assert_close(picture.pixels[-1], wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["toy/ovis-u1", "toy/omnigen2"])
+def test_edits_that_share_steps_change_no_number(name: str) -> None:
+    engine = diptych.load(name, device="cpu")
+    options = {"steps": 3, "image_cfg": 1.5, "prompt_expansion": 0}
+    sources = engine.generate(WORDS[:2], seed=[1, 2], steps=2, prompt_expansion=0)
+    words = ["make the background navy", "remove the cross"]
+    alone = [
+        engine.edit(source, text, seed=[seed], output_type="pt", **options)[0]
+        for source, text, seed in zip(sources, words, [5, 6], strict=True)
+    ]
+    conditions, joined = Conditions(), Joined()
+    settings = engine.settings(options, edits=True)
+    pictures: list[Picture] = []
+    rows: list[int] = []
+    for source, text, seed in zip(sources, words, [5, 6], strict=True):
+        sample = Sample(id=text, task="edit", text=text, context_images=(from_pil(source),))
+        with torch.no_grad():
+            sample = sized(engine, sample, settings, False)
+            pictures.append(Picture(engine, conditions, sample, key(seed, 0, 0), settings))
+        rows += advance(engine, pictures, joined, 8)
+    while left := [picture for picture in pictures if not picture.done]:
+        rows += advance(engine, left, joined, 8)
+    assert max(rows) == 2 * min(rows), "two edits share runs"
+    for picture, wanted in zip(pictures, alone, strict=True):
+        torch.testing.assert_close(picture.pixels[-1], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["toy/mllm", "toy/ovis-u1"])
+def test_texts_that_share_steps_change_no_number(name: str) -> None:
+    engine = diptych.load(name, device="cpu")
+    picture = from_pil(Image.new("RGB", (32, 32), "red"))
+    questions = ["how many circles are there?", "describe the image.", "yes?"]
+
+    def row(question: str, seen: list[torch.Tensor]) -> Row:
+        def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
+            seen.append(logits[0].clone())
+            return likeliest(logits, step)
+
+        conversation = [Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n{question}")]
+        return Row(engine, conversation, [picture], max_new_tokens=6, choose=choose)
+
+    def written(batch: TextBatch) -> None:
+        while batch.rows:
+            batch.step()
+
+    alone: list[list[torch.Tensor]] = [[] for _ in questions]
+    for question, seen in zip(questions, alone, strict=True):
+        batch = TextBatch(engine)
+        batch.add(row(question, seen))
+        written(batch)
+    together: list[list[torch.Tensor]] = [[] for _ in questions]
+    batch = TextBatch(engine)
+    for question, seen in zip(questions, together, strict=True):  # each joins a token after the one before
+        batch.add(row(question, seen))
+        batch.step()
+    written(batch)
+    for one, other in zip(alone, together, strict=True):
+        assert len(one) == len(other) > 0
+        torch.testing.assert_close(torch.stack(other), torch.stack(one), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["toy/mllm", "toy/ovis-u1", "toy/bagel"])
 def test_texts_together_as_alone(name: str, scheduler: Scheduler) -> None:
     engine = diptych.load(name, device="cpu")
@@ -143,12 +206,28 @@ def test_a_cancelled_request_frees_its_place_within_a_step(scheduler: Scheduler)
     job = drawing(engine, Sample(id="a", task="text_to_image", text=WORDS[0]), [1] * 8, box, steps=5000)
     scheduler.submit(job)
     wait_for(lambda: bool(scheduler.running) and bool(scheduler.running[0].pictures))
+    before = scheduler.metrics.value("diptych_steps_total")
     job.cancel()
+    wait_for(lambda: not scheduler.running)
+    # The round that was on its way, and the one that finds the request cancelled before it does anything else.
+    assert scheduler.metrics.value("diptych_steps_total") - before <= 2
     after = Box()
     scheduler.submit(drawing(engine, Sample(id="b", task="text_to_image", text=WORDS[1]), [1], after, steps=2))
     after.result(20)
     assert all(event.kind in ("started", "text") for event in box.seen)
     assert not scheduler.uses(engine)
+
+
+def test_the_time_to_wait_goes_by_what_runs() -> None:
+    scheduler = Scheduler(Bounds(), Metrics())
+    scheduler._seconds = 8.0
+    assert scheduler.wait() == 8
+    now = time.monotonic()
+    for started, wanted in (([now - 2], 6), ([now - 100], 101), ([now - 100, now - 5], 3), ([now - 1e6], 600)):
+        scheduler.running = [SimpleNamespace(job=SimpleNamespace(started=each)) for each in started]  # type: ignore[misc]
+        assert wanted - 1 <= scheduler.wait() <= wanted
+    scheduler.running = []
+    scheduler.close()
 
 
 def test_the_queue_is_bounded() -> None:

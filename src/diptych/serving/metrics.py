@@ -17,6 +17,7 @@ HELP = {
     "diptych_decoder_runs_total": "counter Runs of the decoder.",
     "diptych_decoder_rows_total": "counter Rows in all runs of the decoder; by the runs, the mean batch.",
     "diptych_decoder_rows_last": "gauge Rows in the last run of the decoder.",
+    "diptych_round_seconds_total": "counter Seconds in rounds of the engine.",
     "diptych_cache_hits_total": "counter Requests that were answered from the cache.",
     "diptych_phase_seconds_total": "counter Seconds by phase: queue, prepare, draw, write, encode.",
     "diptych_running": "gauge Requests that run.",
@@ -82,5 +83,5 @@ class Metrics:
                 kind, _, words = HELP[name].partition(" ")
                 lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
                 named.add(name)
-            lines.append(f"{key} {value:g}")
+            lines.append(f"{key} {int(value) if value == int(value) else repr(value)}")
         return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ every text, and ends what is done or cancelled. A new job therefore waits for on
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -92,9 +93,14 @@ class Scheduler:
             self._change.notify()
 
     def wait(self) -> int:
-        """Seconds until the queue should have room: the mean time of late jobs, for one of those that run at a time."""
-        together = max(1, len(self.running))
-        return max(1, min(600, round(self._seconds / together + 0.5)))
+        """Seconds until the queue should have room, when the first of the running jobs ends.
+
+        A job is taken to last as long as late ones did; one that has run longer, as long again as it has run.
+        """
+        now = time.monotonic()
+        run = [now - running.job.started for running in list(self.running) if running.job.started is not None]
+        left = [self._seconds - taken if taken < self._seconds else taken for taken in run]
+        return max(1, min(600, math.ceil(min(left, default=self._seconds))))
 
     def uses(self, engine: Engine) -> bool:
         """Whether any job of a model waits or runs."""
