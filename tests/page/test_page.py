@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.browser
 PROMPT = "a red circle left of a blue square"
 PATIENCE = 30_000
 """Milliseconds."""
+
+
+@functools.cache
+def local(name: str) -> Any:
+    """A model without a server, to compare with."""
+    return diptych.load(name, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +74,12 @@ def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def shot(page: Any, name: str) -> None:
-    """A picture for the documentation, where it is asked for."""
+def shot(page: Any, name: str, top: int = 0) -> None:
+    """A picture for the documentation, where it is asked for; scrolled down by so many pixels."""
     folder = os.environ.get("DIPTYCH_SCREENSHOTS")
     if folder:
         page.mouse.move(0, 0)
+        page.evaluate(f"scrollTo(0, {top})")
         page.wait_for_timeout(700)
         Image.open(io.BytesIO(page.screenshot())).save(Path(folder) / f"page_{name}.webp", quality=80, method=6)
 
@@ -84,7 +92,7 @@ def test_create_by_keyboard(visit: Any) -> None:
     words(visit, "create-status", r"estimate")
     words(visit, "create-status", r"1 picture in")
     (made,) = pictures(visit, "create-gallery")
-    wanted = diptych.load("toy/iomm", device="cpu").generate(PROMPT, seed=[7])[0]
+    wanted = local("toy/iomm").generate(PROMPT, seed=[7])[0]
     assert np.abs(levels(made) - levels(wanted)).max() <= 1
     about = carried(made)
     assert (about["prompt"], about["seed"], about["model"]) == (PROMPT, 7, "toy/iomm")
@@ -150,18 +158,40 @@ def test_edit_a_sent_picture_with_a_brush_mask(visit: Any) -> None:
     shot(visit, "edit")
 
 
+def test_an_edit_reads_several_pictures(visit: Any, tmp_path: Path) -> None:
+    colours = ("red", "navy")
+    for colour in colours:
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+    tab(visit, "Edit")
+    visit.locator("#edit-picture button[aria-label='Clear canvas']").first.click()
+    visit.set_input_files("#edit-picture input[type=file]", tmp_path / "red.png")
+    visit.wait_for_function("document.querySelector('#edit-picture')?.innerText.includes('1000%')")
+    visit.get_by_text("Further pictures that the instruction refers to").click()
+    visit.set_input_files("#edit-more input[type=file]", tmp_path / "navy.png")
+    visit.wait_for_selector("#edit-more img")
+    visit.get_by_label("Seed").locator("visible=true").fill("4")
+    visit.fill("#edit-instruction textarea", "make it green")
+    visit.click("#edit-go")
+    visit.wait_for_function("!/navy/.test(document.querySelector('#edit-gallery img')?.src ?? 'navy')")
+    words(visit, "edit-status", r"1 picture in")
+    (made,) = pictures(visit, "edit-gallery")
+    files = [tmp_path / f"{colour}.png" for colour in colours]
+    wanted = local("toy/ovis-u1").edit(files, "make it green", seed=[4])[0]
+    assert np.abs(levels(made) - levels(wanted)).max() <= 1, "both pictures are read"
+
+
 def test_chat_with_a_picture_over_turns(visit: Any, tmp_path: Path) -> None:
-    image = diptych.load("toy/iomm", device="cpu").generate(PROMPT, seed=[7])[0]
+    image = local("toy/iomm").generate(PROMPT, seed=[7])[0]
     image.save(tmp_path / "circle.png")
     tab(visit, "Chat")
-    ovis = diptych.load("toy/ovis-u1", device="cpu")
+    ovis = local("toy/ovis-u1")
     choose(visit, "chat-model", "toy/ovis-u1")
     visit.set_input_files("#chat-message input[type=file]", tmp_path / "circle.png")
-    visit.fill("#chat-message textarea", "what color is the circle?")
+    visit.fill("#chat-message textarea", "describe the image.")
     visit.keyboard.press("Enter")
     words(visit, "chat-status", r"\d+ tokens")
     answer = visit.locator("#chat-turns .bot").last.inner_text()
-    assert ovis.ask(image, "what color is the circle?") in answer
+    assert ovis.ask(image, "describe the image.") in answer
     visit.get_by_label("a picture").check()
     visit.fill("#chat-message textarea", "make the background navy")
     visit.keyboard.press("Enter")
@@ -189,7 +219,7 @@ def test_compare_models_and_a_grid(visit: Any) -> None:
     words(visit, "grid-status", r"^6 pictures\.$")
     abouts = [carried(image)["settings"] for image in pictures(visit, "grid-gallery")]
     assert [(about["steps"], about["cfg"]) for about in abouts] == [(s, g) for s in (4, 8) for g in (1.0, 2.0, 4.0)]
-    shot(visit, "grid")
+    shot(visit, "grid", 330)
 
 
 def test_runs_show_curves_samples_and_the_report(visit: Any) -> None:

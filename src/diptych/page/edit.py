@@ -38,7 +38,8 @@ class EditTab:
                 self.model = choose_model(service, "edit-model", place=editing[0] if editing else 0)
                 with gr.Accordion("Further pictures that the instruction refers to", open=False):
                     self.more = gr.Gallery(label="Second, third, ...", type="filepath", columns=4, height=140,
-                                           interactive=True, sources=["upload", "clipboard"])  # fmt: skip
+                                           interactive=True, sources=["upload", "clipboard"],
+                                           elem_id="edit-more")  # fmt: skip
                 self.knobs = knobs(edits=True)
                 with gr.Row():
                     self.go = gr.Button("Edit", variant="primary", elem_id="edit-go", min_width=120)

@@ -21,11 +21,20 @@ STYLE = """
 .note, .problem { margin: 0; min-height: 1.5em; }
 .problem { color: #b91c1c; font-weight: 600; }
 .dark .problem { color: #fca5a5; }
-#chat-turns img { min-width: 160px; }
+.grid-wrap.fixed-height { max-height: none !important; }
+#runs-samples .grid-container { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)) !important; }
+#chat-turns img { width: 192px !important; max-width: 100%; height: 192px !important; object-fit: contain !important; }
 #chat-turns button[aria-label*="hare"], #chat-turns button[title*="hare"] { display: none; }
 footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
+PHONE = """<style>
+@media (max-width: 640px) {
+  .gradio-container > .main { padding: 8px 12px !important; }
+  .gradio-container [role=tab] { padding: 8px 10px !important; }
+}
+</style>"""
+"""In the page's head, for Gradio puts a prefix before the names of styles that it is given, also of its own outermost
+part."""
 
 
 ICON = (

@@ -13,7 +13,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from diptych.page.gate import PATH, Gate
-from diptych.page.layout import ICON, STYLE, make_page, theme
+from diptych.page.layout import ICON, PHONE, STYLE, make_page, theme
 from diptych.serving.app import Mount
 from diptych.serving.service import Service
 
@@ -33,7 +33,7 @@ def page_mount(service: Service, runs: Path) -> Mount:
     gr.mount_gradio_app(
         outer, page, PATH, footer_links=[], run_history=False, show_error=False, ssr_mode=False, pwa=False,
         mcp_server=False, enable_monitoring=False, max_file_size=service.options.body, theme=theme(), css=STYLE,
-        head=ICON,
+        head=ICON + PHONE,
     )  # fmt: skip
 
     @asynccontextmanager

@@ -33,7 +33,7 @@ class RunsTab:
                 multiselect=True, scale=4, elem_id="runs-choice",
             )  # fmt: skip
             self.refresh = gr.Button("Look again", scale=1, min_width=120)
-        self.status = gr.HTML(note(""), elem_id="runs-status")
+        self.status = gr.HTML(note(invitation(folder)), elem_id="runs-status")
         self.curves = gr.Image(label="Curves", type="filepath", format="png", interactive=False, visible=False,
                                buttons=["download", "fullscreen"], elem_id="runs-curves")  # fmt: skip
         self.samples = gr.Gallery(label="Samples, by step", columns=3, height="auto", object_fit="contain",
@@ -52,7 +52,7 @@ class RunsTab:
             if name not in known:
                 raise bad("run", f"{name!r} is not there any more; look again")
         if not names:
-            yield note(""), *[gr.update(visible=False)] * 3
+            yield note(invitation(self.folder)), *[gr.update(visible=False)] * 3
             return
         folders = {name: self.folder / name for name in names}
         drawn = await self._curves(folders)
@@ -81,6 +81,11 @@ class RunsTab:
         async with _drawing:
             await asyncio.to_thread(curves.plot, rows, path)
         return str(path)
+
+
+def invitation(folder: Path) -> str:
+    """What is said where no run is chosen."""
+    return "Choose a run, or several." if listed(folder) else f"There is no run in {folder.name} yet; see --runs."
 
 
 def listed(folder: Path) -> list[str]:
