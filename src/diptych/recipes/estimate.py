@@ -150,7 +150,7 @@ class MemoryPlan:
         memory = Memory(
             weights=sum(parameter.nbytes for parameter in self.system.parameters()) // share,
             gradients=4 * count // share,
-            optimizer=(8 * (count - muon) + 4 * muon) // share,
+            optimizer=((2 if spec.optimizer.kind == "adamw8bit" else 8) * (count - muon) + 4 * muon) // share,
             ema=4 * count // share if spec.ema_decay else 0,
             activations=None,
             buckets=4 * count if self.processes > 1 and not self.sharded else 0,

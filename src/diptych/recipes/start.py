@@ -21,6 +21,27 @@ from diptych.training.config import RunConfig
 from diptych.training.parallel import shard
 
 
+def refuse_division(recipe: Recipe) -> None:
+    """UserError where a sharded run has something that cannot be divided among processes."""
+    if not recipe.run.sharded:
+        return
+    for part, format in quantized_parts(recipe).items():
+        raise UserError(
+            f"run.strategy: {recipe.run.strategy!r} shards no {format} weights ({part}.quantize); leave out one of both"
+        )
+    for name, stage in recipe.stages.items():
+        if stage.optimizer.kind == "adamw8bit":
+            raise UserError(
+                f"stages.{name}.optimizer.kind: adamw8bit takes whole parameters, and run.strategy "
+                f"{recipe.run.strategy!r} divides them among the processes; leave out one of both"
+            )
+        if stage.data.cache:
+            raise UserError(
+                f"stages.{name}.data.cache: latents are made between the steps, where a sharded run "
+                f"(run.strategy: {recipe.run.strategy!r}) has no whole autoencoder; leave out one of both"
+            )
+
+
 def make_weights(system: System, weights: DeferredWeights, recipe: Recipe, accelerator: Accelerator) -> None:
     """Make the weights of a system in place: all of them, or this process's part where the run is sharded.
 
@@ -28,18 +49,8 @@ def make_weights(system: System, weights: DeferredWeights, recipe: Recipe, accel
         UserError: sharding that the processes or the recipe do not allow, not enough host memory, or a file that cannot
             be read.
     """
+    refuse_division(recipe)
     quantized = quantized_parts(recipe)
-    if recipe.run.sharded and quantized:
-        part, format = next(iter(quantized.items()))
-        raise UserError(
-            f"run.strategy: {recipe.run.strategy!r} shards no {format} weights ({part}.quantize); leave out one of both"
-        )
-    for name, stage in recipe.stages.items():
-        if recipe.run.sharded and stage.data.cache:
-            raise UserError(
-                f"stages.{name}.data.cache: latents are made between the steps, where a sharded run "
-                f"(run.strategy: {recipe.run.strategy!r}) has no whole autoencoder; leave out one of both"
-            )
     # 1. How each weight will be made, as long as it is whole; and its number format.
     plan = weights.plan(system)
     formats = weight_formats(system, recipe, plan.formats)

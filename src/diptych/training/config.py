@@ -26,12 +26,13 @@ means over all elements are added, as BAGEL's release does.
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """kind: `adamw`, or `muon` (torch.optim.Muon for the matrices inside blocks, AdamW for all else).
+    """kind: `adamw`, `adamw8bit` (bitsandbytes', with moments of a byte each), or `muon` (torch.optim.Muon for the
+    matrices inside blocks, AdamW for all else).
 
     lr: peak learning rate; Muon's is matched to AdamW's scale. betas, eps, weight_decay: as in torch.
     """
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: Positive = 1e-4
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Positive = 1e-8

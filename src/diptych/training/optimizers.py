@@ -1,4 +1,4 @@
-"""AdamW, and Muon with AdamW for what is no matrix inside a block."""
+"""AdamW, AdamW with moments of a byte, and Muon with AdamW for what is no matrix inside a block."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from diptych.core.errors import UserError
 from diptych.training.config import OptimizerConfig
 from diptych.training.muon import Muon
 
@@ -29,6 +31,9 @@ def build_optimizers(
     Args:
         blocks: modules whose two-dimensional weights Muon takes; embeddings, norms, biases and the layers at both ends
             stay with AdamW.
+
+    Raises:
+        UserError: `adamw8bit` without bitsandbytes.
     """
     inside = {id(parameter) for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
     muon = [p for p in parameters.values() if config.kind == "muon" and id(p) in inside]
@@ -45,11 +50,26 @@ def build_optimizers(
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    if rest:
+    if rest and config.kind == "adamw8bit":
+        optimizers.append(eight_bit(config, rest))
+    elif rest:
         options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         fused = all(p.device.type in FUSED for p in rest)  # the meta device has no kernels
         optimizers.append(torch.optim.AdamW(rest, lr=config.lr, fused=fused, foreach=not fused, **options))
     return optimizers
+
+
+def eight_bit(config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
+    """bitsandbytes' AdamW8bit; what stands for it where the parameters have no memory."""
+    try:
+        from diptych.training.eight_bit import AdamW8bit, StatesAlone
+    except ImportError as error:
+        raise UserError(
+            f"optimizer.kind adamw8bit: {error.name} is missing; pip install 'diptych[quantize]'"
+        ) from error
+    if any(isinstance(p, FakeTensor) or isinstance(p.data, FakeTensor) or p.is_meta for p in parameters):
+        return StatesAlone(parameters)
+    return AdamW8bit(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def set_rate(optimizers: Sequence[Optimizer], lr: float) -> None:

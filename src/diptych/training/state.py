@@ -103,6 +103,11 @@ def optimizer_tensors(
                 yield f"{names[parameter]}:{entry}", torch.as_tensor(value)
 
 
+def own_layout(optimizer: Optimizer) -> bool:
+    """Whether the entries of the state have other shapes and formats than the parameters, as bytes and their scales."""
+    return getattr(optimizer, "own_layout", False)
+
+
 def stem_of(kind: str, rank: int, world: int) -> str:
     """The beginning of the names of the files that a process writes."""
     return kind if world == 1 else f"{kind}-p{rank + 1:05d}-of-{world:05d}"
@@ -253,7 +258,8 @@ def load(checkpoint: Path, train_state: TrainState) -> None:
     stored_count = sum(map(len, stored.chunks.values()))
     wanted = progress.tensors.get("optimizer", stored_count)
     incomplete = [name for name, state in entries.items() if state.keys() != next(iter(entries.values())).keys()]
-    if stored_count != wanted or (incomplete and len(train_state.optimizers) == 1):
+    alike = len(train_state.optimizers) == 1 and not own_layout(train_state.optimizers[0])
+    if stored_count != wanted or (incomplete and alike):
         which = f" (of {incomplete[0]} some are missing)" if incomplete else ""
         raise UserError(f"{checkpoint}: the optimiser's state has {stored_count} of {wanted} tensors{which}")
     if unknown := sorted(set(entries) - set(train_state.parameters)):
@@ -263,6 +269,11 @@ def load(checkpoint: Path, train_state: TrainState) -> None:
         for name, parameter in train_state.parameters.items():
             if parameter in owned:
                 count = torch.zeros((), device=parameter.device)
+                if own_layout(optimizer):
+                    optimizer.state[parameter] = {
+                        entry: stored.read(key).to(parameter.device) for entry, key in entries.get(name, {}).items()
+                    }
+                    continue
                 optimizer.state[parameter] = {
                     entry: stored.read(key, count if entry == COUNTER else parameter)
                     for entry, key in entries.get(name, {}).items()
