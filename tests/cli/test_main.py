@@ -172,6 +172,14 @@ def test_a_fault_where_nothing_can_be_written_is_shown(
     assert "the traceback stands above" in said
 
 
+def test_a_log_on_a_full_disk_changes_no_exit_code() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "diptych", "check", "nothing.yaml"], stderr=full)
+        assert done.returncode == 2
+        done = subprocess.run([sys.executable, "-m", "diptych", "--version"], stdout=full, stderr=subprocess.DEVNULL)
+        assert done.returncode == 2, "what was asked for could not be written"
+
+
 def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "no\x1b]0;owned\x07\rsuch\u202e\udcff"]) == 2
     said = capsys.readouterr().err

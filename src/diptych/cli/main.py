@@ -6,6 +6,7 @@ Only the chosen subcommand's module is imported, and none of them imports PyTorc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
@@ -79,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             return complain(str(error))
         except stopping.Terminated:
-            print("diptych: terminated", file=sys.stderr)
+            tell("diptych: terminated")
             return stopping.exit_code()
         except KeyboardInterrupt:
-            print("diptych: interrupted", file=sys.stderr)
+            tell("diptych: interrupted")
             return INTERRUPTED
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has gone
@@ -144,11 +145,11 @@ def fault(error: Exception, argv: Sequence[str]) -> int:
         place = f"the traceback is in {path}; please report it with that file"
         break
     else:
-        print(report, file=sys.stderr)
+        tell(report)
         place = "the traceback stands above; please report it"
     lines = redacted(str(error)).strip().splitlines() or [""]
     what = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-    print(f"diptych: this is a fault of Diptych, not of what you gave it ({what}); {place}", file=sys.stderr)
+    tell(f"diptych: this is a fault of Diptych, not of what you gave it ({what}); {place}")
     return FAULT
 
 
@@ -156,8 +157,14 @@ def complain(message: str) -> int:
     """One line on stderr; gives the exit code."""
     from diptych.core.web import redacted
 
-    print(f"diptych: error: {redacted(' '.join(message.split()))}", file=sys.stderr)
+    tell(f"diptych: error: {redacted(' '.join(message.split()))}")
     return USAGE
+
+
+def tell(text: str) -> None:
+    """Print on standard error, which may be a file on the disk that is full: the exit code has to stay what it is."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def dispatch(argv: list[str]) -> int:

@@ -105,6 +105,13 @@ class _StrictLoader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # `!!timestamp x`, `!!int ''`, 2020-13-45
+            kind, shown = node.tag.rpartition(":")[2], node.value if isinstance(node, yaml.ScalarNode) else "this"
+            raise yaml.constructor.ConstructorError(None, None, f"{shown!r} is no {kind}", node.start_mark) from error
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         whole = node.tag == "tag:yaml.org,2002:int"
         value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)

@@ -67,6 +67,9 @@ class JsonlSource(Source, Scored, Listed):
         self.reading = reading or Reading()
         self.folder = self.file.parent if folder is None else Path(folder).expanduser()
         self.dropped: Mapping[str, str] = {}
+        for key in ignore:
+            if key in KEYS[self.task]:
+                raise UserError(f"{self.name}: ignore: {key!r} is read for task {task}; leave it out")
         self._known = _KNOWN | set(ignore)
         self._array: list[Any] | None = None
         self._starts: list[int] = []  # byte offset of each row's line

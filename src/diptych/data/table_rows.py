@@ -35,13 +35,13 @@ def columns(file: Path) -> list[str] | None:
         return None
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            return list(csv.DictReader(lines).fieldnames or ())
+            return list(csv.DictReader(lines, strict=True).fieldnames or ())
     except (csv.Error, UnicodeDecodeError, OSError):
         return None  # which reading its rows says
 
 
 def _csv(file: Path, lines: IO[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    table = csv.DictReader(lines)
+    table = csv.DictReader(lines, strict=True)  # a quote that is not closed: the file was cut
     header = list(table.fieldnames or ())
     for name in header:
         if header.count(name) > 1:
