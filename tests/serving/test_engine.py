@@ -27,7 +27,7 @@ from diptych.serving.jobs import DrawingJob, Drawn, Event, TextJob, Written
 from diptych.serving.memory import Costs
 from diptych.serving.metrics import Metrics
 from diptych.serving.scheduler import Bounds, QueueFull, Scheduler
-from diptych.serving.writing import Row, TextBatch
+from diptych.serving.writing import Answer, Row, TextBatch
 
 WORDS = ["a red circle left of a blue square", "three green crosses", "a yellow triangle"]
 
@@ -216,6 +216,22 @@ def test_a_cancelled_request_frees_its_place_within_a_step(scheduler: Scheduler)
     after.result(20)
     assert all(event.kind in ("started", "text") for event in box.seen)
     assert not scheduler.uses(engine)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_stop_texts_are_found_across_tokens(length: int) -> None:
+    text = "a red circle at the bottom left"
+    tokens = [text[place : place + length] for place in range(0, len(text), length)]
+    for start in range(1, len(text)):
+        for end in range(start + 1, min(start + 7, len(text)) + 1):
+            stop, told = text[start:end], list[str]()
+            answer = Answer(lambda ids: "".join(tokens[: len(ids)]), [stop, "never"], told.append)
+            for number in range(len(tokens)):
+                answer.add(number)
+                if answer.stopped:
+                    break
+            wanted = text[: text.index(stop)]
+            assert (answer.stopped, answer.end(), "".join(told)) == (True, wanted, wanted), stop
 
 
 def test_the_time_to_wait_goes_by_what_runs() -> None:

@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -209,6 +210,17 @@ def test_origins_and_paths_that_cannot_be_read(server: Running) -> None:
     assert refused(server, f"{DRAW}/", {"prompt": "a"}, 404)["type"] == "invalid_request_error"
     for method in ("GET", "PUT", "DELETE", "BREW"):
         assert refused(server, DRAW, b"", 405, method=method)["type"] == "invalid_request_error"
+
+
+def test_a_body_that_says_it_is_too_large_is_refused_at_once(server: Running) -> None:
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.port), 30) as line:
+        head = f"POST {DRAW} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {10**12}\r\n\r\n"
+        line.sendall(head.encode() + b"{")
+        answer = http.client.HTTPResponse(line)
+        answer.begin()
+        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (413, "request_too_large")
+    assert time.monotonic() - begun < 2.5, "a server that waits for the body first takes --read-timeout, 3 s"
 
 
 @pytest.mark.parametrize(

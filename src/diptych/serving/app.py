@@ -200,9 +200,13 @@ class Guard:
             if answered:
                 log.warning("%s: the answer broke off", number)
             else:
-                # A client that is still writing would not read the answer.
+                answer = JSONResponse(refused.body(), refused.status, refused.headers)
+                head = {"type": "http.response.start", "status": refused.status, "headers": answer.raw_headers}
+                await marked(head)
+                await marked({"type": "http.response.body", "body": answer.body, "more_body": True})
+                # The connection ends later, for a client that is still writing would lose the answer with it.
                 await limited.drain()
-                await JSONResponse(refused.body(), refused.status, refused.headers)(scope, receive, marked)
+                await marked({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             door = next((door for door in self.doors if is_below(scope["path"], door)), None)
             path = door or (scope["path"] if known(scope["path"]) else "other")
