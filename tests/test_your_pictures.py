@@ -95,10 +95,17 @@ def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pyt
     assert plain["stages"]["tune"]["data"]["sources"]["mine"]["vary"] == {"trigger": "sks"}
     assert all(prompt.startswith("sks, ") for prompt in plain["sample_prompts"])
     monkeypatch.setattr(new, "LARGE", 1)
-    for card, rank, quantized in (("24GB", 16, True), ("79GB", 16, True), ("80GB", 32, False), ("141GB", 32, False)):
+    for card, rank, quantized, optimizer in (
+        ("11GB", 16, True, "adamw8bit"),
+        ("24GB", 32, False, "adamw8bit"),
+        ("79GB", 32, False, "adamw8bit"),
+        ("80GB", 32, False, "adamw"),
+        ("141GB", 32, False, "adamw"),
+    ):
         text, _, _ = new_recipe(pictures, "toy/omnigen2", card=card)
         system = yaml.safe_load(text)["system"]
         assert system["decoder"]["lora"]["rank"] == rank
+        assert yaml.safe_load(text)["stages"]["tune"]["optimizer"]["kind"] == optimizer
         assert [system[part].get("quantize") for part in ("decoder", "backbone") if part in system] == (
             ["nf4", "nf4"] if quantized else [None]
         )

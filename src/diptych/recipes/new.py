@@ -21,7 +21,7 @@ from diptych.recipes.build import build_system
 from diptych.recipes.check import check_system
 from diptych.recipes.fit import CONTEXT_BYTES, amount, memory
 from diptych.recipes.from_model import with_system
-from diptych.recipes.plain import load_plain
+from diptych.recipes.plain import load_plain, names
 from diptych.recipes.recipe import parse
 from diptych.systems.base import System
 
@@ -46,9 +46,9 @@ PRESETS = {
     "qwen_image": "qwen_image/lora",
     "hieraquery": "hieraquery/sana_lora",
 }
-"""Recipes for a card by the kind of the system or of its decoder; _24gb and _80gb follow."""
-CARDS = {"_80gb": 80 * 10**9, "_24gb": 0}
-"""The card's memory from which each is taken."""
+"""Recipes for a card by the kind of the system or of its decoder; _12gb, _24gb or _80gb follows."""
+CARDS = {"_80gb": 80 * 10**9, "_24gb": 24 * 10**9, "_12gb": 0}
+"""The card's memory from which each is taken; models that fit no card of 12 GB have no recipe for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class Settings:
     """What the recipe says that depends on model, folder and card.
 
     owner: the part of the system that gets adapters. targets: last names of the layers that do. side: of images, in
-    pixels. micro_batch_size: samples of a pass. quantize: parts whose frozen weights are in nf4. preset: the recipe
-    that rank and quantize are of. trigger: the word that stands before each caption.
+    pixels. micro_batch_size: samples of a pass. quantize: parts whose frozen weights are in nf4. optimizer: its kind.
+    preset: the recipe that rank, quantize and optimizer are of. trigger: the word that stands before each caption.
     """
 
     model: str
@@ -68,6 +68,7 @@ class Settings:
     large: bool
     rank: int = 16
     quantize: tuple[str, ...] = ()
+    optimizer: str = "adamw"
     preset: str = ""
     trigger: str = ""
 
@@ -162,11 +163,13 @@ def with_preset(settings: Settings, drafted: dict[str, Any], card: str) -> Setti
     name = PRESETS.get(system["kind"]) or PRESETS.get(str(decoder))
     if not settings.large or name is None:
         return settings
-    name += next(suffix for suffix, least in CARDS.items() if memory(card) >= least)
-    parts = load_plain(name)["system"]
+    fitting = [suffix for suffix, least in CARDS.items() if memory(card) >= least]
+    name += next((suffix for suffix in fitting if f"{name}{suffix}" in names()), "_24gb")
+    plain = load_plain(name)
+    parts, (stage,) = plain["system"], (stage for stage in plain["stages"].values() if stage)
     quantize = tuple(part for part, values in parts.items() if isinstance(values, dict) and "quantize" in values)
     rank = parts[settings.owner]["lora"]["rank"] if "lora" in parts.get(settings.owner, {}) else settings.rank
-    return replace(settings, rank=rank, quantize=quantize, preset=name)
+    return replace(settings, rank=rank, quantize=quantize, optimizer=stage["optimizer"]["kind"], preset=name)
 
 
 def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]:
@@ -230,7 +233,7 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
         f"    steps: {steps}  # each picture about {steps * BATCH / look.items:.0f} times",
         f"    batch_size: {min(BATCH, look.items)}",
         f"    micro_batch_size: {settings.micro_batch_size}  # samples of a pass; smaller takes less memory",
-        f"    optimizer: {{kind: adamw, lr: {'1.0e-4' if settings.large else '1.0e-3'}}}",
+        f"    optimizer: {{kind: {settings.optimizer}, lr: {'1.0e-4' if settings.large else '1.0e-3'}}}",
         f"    schedule: {{kind: cosine, warmup: {min(100, steps // 10)}, end: 0.1}}",
         "    data:",
         f"      size: {settings.side}  # of the images, in pixels",
