@@ -116,6 +116,7 @@ class Bench:
         return [f"{kind} at {at} of {count}: {what}" for what in ([wrong] if wrong else self.lost(name, work))]
 
     def limited(self, name: str, largest: int) -> list[str]:
+        self.undisturbed(name)
         work = self.fresh()
         [ended] = self.machine.run(self.commands[name], work, largest=largest)
         cut = ended.code == 2 and largest < 1000 and "Traceback" not in ended.err  # what it said is in a file too

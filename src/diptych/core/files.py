@@ -72,11 +72,17 @@ def write_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a hidden file, which ends in the suffix of `path`, and give it that name; see `write_bytes`."""
-    temporary = hidden(path, "partial", path.suffix)
+    """Let `write` fill a hidden file, which ends in the suffix of `path`, and give it that name; see `write_bytes`.
+
+    It lies in a hidden folder of its own: a library may write files of its own beside it (safetensors does), which a
+    killed process would leave behind under names that nobody knows.
+    """
+    folder = hidden(path, "partial")
+    temporary = folder / f"file{path.suffix}"
     with said_in_one_line(path):
         try:
             make_folder(path.parent)
+            folder.mkdir()
             temporary.touch()
             rights = temporary.stat().st_mode & 0o666
             write(temporary)
@@ -85,8 +91,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(temporary, path)
             sync(path.parent)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -134,6 +134,8 @@ def train_stage(
     saved, whole = progress.total if last else None, True
     checkpoints = run.folder / "checkpoints"
     saver = Saver(checkpoints, keep=often.keep_checkpoints, keep_stages=often.keep_stages, rank=rank, world=world)
+    if last and main:
+        saver.remove_old()
     outcomes: list[Outcome] = []  # of the steps since the last fetch
     skip = torch.zeros((), device=accelerator.device)  # 1.0 from the first loss or gradient on that is no number
 

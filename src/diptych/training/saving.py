@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Saver:
             raise UserError(bad[0])
         if self.rank == 0:
             commit_folder(self._temporary, self._final)
-            self._remove_old()
+            self.remove_old()
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is complete; errors as of `advance`."""
@@ -161,9 +162,13 @@ class Saver:
     def _metadata(offsets: dict[str, Place]) -> Callable[[Iterable[str]], dict[str, str]]:
         return lambda names: offsets_metadata({name: offsets[name] for name in names})
 
-    def _remove_old(self) -> None:
+    def remove_old(self) -> None:
+        """Remove checkpoints beyond those that are kept, and litter; after a power cut removed ones may be back."""
         there = state.checkpoints(self.folder)
-        last_of_stage = {state.read_progress(path).stage: path for path in there} if self.keep_stages else {}
+        last_of_stage: dict[int, Path] = {}
+        for path in there if self.keep_stages else ():
+            with suppress(UserError):  # a damaged one is nobody's last
+                last_of_stage[state.read_progress(path).stage] = path
         for old in there[: -self.keep]:
             if old not in last_of_stage.values():
                 remove_folder(old)
