@@ -173,7 +173,7 @@ def check_kind(name: str, value: Any) -> None:
         whole = "whole " if kind is int else ""
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             raise UserError(f"{name} must be a {whole}number, not {value!r}")
-    elif kind is str and not isinstance(value, str):
+    elif kind is str and name != "solver" and not isinstance(value, str):  # that one lists its choices
         raise UserError(f"{name} must be a text, not {value!r}")
 
 
