@@ -8,8 +8,8 @@ bagel: BAGEL at its true width with few layers, texts, images and questions pack
 presets: the IOMM-B system drawing one image as it is, in int8, in nf4, and with each kind of offload.
 
 Weights are random; data are drawn. Runs are those of `diptych train` in bfloat16, ended after --steps; on a CPU
-in float32. The utilisation (MFU) is the operations of a sample, as `check` counts them, times the samples a second, by
-the card's peak. Aims: 0.55 for iomm, 0.35 for bagel. --scale divides layers and widths. The last line is JSON.
+in float32. The utilisation (MFU) is the operations of a sample, as `check` counts them, times the samples a second,
+over the card's peak. Aims: 0.55 for iomm, 0.35 for bagel. --scale divides layers and widths. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def place(system: System, placement: Placement) -> None:
     if placement.dtype is not None:
         cast(system, placement.dtype)
     if placement.quantize != "none":
-        quantize(blocks(system), placement.quantize)
+        quantize(quantized_blocks(system, placement.quantize), placement.quantize)
     if placement.offload == "none":
         system.to(placement.device)
     else:
@@ -139,6 +139,17 @@ def cast(system: nn.Module, dtype: torch.dtype) -> None:
 def blocks(system: System) -> list[nn.Module]:
     """The repeated blocks of a system's networks, each run as a whole by its `forward`."""
     return list(system.shard_units())
+
+
+def quantized_blocks(system: System, format: Quantization) -> list[nn.Module]:
+    """The blocks whose layers are put into a format for inference: all of them, but with 4 bits the first and the last
+    of each part, which read and write what no other block corrects (docs/log.md has scores)."""
+    units = blocks(system)
+    if format != "nf4":
+        return units
+    groups = [group for group in blocks_by_part(system, units) if len(group) > 2]
+    ends = {id(group[place]) for group in groups for place in (0, -1)}
+    return [unit for unit in units if id(unit) not in ends]
 
 
 def quantize(

@@ -19,7 +19,14 @@ from diptych.checkpoints.tensors import WEIGHT_FORMATS, weight_format
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
 from diptych.inference.engine import Engine
-from diptych.inference.placement import Offload, Placement, Quantization, blocks, blocks_by_part
+from diptych.inference.placement import (
+    Offload,
+    Placement,
+    Quantization,
+    blocks,
+    blocks_by_part,
+    quantized_blocks,
+)
 from diptych.recipes.quantized_stand_in import quantized_bytes
 from diptych.systems.base import AssembledSystem
 from diptych.training.memory import AllocationTracker
@@ -154,9 +161,12 @@ def resident(engine: Engine, placement: Placement) -> int:
         plain = placement.dtype is not None and tensor.dtype in WEIGHT_FORMATS.values()
         return tensor.numel() * (placement.dtype.itemsize if plain and placement.dtype else tensor.itemsize)
 
+    inner = {id(unit) for unit in quantized_blocks(system, placement.quantize)}
+
     def block_size(block: nn.Module) -> float:
         total = 0.0
-        quantised = {id(layer.weight): layer for layer in block.modules() if type(layer) is nn.Linear}
+        layers = block.modules() if id(block) in inner else ()
+        quantised = {id(layer.weight): layer for layer in layers if type(layer) is nn.Linear}
         for parameter in {id(p): p for p in block.parameters()}.values():
             layer = quantised.get(id(parameter))
             if layer is None or placement.quantize == "none":
