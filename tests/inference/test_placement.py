@@ -38,7 +38,7 @@ def loaded(name: str) -> Engine:
 def expected(name: str) -> tuple[np.ndarray, str]:
     """A picture and an answer of the model as it is."""
     engine = loaded(name)
-    return picture(engine), engine.ask(engine.generate("a red circle", steps=1)[0], "what color?")
+    return picture(engine), str(engine.ask(engine.generate("a red circle", steps=1)[0], "what color?"))
 
 
 def fresh(name: str) -> Engine:
