@@ -1,7 +1,11 @@
-"""Run the notebooks of the documentation and write what their cells gave: python docs/run_notebooks.py [NAME...]."""
+"""Run the notebooks of the documentation and write what their cells gave.
+
+python docs/run_notebooks.py [--output FOLDER] [NAME...]; without a folder they are written in place.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -36,9 +40,13 @@ def run(name: str) -> Any:
     return notebook
 
 
-def main(chosen: list[str]) -> None:
-    for name in chosen or names():
-        nbformat.write(run(name), FOLDER / f"{name}.ipynb")
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("names", nargs="*", default=names())
+    options = parser.parse_args(words)
+    for name in options.names:
+        nbformat.write(run(name), options.output / f"{name}.ipynb")
 
 
 if __name__ == "__main__":
