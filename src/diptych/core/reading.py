@@ -110,6 +110,7 @@ class _StrictLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # `!!timestamp x`, `!!int ''`, 2020-13-45
             kind, shown = node.tag.rpartition(":")[2], node.value if isinstance(node, yaml.ScalarNode) else "this"
+            shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
             raise yaml.constructor.ConstructorError(None, None, f"{shown!r} is no {kind}", node.start_mark) from error
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
