@@ -312,6 +312,20 @@ def test_killed_anywhere_it_goes_on(plain: dict[str, Any], tmp_path: Path, monke
     assert contents(root) == contents(whole)
 
 
+@pytest.mark.parametrize("name", ["../up", "/up", "a/../../up"])
+def test_nothing_is_written_outside_the_output(plain: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Mutant: a source's name taken for a path."""
+    sources = plain["stages"]["mix"]["data"]["sources"]
+    plain["stages"]["mix"]["data"]["sources"] = {name: sources["images"]}
+    inside = tmp_path / "outside" / "inside"
+    inside.mkdir(parents=True)
+    prepare(options(plain, inside))
+    assert [path.name for path in inside.parent.iterdir()] == ["inside"]
+    (made,) = inside.iterdir()
+    assert any(made.rglob("*.safetensors"))
+    assert not Path("/up").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "ray"])
 def test_processes_share_the_work(
