@@ -20,17 +20,16 @@ from diptych.training.config import OptimizerConfig
 from diptych.training.metrics import read_metrics
 from diptych.training.optimizers import apply_update, build_optimizers
 
-CONFIG = OptimizerConfig(kind="adamw8bit", lr=1e-2, weight_decay=0.1)
-
 
 def parameters(kind: str, seed: int = 0) -> tuple[nn.Parameter, list[torch.optim.Optimizer]]:
     generator = torch.Generator().manual_seed(seed)
     weight = nn.Parameter(torch.randn(64, 128, generator=generator))
-    return weight, build_optimizers(OptimizerConfig(kind=kind, lr=1e-2, weight_decay=0.1), {"weight": weight}, [])  # pyright: ignore[reportArgumentType]
+    config = OptimizerConfig(kind=kind, lr=1e-2, betas=(0.6, 0.8), eps=0.5, weight_decay=1.0)  # pyright: ignore[reportArgumentType]
+    return weight, build_optimizers(config, {"weight": weight}, [])
 
 
 def test_it_follows_adamw() -> None:
-    """Mutants: weight decay or rate not passed on. Moments of a byte differ by little from those of float32."""
+    """Mutants: rate, betas, eps or weight decay not passed on. Moments of a byte differ by little from whole ones."""
     (whole, exact), (small, eight) = parameters("adamw"), parameters("adamw8bit")
     generator = torch.Generator().manual_seed(1)
     start = whole.detach().clone()
@@ -106,3 +105,5 @@ def test_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"optimizer\.kind adamw8bit: bitsandbytes is missing; pip install 'diptych\[qu"
     ):
         parameters("adamw8bit")
+    there = nn.Parameter(torch.empty(64, 128, device="meta"))
+    assert build_optimizers(OptimizerConfig(kind="adamw8bit"), {"weight": there}, []), "its memory is told without it"

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-BLOCK = 256
-"""Moments that share a scale, in bitsandbytes."""
-SMALL = 4096
-"""Parameters of fewer elements keep moments in float32, as bitsandbytes has it."""
+from torch import Tensor
 
 
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):  # pyright: ignore[reportPrivateImportUsage]
@@ -33,23 +26,3 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):  # pyright: ignore[reportPrivateI
             if isinstance(state.get("step"), Tensor):  # from a checkpoint, which holds tensors alone
                 state["step"] = int(state["step"])
         return super().step(closure)
-
-
-class StatesAlone(Optimizer):
-    """Stands for `AdamW8bit` where parameters have no memory: a step makes the states, in their sizes."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if self.state[p]:
-                    continue
-                small = p.numel() < SMALL
-                for moment in ("1", "2"):
-                    self.state[p][f"state{moment}"] = torch.zeros_like(p, dtype=torch.float32 if small else torch.uint8)
-                    if not small:
-                        self.state[p][f"absmax{moment}"] = p.new_zeros(-(-p.numel() // BLOCK), dtype=torch.float32)
-        return None

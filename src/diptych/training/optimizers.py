@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from diptych.training.muon import Muon
 
 FUSED = _get_fused_kernels_supported_devices()
 """Devices on which a step of AdamW is one kernel, which can leave the weights as they are (`apply_update`)."""
+BLOCK = 256
+"""Moments that share a scale, in bitsandbytes."""
+SMALL = 4096
+"""Parameters of fewer elements keep moments in float32, as bitsandbytes has it."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -61,15 +66,38 @@ def build_optimizers(
 
 def eight_bit(config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
     """bitsandbytes' AdamW8bit; what stands for it where the parameters have no memory."""
+    if any(isinstance(p, FakeTensor) or isinstance(p.data, FakeTensor) or p.is_meta for p in parameters):
+        return StatesAlone(parameters)
     try:
-        from diptych.training.eight_bit import AdamW8bit, StatesAlone
+        from diptych.training.eight_bit import AdamW8bit
     except ImportError as error:
         raise UserError(
             f"optimizer.kind adamw8bit: {error.name} is missing; pip install 'diptych[quantize]'"
         ) from error
-    if any(isinstance(p, FakeTensor) or isinstance(p.data, FakeTensor) or p.is_meta for p in parameters):
-        return StatesAlone(parameters)
     return AdamW8bit(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+class StatesAlone(Optimizer):
+    """Stands for `eight_bit.AdamW8bit`, whose library need not be there, where parameters have no memory.
+
+    A step makes the states, in their sizes.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state[p]:
+                    continue
+                small = p.numel() < SMALL
+                for moment in ("1", "2"):
+                    self.state[p][f"state{moment}"] = torch.zeros_like(p, dtype=torch.float32 if small else torch.uint8)
+                    if not small:
+                        self.state[p][f"absmax{moment}"] = p.new_zeros(-(-p.numel() // BLOCK), dtype=torch.float32)
+        return None
 
 
 def set_rate(optimizers: Sequence[Optimizer], lr: float) -> None:

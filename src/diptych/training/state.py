@@ -269,13 +269,10 @@ def load(checkpoint: Path, train_state: TrainState) -> None:
         for name, parameter in train_state.parameters.items():
             if parameter in owned:
                 count = torch.zeros((), device=parameter.device)
-                if own_layout(optimizer):
-                    optimizer.state[parameter] = {
-                        entry: stored.read(key).to(parameter.device) for entry, key in entries.get(name, {}).items()
-                    }
-                    continue
                 optimizer.state[parameter] = {
-                    entry: stored.read(key, count if entry == COUNTER else parameter)
+                    entry: stored.read(key).to(parameter.device)
+                    if own_layout(optimizer)
+                    else stored.read(key, count if entry == COUNTER else parameter)
                     for entry, key in entries.get(name, {}).items()
                 }
     if train_state.ema is not None:
