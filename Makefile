@@ -4,13 +4,17 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint site clean
+.PHONY: quickstart test test-slow lint site clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/diptych quickstart
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not slow'
+
+# What starts browsers, several training processes, notebooks or long runs; CI runs it after `make test`.
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not gpu'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

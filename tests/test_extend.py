@@ -55,6 +55,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_guide_works_as_it_stands(copy: Path) -> None:
     """Each thing is a file and a line (a benchmark's line is its import and its name); the commands run on them."""
     blocks = BLOCK.findall(GUIDE.read_text(encoding="utf-8"))

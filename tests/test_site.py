@@ -31,6 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_each_page_is_there(site: Path) -> None:
     for page in DOCS.glob("*.md"):
         assert (site / f"{page.stem}.html").is_file(), page.name
@@ -38,6 +39,7 @@ def test_each_page_is_there(site: Path) -> None:
         assert (site / f"{page}.html").is_file(), page
 
 
+@pytest.mark.slow
 def test_public_names_are_described(site: Path) -> None:
     text = (site / "api.html").read_text(encoding="utf-8")
     places = {f"{diptych._PLACES[name]}.{name}" for name in diptych.__all__}
@@ -45,6 +47,7 @@ def test_public_names_are_described(site: Path) -> None:
     assert "Images for one prompt or several" in text, "the docstrings of methods"
 
 
+@pytest.mark.slow
 def test_links_lead_to_files(site: Path) -> None:
     """What is written for the repository leads somewhere on the site too."""
     for page in site.rglob("*.html"):
@@ -53,6 +56,7 @@ def test_links_lead_to_files(site: Path) -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.slow
 def test_no_page_asks_another_host(site: Path) -> None:
     for page in site.rglob("*.html"):
         loads = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))

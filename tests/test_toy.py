@@ -14,6 +14,7 @@ LIMITS = {"toy/bagel": 8e6, "toy/omnigen2": 8e6, "toy/hieraquery": 6e6, "toy/ovi
 SHIPPED = (*IOMM, *LIMITS)
 
 
+@pytest.mark.slow
 def test_pictures_follow_held_out_captions() -> None:
     engine = load("toy/iomm")
     found = run(engine, "toyeval", n=1, limit=36, seed=5, steps=12)
@@ -31,6 +32,7 @@ def test_bagel_answers_draws_and_edits() -> None:
     assert edited["preserved"] > 0.5
 
 
+@pytest.mark.slow
 def test_omnigen2_answers_draws_and_edits() -> None:
     engine = load("toy/omnigen2")
     assert run(engine, "toyvqa", limit=48).scores["overall"] >= 0.6
@@ -40,6 +42,7 @@ def test_omnigen2_answers_draws_and_edits() -> None:
     assert edited["preserved"] >= 0.75
 
 
+@pytest.mark.slow
 def test_hieraquery_draws_the_same_at_its_scales_and_edits() -> None:
     engine = load("toy/hieraquery")
     assert run(engine, "toyeval", n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.8
@@ -47,6 +50,7 @@ def test_hieraquery_draws_the_same_at_its_scales_and_edits() -> None:
     assert run(engine, "toyedit", limit=24, steps=12).scores["overall"] >= 0.35
 
 
+@pytest.mark.slow
 def test_ovis_u1_answers_draws_and_edits() -> None:
     engine = load("toy/ovis-u1")
     assert run(engine, "toyvqa", limit=48).scores["overall"] >= 0.65

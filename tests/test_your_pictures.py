@@ -39,6 +39,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [
@@ -57,6 +58,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_card_decides(pictures: Path) -> None:
     with pytest.raises(UserError, match=r"--card 1MB: not even one image of \d+ px a pass fits; that takes about"):
         new_recipe(pictures, "toy/iomm", card="1MB")

@@ -105,6 +105,7 @@ class Evil:
         return Path.touch, (self.target,)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran = tmp_path / "ran"
     torch.save({"a": Evil(ran)}, tmp_path / "evil.pth")

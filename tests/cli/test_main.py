@@ -65,6 +65,7 @@ assert not others, others
 """
 
 
+@pytest.mark.slow
 def test_a_model_imports_the_parts_that_it_has() -> None:
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -172,6 +173,7 @@ def test_a_fault_where_nothing_can_be_written_is_shown(
     assert "the traceback stands above" in said
 
 
+@pytest.mark.slow
 def test_a_log_on_a_full_disk_changes_no_exit_code() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "diptych", "check", "nothing.yaml"], stderr=full)

@@ -165,6 +165,7 @@ def test_an_indexing_in_processes_names_what_is_wrong(shards: Path, monkeypatch:
         WebDatasetSource(str(shards / "*.tar"))
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_is_killed(shards: Path, tmp_path: Path) -> None:
     """The one that indexes is killed in the middle; the one that waits goes on where it was, and scans none twice."""
     pattern, said = str(shards / "*.tar"), [tmp_path / "first", tmp_path / "second"]

@@ -106,6 +106,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_made_is_scored_the_same_from_anywhere(
     engine: Engine, data: Path, tiny_eyes: tuple[str, str], judge_server: Server, tmp_path: Path
 ) -> None:

@@ -209,6 +209,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, _tiny_plai
     made.machine.close()
 
 
+@pytest.mark.slow
 def test_one_fault_of_each_kind(bench: Bench) -> None:
     """One test, so that one process sets it up. The operations are spread: a place of its own for each command."""
     lost = list[str]()

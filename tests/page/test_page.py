@@ -18,7 +18,7 @@ import diptych
 from diptych.inference.provenance import carried, png_info
 from serving_process import Running, wait_until
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PROMPT = "a red circle left of a blue square"
 PATIENCE = 30_000
 """Milliseconds."""

@@ -78,6 +78,7 @@ def test_a_batch_that_does_not_divide(tiny_plain: dict[str, Any], batch: int, pr
         check_system(parse(tiny_plain), processes=processes)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_a_published_model_without_its_weights() -> None:
     """Of full width, with fewer blocks in the decoder: a trace takes ten milliseconds for each operation."""
     recipe, _ = load("iomm/b_pretrain_image", ["system.decoder.config.double=1", "system.decoder.config.single=1"])

@@ -105,6 +105,7 @@ def test_offload_leaves_the_largest_part_or_two_blocks() -> None:
     assert sizes[2] == pytest.approx(rest + sum(largest), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_cheapest_choice_that_fits_is_taken_and_holds() -> None:
     plain = loaded("toy/iomm")
     engine = Engine(plain.system, replace(plain.sampling, batch_size=4), plain.name)

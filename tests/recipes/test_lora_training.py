@@ -63,6 +63,7 @@ def home_of(system: Any) -> nn.Module:
     return system.network.llm if hasattr(system, "network") else system.backbone
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 on transformers 5.23
 @pytest.mark.parametrize("base", list(HOMES))
 def test_a_language_models_lora_is_trained_and_read_by_peft_and_by_us(base: str, tmp_path: Path) -> None:

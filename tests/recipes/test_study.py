@@ -69,6 +69,7 @@ def test_plan_puts_seed_budget_and_start_into_each_recipe(tiny_study: StudySpec)
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_exactly(
     tiny_study: StudySpec, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +224,7 @@ def test_seconds_of_a_killed_session_count_up_to_its_checkpoint(tmp_path: Path) 
     assert clock.seconds(tmp_path) == pytest.approx(35.0, abs=1.0)
 
 
+@pytest.mark.slow
 def test_several_runs_at_once(tiny_study: StudySpec, tmp_path: Path) -> None:
     """The runs that succeed are forked; the one that fails is in a process of its own interpreter, as all are."""
     two = {"first": {"recipe": "tiny.yaml"}, "third": {"recipe": "tiny.yaml"}}

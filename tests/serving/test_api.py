@@ -628,6 +628,7 @@ def test_an_edit_without_a_picture_and_with_other_files(server: Running, client:
 # Clients that leave, that are slow, that are many
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_closed_frees_its_place(server: Running, client: Client) -> None:
     before = metric(server, "diptych_cancelled_total")
     stream = client.images.generate(
@@ -664,6 +665,7 @@ def test_slow_clients_are_ended(server: Running) -> None:
     assert 2 < time.monotonic() - begun < 20
 
 
+@pytest.mark.slow
 def test_two_hundred_connections_at_once(server: Running, client: Client) -> None:
     body = json.dumps({"prompt": PROMPT, "num_inference_steps": 1, "think": False}).encode()
     with ThreadPoolExecutor(200) as pool:
@@ -764,6 +766,7 @@ def test_pages_that_are_allowed_may_call(locked: Running) -> None:
     assert (status, headers["access-control-allow-origin"]) == (200, "https://page.example")
 
 
+@pytest.mark.slow
 def test_a_shutdown_lets_end_what_runs(tmp_path: Path) -> None:
     server = started(tmp_path / "log.txt", "toy/iomm", "--rows", "1", "--no-page")
     answers: list[tuple[int, Any, Any]] = []
@@ -783,12 +786,14 @@ def test_a_shutdown_lets_end_what_runs(tmp_path: Path) -> None:
     ended(server)
 
 
+@pytest.mark.slow
 def test_a_public_address_without_a_key_is_warned_of(tmp_path: Path) -> None:
     server = started(tmp_path / "log.txt", "toy/mllm", "--no-page", "--host", "0.0.0.0", DIPTYCH_API_KEY="")
     assert "no key is asked for" in server.log.read_text()
     ended(server)
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_line(server: Running, tmp_path: Path) -> None:
     process = warm.command("serve", "toy/mllm", "--port", str(server.port), output=tmp_path / "said")
     with warm.ended(process):

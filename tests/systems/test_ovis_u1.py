@@ -288,6 +288,7 @@ def test_bad_requests_are_one_clear_line(system: ComposedSystem) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_of_understanding_and_resumed_is_the_whole_run(
     plain_ovis: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_run_stopped_in_the_middle_of_understanding_and_resumed_is_the_whole_r
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_stage_3_and_resumed_is_the_whole_run(
     plain_ovis: dict[str, Any], tmp_path: Path
 ) -> None:

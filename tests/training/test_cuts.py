@@ -28,6 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Steps:
     return {(name, balance): values_of(folder / f"{name}-None-{balance}") for name, balance in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "balance"), CASES)
 def test_passes_change_nothing(name: str, balance: str, whole: Steps, tmp_path: Path) -> None:
     """Mutants: a pass weighed by itself; held-out losses by batch; one family's mean taken by pass."""

@@ -60,6 +60,7 @@ def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     return made_once(tmp_path_factory, "unbroken-eight", make) / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1, 3])
 def test_it_goes_on(processes: int, killed: Path, unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     """Mutants: a partial checkpoint taken; a process's part left out, or read by the old number of processes."""

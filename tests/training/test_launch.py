@@ -48,6 +48,7 @@ def test_a_plain_start_is_no_launch() -> None:
     refuse_lonely_process({}, ["bash", "-c", "something --num_processes 2"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="has a GPU")
 def test_the_installed_accelerate_starts_one_process_and_training_refuses_it(tmp_path: Path) -> None:
     command = ["train", "toy/iomm_finetune_mix", "--out", str(tmp_path / "run")]

@@ -109,6 +109,7 @@ def tensors(run: Path, file: str) -> dict[str, torch.Tensor]:
     return {name: stored.read(name) for name in stored.chunks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", KINDS)
 def test_two_processes_are_one(strategy: str, together: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     plain = two_stages(tiny_plain, strategy)

@@ -56,6 +56,7 @@ def passed(decoder: Decoder, bucket: tuple[tuple[int, int], int, int]) -> list[T
     return [out.detach(), *(p.grad.clone() for p in decoder.parameters() if p.grad is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DECODERS)
 def test_every_decoder_compiles_whole_and_once(kind: str) -> None:
     """No graph break (each would raise), and over buckets at most what the first one compiled, and a kind more."""

@@ -94,6 +94,7 @@ def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     return made_once(tmp_path_factory, "unbroken", make) / "run"
 
 
+@pytest.mark.slow
 def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
     for step, options in ((6, ()), (FIRST + 5, ("--resume",))):
@@ -112,6 +113,7 @@ def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path
     }  # the last two, no leftovers
 
 
+@pytest.mark.slow
 def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to the whole group, loading worker included, saves the step it meets; the rest follows without one."""
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
@@ -126,6 +128,7 @@ def test_terminated(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) 
     same_runs(unbroken, folder)
 
 
+@pytest.mark.slow
 def test_killed_at_the_end_of_a_stage(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint of a stage's last step holds what comes before its averages are put in place."""
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
@@ -147,6 +150,7 @@ def test_killed_at_the_end_of_a_stage(unbroken: Path, tiny_plain: dict[str, Any]
     same_runs(unbroken, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_change_nothing(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     plain = two_stages(tiny_plain)

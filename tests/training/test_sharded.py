@@ -20,6 +20,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "sharded", lambda folder: warm.group(every_case, folder, output=folder / "said"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_sharded_processes_are_one(case: str, together: Path, tmp_path: Path) -> None:
     """Mutants: an empty row left out; a row that gives no gradient to an expert; Muon on shards."""
@@ -36,6 +37,7 @@ def test_two_sharded_processes_are_one(case: str, together: Path, tmp_path: Path
         assert float((first - second).abs().max()) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_two(together: Path, tmp_path: Path) -> None:
     """A checkpoint that two processes wrote, resumed by one after all were killed while they wrote the next.
 

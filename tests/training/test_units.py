@@ -151,6 +151,7 @@ def test_losses_are_means_over_all_processes() -> None:
     assert not_finite([one, bad], 1.0) == "loss flow.edit is not finite for task 'edit', samples f"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_after_saving(
     poison: str, tiny_plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -210,6 +210,7 @@ def test_replies_without_published_answers_are_written_for_the_server(
     assert sheet.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_loses_and_repeats_nothing(published: Published, tmp_path: Path) -> None:
     path, out = published("mmstar", choices(8)), tmp_path / "out"
     process = warm.start(answer, path.parent.parent, out, 0.1, output=tmp_path / "said")
@@ -232,6 +233,7 @@ def test_killed_and_resumed_loses_and_repeats_nothing(published: Published, tmp_
     assert json.loads((out / "results.json").read_text())["tasks"]["mmstar"]["questions"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_questions(published: Published, tmp_path: Path) -> None:
     path, out = published("mmstar", choices(5)), tmp_path / "out"
     warm.group(answer, path.parent.parent, out, output=tmp_path / "said")
