@@ -82,6 +82,22 @@ def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
     assert recipe.run.precision == "fp32"
 
 
+def test_loss_masks_are_noticed(pictures: Path, tmp_path: Path) -> None:
+    """`masks` may lack where some pictures have none."""
+    folder = tmp_path / "masked"
+    folder.mkdir()
+    for picture in sorted(pictures.iterdir())[:8]:
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    images = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
+    for place, image in enumerate(images):
+        with Image.open(image) as opened:
+            Image.new("L", opened.size, 255).save(folder / f"{image.stem}.mask.png")
+        missing = "error" if image == images[-1] else "full_weight"
+        text, look, _ = new_recipe(folder, "toy/iomm")
+        assert (look.masks, look.items) == (place + 1, len(images))
+        assert yaml.safe_load(text)["stages"]["tune"]["data"]["sources"]["mine"]["masks"] == {"missing": missing}
+
+
 def test_nothing_is_overwritten(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text("mine")
     assert main(["new", str(pictures), "--model", "toy/iomm", "--output", "mine.yaml"]) == 2

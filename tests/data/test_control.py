@@ -18,6 +18,7 @@ from diptych.data.control import CONTROLS, ControlSource
 from diptych.data.filters import Filters, filtered
 from diptych.data.folder import FolderSource
 from diptych.data.imaging import to_pil
+from diptych.data.loss_masks import LossMasks
 from diptych.data.parquet import ParquetSource
 from diptych.data.proxies.pictures import DepthMaps
 from diptych.data.source import ItemDraws
@@ -141,3 +142,15 @@ def test_the_aesthetic_score_is_a_column_of_a_parquet_file(tmp_path: Path) -> No
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "p.parquet"))
     source = ParquetSource(tmp_path / "p.parquet", task="text_to_image", cache=tmp_path / "cache")
     assert len(filtered(source, Filters(min_aesthetic=6.0))) == 2
+
+
+def test_the_loss_mask_of_the_picture_is_kept(folder: Path) -> None:
+    """What an edit learns is the picture, whose mask it is."""
+    for name in ("one", "two"):
+        Image.new("L", (64, 48), 255).save(folder / "images" / f"{name}.mask.png")
+    spec = SourceSpec(
+        kind="folder", task="edit", path=str(folder / "images"), control="canny", masks=LossMasks(unmasked_weight=0.5)
+    )
+    sample = build_source("edges", spec, DataSpec(sources={}, size=SIZE)).load(0, ItemDraws(0), SIZE)
+    assert sample.loss_mask is not None
+    assert torch.equal(sample.loss_mask, torch.ones(1, *SIZE))

@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.data.loader import steps
+from diptych.data.loss_masks import LossMasks
 from diptych.data.variations import Variations, Varied
 from diptych.parts.autoencoders.pixel import PixelAutoencoder
+from diptych.recipes.load import load_system
 from diptych.recipes.recipe import DataSpec, SourceSpec
 from diptych.recipes.sources import build_data, build_source, mixing_weights
 
@@ -34,6 +37,7 @@ def photos(tmp_path: Path) -> Path:
         (SourceSpec(kind="jsonl", task="image", path="x", columns={"a": "b"}), "columns"),
         (SourceSpec(kind="toyworld", task="image", path="x"), "path"),
         (SourceSpec(kind="parquet", task="text_to_image", path="x", ignore=("a",)), "ignore"),
+        (SourceSpec(kind="toyworld", task="image", masks=LossMasks()), "masks"),
     ],
 )
 def test_a_key_that_would_be_ignored_is_refused(spec: SourceSpec, key: str) -> None:
@@ -45,6 +49,37 @@ def test_unknown_toy_option_names_the_nearest() -> None:
     spec = SourceSpec(kind="toyworld", task="image", options={"strat": 5})
     with pytest.raises(UserError, match="'start'"):
         build_source("toys", spec, DataSpec(sources={}, size=32))
+
+
+def test_conversations_have_no_loss_masks() -> None:
+    spec = SourceSpec(kind="jsonl", task="understand", path="x", masks=LossMasks())
+    with pytest.raises(UserError, match=r"sources\.mine: masks are of images to make"):
+        build_source("mine", spec, DataSpec(sources={}, size=32))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_loss_masks_reach_the_loss(photos: Path, tmp_path: Path, cached: bool) -> None:
+    """Through mixture, latents on disk, held-out split, workers' preparation and collation: the weights are the mask's,
+    mirrored where the image is. One of the four photographs has no mask."""
+    mask = np.zeros((40, 48), np.uint8)
+    mask[:, :24] = 255
+    for name in ("a", "b", "c"):
+        Image.fromarray(mask).save(photos / f"{name}.mask.png")
+    masks = LossMasks(missing="full_weight", unmasked_weight=0.25)
+    vary = None if cached else Variations(flip=True)
+    spec = SourceSpec(kind="folder", task="image", path=str(photos), masks=masks, vary=vary)
+    data = DataSpec(sources={"mine": spec}, size=32, cache=str(tmp_path / "latents") if cached else None)
+    system, _ = load_system("toy/iomm")
+    mixture, _ = build_data(data, 0, 4, autoencoder=PixelAutoencoder())
+    found: set[tuple[float, ...]] = set()
+    for step in steps(mixture, system.preparer(), 0, 4, workers=0 if cached else 1):
+        batch = step.passes[0].batch
+        (weights,) = batch.inputs.targets.weights
+        for id, each, count in zip(batch.ids, weights.each(), batch.counts["flow.image"], strict=True):
+            assert each.shape == (1, 32, 32)
+            assert count == pytest.approx(16 if id.endswith("d.png") else 16 * 0.625)
+            found.add((float(each[0, 0, 0]), float(each[0, 0, -1])))
+    assert found == ({(1, 0.25), (1, 1)} if cached else {(1, 0.25), (0.25, 1), (1, 1)})
 
 
 def test_latents_are_kept_between_runs(photos: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Sample:
     context_images: images the model reads, in reading order; for `image` it is empty (the image is its own context).
     messages: the conversation (`understand`); the assistant turns are learned.
     size: (height, width) of the image to make, where `image` is not there to say it.
+    loss_mask: weights (1, H, W) in [0, 1] of the image's pixels in the loss of drawing it; None where all count alike.
     latent: the autoencoder's latent of `image` (C, h, w) from an on-disk cache, where there is one.
     features: projected vision tokens (N, D) of the images that an MLLM is shown, in reading order, where they were
         prepared; empty where the MLLM's vision tower makes them.
@@ -51,6 +52,7 @@ class Sample:
     context_images: tuple[Tensor, ...] = ()
     messages: tuple[Message, ...] = ()
     size: tuple[int, int] | None = None
+    loss_mask: Tensor | None = None
     latent: Tensor | None = None
     features: tuple[Tensor, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -60,8 +62,8 @@ class Sample:
         return self.mapped(lambda tensor: tensor.to(device))
 
     def tensors(self) -> list[Tensor]:
-        """Target image, context images, latent and features, as far as there are any, in the order of `mapped`."""
-        tensors = (self.image, *self.context_images, self.latent, *self.features)
+        """Target image, context images, loss mask, latent and features, where they are, in the order of `mapped`."""
+        tensors = (self.image, *self.context_images, self.loss_mask, self.latent, *self.features)
         return [tensor for tensor in tensors if tensor is not None]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
@@ -70,6 +72,7 @@ class Sample:
             self,
             image=None if self.image is None else change(self.image),
             context_images=tuple(change(image) for image in self.context_images),
+            loss_mask=None if self.loss_mask is None else change(self.loss_mask),
             latent=None if self.latent is None else change(self.latent),
             features=tuple(change(tokens) for tokens in self.features),
         )

@@ -149,6 +149,7 @@ class ControlSource(Source):
             image=pair.image,
             text=texts[draws.integer("control", len(texts))].replace("{text}", pair.text),
             context_images=(self._map(pair.id, pair.image, size),),
+            loss_mask=pair.loss_mask,
             extra={"control": self.kind},
         )
 

@@ -17,12 +17,14 @@ from diptych.data.captions import TextSetting, text_keys
 from diptych.data.columns import digest
 from diptych.data.image_metadata import NAMES, read_metadata
 from diptych.data.imaging import SUFFIXES, FitMode, check_fit
+from diptych.data.loss_masks import SUFFIX as MASK_SUFFIX
 from diptych.data.reading import Reading
 from diptych.data.rows import Row, make_sample, usable_text
 from diptych.data.size_index import header_sizes
 from diptych.data.source import BadItem, ItemDraws, Listed, Size, Source, check_task, describe, file_stamp
 
 _CAPTION = ".txt"
+UNREAD_MASK = "a loss mask, which only a source with `masks` reads"
 
 
 class FolderSource(Source, Listed):
@@ -31,6 +33,7 @@ class FolderSource(Source, Listed):
     A caption is a .txt of the image's name, or stands in a metadata.jsonl or metadata.csv (`image_metadata`). Hidden
     files are ignored, and so are captions when the task is `image`; any other file that is no image is listed as
     dropped. When the task is `text_to_image`, so are images without caption or with two, and captions without image.
+    The loss mask of frog.jpg is frog.mask.png, or of another suffix of images (`loss_masks`).
 
     Args:
         folder: searched with its subfolders.
@@ -64,6 +67,7 @@ class FolderSource(Source, Listed):
         self.text = text_keys(text, self.name)
         self.paths: list[str] = []
         self._metadata: dict[str, dict[str, Any]] = {}
+        self._masks: dict[str, str] = {}
         self._places: list[int] = []
         self._joined: Joined | None = None
         if captions is not None and (self.task != "text_to_image" or text is not None):
@@ -72,16 +76,23 @@ class FolderSource(Source, Listed):
         if not self.paths:
             reason = _counted(self.dropped) if self.dropped or not _files(self.folder) else "only other files"
             raise UserError(f"{self.folder}: no image found ({reason}).")
+        self._check_masks()
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def masked(self) -> int:
+        """How many of its images have a loss mask."""
+        return sum(os.path.splitext(path)[0] in self._masks for path in self.paths)
+
     def load(self, index: int, draws: ItemDraws, size: Size) -> Sample:
         path = self.folder / self.paths[index]
+        mask = self._masks.get(os.path.splitext(self.paths[index])[0])
         id = self._id(self.paths[index])
         texts, weights = self._captions(index, id) if self.task == "text_to_image" else ((), ())
         return make_sample(
-            Row(target=path, texts=texts, weights=weights),
+            Row(target=path, mask=None if mask is None else self.folder / mask, texts=texts, weights=weights),
             id=id,
             task=self.task,
             find=lambda reference: reference,
@@ -157,6 +168,7 @@ class FolderSource(Source, Listed):
                 captions.add(stem)
             elif path not in metadata and (captioned or path.rpartition("/")[2] not in NAMES):
                 dropped[self._id(path)] = "not an image file"
+        images = self._without_masks(images, dropped)
         for path in images:
             beside = os.path.splitext(path)[0] in captions
             if not captioned or beside != (path in rows):
@@ -170,6 +182,35 @@ class FolderSource(Source, Listed):
             dropped |= {self._id(path): "no image of this name" for path in rows if path not in present}
         self._metadata = {path: rows[path] for path in self.paths if path in rows}
         return dropped if elsewhere is None else dropped | self._join(elsewhere)
+
+    def _without_masks(self, images: list[str], dropped: dict[str, str]) -> list[str]:
+        """Images that are no masks of others; those that are fill `_masks`, or are dropped where masks are not read."""
+        stems = {os.path.splitext(path)[0] for path in images}
+        kept: list[str] = []
+        for path in images:
+            stem, suffix = os.path.splitext(os.path.splitext(path)[0])
+            if suffix != MASK_SUFFIX or (stem not in stems and self.reading.masks is None):
+                kept.append(path)
+            elif self.reading.masks is None:
+                dropped[self._id(path)] = UNREAD_MASK
+            elif stem not in stems:
+                dropped[self._id(path)] = "no image of this name"
+            elif stem in self._masks:
+                raise UserError(f"{self.folder}: two loss masks of one image: {self._masks[stem]} and {path}")
+            else:
+                self._masks[stem] = path
+        return kept
+
+    def _check_masks(self) -> None:
+        """UserError where an image lacks a mask that it needs."""
+        masks = self.reading.masks
+        lacking = [path for path in self.paths if os.path.splitext(path)[0] not in self._masks]
+        if masks is not None and masks.missing == "error" and lacking:
+            raise UserError(
+                f"{self.folder}: {len(lacking):,} of {len(self.paths):,} images have no loss mask (the first is "
+                f"{lacking[0]}, whose mask would be {os.path.splitext(lacking[0])[0]}{MASK_SUFFIX}.png); add them, or "
+                "set masks.missing to full_weight"
+            )
 
     def _join(self, elsewhere: CaptionFile) -> dict[str, str]:
         """Keeps the images that have captions in a file elsewhere; gives what was dropped."""

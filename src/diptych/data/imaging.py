@@ -126,6 +126,12 @@ def image_size(data: bytes | Path, id: str, max_pixels: int | None = None) -> Si
         return _upright_size(image)
 
 
+def see_through(data: bytes | Path, id: str, max_pixels: int | None = None) -> bool:
+    """Whether an image is transparent anywhere; BadItem as of `read_image`."""
+    with _opened(data, id, max_pixels) as image:
+        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255
+
+
 def as_image(image: AnyImage, id: str = "image", max_pixels: int | None = None) -> Image.Image:
     """Whatever stands for an image as RGB in sRGB, as `read_image` would give it.
 
@@ -187,26 +193,33 @@ def fit(image: Image.Image, size: Size, mode: FitMode = "crop") -> Tensor:
     Args:
         size: (H, W) wanted. `inside` gives the largest size within it that keeps the aspect ratio.
     """
+    return to_tensor(placed(image, size, mode, Image.Resampling.BICUBIC, WHITE))
+
+
+def placed(
+    image: Image.Image, size: Size, mode: FitMode, filter: Image.Resampling, around: int | tuple[int, int, int]
+) -> Image.Image:
+    """An image of any mode at a size, as `fit` brings it there. around: the colour that `letterbox` puts around it."""
     height, width = size
     if mode == "crop":
         scale = max(height / image.height, width / image.width)
         kept_w, kept_h = min(width / scale, image.width), min(height / scale, image.height)
         left, top = (image.width - kept_w) / 2, (image.height - kept_h) / 2
         box = (left, top, left + kept_w, top + kept_h)
-        return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+        return image.resize((width, height), filter, box=box)
 
     if mode not in FIT_MODES:
         raise unknown("fit", mode, FIT_MODES)
     if mode == "stretch":
-        return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+        return image.resize((width, height), filter)
     scale = min(height / image.height, width / image.width)
     inner = (min(width, max(1, round(image.width * scale))), min(height, max(1, round(image.height * scale))))
-    resized = image.resize(inner, Image.Resampling.BICUBIC)
+    resized = image.resize(inner, filter)
     if mode == "inside":
-        return to_tensor(resized)
-    canvas = Image.new("RGB", (width, height), WHITE)
+        return resized
+    canvas = Image.new(image.mode, (width, height), around)
     canvas.paste(resized, ((width - inner[0]) // 2, (height - inner[1]) // 2))
-    return to_tensor(canvas)
+    return canvas
 
 
 def to_tensor(image: Image.Image) -> Tensor:

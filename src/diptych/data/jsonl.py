@@ -17,7 +17,7 @@ from diptych.core.sample import Sample
 from diptych.data.columns import digest
 from diptych.data.imaging import FitMode, check_fit
 from diptych.data.reading import Reading
-from diptych.data.rows import KEYS, make_sample, parse_row
+from diptych.data.rows import KEYS, MASK, keys_of, make_sample, parse_row
 from diptych.data.size_index import header_sizes
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
 
@@ -68,9 +68,9 @@ class JsonlSource(Source, Scored, Listed):
         self.folder = self.file.parent if folder is None else Path(folder).expanduser()
         self.dropped: Mapping[str, str] = {}
         for key in ignore:
-            if key in KEYS[self.task]:
+            if key in keys_of(self.task, self.reading):
                 raise UserError(f"{self.name}: ignore: {key!r} is read for task {task}; leave it out")
-        self._known = _KNOWN | set(ignore)
+        self._known = _KNOWN | set(keys_of(self.task, self.reading)) | set(ignore)
         self._array: list[Any] | None = None
         self._starts: list[int] = []  # byte offset of each row's line
         self._numbers: list[int] = []  # line, or place in the array, of each row, from 1
@@ -167,13 +167,18 @@ class JsonlSource(Source, Scored, Listed):
             raise UserError(f'{where}: a row must be an object, such as {{"image": ...}}, not {type(row).__name__}')
         for key in row:
             if key not in self._known:
+                if key == MASK:
+                    raise UserError(f"{where}: 'mask' is read where the source has `masks`; set it, or ignore the key")
                 error = unknown("key", key, self._known, where)
                 raise UserError(f"{error} A key nothing should read can be listed under `ignore`.")
         for key in ("width", "height"):
             value = row.get(key, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{where}: {key!r} must be a whole number of pixels, not {value!r}")
-        parse_row(row, self.task, where)
+        parsed = parse_row(row, self.task, where)
+        masks = self.reading.masks
+        if masks is not None and masks.missing == "error" and parsed.mask is None:
+            raise UserError(f"{where}: 'mask' is missing (masks.missing: full_weight lets rows go without)")
         self._numbers.append(number)
 
 

@@ -16,7 +16,7 @@ from diptych.core.sample import Sample
 from diptych.data.columns import digest
 from diptych.data.imaging import FitMode, check_fit
 from diptych.data.reading import Reading
-from diptych.data.rows import KEYS, make_sample, parse_row
+from diptych.data.rows import KEYS, MASK, keys_of, make_sample, parse_row
 from diptych.data.size_index import header_sizes
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe
 
@@ -128,17 +128,20 @@ class ParquetSource(Source, Scored, Listed):
         """Column of each key that the task reads."""
         present = self._data.column_names
         for key, column in columns.items():
-            if key not in KEYS[self.task]:
-                raise unknown("column key", key, KEYS[self.task], self.name)
+            if key not in keys_of(self.task, self.reading):
+                raise unknown("column key", key, keys_of(self.task, self.reading), self.name)
             if column not in present:
                 raise unknown("column", column, present, self.name)
-        chosen = {key: columns.get(key, key) for key in KEYS[self.task] if columns.get(key, key) in present}
+        keys = keys_of(self.task, self.reading)
+        chosen = {key: columns.get(key, key) for key in keys if columns.get(key, key) in present}
         needed = {
             "image": (("image",),),
             "text_to_image": (("image",), ("text",)),
             "edit": (("image",), ("instruction",), ("source", "sources")),
             "understand": (("conversations", "messages"),),
         }[self.task]
+        if self.reading.masks is not None and self.reading.masks.missing == "error":
+            needed = (*needed, (MASK,))
         for keys in needed:
             if not any(key in chosen for key in keys):
                 raise UserError(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diptych.core.errors import UserError, unknown
 from diptych.data import jpeg
-from diptych.data.imaging import Decode, image_size, read_image, to_tensor
-from diptych.data.source import Size
+from diptych.data.imaging import Decode, FitMode, image_size, read_image, to_tensor
+from diptych.data.loss_masks import LossMasks, read_mask
+from diptych.data.source import BadItem, Size
 
 CONTEXT_PIXELS = 16384 * 28 * 28
 """Largest picture of a conversation that any of our MLLMs reads: `longest_edge` of Qwen2.5-VL's preprocessor."""
@@ -27,6 +28,7 @@ class Reading:
 
     digests: samples carry a digest of the bytes of their image files (`rows.DIGEST`), so that what was prepared can be
     compared with them. targets: whether the image to make is decoded; without it samples carry its size alone.
+    masks: how loss masks are read (`loss_masks`); None for none.
     """
 
     decode: Decode = "draft"
@@ -34,6 +36,7 @@ class Reading:
     context_pixels: int = CONTEXT_PIXELS
     digests: bool = False
     targets: bool = True
+    masks: LossMasks | None = None
 
     def __post_init__(self) -> None:
         if self.decode not in get_args(Decode):
@@ -52,6 +55,23 @@ class Reading:
     def size(self, data: bytes | Path, id: str) -> Size:
         """As `image_size`."""
         return image_size(data, id, self.max_pixels)
+
+    def mask(
+        self, data: bytes | Path | None, id: str, target: bytes | Path, size: Size, fit_mode: FitMode
+    ) -> Tensor | None:
+        """The loss mask of a target image whose file is `target` (`loss_masks.read_mask`), where the source has masks.
+
+        Args:
+            data: the mask's file; None where the item has none. size, fit_mode: of the target.
+        """
+        if self.masks is None:
+            return None
+        if data is None:
+            if self.masks.missing == "error":
+                raise BadItem(id, "no loss mask (masks.missing: full_weight lets images go without)")
+            return None
+        image, limit = self.size(target, id), self.max_pixels
+        return read_mask(data, id, masks=self.masks, image=image, size=size, fit_mode=fit_mode, max_pixels=limit)
 
     def context(self, image: Image.Image) -> Tensor:
         """A picture of a conversation, (3, H, W): whole, and smaller only where it has more than `context_pixels`."""

@@ -174,11 +174,14 @@ def _cell(sample: Sample, width: int) -> Image.Image:
 
 
 def _strip(sample: Sample, width: int) -> Image.Image:
-    """Images read, an arrow, the image made, side by side in `width` pixels."""
+    """Images read, an arrow, the image made and its loss mask, side by side in `width` pixels."""
     pictures = [to_pil(image) for image in sample.context_images]
     arrow = bool(pictures) and sample.image is not None
+    made = len(pictures)
     if sample.image is not None:
         pictures.append(to_pil(sample.image))
+    if sample.loss_mask is not None:
+        pictures.append(to_pil(2 * sample.loss_mask.expand(3, -1, -1) - 1))
     if not pictures:
         return Image.new("RGB", (width, 1), "white")
     side = max(1, (width - (_ARROW if arrow else 0)) // len(pictures))
@@ -187,7 +190,7 @@ def _strip(sample: Sample, width: int) -> Image.Image:
     strip = Image.new("RGB", (width, height), "white")
     left = 0
     for number, picture in enumerate(scaled):
-        if arrow and number == len(scaled) - 1:
+        if arrow and number == made:
             middle = height // 2
             ImageDraw.Draw(strip).polygon([(left + 3, middle - 5), (left + 3, middle + 5), (left + 9, middle)], "black")
             left += _ARROW

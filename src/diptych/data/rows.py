@@ -26,6 +26,9 @@ KEYS: Mapping[Task, tuple[str, ...]] = {
 }
 """Keys that each task reads; of `source`/`sources`, `conversations`/`messages` and `image`/`images` a row has one."""
 
+MASK = "mask"
+"""Key of an image's loss mask, for tasks that make one, where the source reads masks (`Reading.masks`)."""
+
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "human": "user",
@@ -48,12 +51,13 @@ FindImage = Callable[[Any], bytes | Path]
 class Row:
     """A checked row.
 
-    target: reference of the image to make. context: references of the images to read.
+    target: reference of the image to make. mask: of its loss mask. context: references of the images to read.
     texts: captions or instructions, of which a visit draws one. weights: of each; all are as likely where there are
     none.
     """
 
     target: Any = None
+    mask: Any = None
     context: tuple[Any, ...] = ()
     texts: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
@@ -69,6 +73,11 @@ class Row:
             if point < 0:
                 return text
         return self.texts[-1]
+
+
+def keys_of(task: Task, reading: Reading) -> tuple[str, ...]:
+    """Keys that a source of this task reads."""
+    return KEYS[task] if reading.masks is None else (*KEYS[task], MASK)
 
 
 def parse_row(row: Mapping[str, Any], task: Task, where: str, references: tuple[type, ...] = (str,)) -> Row:
@@ -90,12 +99,13 @@ def parse_row(row: Mapping[str, Any], task: Task, where: str, references: tuple[
         return Row(context=context, messages=messages)
 
     target = _images(row, "image", "image", where, references)[0]
+    mask = next(iter(_images(row, MASK, MASK, where, references, needed=False)), None)
     if task == "image":
-        return Row(target=target)
+        return Row(target=target, mask=mask)
     if task == "text_to_image":
-        return Row(target=target, texts=_texts(row, "text", where))
+        return Row(target=target, mask=mask, texts=_texts(row, "text", where))
     context = _images(row, "source", "sources", where, references)
-    return Row(target=target, context=context, texts=_texts(row, "instruction", where))
+    return Row(target=target, mask=mask, context=context, texts=_texts(row, "instruction", where))
 
 
 def parse_messages(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -148,6 +158,10 @@ def make_sample(
         context = tuple(fit(read(file, size), size, fit_mode) for file in files)
     extra: dict[str, Any] = {DIGEST: digested.intdigest()} if reading.digests else {}
     image = None if target is None or not reading.targets else fit(read(target, size), size, fit_mode)
+    loss_mask = None
+    if target is not None:
+        mask = None if row.mask is None or reading.masks is None else find(row.mask)
+        loss_mask = reading.mask(mask, id, target, size, fit_mode)
     return Sample(
         id=id,
         task=task,
@@ -155,6 +169,7 @@ def make_sample(
         text=text,
         context_images=context,
         messages=row.messages,
+        loss_mask=loss_mask,
         size=size if target is not None and image is None else None,
         extra={**extra, PROFILES: tuple(profiles)} if profiles else extra,
     )

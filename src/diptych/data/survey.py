@@ -12,9 +12,11 @@ import numpy as np
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.sample import Task
-from diptych.data.folder import FolderSource
+from diptych.data.folder import UNREAD_MASK, FolderSource
 from diptych.data.image_metadata import NAMES
 from diptych.data.jsonl import JsonlSource
+from diptych.data.loss_masks import LossMasks
+from diptych.data.reading import Reading
 from diptych.data.source import BadItem, ItemDraws, Source, size_table
 
 GLANCE = 64
@@ -27,7 +29,7 @@ SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI
 class Survey:
     """kind, path: of the source that reads the folder. items: usable ones. dropped: the others, with reasons.
     sizes: (height, width) of the images that say theirs, (N, 2). texts: captions or instructions of some of the items.
-    scripts: in which writing these are, the most frequent first."""
+    scripts: in which writing these are, the most frequent first. masks: how many of the images have a loss mask."""
 
     kind: str
     path: Path
@@ -37,6 +39,7 @@ class Survey:
     sizes: np.ndarray
     texts: tuple[str, ...]
     scripts: tuple[str, ...]
+    masks: int = 0
 
     @property
     def side(self) -> int:
@@ -81,6 +84,11 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
                     f"{str(error).rstrip('.')}. To learn from the images alone, give --task image."
                 ) from error
             source = FolderSource(folder, task="image", name=folder.resolve().name)
+    masks = 0
+    if isinstance(source, FolderSource) and UNREAD_MASK in source.dropped.values():
+        reading = Reading(masks=LossMasks(missing="full_weight"))
+        source = FolderSource(folder, task=source.task, reading=reading, name=source.name)
+        masks = source.masked
     sizes = source.sizes()
     table = size_table([] if sizes is None else sizes)
     readable = (table > 0).all(axis=1)
@@ -102,6 +110,7 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
         sizes=table[readable],
         texts=texts,
         scripts=tuple(script for script, _ in Counter(map(script_of, texts)).most_common() if script),
+        masks=masks,
     )
 
 

@@ -9,16 +9,17 @@ from typing import Annotated
 
 import numpy as np
 from annotated_types import Interval
-from torch import Tensor
 
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.ranges import NotNegativeInt, Share
 from diptych.core.sample import Sample
 from diptych.data.columns import digest
-from diptych.data.source import ItemDraws, Listed, Scored, Size, Source
+from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source
 
 _FINE = 1 << 30
+_WINDOWS = 16
+"""Random crops that are tried of an image whose loss mask is mostly black."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +92,7 @@ class Varied(Source, Scored, Listed):
             sample = self.source.load(index, draws, size)
         else:
             larger = (math.ceil(size[0] * (1 + wanted.crop)), math.ceil(size[1] * (1 + wanted.crop)))
-            top, left = (draws.integer(f"crop {axis}", larger[axis] - size[axis] + 1) for axis in (0, 1))
-
-            def window(image: Tensor) -> Tensor:
-                return image[:, top : top + size[0], left : left + size[1]]
-
-            sample = self.source.load(index, draws, larger).mapped(window)
+            sample = _window(self.source.load(index, draws, larger), larger, size, draws)
         if wanted.flip and draws.integer("flip", 2):
             sample = sample.mapped(lambda image: image.flip(-1))
         return replace(sample, text=varied_text(sample.text, wanted, draws)) if wanted.of_captions else sample
@@ -116,6 +112,21 @@ class Varied(Source, Scored, Listed):
 
     def describe(self) -> str:
         return self.source.describe()
+
+
+def _window(sample: Sample, larger: Size, size: Size, draws: ItemDraws) -> Sample:
+    """A sample of `larger` images cut to a window of `size` at a random place, where its loss mask is not all black.
+
+    BadItem where no such place is found.
+    """
+    for attempt in range(_WINDOWS):
+        again = f" again {attempt}" if attempt else ""
+        top, left = (draws.integer(f"crop {axis}{again}", larger[axis] - size[axis] + 1) for axis in (0, 1))
+        rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+        windowed = sample.mapped(lambda image, rows=rows, columns=columns: image[:, rows, columns])
+        if windowed.loss_mask is None or windowed.loss_mask.any():
+            return windowed
+    raise BadItem(sample.id, f"loss mask is black in {_WINDOWS} random crops of the image")
 
 
 def varied_text(text: str, wanted: Variations, draws: ItemDraws) -> str:

@@ -19,9 +19,10 @@ from diptych.data.captions import TextKeys, TextSetting, lookup, text_keys
 from diptych.data.columns import derived, digest
 from diptych.data.imaging import FitMode, check_fit
 from diptych.data.left_out import LeftOut
+from diptych.data.loss_masks import MEMBER
 from diptych.data.open_shards import ChangedShard, Member, OpenShards
 from diptych.data.reading import Reading
-from diptych.data.rows import KEYS, Row, make_sample, parse_row, usable_text
+from diptych.data.rows import KEYS, MASK, Row, keys_of, make_sample, parse_row, usable_text
 from diptych.data.shards import cache_folder, local_shards, shard_names, short_name
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source, check_task, describe, file_stamp
 from diptych.data.tar_index import tar_index
@@ -81,7 +82,7 @@ class WebDatasetSource(Source, Scored, Listed):
         self.task = check_task(task, _TASKS, self.name)
         self.fit: FitMode = check_fit(fit, self.name)
         self.reading = reading or Reading()
-        self.columns = _checked(columns or {}, self.task, self.name)
+        self.columns = _checked(columns or {}, self.task, self.name, keys_of(self.task, self.reading))
         asked = self.columns.get("text", text)
         self.text = None if asked is None else text_keys(asked, self.name)
         self.shards = [path for shard in given for path in local_shards(shard, cache_folder(cache))]
@@ -184,16 +185,18 @@ class WebDatasetSource(Source, Scored, Listed):
     def _row(self, row: int, members: Mapping[str, Member], id: str) -> Row:
         """What the task reads of a sample; BadItem where it is not there or malformed."""
         image = self._image(members)
+        mask = members.get(self.columns.get(MASK, MEMBER))
         if self.task == "image":
-            return Row(target=image)
+            return Row(target=image, mask=mask)
         try:
             if self.task == "text_to_image":
                 texts, weights = self._texts(members, id) if self._joined is None else self._joined.texts(row)
-                return Row(target=image, texts=texts, weights=weights)
+                return Row(target=image, mask=mask, texts=texts, weights=weights)
             if self.task == "edit":
                 names = TextKeys((self.columns.get("instruction", "instruction"),), (1.0,), preferred=False)
                 texts, weights = names.texts(self._record(members, names.names, id), id)
-                return Row(target=image, context=(members[self.columns["source"]],), texts=texts, weights=weights)
+                source = members[self.columns["source"]]
+                return Row(target=image, mask=mask, context=(source,), texts=texts, weights=weights)
             fields = _object(self._files.read(members["json"]), id)
             turns = {key: value for key in KEYS["understand"] if (value := self._field(fields, key)) is not None}
             return parse_row({**turns, "images": [image] if image else []}, self.task, id, (tuple,))
@@ -310,15 +313,15 @@ class WebDatasetSource(Source, Scored, Listed):
                 yield f"{stem}/{key}", key, key.rpartition("/")[2]
 
 
-def _checked(columns: Mapping[str, str], task: Task, where: str) -> dict[str, str]:
+def _checked(columns: Mapping[str, str], task: Task, where: str, keys: Sequence[str]) -> dict[str, str]:
     """`columns` by the keys that the task reads, suffixes without their dot."""
     for key in columns:
-        if key not in KEYS[task] or key in ("sources", "images"):
-            known = [key for key in KEYS[task] if key not in ("sources", "images")]
+        if key not in keys or key in ("sources", "images"):
+            known = [key for key in keys if key not in ("sources", "images")]
             raise unknown("column key", key, known, where)
     if task == "edit" and "source" not in columns:
         raise UserError(f"{where}: edits in tar files need `columns`, such as {{image: edited.png, source: input.png}}")
-    members = ("image", "source")
+    members = ("image", "source", MASK)
     return {key: value.lower().removeprefix(".") if key in members else value for key, value in columns.items()}
 
 

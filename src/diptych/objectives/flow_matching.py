@@ -88,9 +88,11 @@ class FlowMatching:
         """The velocity (B, C, h, w) that the network's output at `x` and `t` (B,) means."""
         return to_velocity(output, x, t, self.prediction)
 
-    def loss(self, output: Tensor, data: Tensor, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def loss(
+        self, output: Tensor, data: Tensor, noise: Tensor, x: Tensor, t: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """Mean squared velocity error of each sample, (B,) in float32; see `velocity_loss`."""
-        return velocity_loss(output, data, noise, x, t, self.prediction)
+        return velocity_loss(output, data, noise, x, t, self.prediction, weights)
 
     def _shift(self, tokens: int) -> float:
         if self.timestep_shift == "flux":
@@ -136,17 +138,39 @@ def to_velocity(output: Tensor, x: Tensor, t: Tensor, prediction: Prediction) ->
     return (x - output) / expand(t, x).clamp_min(SMALLEST_TIME)
 
 
-def velocity_loss(output: Tensor, data: Tensor, noise: Tensor, x: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+def velocity_loss(
+    output: Tensor,
+    data: Tensor,
+    noise: Tensor,
+    x: Tensor,
+    t: Tensor,
+    prediction: Prediction,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Mean squared velocity error per sample, (B,), in float32.
 
     For data prediction the target velocity is taken through the same clamped division, so that a perfect output has
     loss 0 at every t.
+
+    Args:
+        weights: of the elements, of at least 0, in a shape that expands to that of `data` ((B, 1, h, w)): the mean is
+            the weighted one, sum(w e²) / sum(w). A sample whose weights are all 0 has loss 0.
     """
     if prediction == "velocity":
         error = output.float() - (noise - data).float()
     else:
         error = (output.float() - data.float()) / expand(t, x).clamp_min(SMALLEST_TIME)
-    return error.square().flatten(1).mean(1)
+    if weights is None:
+        return error.square().flatten(1).mean(1)
+    weights = weights.float().expand_as(error).flatten(1)
+    total = weights.sum(1)
+    return (weights * error.square().flatten(1)).sum(1) / torch.where(total > 0, total, 1.0)
+
+
+def mask_weights(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A loss mask (1, H, W) of pixels as weights (1, h, w) of a latent of `size` (h, w): the mean over the pixels that
+    each place of the latent covers."""
+    return torch.nn.functional.interpolate(mask[None].float(), size=size, mode="area")[0]
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:

@@ -201,7 +201,9 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
     if settings.trigger and look.task not in ("text_to_image", "edit"):
         raise UserError(f"--trigger {settings.trigger}: task {look.task} has no captions that it could stand before")
     vary = {"vary": {"trigger": settings.trigger}} if settings.trigger else {}
-    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": path, **vary}
+    missing = "error" if look.masks == look.items else "full_weight"
+    masks = {"masks": {"missing": missing}} if look.masks else {}
+    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": path, **masks, **vary}
     shapes = look.aspect > 1.1 and look.task != "understand"
     run: dict[str, Any] = {"save_every": max(steps // 4, 1), "validate_every": max(steps // 4, 1)}
     if look.task == "text_to_image":

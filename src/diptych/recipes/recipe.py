@@ -21,6 +21,7 @@ from diptych.core.sample import Task
 from diptych.core.schema import Variants, read
 from diptych.data.caption_file import CaptionFile
 from diptych.data.filters import Filters
+from diptych.data.loss_masks import LossMasks
 from diptych.data.reading import CONTEXT_PIXELS
 from diptych.data.variations import Variations
 from diptych.inference.placement import Quantization
@@ -170,7 +171,8 @@ class SourceSpec:
     holds them, by key (`data.caption_file.CaptionFile`). filters: which items are used (`data.filters.Filters`).
     prepared: folder of what `diptych prepare` made of its items.
     repeats: how often each item is seen before the others are again, in place of `weight` where all sources have it.
-    vary: what changes from visit to visit (`data.variations.Variations`).
+    vary: what changes from visit to visit (`data.variations.Variations`). masks: pictures beside the images that say
+    how much each place counts in the loss (`data.loss_masks.LossMasks`); None for none.
     count: of toy samples, 0 for endless; of pictures for proxies, 0 for all. seed: of the toy world, and of that draw.
     options: its others (`start`: first index, so that sets differ; and those of `ToyWorld`); of proxies, see
     `recipes.pictures`.
@@ -191,6 +193,7 @@ class SourceSpec:
     maps: str | None = None
     repeats: Count | None = None
     vary: Variations | None = None
+    masks: LossMasks | None = None
     count: NotNegativeInt = 0
     seed: Seed = 0
     options: dict[str, Any] = field(default_factory=dict[str, Any])

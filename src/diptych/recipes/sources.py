@@ -31,10 +31,10 @@ FileSource = FolderSource | JsonlSource | WebDatasetSource | ParquetSource
 DRAWN_KEYS = {"count", "seed", "options"}
 SOURCE_KEYS = {
     **dict.fromkeys(DRAWN_SOURCES, DRAWN_KEYS),
-    "folder": {"path", "text", "captions", "filters", "prepared", "control", "maps"},
-    "jsonl": {"path", "ignore", "filters", "prepared", "control"},
-    "webdataset": {"path", "columns", "text", "captions", "filters", "prepared", "control"},
-    "parquet": {"path", "columns", "split", "filters", "prepared", "control"},
+    "folder": {"path", "text", "captions", "filters", "prepared", "control", "maps", "masks"},
+    "jsonl": {"path", "ignore", "filters", "prepared", "control", "masks"},
+    "webdataset": {"path", "columns", "text", "captions", "filters", "prepared", "control", "masks"},
+    "parquet": {"path", "columns", "split", "filters", "prepared", "control", "masks"},
     "proxies": {"path", "count", "seed", "options"},
 }
 """Keys of a source beside `kind`, `task` and `weight`, by its kind; others would be ignored and are refused."""
@@ -106,7 +106,11 @@ def base_source(name: str, spec: SourceSpec, data: DataSpec) -> FileSource:
     pairs = spec.prepared is not None and spec.filters is not None and spec.filters.min_clip is not None
     task = "text_to_image" if spec.control or (pairs and spec.task == "image") else spec.task
     path = spec.path
-    reading = Reading(decode=data.decode, max_pixels=data.max_pixels, context_pixels=data.context_pixels)
+    if spec.masks is not None and spec.task == "understand":
+        raise UserError(f"sources.{name}: masks are of images to make; conversations have none")
+    reading = Reading(
+        decode=data.decode, max_pixels=data.max_pixels, context_pixels=data.context_pixels, masks=spec.masks
+    )
     given: dict[str, Any] = {"task": task, "name": name, "fit": data.fit, "reading": reading}
     if spec.kind == "folder":
         return FolderSource(path, text=spec.text, captions=spec.captions, **given)

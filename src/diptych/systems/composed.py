@@ -240,7 +240,8 @@ class ComposedSystem(AssembledSystem):
                 values = scaled.losses(self, condition, inputs.targets, draws.take(rows), inputs.names)
             else:
                 data = self.target_latents(inputs.targets, inputs.names)
-                values = {"flow": self.flow_losses(condition, data, draws.take(rows), inputs.names)}
+                weights = inputs.targets.weights[0].each() if inputs.targets.weights else None
+                values = {"flow": self.flow_losses(condition, data, draws.take(rows), inputs.names, weights)}
             for name, value in values.items():
                 for task in self.tasks:
                     places = [row for row, row_task in enumerate(inputs.drawn) if row_task == task]
@@ -256,12 +257,18 @@ class ComposedSystem(AssembledSystem):
         return terms
 
     def flow_losses(
-        self, condition: TokenCondition, data: Sequence[Tensor], draws: Draws, names: Sequence[str] = ()
+        self,
+        condition: TokenCondition,
+        data: Sequence[Tensor],
+        draws: Draws,
+        names: Sequence[str] = (),
+        weights: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Squared velocity error of each sample, (B,).
 
         Args:
-            condition: of `condition`. data: latents, each (C, h, w). names: of the samples, for errors.
+            condition: of `condition`. data: latents, each (C, h, w). names: of the samples, for errors. weights: of
+                loss masks, each (1, h, w).
         """
         flow = self.options.flow
         self.decoder.check(data, condition, names)
@@ -274,7 +281,8 @@ class ComposedSystem(AssembledSystem):
         for (rows, x), n, at in zip(clean.items(), noise, noisy, strict=True):
             places = list(rows)
             made = torch.stack([output[row] for row in places])
-            loss[places] = flow.loss(made, x, n, at, t[places])
+            weighted = None if weights is None else torch.stack([weights[row] for row in places])
+            loss[places] = flow.loss(made, x, n, at, t[places], weighted)
         return loss
 
     def target_latents(self, targets: Targets, names: Sequence[str]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import Prepared, Preparer, SizeGroups, size_groups
 from diptych.core.sample import Message, Sample, Task
+from diptych.objectives.flow_matching import mask_weights
 from diptych.objectives.masked_image import keep_tokens
 from diptych.parts.backbones.native_resolution import covering, resized, whole_size
 from diptych.parts.backbones.processor import ModelInputs, Processor, VisionInputs, join_inputs
@@ -44,13 +45,15 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """The image to make. image: (3, H, W), or its latent (C, h, w) from a cache. smaller: the images of the smaller
-    scales. features: the image as the MLLM's vision tower reads it, with rows and columns of its tokens."""
+    scales. features: the image as the MLLM's vision tower reads it, with rows and columns of its tokens. weights: of
+    the loss mask, (1, h, w) at each scale, as the losses are ordered; none where there is no mask."""
 
     image: Tensor
     cached: bool
     smaller: tuple[Tensor, ...] = ()
     features: VisionInputs | None = None
     grid: Size = (0, 0)
+    weights: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,8 @@ class Requests:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """Their images. images, latents: of the samples `drawn` and `cached`. smaller: by scale. grids: of the features."""
+    """Their images. images, latents: of the samples `drawn` and `cached`. smaller: by scale. grids: of the features.
+    weights: of the loss masks by scale, ones for samples without one; none where no sample has one."""
 
     images: SizeGroups
     latents: SizeGroups
@@ -74,6 +78,7 @@ class Targets:
     smaller: tuple[SizeGroups, ...]
     features: VisionInputs | None
     grids: tuple[Size, ...]
+    weights: tuple[SizeGroups, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +125,18 @@ class ConditionedPreparer(Preparer):
             return prepare_answer(self.processor, sample, whole=self.config.too_long == "error")
         request, target = self.request(sample, draws), self._target(sample)
         height, width = self._pixels(sample, target)
-        count = self.grid.tokens(height, width)
-        counts = {"flow": float(count)}
+        sizes = ((height, width),)
         if self.scales is not None:
             sizes = self.scales.sizes(height, width, self.grid, self.image_step)
-            tokens = [float(self.grid.tokens(*size)) for size in sizes]
-            counts = {f"flow_{name}": number for name, number in zip(self.scales.names, tokens, strict=True)}
+        tokens = [float(self.grid.tokens(*size)) for size in sizes]
+        masked = tokens
+        if sample.loss_mask is not None:  # the elements that count, by their weights
+            grids = [(rows // self.grid.factor, columns // self.grid.factor) for rows, columns in sizes]
+            target = replace(target, weights=tuple(mask_weights(sample.loss_mask, grid) for grid in grids))
+            masked = [count * float(each.mean()) for count, each in zip(tokens, target.weights, strict=True)]
+        counts = {"flow": masked[0]}
+        if self.scales is not None:
+            counts = {f"flow_{name}": number for name, number in zip(self.scales.names, masked, strict=True)}
             if self.scales.features:
                 counts |= {f"align_{name}": number for name, number in zip(self.scales.names, tokens, strict=True)}
         weights: dict[str, float] = {}
@@ -328,7 +339,20 @@ class ConditionedPreparer(Preparer):
             smaller=tuple(size_groups(list(images)) for images in zip(*(row.smaller for row in rows), strict=True)),
             features=join_inputs(features) if features else None,
             grids=tuple(row.grid for row in rows),
+            weights=self._weights(rows),
         )
+
+    def _weights(self, rows: Sequence[Target]) -> tuple[SizeGroups, ...]:
+        """Weights of every sample by scale, where any has them."""
+        if not any(row.weights for row in rows):
+            return ()
+        scales: list[list[Tensor]] = []
+        for row in rows:
+            plain = [*row.smaller, row.image]
+            factors = [*(self.grid.factor for _ in row.smaller), 1 if row.cached else self.grid.factor]
+            ones = [torch.ones(1, x.shape[1] // f, x.shape[2] // f) for x, f in zip(plain, factors, strict=True)]
+            scales.append(list(row.weights) or ones)
+        return tuple(size_groups(list(scale)) for scale in zip(*scales, strict=True))
 
 
 def prepare_answer(processor: Processor, sample: Sample, *, whole: bool = True) -> Prepared:

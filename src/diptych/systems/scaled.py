@@ -83,7 +83,8 @@ def losses(
     packed = decode(system, config, xs, t, condition.scales)
     values: dict[str, Tensor] = {}
     for k, name in enumerate(system.scales):
-        values[f"flow_{name}"] = flow.loss(packed.outputs[k], data[k], noise[k], xs[k], t[k])
+        weights = torch.stack(targets.weights[k].each()) if targets.weights else None
+        values[f"flow_{name}"] = flow.loss(packed.outputs[k], data[k], noise[k], xs[k], t[k], weights)
     if system.projector is not None:
         # Minus cosine between the decoder's states and the MLLM's features of the whole image.
         features = image_features(system, targets)

@@ -22,6 +22,7 @@ from diptych.core.errors import UserError
 from diptych.core.image_sizes import SideRange
 from diptych.core.patchify import patchify
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message, Sample
+from diptych.objectives.flow_matching import mask_weights
 from diptych.systems.bagel.config import BagelConfig, Wording
 from diptych.systems.bagel.context import Piece, latent_piece, text_piece, vision_piece
 from diptych.systems.bagel.items import Item, Latent, Markers, Text, Vision
@@ -37,13 +38,15 @@ ENCODED_PIXELS = 4 * 1024 * 1024
 @dataclass
 class Example:
     """A training sample. patches: (n, 3 P^2) of each vision item. images: of each latent item that is in the row, the
-    image (3, H, W) to encode, or where it is known its latent (C, h, w). `is_latent` says which.
+    image (3, H, W) to encode, or where it is known its latent (C, h, w). `is_latent` says which. weights: of the
+    target's tokens, (n, c), where there is a loss mask.
     """
 
     items: list[Item] = field(default_factory=list[Item])
     patches: list[Tensor] = field(default_factory=list[Tensor])
     images: list[Tensor] = field(default_factory=list[Tensor])
     is_latent: list[bool] = field(default_factory=list[bool])
+    weights: Tensor | None = None
 
     @property
     def cost(self) -> int:
@@ -197,6 +200,11 @@ class Reader:
         if target is None:
             raise UserError(f"{sample.id}: task {sample.task!r} needs a target image")
         self._add_latent(example, target, noised=True, encoded=sample.latent is not None)
+        if sample.loss_mask is not None:
+            item, patch = example.items[-1], self.network.latent_patch
+            assert isinstance(item, Latent), "the target was added last"
+            weights = mask_weights(sample.loss_mask, (item.rows * patch, item.columns * patch))
+            example.weights = self.tokens(weights.expand(self.network.latent_channels, -1, -1))[0]
         self.check(example.cost, config, sample.id, count)
         return example
 

@@ -34,6 +34,8 @@ class BagelPreparer(Preparer):
         else:
             noised = [item for item in example.items if item.noised]
             family, count = "flow", float(sum(item.cost - 2 for item in noised))
+            if example.weights is not None:
+                count *= float(example.weights.mean())
             weight = count
         weight = 1.0 if self.settings.mean == "sample" else weight
         return Prepared(

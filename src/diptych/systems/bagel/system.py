@@ -259,7 +259,7 @@ class BagelSystem(AssembledSystem):
         terms: dict[str, Tensor] = {}
         for task in ("text_to_image", "edit"):
             if drawn := batch.rows(task):
-                terms[f"flow.{task}"] = flow[drawn] / flow_weight[drawn].clamp_min(1)
+                terms[f"flow.{task}"] = flow[drawn] / torch.where(flow_weight[drawn] > 0, flow_weight[drawn], 1.0)
         if answered := batch.rows("understand"):
             terms["cross_entropy.understand"] = text[answered] / text_weight[answered].clamp_min(1)
         if batch.passes:  # sharded: gradients of zeros, not none, for what no loss of this process depends on
@@ -337,10 +337,19 @@ class BagelSystem(AssembledSystem):
             places = torch.searchsorted(row.latent_places, row.flow_places).to(device)
             output = network.port.leave(states.latent[places]).float()[..., None]  # (n, c, 1): a token is an image
             data, noise, noisy, t = (x[places].float() for x in (latents, noise, noisy, times))
-            errors = settings.flow.loss(output, data[..., None], noise[..., None], noisy[..., None], t)
+            weights = None
+            if any(example.weights is not None for example in examples):  # of loss masks, (n, c, 1)
+                every = [
+                    torch.ones_like(images[-1]) if example.weights is None else example.weights.to(device)
+                    for example, images in zip(examples, tokens, strict=True)
+                    if example.items[-1].noised
+                ]
+                weights = torch.cat(every)[..., None]
+            errors = settings.flow.loss(output, data[..., None], noise[..., None], noisy[..., None], t, weights)
+            counts = torch.ones_like(errors) if weights is None else weights.mean((1, 2))  # elements of each token
             owner = owners(row.flow_places, row.samples).to(device)
-            flow = token_sums(errors, owner, len(examples))
-            flow_weight = token_sums(torch.ones_like(errors), owner, len(examples))
+            flow = token_sums(errors * counts, owner, len(examples))
+            flow_weight = token_sums(counts, owner, len(examples))
 
         # Cross-entropy of each token to learn.
         if len(row.labels):
