@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -80,6 +81,23 @@ def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
     assert (stage.optimizer.lr, stage.schedule.warmup, stage.schedule.end) == (1e-3, 37, 0.1)
     assert len(recipe.sample_prompts) == 4
     assert recipe.run.precision == "fp32"
+
+
+def test_edits_are_drawn_while_they_are_learned(pictures: Path, tmp_path: Path) -> None:
+    """The recipe of a folder of edits names some of them, by paths that hold wherever it lies."""
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    names = [f"{number}.png" for number in range(6)]
+    for name in names:
+        Image.new("RGB", (32, 32), "red").save(folder / name)
+    rows = [{"source": name, "image": "0.png", "instruction": f"redder than {name}"} for name in names]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text, _, _ = new_recipe(folder, "toy/omnigen2", task="edit", home=tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    recipe, _ = load(str(tmp_path / "mine.yaml"))
+    assert [edit.text for edit in recipe.sample_edits] == [f"redder than {number}.png" for number in (0, 1, 3, 5)]
+    assert [edit.images for edit in recipe.sample_edits] == [(str(folder / f"{n}.png"),) for n in (0, 1, 3, 5)]
+    assert recipe.run.sample_every
 
 
 def test_loss_masks_are_noticed(pictures: Path, tmp_path: Path) -> None:

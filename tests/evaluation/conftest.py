@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from shared import make_clip
+
 Script = Callable[[str, int], dict[str, Any]]
 
 
@@ -106,13 +108,9 @@ def bench_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 def tiny_eyes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Folders of a Mask2Former and of a CLIP with random weights."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import (
-        CLIPConfig,
-        CLIPModel,
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
-        PreTrainedTokenizerFast,
         SwinConfig,
     )
 
@@ -138,26 +136,5 @@ def tiny_eyes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     with torch.no_grad():  # random weights find nothing sharp; this makes some objects
         model.class_predictor.weight.mul_(60)
     model.save_pretrained(folder / "m2f")
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = {
-        **size,
-        "vocab_size": 64,
-        "max_position_embeddings": 16,
-        "eos_token_id": 1,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-    }
-    vision = {**size, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
-    words = ["a", "photo", "of", "red", "green", "blue", "white", "object", "bench", "clock", "cow", "two"]
-    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", "<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(  # CLIP reads a text at its end, which padding must not move
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder / "clip")
+    make_clip(folder / "clip")
     return str(folder / "m2f"), str(folder / "clip")

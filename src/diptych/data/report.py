@@ -200,7 +200,8 @@ def _strip(sample: Sample, width: int) -> Image.Image:
 
 
 def _within(picture: Image.Image, side: int) -> Image.Image:
-    """Resized to touch a square of `side`; small pictures are enlarged by whole pixels, as they are."""
+    """Resized to fit into a square of `side`; small pictures are enlarged by whole pixels, as they are."""
     scale = side / max(picture.size)
+    scale = int(scale) if scale >= 1 else scale
     way = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), way)

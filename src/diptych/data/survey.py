@@ -17,10 +17,13 @@ from diptych.data.image_metadata import NAMES
 from diptych.data.jsonl import JsonlSource
 from diptych.data.loss_masks import LossMasks
 from diptych.data.reading import Reading
+from diptych.data.rows import KEYS, parse_row
 from diptych.data.source import BadItem, ItemDraws, Source, size_table
 
 GLANCE = 64
 """Items whose captions are read."""
+EDITS = 4
+"""Edits of which instruction and images are told."""
 SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "HANGUL", "HIRAGANA", "KATAKANA")
 """First words of Unicode names, by which letters are told apart; with CJK."""
 
@@ -29,7 +32,8 @@ SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI
 class Survey:
     """kind, path: of the source that reads the folder. items: usable ones. dropped: the others, with reasons.
     sizes: (height, width) of the images that say theirs, (N, 2). texts: captions or instructions of some of the items.
-    scripts: in which writing these are, the most frequent first. masks: how many of the images have a loss mask."""
+    scripts: in which writing these are, the most frequent first. masks: how many of the images have a loss mask.
+    edits: of some of the items of task `edit`, the instruction and the images that it is of."""
 
     kind: str
     path: Path
@@ -40,6 +44,7 @@ class Survey:
     texts: tuple[str, ...]
     scripts: tuple[str, ...]
     masks: int = 0
+    edits: tuple[tuple[str, tuple[Path, ...]], ...] = ()
 
     @property
     def side(self) -> int:
@@ -111,6 +116,7 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
         texts=texts,
         scripts=tuple(script for script, _ in Counter(map(script_of, texts)).most_common() if script),
         masks=masks,
+        edits=_edits(source) if isinstance(source, JsonlSource) and source.task == "edit" else (),
     )
 
 
@@ -127,6 +133,15 @@ def _texts(source: Source) -> tuple[tuple[str, ...], dict[int, BadItem]]:
         asked = [message.text for message in sample.messages if message.role == "user"]
         found += [text for text in (sample.text, *asked[:1]) if text]
     return tuple(found), broken
+
+
+def _edits(source: JsonlSource) -> tuple[tuple[str, tuple[Path, ...]], ...]:
+    """Edits that lie evenly in the source."""
+    found: list[tuple[str, tuple[Path, ...]]] = []
+    for index in np.linspace(0, len(source) - 1, min(EDITS, len(source)), dtype=int).tolist():
+        row = parse_row({name: source.column(index, name) for name in KEYS["edit"]}, "edit", source.name)
+        found.append((row.texts[0], tuple(source.folder / image for image in row.context)))
+    return tuple(found)
 
 
 def script_of(text: str) -> str:

@@ -19,17 +19,24 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class Clip:
     """A CLIP model of transformers, with OpenAI's picture preparation: bicubic short side, centre crop.
 
+    option: what names the model, for errors.
     dtype: of its weights; float32 whatever the checkpoint holds, since bfloat16 moves CLIPScore by 0.05 to 0.5.
     """
 
     def __init__(
-        self, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, *, allow_unpinned: bool = False
+        self,
+        name: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        option: str = "--clip",
+        allow_unpinned: bool = False,
     ) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        place, commit = pinned_model(name, "--clip", allow_unpinned=allow_unpinned)
-        model: Any = load_scorer(CLIPModel, place, f"--clip {name}", revision=commit, dtype=dtype)
-        self.tokenizer: Any = load_scorer(AutoTokenizer, place, f"--clip {name}", revision=commit)
+        place, commit = pinned_model(name, option, allow_unpinned=allow_unpinned)
+        model: Any = load_scorer(CLIPModel, place, f"{option} {name}", revision=commit, dtype=dtype)
+        self.tokenizer: Any = load_scorer(AutoTokenizer, place, f"{option} {name}", revision=commit)
         self.model: Any = model.to(device).eval()
         self.name, self.device = name, device
         self.dtype = dtype

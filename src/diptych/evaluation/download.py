@@ -151,7 +151,7 @@ def pinned_model(name: str, option: str, *, allow_unpinned: bool = False) -> tup
     if not commit and not allow_unpinned:
         raise UserError(
             f"{option} {name}: the commit to take is not known, so that nobody can tell what would be loaded; write "
-            f"{hub_id}@COMMIT, give a folder, or give --allow-unpinned"
+            f"{hub_id}@COMMIT, or give a folder" + (" or --allow-unpinned" if option.startswith("--") else "")
         )
     return hub_id, commit or None
 

@@ -206,7 +206,7 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
     source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": path, **masks, **vary}
     shapes = look.aspect > 1.1 and look.task != "understand"
     run: dict[str, Any] = {"save_every": max(steps // 4, 1), "validate_every": max(steps // 4, 1)}
-    if look.task == "text_to_image":
+    if look.task in ("text_to_image", "edit"):
         run["sample_every"] = max(steps // 4, 1)
     if settings.large:
         parts = ["llm" if look.task == "understand" else "decoder"]
@@ -251,6 +251,13 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
             "sample_prompts:  # drawn into samples/ while it learns",
             *(f"  - {_flow(text)}" for text in captions),
         ]
+    if look.edits:
+        lines.append("sample_edits:  # drawn into samples/ while it learns")
+    for words, images in look.edits:
+        places = [str(image.resolve()) for image in images]
+        if home is not None:
+            places = [os.path.relpath(place, home.resolve()) for place in places]
+        lines.append(f"  - {_flow({'text': words, 'images': places})}")
     return "\n".join(lines) + "\n"
 
 

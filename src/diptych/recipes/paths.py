@@ -44,6 +44,9 @@ def beside(plain: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     made = dict(plain)
     _change(made, ("start",), model)
+    _change(_copied(made, "run"), ("sample_clip",), model)
+    if isinstance(made.get("sample_edits"), list):
+        made["sample_edits"] = [_edit(entry, data) for entry in made["sample_edits"]]
     system = _copied(made, "system")
     for name in PARTS:
         part = _copied(system, name)
@@ -63,6 +66,13 @@ def beside(plain: dict[str, Any], folder: Path) -> dict[str, Any]:
             _change(_copied(source, "filters"), ("scores",), data)
             _change(_copied(source, "options"), OPTION_PATHS, data)
     return made
+
+
+def _edit(entry: Any, data: Change) -> Any:
+    """An entry of sample_edits with the paths of its images changed."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list):
+        return entry
+    return {**entry, "images": [data(path) if isinstance(path, str) else path for path in entry["images"]]}
 
 
 def _elsewhere(text: str) -> bool:

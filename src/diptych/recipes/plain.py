@@ -116,7 +116,8 @@ def inherited(name: str) -> list[str]:
         sources = _at(said, "data", "sources") or {}
         inner = _at(values, "data", "sources") or {}
         kept += [f"stages.{stage}.data.sources.{source}" for source in inner if source not in sources]
-    kept += [key for key in ("system", "start", "sampling", "sample_prompts") if key in whole and key not in own]
+    inherited = ("system", "start", "sampling", "sample_prompts", "sample_edits")
+    kept += [key for key in inherited if key in whole and key not in own]
     prompts = _at(own, "system") is not None and _at(whole, "system", "prompts") is not None
     if prompts and _at(own, "system", "prompts") is None:
         kept.append("system.prompts")

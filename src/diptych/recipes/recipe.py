@@ -274,11 +274,23 @@ class StageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleEdit:
+    """An edit that a run draws on its way: the instruction, and the files of the images that it is of."""
+
+    text: str
+    images: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.text.strip() or not self.images:
+            raise UserError("an edit needs text and images")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole recipe. start: weights of the whole system to begin with (shipped name, run, folder or hub id;
     or OpenUni's published checkpoint as a .safetensors file).
 
-    sample_prompts: drawn at the run's `sample_every`.
+    sample_prompts, sample_edits: drawn at the run's `sample_every`.
     """
 
     system: SystemSpec
@@ -288,6 +300,7 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     sampling: Sampling = field(default_factory=Sampling)
     sample_prompts: tuple[str, ...] = ()
+    sample_edits: tuple[SampleEdit, ...] = ()
 
 
 VARIANTS: Mapping[type, Variants] = {

@@ -22,7 +22,7 @@ from diptych.training.schedule import factor
 
 log = logging.getLogger(__name__)
 
-FREE = ("run", "sampling", "sample_prompts")
+FREE = ("run", "sampling", "sample_prompts", "sample_edits")
 """Sections that may differ between a run and its resumption: but for the precision, they do not change what is learned.
 """
 FUTURE = ("steps", "schedule", "max_grad_norm", "loss_weights", ("optimizer", "lr"), ("optimizer", "weight_decay"))

@@ -21,7 +21,7 @@ from diptych.checkpoints.finite import check_finite
 from diptych.core import environment
 from diptych.core.draws import key
 from diptych.core.errors import UserError, unknown
-from diptych.core.files import make_folder, write_file, write_text
+from diptych.core.files import make_folder, write_text
 from diptych.core.image_sizes import both_sides
 from diptych.core.locks import only_writer
 from diptych.core.sample import Batch
@@ -35,13 +35,14 @@ from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.prepared import Needed
 from diptych.recipes.recipe import DataSpec, Part, Recipe, StageSpec
 from diptych.recipes.resuming import claim
+from diptych.recipes.samples import check_drawn, sampler
 from diptych.recipes.sources import build_data
 from diptych.recipes.start import make_weights
-from diptych.reports.pictures import grid
 from diptych.systems.base import System
 from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
+from diptych.training.metrics import check_trackers
 from diptych.training.parallel import check_strategy
 from diptych.training.recompute import recompute_activations
 from diptych.training.regions import compile_regions
@@ -101,7 +102,7 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
         recipe=plain,
         resume=resumed,
         on_stage=apply,
-        on_sample=sampler(system, recipe, folder) if accelerator.is_main_process else None,
+        on_sample=sampler(system, recipe, folder, str(accelerator.device)) if accelerator.is_main_process else None,
         on_score=scorer(system, recipe, folder) if accelerator.is_main_process else None,
     )
     done = loop.train(system.to(accelerator.device), stages, run, accelerator)
@@ -170,6 +171,7 @@ def check_parts(recipe: Recipe, system: System) -> None:
     for task in recipe.run.score_tasks:
         if task not in evaluate.names():
             raise unknown("task", task, evaluate.names(), "run.score_tasks")
+    check_trackers(recipe.run.trackers)
     check_drawn(recipe, system)
     for field in dataclasses.fields(recipe.system):
         part = getattr(recipe.system, field.name)
@@ -195,20 +197,6 @@ def check_parts(recipe: Recipe, system: System) -> None:
         for source, spec in stage.data.sources.items():
             if spec.task not in system.tasks:
                 raise unknown("task", spec.task, system.tasks, f"stages.{name}.data.sources.{source}")
-
-
-def check_drawn(recipe: Recipe, system: System) -> None:
-    """UserError for pictures of the run that could not be drawn, before the step that would draw them."""
-    drawn = recipe.run.sample_every and recipe.sample_prompts
-    if (drawn or recipe.run.score_every) and "text_to_image" in system.tasks:
-        try:
-            system.latent_shape(*recipe.sampling.size)
-            system.scale_sizes(*recipe.sampling.size)
-        except UserError as error:
-            raise UserError(f"sampling.size: {error}") from error
-    for place, prompt in enumerate(recipe.sample_prompts):
-        if "<image>" in prompt:
-            raise UserError(f"sample_prompts[{place}]: {prompt!r} holds <image>, and a prompt has no images")
 
 
 def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> loop.Stage:
@@ -256,21 +244,6 @@ def held_out_batches(sources: Sequence[tuple[Source, Source | None]], spec: Data
                 log.warning("held out: %s", error)
         batches += [Batch(tuple(samples[i : i + size])) for i in range(0, len(samples), size)]
     return batches
-
-
-def sampler(system: System, recipe: Recipe, folder: Path) -> Callable[[int], None] | None:
-    """Draws the recipe's prompts into samples/ at a step."""
-    if not recipe.sample_prompts:
-        return None
-    engine = Engine(system, recipe.sampling)
-
-    def draw(step: int) -> None:
-        system.eval()
-        images = engine.generate(recipe.sample_prompts, seed=recipe.seed)
-        path = folder / "samples" / f"step-{step:08d}.png"
-        write_file(path, lambda temporary: grid(images).save(temporary, "PNG"))
-
-    return draw
 
 
 def scorer(system: System, recipe: Recipe, folder: Path) -> Callable[[int], dict[str, float]] | None:

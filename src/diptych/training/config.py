@@ -9,6 +9,7 @@ from annotated_types import Interval
 
 from diptych.core.errors import UserError
 from diptych.core.ranges import NotNegative, NotNegativeInt, Positive, Share, check_ranges
+from diptych.training.metrics import Tracker
 
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -109,7 +110,8 @@ class RunConfig:
     """What does not change the result: when to log, save, validate and draw; how to run.
 
     save_every, validate_every, sample_every, score_every: steps, and at a stage's end; 0 for never, but a stage's end
-    always saves. score_tasks, score_limit: what is scored then, with the averaged weights where there are any, and how
+    always saves. sample_clip: a CLIP model (folder or hub id) that scores the pictures of prompts that are drawn then.
+    score_tasks, score_limit: what is scored then, with the averaged weights where there are any, and how
     many prompts of each task. keep_checkpoints: number of the last checkpoints that stay; keep_stages: the last one of
     every stage stays too. num_workers: data processes. precision: `fp32` or `bf16` (autocast). checkpointing: parts
     whose activations are recomputed. compile: of the decoder's blocks, see `training.regions`. strategy: `auto` (one
@@ -117,13 +119,15 @@ class RunConfig:
     the way) or `hsdp` (`replicas` copies of the weights, each divided among its own processes; as many processes as a
     machine has GPUs keep the gathering of weights inside it). frozen_weights: number format of what no stage trains;
     with `auto` that of a bfloat16 file where `precision` is bf16, else float32. What a stage trains is float32,
-    whatever the file has.
+    whatever the file has. tensorboard, trackers: where metrics and pictures go besides the run folder
+    (`training.metrics`).
     """
 
     log_every: int = 10
     save_every: int = 500
     validate_every: int = 500
     sample_every: int = 0
+    sample_clip: str | None = None
     score_every: int = 0
     score_tasks: tuple[str, ...] = ("toyeval",)
     score_limit: int | None = None
@@ -138,6 +142,7 @@ class RunConfig:
     frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     tensorboard: bool = True
+    trackers: tuple[Tracker, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("log_every", 1), ("keep_checkpoints", 1), ("num_workers", 0)):
@@ -148,6 +153,10 @@ class RunConfig:
                 raise UserError(f"{name} must be at least 0 (never), not {getattr(self, name)}")
         if self.score_limit is not None and self.score_limit < 1:
             raise UserError(f"score_limit must be at least 1, not {self.score_limit}; leave it out for all")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise UserError(f"trackers names one twice: {', '.join(self.trackers)}")
+        if self.sample_clip is not None and not self.sample_every:
+            raise UserError("sample_clip scores pictures that are drawn, and sample_every is 0; set it to steps")
         if self.score_every and not self.score_tasks:
             raise UserError("score_every needs score_tasks")
         for name in ("sample_every", "score_every"):

@@ -28,7 +28,7 @@ from diptych.systems.base import System
 from diptych.training import state
 from diptych.training.config import Balance, RunConfig, StageConfig
 from diptych.training.ema import EMA
-from diptych.training.metrics import Metrics
+from diptych.training.metrics import Drawn, Metrics
 from diptych.training.optimizers import apply_update, build_optimizers, set_rate, trainable
 from diptych.training.parallel import clip, prepare
 from diptych.training.saving import Saver
@@ -65,7 +65,7 @@ class Run:
     """Where a run lives and what is called on the way.
 
     recipe: the resolved recipe, stored in every checkpoint. on_stage(position): before a stage. on_sample(step): draws
-    pictures with the averaged weights. on_score(step): their scores by task.
+    pictures with the averaged weights. on_score(step): the scores of these weights by task.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class Run:
     recipe: dict[str, Any]
     resume: bool = False
     on_stage: Callable[[int], None] | None = None
-    on_sample: Callable[[int], None] | None = None
+    on_sample: Callable[[int], Drawn] | None = None
     on_score: Callable[[int], dict[str, float]] | None = None
 
 
@@ -89,9 +89,9 @@ def train(system: System, stages: Sequence[Stage], run: Run, accelerator: Accele
     """
     last = newest_checkpoint(run.folder / "checkpoints", accelerator) if run.resume else None
     progress = state.read_progress(last) if last else state.Progress()
-    board = run.config.tensorboard
+    trackers: dict[str, Any] = {"tensorboard": run.config.tensorboard, "trackers": run.config.trackers}
     whole = progress.total - progress.pending
-    metrics = Metrics(run.folder, start=whole, tensorboard=board, main=accelerator.is_main_process)
+    metrics = Metrics(run.folder, start=whole, recipe=run.recipe, main=accelerator.is_main_process, **trackers)
     learned: set[str] = set()
     with closing(metrics), stop_signal() as stopped:
         for position, stage in enumerate(stages):
@@ -194,7 +194,8 @@ def train_stage(
             set_modes(system, config.train)
         if due(progress.step, often.sample_every, ends) and run.on_sample:
             with ema.applied() if ema else nullcontext():
-                run.on_sample(progress.total)
+                drawn = run.on_sample(progress.total)
+            metrics.draw(progress.total, config.name, drawn)
             set_modes(system, config.train)
         if due(progress.step, often.score_every, ends) and run.on_score:
             with ema.applied() if ema else nullcontext():
