@@ -235,7 +235,7 @@ def test_features_of_other_weights_and_of_a_trained_tower_are_refused(plain: dic
         build_stage("mix", recipe.stages["mix"], recipe, system)
     trained = merged(reading(plain, root), {"stages": {"mix": {"train": ["queries", "vision"]}}})
     recipe = parse(trained)
-    with pytest.raises(UserError, match="this stage trains 'vision'"):
+    with pytest.raises(UserError, match="the recipe trains 'vision' here or in an earlier stage"):
         build_stage("mix", recipe.stages["mix"], recipe, start(recipe))
 
 

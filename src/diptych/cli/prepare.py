@@ -1,4 +1,4 @@
-"""Make what training can read instead of making it again: latents, vision features, scores and sizes, as shards."""
+"""Make what training can read instead of making it again: latents, vision features, states, scores and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--what",
         nargs="*",
         default=["latents", "sizes"],
-        help="latents, features, sizes (latents and sizes when not given; none for scores alone)",
+        help="latents, features, states, sizes (latents and sizes when not given; none for scores alone)",
     )
     parser.add_argument("--stage", nargs="+", default=[], help="prepare for these stages; for all when not given")
     parser.add_argument(

@@ -42,6 +42,8 @@ class Sample:
     latent: the autoencoder's latent of `image` (C, h, w) from an on-disk cache, where there is one.
     features: projected vision tokens (N, D) of the images that an MLLM is shown, in reading order, where they were
         prepared; empty where the MLLM's vision tower makes them.
+    states: the MLLM's states of the sample's requests, where they were prepared, by the digest of a request
+        (`systems.states.request_digest`); UserError for a request that was not prepared.
     extra: anything else a source knows (scene, scores); never read by systems.
     """
 
@@ -55,6 +57,7 @@ class Sample:
     loss_mask: Tensor | None = None
     latent: Tensor | None = None
     features: tuple[Tensor, ...] = ()
+    states: Callable[[int], Tensor] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to(self, device: torch.device | str) -> Sample:

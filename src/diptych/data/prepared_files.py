@@ -5,13 +5,15 @@
                                          00001.safetensors
 
 A shard holds zero or more tensors of each item. Tensors of one shape and format are stacked as `values.0`, `values.1`,
-..., so that one of them is read without the others. `first` (n + 1) says how many tensors the items before each have,
+..., so that one of them is read without the others; what several items share stands there once. `first` (n + 1) says
+how many tensors the items before each have,
 `group` and `row` where each tensor stands, `digest` (n) which image files the item was made of.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -88,11 +90,17 @@ class Shard:
     def __len__(self) -> int:
         return len(self.index["digest"])
 
-    def tensors(self, place: int) -> tuple[Tensor, ...]:
-        """Of an item, by its place in the shard."""
-        first, stop = self.index["first"][place : place + 2].tolist()
-        groups, rows = self.index["group"][first:stop].tolist(), self.index["row"][first:stop].tolist()
-        return tuple(self._file.get_slice(f"values.{g}")[r : r + 1][0] for g, r in zip(groups, rows, strict=True))
+    def tensors(self, place: int, most: int | None = None) -> tuple[Tensor, ...]:
+        """Of an item, by its place in the shard; the first so many."""
+        return tuple(self._at(at) for at in range(*self.index["first"][place : place + 2].tolist())[:most])
+
+    def tensor(self, place: int, number: int) -> Tensor:
+        """One of an item's."""
+        return self._at(int(self.index["first"][place]) + number)
+
+    def _at(self, at: int) -> Tensor:
+        group, row = int(self.index["group"][at]), int(self.index["row"][at])
+        return self._file.get_slice(f"values.{group}")[row : row + 1][0]
 
     def digest(self, place: int) -> int:
         """Of an item's image files."""
@@ -110,9 +118,12 @@ class Shard:
         return result
 
     def values(self) -> Values:
-        """All of it."""
-        places = range(len(self))
-        return Values([self.tensors(at) for at in places], [self.digest(at) for at in places], dict(self.bad))
+        """All of it; tensors that items share are the same object."""
+        where = list(zip(self.index["group"].tolist(), self.index["row"].tolist(), strict=True))
+        once = {pair: self._at(at) for at, pair in enumerate(where)}
+        first = self.index["first"].tolist()
+        tensors = [tuple(once[pair] for pair in where[a:b]) for a, b in itertools.pairwise(first)]
+        return Values(tensors, [self.digest(at) for at in range(len(self))], dict(self.bad))
 
 
 def write_shard(path: Path, manifest: Manifest, values: Values, identity: str) -> None:
@@ -122,12 +133,16 @@ def write_shard(path: Path, manifest: Manifest, values: Values, identity: str) -
         identity: of the source, as it was.
     """
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    numbers: dict[tuple[Any, ...], int] = {}
+    known: dict[int, tuple[int, int]] = {}  # by identity: what items share is written once
     order: list[tuple[int, int]] = []
-    for tensors in values.tensors:
-        for tensor in tensors:
-            stack = groups.setdefault((tuple(tensor.shape), tensor.dtype), [])
-            order.append((list(groups).index((tuple(tensor.shape), tensor.dtype)), len(stack)))
+    for tensor in (tensor for tensors in values.tensors for tensor in tensors):
+        if id(tensor) not in known:
+            form = (tuple(tensor.shape), tensor.dtype)
+            stack = groups.setdefault(form, [])
+            known[id(tensor)] = (numbers.setdefault(form, len(numbers)), len(stack))
             stack.append(tensor)
+        order.append(known[id(tensor)])
     signed = [value - (1 << 64) if value >= 1 << 63 else value for value in values.digests]
     stored = {
         "first": torch.tensor([0, *np.cumsum([len(tensors) for tensors in values.tensors]).tolist()]),
@@ -179,15 +194,20 @@ class PreparedSet:
         names = {path.name for path in self.folder.glob("*.safetensors")}
         return [number for number in range(self.manifest.shards) if self.path(number).name not in names]
 
-    def entry(self, index: int) -> Entry:
-        """Of item `index`."""
+    def entry(self, index: int, most: int | None = None) -> Entry:
+        """Of item `index`; of its tensors the first so many."""
+        shard, place = self.place(index)
+        return Entry(shard.tensors(place, most), shard.digest(place), shard.bad.get(place, ""))
+
+    def place(self, index: int) -> tuple[Shard, int]:
+        """The open shard of item `index`, and its place there."""
         number, place = divmod(index, self.manifest.shard_items)
         shard = self._open.get(number)
         if shard is None:
             shard = self._open[number] = Shard(self.path(number))
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
-        return Entry(shard.tensors(place), shard.digest(place), shard.bad.get(place, ""))
+        return shard, place
 
     @cached_property
     def numbers(self) -> np.ndarray:

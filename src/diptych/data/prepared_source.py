@@ -1,4 +1,4 @@
-"""A source whose samples bring what `diptych prepare` made of them: latents, vision features, scores, sizes."""
+"""A source whose samples bring what `diptych prepare` made of them: latents, vision features, states, scores, sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample, Task
 from diptych.data.prepared_files import Entry, PreparedSet
-from diptych.data.rows import DIGEST
+from diptych.data.prepared_states import ItemStates
+from diptych.data.rows import DIGEST, request_content
 from diptych.data.source import BadItem, ItemDraws, Listed, Scored, Size, Source
 
 
@@ -19,11 +20,12 @@ class PreparedSource(Source, Scored, Listed):
 
     A source of pairs may serve as one of `image`: its samples then lose their captions, which scores were made with.
 
-    `latents` and `features` are compared with the digest of the item's image files each time, so `source` must give it
-    (`Reading.digests`). `sizes` stand for reading headers; any other kind is a score.
+    `latents` and `features` are compared with the digest of the item's image files each time, `states` with that of
+    its texts too, so `source` must give it (`Reading.digests`). `sizes` stand for reading headers; any other kind is a
+    score.
 
     Raises:
-        UserError: (on load) an item's image files are not those that its latent or features were made of.
+        UserError: (on load) an item's image files, or its texts, are not those that these were made of.
     """
 
     def __init__(self, source: Source, sets: Mapping[str, PreparedSet], task: Task | None = None) -> None:
@@ -43,27 +45,35 @@ class PreparedSource(Source, Scored, Listed):
         if (features := self.sets.get("features")) is not None:
             tokens = self._checked(features, index, sample).tensors
             sample = replace(sample, features=tuple(each.float() for each in tokens))
+        if (states := self.sets.get("states")) is not None:
+            self._check(states, states.entry(index, 1), request_content(sample), sample)
+            sample = replace(sample, states=ItemStates(states, index, sample.id))
         return sample
 
     def _checked(self, made: PreparedSet, index: int, sample: Sample) -> Entry:
-        kind, entry = made.manifest.kind, made.entry(index)
+        entry = made.entry(index)
+        self._check(made, entry, sample.extra[DIGEST], sample)
+        return entry
+
+    def _check(self, made: PreparedSet, entry: Entry, content: int, sample: Sample) -> None:
+        kind = made.manifest.kind
         if entry.bad:
             raise BadItem(sample.id, entry.bad)
-        if entry.digest != sample.extra[DIGEST]:
+        if entry.digest != content:
+            what = "its images or captions have" if kind == "states" else "its images have"
             raise UserError(
-                f"{sample.id}: its images have changed since {kind} of them were made in {made.folder}; run diptych "
+                f"{sample.id}: {what} changed since {kind} of them were made in {made.folder}; run diptych "
                 "prepare again, which makes those that changed"
             )
-        if not entry.tensors and (kind == "latents" or sample.context_images or sample.task == "image"):
+        if not entry.tensors and (kind != "features" or sample.context_images or sample.task == "image"):
             raise UserError(f"{sample.id}: no {kind} in {made.folder}; run diptych prepare again")
-        return entry
 
     def sizes(self) -> Sequence[Size | None] | np.ndarray | None:
         made = self.sets.get("sizes")
         return self.source.sizes() if made is None else np.nan_to_num(made.numbers).astype(np.int64)
 
     def numbers(self, name: str) -> np.ndarray | None:
-        made = None if name in ("latents", "features", "sizes") else self.sets.get(name)
+        made = None if name in ("latents", "features", "states", "sizes") else self.sets.get(name)
         return None if made is None else made.numbers
 
     def column(self, index: int, name: str) -> object:

@@ -43,6 +43,9 @@ PROFILES = "colour profiles"
 DIGEST = "digest of images"
 """Key of a sample's `extra`: xxHash (64 bits) of its image files, that of the target first (`Reading.digests`)."""
 
+TEXTS = "all texts"
+"""Key of a sample's `extra`: every text of its item, of which a visit draws one (`Reading.digests`)."""
+
 FindImage = Callable[[Any], bytes | Path]
 """An image's reference, as it stands in the row, to its file or the file's bytes; BadItem where there is none."""
 
@@ -156,7 +159,7 @@ def make_sample(
         context = tuple(reading.context(read(file, None)) for file in files)
     else:
         context = tuple(fit(read(file, size), size, fit_mode) for file in files)
-    extra: dict[str, Any] = {DIGEST: digested.intdigest()} if reading.digests else {}
+    extra: dict[str, Any] = {DIGEST: digested.intdigest(), TEXTS: row.texts} if reading.digests else {}
     image = None if target is None or not reading.targets else fit(read(target, size), size, fit_mode)
     loss_mask = None
     if target is not None:
@@ -173,6 +176,16 @@ def make_sample(
         size=size if target is not None and image is None else None,
         extra={**extra, PROFILES: tuple(profiles)} if profiles else extra,
     )
+
+
+def request_content(sample: Sample) -> int:
+    """A digest (64 bits) of the image files and all texts of an item that was read with `Reading.digests`."""
+    digested = xxhash.xxh3_64(sample.extra[DIGEST].to_bytes(8, "little"))
+    for text in sample.extra[TEXTS]:
+        encoded = text.encode()
+        digested.update(len(encoded).to_bytes(8, "little"))
+        digested.update(encoded)
+    return digested.intdigest()
 
 
 def read_file(path: Path, id: str) -> bytes:

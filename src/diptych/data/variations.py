@@ -129,6 +129,21 @@ def _window(sample: Sample, larger: Size, size: Size, draws: ItemDraws) -> Sampl
     raise BadItem(sample.id, f"loss mask is black in {_WINDOWS} random crops of the image")
 
 
+def possible_texts(texts: Sequence[str], wanted: Variations) -> list[str]:
+    """Every caption that `varied_text` can make of an item's texts.
+
+    Raises:
+        UserError: shuffled tags, of which there are too many orders.
+    """
+    if wanted.shuffle_tags:
+        raise UserError("vary.shuffle_tags gives a caption too many forms; leave it out")
+    if wanted.lines:
+        texts = [line for text in texts for line in [x.strip() for x in text.splitlines() if x.strip()] or [""]]
+    fixed = Variations(trigger=wanted.trigger)
+    made = [varied_text(text, fixed, ItemDraws(0)) for text in texts]
+    return list(dict.fromkeys([*made, *([""] if wanted.caption_dropout else [])]))
+
+
 def varied_text(text: str, wanted: Variations, draws: ItemDraws) -> str:
     """The caption of a visit."""
     if wanted.caption_dropout and draws.integer("caption dropout", _FINE) < wanted.caption_dropout * _FINE:

@@ -259,8 +259,8 @@ def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
     size = min(spec.micro_batch_size or spec.batch_size, 64)
     device = "cuda" if torch.cuda.is_available() and recipe.run.device == "auto" else "cpu"
     system.to(device)
-    stage = build_stage(name, replace(spec, batch_size=size, data=replace(spec.data, held_out=0)), recipe, system)
     stage_settings(system, list(recipe.stages.values()))(list(recipe.stages).index(name))
+    stage = build_stage(name, replace(spec, batch_size=size, data=replace(spec.data, held_out=0)), recipe, system)
     freeze(system, spec.train)
     clock = time.perf_counter()
     for step in loader.steps(stage.data, system.preparer(), 0, steps + 1):

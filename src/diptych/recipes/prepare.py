@@ -1,4 +1,4 @@
-"""Preparation of a recipe's data as a job: latents, vision features, scores and sizes, written as shards.
+"""Preparation of a recipe's data as a job: latents, vision features, text states, scores and sizes, as shards.
 
 Any number of processes work on one job, on one machine or several, and may be started, killed and started again at any
 time: a shard is written by the process that has claimed it (`core.claims`), and is either whole or absent.
@@ -6,12 +6,11 @@ time: a shard is written by the process that has claimed it (`core.claims`), and
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,31 +22,31 @@ from diptych.core.claims import Claims
 from diptych.core.errors import UserError, unknown
 from diptych.core.filenames import file_name
 from diptych.core.files import remove_litter
-from diptych.core.sample import Sample
 from diptych.data.prepared_files import (
     Manifest,
     PreparedSet,
-    Shard,
-    Values,
     open_set,
     places_of,
     shard_state,
     write_shard,
 )
-from diptych.data.rows import DIGEST
-from diptych.data.source import BadItem, ItemDraws, Listed, Source
+from diptych.data.prepared_source import PreparedSource
+from diptych.data.source import Listed, Source
 from diptych.evaluation.image_scores import ImageScorer, aesthetic_scorer, classifier_scorer, clip_scorer
 from diptych.inference.placement import device_named
-from diptych.recipes.load import stage_settings, start
-from diptych.recipes.prepare_makers import Features, Latents, Maker, Score, Sizes
+from diptych.recipes.load import stage_settings
+from diptych.recipes.prepare_makers import Features, Latents, Maker, Score, Sizes, States
+from diptych.recipes.prepare_shards import make_shard
 from diptych.recipes.prepared import Needed
 from diptych.recipes.recipe import FILE_SOURCES, DataSpec, SourceSpec, parse
 from diptych.recipes.sources import base_source
+from diptych.recipes.start import start_weights
 from diptych.systems.base import System
+from diptych.systems.composed import ComposedSystem
 
 log = logging.getLogger(__name__)
 
-KINDS = ("latents", "features", "sizes")
+KINDS = ("latents", "features", "states", "sizes")
 FORMATS = ("float32", "bfloat16", "float16")
 WAIT_SECONDS = 0.5
 
@@ -57,7 +56,7 @@ class Options:
     """recipe: resolved plain values. kinds: of `KINDS`. output: folder for all sources, a folder each; without it,
     what the sources' `prepared` say, or beside the data. stages: names; all of them where empty. watermark, clip,
     aesthetic, aesthetic_head: models that score. shard_items: of a shard. batch_size: of a forward pass. threads: that
-    read images. dtype: of latents and features on disk."""
+    read images. dtype: of latents, features and states on disk."""
 
     recipe: dict[str, Any]
     kinds: tuple[str, ...] = ("latents", "sizes")
@@ -135,18 +134,20 @@ class Work:
         for name in options.stages:
             if name not in recipe.stages:
                 raise unknown("stage", name, recipe.stages, "--stage")
-        models = bool({"latents", "features"} & set(options.kinds))
-        system = start(recipe) if models else None
+        models = bool({"latents", "features", "states"} & set(options.kinds))
+        system = start_weights(recipe) if models else None
         apply = stage_settings(system, list(recipe.stages.values())) if system else lambda position: None
         scorers = self._scorers()
         if system is not None:
             system.eval()
         jobs: dict[Path, Job] = {}
+        trained: list[str] = []
         for position, (stage, spec) in enumerate(recipe.stages.items()):
+            trained += spec.train
             if options.stages and stage not in options.stages:
                 continue
             apply(position)
-            needed = None if system is None else Needed(system, spec.data, spec.train)
+            needed = None if system is None else Needed(system, spec.data, tuple(trained), recipe.run.precision)
             for name, source in spec.data.sources.items():
                 for job in self._source_jobs(
                     f"{stage}.data.sources.{name}", name, source, spec.data, system, needed, scorers
@@ -195,35 +196,48 @@ class Work:
         if spec.kind not in FILE_SOURCES or spec.control:
             self.skipped.append(f"{place}: its pictures are drawn, not read")
             return
-        source = base_source(name, spec, data)
-        source.reading = replace(source.reading, digests=True)
+        read = base_source(name, spec, data)
+        read.reading = replace(read.reading, digests=True)
+        source = PreparedSource(read, {}, spec.task)  # pairs that are read as images have no captions
         root = folder_of(name, spec, options.output, place)
-        makers: list[Maker] = []
+        makers: list[tuple[Maker, Source]] = []
         if "sizes" in options.kinds:
-            makers.append(Sizes(source))
+            makers.append((Sizes(source), source))
         if system is not None and needed is not None:
             for kind, cls in (("latents", Latents), ("features", Features)):
                 made_from = getattr(needed, kind)(spec.task) if kind in options.kinds else None
                 if made_from is not None:
-                    makers.append(cls(system, needed, source, made_from, self.device))
+                    makers.append((cls(system, needed, source, made_from, self.device), source))
                 elif kind in options.kinds:
                     self.skipped.append(f"{place}: no {kind} for task {spec.task} in this system")
+            if "states" in options.kinds:
+                made_from = needed.states(spec.task, spec.vary)
+                if made_from is not None:
+                    assert isinstance(system, ComposedSystem)
+                    given: Any = {"vary": spec.vary, "dtype": options.dtype, "batch_size": options.batch_size}
+                    undecoded = copy.copy(read)
+                    undecoded.reading = replace(read.reading, targets=spec.task == "image")
+                    seen = PreparedSource(undecoded, {}, spec.task)
+                    makers.append((States(system, needed, seen, made_from, self.device, **given), seen))
+                else:
+                    self.skipped.append(f"{place}: no states, since {needed.no_states(spec.task, spec.vary)}")
         for scorer in scorers:
-            if scorer.captions and source.task != "text_to_image":
+            if scorer.captions and read.task != "text_to_image":
                 self.skipped.append(f"{place}: no captions to compare with, so no {scorer.name}")
             else:
-                makers.append(Score(scorer, source))
-        for maker in makers:
+                makers.append((Score(scorer, read), read))
+        for maker, items in makers:
+            numbers = maker.kind in ("latents", "features", "states")
             manifest = Manifest(
                 kind=maker.kind,
                 made_from=maker.made_from,
-                items=len(source),
+                items=len(items),
                 shard_items=options.shard_items,
-                dtype=options.dtype if maker.kind in ("latents", "features") else "float32",
+                dtype=options.dtype if numbers else "float32",
             )
             made = open_set(root, manifest)
             remove_litter(made.folder)
-            yield Job(f"{name}: {maker.kind}", place, source, maker, made)
+            yield Job(f"{name}: {maker.kind}", place, items, maker, made)
 
     def units(self) -> list[tuple[int, int]]:
         """(number of a job, number of a shard) of everything."""
@@ -231,6 +245,7 @@ class Work:
 
     def do(self, job: Job, number: int, result: Result) -> bool:
         """Make a shard, unless it is there; False where another process is at it."""
+        options = self.options
         if shard_state(job.made, number, job.identity) == "whole":
             result.there += 1
             return True
@@ -241,7 +256,9 @@ class Work:
             if state == "whole":
                 result.there += 1
                 return True
-            values = make_shard(job, number, state == "old", self.options)
+            values = make_shard(
+                job.source, job.maker, job.made, number, state == "old", options.batch_size, options.threads
+            )
             write_shard(job.made.path(number), job.made.manifest, values, job.identity)
         result.written += 1
         result.items += sum(map(bool, values.tensors))
@@ -281,85 +298,6 @@ def prepare(
             pending = waiting
         results.append(result)
     return results, work.skipped
-
-
-def make_shard(job: Job, number: int, old: bool, options: Options) -> Values:
-    """The values of a shard's items.
-
-    Args:
-        old: it is there and was made when the source was another; what was made of the same image files stays.
-    """
-    items, maker = places_of(job.made, number), job.maker
-    values = Values([() for _ in items], [0] * len(items))
-    if not maker.reads:
-        values.tensors = [(torch.tensor(maker.sizes[item], dtype=torch.int32),) for item in items]
-        return values
-    # Items by size, so that those of one size share a forward pass; what is left out has no size.
-    sizes = [tuple(maker.sizes[item].tolist()) for item in items]
-    wanted = sorted((size, place) for place, size in enumerate(sizes) if all(size))
-    known = Shard(job.made.path(number)).values() if old else None
-    batch: list[tuple[int, Sample]] = []
-    loads = ((items[place], size) for size, place in wanted)
-    for (_, place), sample in zip(wanted, loaded(job.source, loads, options.threads), strict=True):
-        if isinstance(sample, BadItem):
-            values.bad[place] = sample.reason
-            continue
-        values.digests[place] = sample.extra[DIGEST]
-        if known is not None and known.digests[place] == values.digests[place] and known.tensors[place]:
-            values.tensors[place] = known.tensors[place]
-            continue
-        if batch and (len(batch) == options.batch_size or sizes_of(batch[0][1]) != sizes_of(sample)):
-            make(maker, batch, values, job.made.manifest.dtype)
-            batch = []
-        batch.append((place, sample))
-    if batch:
-        make(maker, batch, values, job.made.manifest.dtype)
-    return values
-
-
-def make(maker: Maker, batch: Sequence[tuple[int, Sample]], values: Values, dtype: str) -> None:
-    """Values of a batch; a sample that the model refuses is as bad as one that cannot be read."""
-    try:
-        made = maker.make([sample for _, sample in batch])
-    except UserError as error:
-        if len(batch) > 1:
-            for pair in batch:
-                make(maker, [pair], values, dtype)
-            return
-        [(place, sample)] = batch
-        values.bad[place] = f"refused by the model ({str(error).removeprefix(f'{sample.id}: ')})"
-        return
-    format: torch.dtype = getattr(torch, dtype)
-    for (place, _), tensors in zip(batch, made, strict=True):
-        values.tensors[place] = tuple(tensor.to(format).contiguous() for tensor in tensors)
-
-
-def sizes_of(sample: Sample) -> tuple[int, ...]:
-    """Of the image to make; () where there is none."""
-    return () if sample.image is None else tuple(sample.image.shape)
-
-
-def loaded(source: Source, items: Iterator[tuple[int, tuple[int, ...]]], threads: int) -> Iterator[Sample | BadItem]:
-    """Items in order, read by threads a little ahead."""
-
-    def load(item: tuple[int, tuple[int, ...]]) -> Sample | BadItem:
-        index, (height, width) = item
-        try:
-            return source.load(index, ItemDraws(0), (height, width))
-        except BadItem as bad:
-            return bad
-
-    if threads == 1:
-        yield from map(load, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[Sample | BadItem]] = deque()
-        for item in items:
-            ahead.append(pool.submit(load, item))
-            if len(ahead) > 4 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def folder_of(name: str, spec: SourceSpec, output: str | None, where: str) -> Path:

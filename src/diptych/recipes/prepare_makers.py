@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,20 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.prepared import map_tensors
 from diptych.core.sample import Sample
 from diptych.data.imaging import to_pil
+from diptych.data.rows import DIGEST, TEXTS, request_content
 from diptych.data.source import Source, size_table
+from diptych.data.variations import Variations, possible_texts
 from diptych.evaluation.image_scores import ImageScorer
 from diptych.parts.backbones.processor import VisionInputs, join_inputs
 from diptych.recipes.prepared import Needed
 from diptych.systems.base import System
-from diptych.systems.preparing import ConditionedPreparer
+from diptych.systems.composed import ComposedSystem
+from diptych.systems.preparing import ConditionedPreparer, Request
+from diptych.systems.presets import Dropped
+from diptych.systems.states import dropouts, real_rows, request_digest, shows_own
 
 SCORED_SIDE = 448
 """Shorter side, in pixels, at which images are scored: scorers read 224 to 384 pixels."""
@@ -32,6 +39,10 @@ class Maker(abc.ABC):
     made_from: dict[str, Any]
     sizes: np.ndarray
     reads: bool = True
+
+    def content(self, sample: Sample) -> int:
+        """A digest of what it is made of."""
+        return sample.extra[DIGEST]
 
     @abc.abstractmethod
     def make(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
@@ -81,6 +92,90 @@ class Features(Maker):
             return self.backbone.processor.pixels(sample.context_images) if sample.context_images else None
         assert isinstance(self.preparer, ConditionedPreparer)
         return self.preparer.request(sample).inputs.vision
+
+
+class States(Maker):
+    """The states of every request that training may make of an item, after their digests (`data.prepared_states`): of
+    each of its texts, and of what stays where condition dropout takes text or images away."""
+
+    kind = "states"
+
+    def __init__(
+        self,
+        system: ComposedSystem,
+        needed: Needed,
+        source: Source,
+        made_from: dict[str, Any],
+        device: str,
+        *,
+        vary: Variations | None,
+        dtype: str,
+        batch_size: int,
+    ) -> None:
+        self.system, self.made_from, self.device = system, made_from, device
+        self.format: torch.dtype = getattr(torch, dtype)
+        self.vary, self.batch_size, self.settings = vary, batch_size, system.settings
+        self.sizes = needed.sizes_of(source)
+        self.autocast = needed.precision == "bf16"
+        self.preparer = system.preparer()
+        self.dropped = dropouts(system.options.dropout)
+        self._common: dict[int, Tensor] = {}  # of requests without text and images, which all items share
+        system.backbone.to(device)
+        system.conditioner.to(device)
+
+    def content(self, sample: Sample) -> int:
+        return request_content(sample)
+
+    def make(self, samples: Sequence[Sample]) -> list[tuple[Tensor, ...]]:
+        # What each item may ask, and what has to be read for it; requests that show no picture of it are read once.
+        wanted: list[list[tuple[int, tuple[int, int]]]] = []
+        requests: dict[tuple[int, int], Request] = {}
+        known = {(digest, -1): states for digest, states in self._common.items()}
+        for place, sample in enumerate(samples):
+            wanted.append([])
+            for variant, dropped in self._variants(sample):
+                request = self.preparer.request(variant, dropped=dropped)
+                digest = request_digest(request.inputs.sequences, request.shown)
+                name = (digest, place if shows_own(variant, dropped) else -1)
+                wanted[-1].append((digest, name))
+                if name not in known:
+                    requests.setdefault(name, request)
+                if dropped == "text_and_images":
+                    self._common.setdefault(digest, torch.empty(0))
+        # The MLLM reads them.
+        names = list(requests)
+        for at in range(0, len(names), self.batch_size):
+            some = names[at : at + self.batch_size]
+            known |= dict(zip(some, self._read([requests[name] for name in some]), strict=True))
+        self._common = {digest: known[digest, -1] for digest in self._common}
+        return [self._tensors(each, known) for each in wanted]
+
+    def _variants(self, sample: Sample) -> Iterator[tuple[Sample, Dropped | None]]:
+        """What an item may be asked as, by its text and by what dropout takes away."""
+        texts: Sequence[str] = sample.extra[TEXTS] if sample.task != "image" else ()
+        if self.vary is not None and texts:
+            texts = possible_texts(texts, self.vary)
+        for text in texts or ("",):
+            yield replace(sample, text=text), None
+        for dropped in self.dropped:
+            yield sample, dropped
+
+    @torch.no_grad()
+    def _read(self, requests: Sequence[Request]) -> Iterator[Tensor]:
+        """States (N, W) of each request, in the format on disk."""
+        self.system.settings, self.system.training = self.settings, True  # which cuts what is too long as training does
+        collated = map_tensors(self.preparer.requests(requests), lambda tensor: tensor.to(self.device))
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
+            states = self.system.read(collated.inputs, None)
+        self.system.training = False
+        return (each.to("cpu", self.format) for each in real_rows(states))
+
+    def _tensors(
+        self, asked: Sequence[tuple[int, tuple[int, int]]], known: dict[tuple[int, int], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Digests of an item's requests, and the states of each; a request that two of its texts make once."""
+        once = dict(asked)
+        return (torch.tensor(list(once)), *(known[name] for name in once.values()))
 
 
 class Score(Maker):

@@ -32,7 +32,7 @@ from diptych.inference.engine import Engine
 from diptych.recipes.bases import save_system
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
-from diptych.recipes.prepared import Needed
+from diptych.recipes.prepared import Needed, refuse_mixed_states
 from diptych.recipes.recipe import DataSpec, Part, Recipe, StageSpec
 from diptych.recipes.resuming import claim
 from diptych.recipes.samples import check_drawn, sampler
@@ -89,8 +89,11 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
     recompute_activations(system, recipe.run.checkpointing)
     make_weights(system, weights, recipe, accelerator)
     check_finite(system, recipe.start or "the weights that the recipe's parts start from")
-    stages = [build_stage(name, spec, recipe, system) for name, spec in recipe.stages.items()]
     apply = stage_settings(system, list(recipe.stages.values()))
+    stages: list[loop.Stage] = []
+    for position, (name, spec) in enumerate(recipe.stages.items()):
+        apply(position)
+        stages.append(build_stage(name, spec, recipe, system))
     if accelerator.is_main_process:
         make_folder(folder)
         if not resumed:
@@ -211,8 +214,12 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.num_workers to 0")
     autoencoder = getattr(system, "autoencoder", None)
     step = system.image_step if images else 1
-    needed = Needed(system, spec.data, spec.train)
+    upto = list(recipe.stages).index(name) + 1
+    trained = tuple(part for stage in list(recipe.stages.values())[:upto] for part in stage.train)
+    needed = Needed(system, spec.data, trained, recipe.run.precision)
     mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch_size, step, autoencoder, needed)
+    if recipe.run.sharded:
+        refuse_mixed_states(spec.data, f"stages.{name}.data.sources")
     batches = (
         [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch_size or spec.batch_size)
     )

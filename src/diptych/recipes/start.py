@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diptych.checkpoints.deferred import DeferredWeights
+from diptych.checkpoints.deferred import DeferredWeights, deferred
+from diptych.checkpoints.filling import FillingPlan
 from diptych.checkpoints.tensors import WEIGHT_FORMATS
 from diptych.core.errors import UserError
-from diptych.recipes.load import quantize_frozen, quantized_parts
+from diptych.recipes.load import quantize_frozen, quantized_parts, start
 from diptych.recipes.recipe import Recipe
 from diptych.systems.base import System
 from diptych.training.config import RunConfig
@@ -52,11 +53,7 @@ def make_weights(system: System, weights: DeferredWeights, recipe: Recipe, accel
     refuse_division(recipe)
     quantized = quantized_parts(recipe)
     # 1. How each weight will be made, as long as it is whole; and its number format.
-    plan = weights.plan(system)
-    formats = weight_formats(system, recipe, plan.formats)
-    for name, parameter in system.named_parameters():
-        if parameter.dtype != formats(name):
-            parameter.data = parameter.data.to(formats(name))
+    plan, formats = described(system, weights, recipe)
     # 2. Where it goes. Quantisation takes weights from host memory, one layer after another.
     device = torch.device("cpu") if quantized else accelerator.device
     if recipe.run.sharded:
@@ -68,6 +65,30 @@ def make_weights(system: System, weights: DeferredWeights, recipe: Recipe, accel
     plan.fill(device, dtype=formats, rank=accelerator.process_index, world=accelerator.num_processes)
     if quantized:
         quantize_frozen(system, recipe)
+
+
+def start_weights(recipe: Recipe) -> System:
+    """The system that a recipe starts from, whole, on the CPU, each weight in the number format that it has in
+    training."""
+    with deferred() as weights:
+        system = start(recipe)
+    plan, formats = described(system, weights, recipe)
+    plan.fill(torch.device("cpu"), dtype=formats)
+    if quantized_parts(recipe):
+        quantize_frozen(system, recipe)
+    return system.requires_grad_(False)
+
+
+def described(
+    system: System, weights: DeferredWeights, recipe: Recipe
+) -> tuple[FillingPlan, Callable[[str], torch.dtype]]:
+    """How the weights of a system are made, and their number formats, which it is brought into."""
+    plan = weights.plan(system)
+    formats = weight_formats(system, recipe, plan.formats)
+    for name, parameter in system.named_parameters():
+        if parameter.dtype != formats(name):
+            parameter.data = parameter.data.to(formats(name))
+    return plan, formats
 
 
 def weight_formats(system: System, recipe: Recipe, files: dict[str, torch.dtype]) -> Callable[[str], torch.dtype]:

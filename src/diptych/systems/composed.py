@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diptych.checkpoints.tensors import weight_format
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -31,6 +32,7 @@ from diptych.objectives.flow_matching import interpolate
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.backbones.causal import cut
+from diptych.parts.backbones.processor import ModelInputs
 from diptych.parts.conditioners.base import Conditioner
 from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.conditioners.token_refiner import TokenRefiner
@@ -44,6 +46,7 @@ from diptych.systems.meeting import check_parts
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Targets
 from diptych.systems.preparing import without as without_parts
 from diptych.systems.presets import ComposedConfig, Dropped, Preset
+from diptych.systems.states import States, chosen, joined_states
 
 if TYPE_CHECKING:
     from diptych.parts.conditioners.clip_text import ClipText
@@ -140,23 +143,13 @@ class ComposedSystem(AssembledSystem):
 
     def condition(self, requests: Requests) -> Any:
         """What the decoder sees of requests, whatever the time."""
-        config = self.options
-        states, mask = self.states(requests)
-        # Which states, and of which tokens.
-        if config.mllm_images == "dropped":
-            images = requests.inputs.sequences.images
-            keep = torch.ones_like(mask)
-            keep[:, : images.shape[1]] = ~images
-            states, mask = masked_image.drop(states, mask, keep)
-        states, mask = states[:, config.prompt_skip :], mask[:, config.prompt_skip :]
-        if config.max_states is not None:
-            # Real tokens from the right: 1 is the last of a prompt.
-            from_end = mask.flip(1).cumsum(1).flip(1)
-            states, mask = masked_image.drop(states, mask, from_end <= config.max_states)
+        made = None if requests.inputs is None else self.read(requests.inputs, requests.keep)
+        if requests.known is not None:
+            made = joined_states(made, requests.known, weight_format(self.backbone))
+        assert made is not None, "no requests"
+        states, mask = made
         if self.scales:
-            return scaled.conditions(self, states[:, -self.conditioner.count :])
-        if config.condition == "queries":
-            states, mask = states[:, -self.conditioner.count :], mask[:, -self.conditioner.count :]
+            return scaled.conditions(self, states)
 
         # Tokens for the decoder, and a vector for the whole.
         full = None if bool(mask.all()) else mask
@@ -173,23 +166,32 @@ class ComposedSystem(AssembledSystem):
         )
         return self.decoder.refine(condition)
 
-    def states(self, requests: Requests) -> tuple[Tensor, Tensor]:
+    def read(self, inputs: ModelInputs, keep: Tensor | None) -> States:
+        """The states (B, N, layers D) of prompts that the connector is given, and their mask (B, N).
+
+        Args:
+            keep: (B, L) bool, image tokens that are not hidden; None for all.
+        """
+        states, mask = self.states(inputs, keep)
+        return chosen(self.options, states, mask, inputs.sequences.images, self.conditioner.count)
+
+    def states(self, inputs: ModelInputs, keep: Tensor | None) -> States:
         """States (B, L + Q, layers D) of prompts and appended tokens, and their mask."""
-        config, sequences = self.options, requests.inputs.sequences
+        config, sequences = self.options, inputs.sequences
         frozen = not trains(self.backbone)
         with torch.no_grad() if frozen else nullcontext():
-            embeddings = self.backbone.embeddings(requests.inputs)  # (B, L, D)
+            embeddings = self.backbone.embeddings(inputs)  # (B, L, D)
             if config.too_long == "cut":
                 kept = "first" if self.training else "last"
                 sequences, embeddings = cut(sequences, embeddings, self.backbone.max_length, kept)
         mask, positions = sequences.mask, sequences.positions
         # Hidden image tokens.
-        if requests.keep is not None and config.mask_mode == "drop":
+        if keep is not None and config.mask_mode == "drop":
             if positions is not None:
-                positions, _ = masked_image.drop(positions, mask, requests.keep)
-            embeddings, mask = masked_image.drop(embeddings, mask, requests.keep)
-        elif requests.keep is not None:
-            embeddings = masked_image.hide(embeddings, requests.keep, self.mask_token)
+                positions, _ = masked_image.drop(positions, mask, keep)
+            embeddings, mask = masked_image.drop(embeddings, mask, keep)
+        elif keep is not None:
+            embeddings = masked_image.hide(embeddings, keep, self.mask_token)
         # The MLLM.
         if config.pack and self.training:
             with torch.no_grad() if frozen else nullcontext():

@@ -24,6 +24,7 @@ from diptych.parts.backbones.processor import ModelInputs, Processor, VisionInpu
 from diptych.systems.grids import LatentGrid, Scales, Size, canvas_size, resample, shrunk, target_size
 from diptych.systems.presets import ComposedConfig, Dropped
 from diptych.systems.prompts import without_placeholders
+from diptych.systems.states import KnownStates, known_states, request_digest
 
 if TYPE_CHECKING:
     from diptych.parts.conditioners.clip_text import ClipTokens
@@ -34,12 +35,15 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One request for an image. keep: (1, L) bool, image tokens that training does not hide. references: context images
-    whose latents the decoder reads, each (3, H, W). words: of the text, for a pooler."""
+    whose latents the decoder reads, each (3, H, W). words: of the text, for a pooler. states: (N, W) of the MLLM, where
+    they were prepared; it then reads nothing. shown: sizes of the images that it is shown."""
 
     inputs: ModelInputs
     keep: Tensor | None
     references: tuple[Tensor, ...]
     words: Tensor | None
+    states: Tensor | None = None
+    shown: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +62,15 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """Requests of a batch; B of them. counts: of each, its number of references."""
+    """Requests of a batch; B of them. counts: of each, its number of references. inputs, keep: of those that the MLLM
+    has to read; None where there are none. known: states of the others."""
 
-    inputs: ModelInputs
+    inputs: ModelInputs | None
     keep: Tensor | None
     references: SizeGroups
     counts: tuple[int, ...]
     words: Tensor | None
+    known: KnownStates | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +164,12 @@ class ConditionedPreparer(Preparer):
 
     # Requests
 
-    def request(self, sample: Sample, draws: Draws | None = None) -> Request:
-        """What is read for an image; with `draws` (training) the dropout of conditions and the masking are applied."""
+    def request(self, sample: Sample, draws: Draws | None = None, dropped: Dropped | None = None) -> Request:
+        """What is read for an image; with `draws` (training) the dropout of conditions and the masking are applied.
+
+        Args:
+            dropped: what the request loses, where no draws say it.
+        """
         config, name = self.config, sample.id
         if sample.task == "edit" and not sample.context_images:
             raise UserError(f"{name}: task 'edit' needs an image to edit")
@@ -168,7 +178,8 @@ class ConditionedPreparer(Preparer):
                 f"{name}: {len(sample.context_images)} reference images, the decoder takes at most {self.max_context}"
             )
         # What training removes, so that guidance has something to compare with.
-        dropped = None if draws is None else config.dropout.of(draws)
+        if draws is not None:
+            dropped = config.dropout.of(draws)
         asked = sample if dropped is None else without(sample, dropped)
         if config.prompt_tokens is not None:
             asked = replace(asked, text=self._cut(asked.text, config.prompt_tokens, name))
@@ -177,11 +188,14 @@ class ConditionedPreparer(Preparer):
         blank = not asked.context_images and config.blank
         shown, vision = self._blank(asked) if blank else (self._shown(asked), None)
         messages = config.prompts.conversation(asked, len(shown), dropped=dropped is not None)
-        inputs = self._inputs(messages, shown, name, vision, asked.features if shown and not blank else ())
+        features = asked.features if shown and not blank else ()
+        inputs = self._inputs(messages, shown, name, vision, features, read=asked.states is None)
+        sizes = tuple((image.shape[1], image.shape[2]) for image in shown)
+        states = None if asked.states is None else asked.states(request_digest(inputs.sequences, sizes))
 
         # The image tokens of unlabelled images that are hidden (IOMM, Sec. 3.4).
         slots, keep = inputs.sequences.images, None
-        if draws is not None and config.mask_ratio > 0:
+        if draws is not None and config.mask_ratio > 0 and states is None:
             keep = torch.ones_like(slots)
             if asked.task == "image":
                 keep[slots] = keep_tokens(draws.uniform("image_mask", int(slots.sum()))[0], config.mask_ratio)
@@ -194,15 +208,18 @@ class ConditionedPreparer(Preparer):
             keep=keep,
             references=references,
             words=None if self.pooler is None else self.pooler(without_placeholders(asked.text)),
+            states=states,
+            shown=sizes,
         )
 
     def requests(self, rows: Sequence[Request]) -> Requests:
         """Requests as one batch."""
-        inputs = self.processor.collate([row.inputs for row in rows])
+        unread = [row for row in rows if row.states is None]
+        inputs = self.processor.collate([row.inputs for row in unread]) if unread else None
         keep = None
-        if any(row.keep is not None for row in rows):
+        if inputs is not None and any(row.keep is not None for row in unread):
             keep = torch.ones_like(inputs.sequences.images)
-            for number, row in enumerate(rows):
+            for number, row in enumerate(unread):
                 if row.keep is not None:
                     keep[number, : row.keep.shape[1]] = row.keep[0]
         words = [row.words for row in rows if row.words is not None]
@@ -212,6 +229,7 @@ class ConditionedPreparer(Preparer):
             references=size_groups([image for row in rows for image in row.references]),
             counts=tuple(len(row.references) for row in rows),
             words=None if self.pooler is None else self.pooler.pad(words),
+            known=known_states([row.states for row in rows]),
         )
 
     def _inputs(
@@ -221,9 +239,10 @@ class ConditionedPreparer(Preparer):
         name: str,
         vision: VisionInputs | None = None,
         features: Sequence[Tensor] = (),
+        read: bool = True,
     ) -> ModelInputs:
         """A request as the MLLM reads it, `vision` its images and `features` their vision tokens, where they are known;
-        UserErrors name the sample."""
+        without `read` its tokens alone. UserErrors name the sample."""
         prompts = self.config.prompts
         try:
             sequences = self.processor.tokenize(
@@ -233,10 +252,12 @@ class ConditionedPreparer(Preparer):
                 opening=prompts.opening,
                 whole=self.config.too_long == "error",
             )
-            if images and vision is None and not features:
+            if images and vision is None and not features and read:
                 vision = self.processor.pixels(images)
-            shown = tuple(range(len(images)))
-            inputs = ModelInputs(sequences=sequences, vision=vision, shown=shown, features=tuple(features))
+            inputs = ModelInputs(sequences=sequences)
+            if read:
+                shown = tuple(range(len(images)))
+                inputs = ModelInputs(sequences=sequences, vision=vision, shown=shown, features=tuple(features))
         except UserError as error:
             raise UserError(f"{name}: {str(error).removeprefix('conversation 0: ')}") from error
         length = inputs.sequences.ids.shape[1]
@@ -259,7 +280,7 @@ class ConditionedPreparer(Preparer):
     def _shown(self, sample: Sample) -> tuple[Tensor, ...]:
         """The images that the MLLM sees of a request."""
         if sample.task == "image":
-            if sample.image is None and sample.features and sample.size is not None:
+            if sample.image is None and (sample.features or sample.states) and sample.size is not None:
                 return (torch.empty(1).expand(3, *sample.size),)  # the size alone is looked at
             if sample.image is None:
                 raise UserError(f"{sample.id}: task 'image' needs an image")
