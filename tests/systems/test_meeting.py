@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,7 @@ from diptych.systems.composed import ComposedSystem
 from diptych.systems.presets import ComposedConfig
 from diptych.systems.prompts import Prompts
 from diptych.training.loop import freeze
+from meta_device import Device
 from tiny_sizes import DECODER_SIZES
 
 QUERIES: dict[str, dict[str, Any]] = {
@@ -118,6 +121,46 @@ def test_parts_meet_and_learn_or_say_why_not(reader: str, asker: str, drawer: st
     assert torch.isfinite(total)
     total.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder.parameters())
+
+
+COUNTED = [*((kind, "mmdit") for kind in BACKBONES), *(("internvl", kind) for kind in DECODERS if kind != "mmdit")]
+IN_DIFFUSERS = {"qwen_image": ["as_tensor"]}
+"""Waits in a library's own code: of Qwen-Image, for a number that nothing reads, in each pass with padded texts."""
+
+
+@pytest.mark.parametrize(("reader", "drawer"), COUNTED)
+def test_the_host_waits_for_no_backbone_or_decoder(reader: str, drawer: str) -> None:
+    model = copy.deepcopy(backbone(reader))
+    conditioner, asks = build_conditioner(Part(kind="raw"), model, False)
+    decoder, draws_of = build_decoder(Part(kind=drawer, config=DECODER_SIZES[drawer]), model.width, False)
+    connector, between = build_connector(Part(kind="linear"), model.width, decoder.condition_width, False)
+    settings = ComposedConfig(
+        reference_latents=decoder.reads_context,
+        cfg_dropout=0.0,
+        prompts=Prompts(assistant_turn="open" if model.causal else "closed"),
+    )
+    system = ComposedSystem(
+        settings,
+        backbone=model,
+        conditioner=conditioner,
+        connector=connector,
+        decoder=decoder,
+        autoencoder=PixelAutoencoder(),
+        origins={"conditioner": asks, "connector": between, "decoder": draws_of},
+    )
+    freeze(system, ["connector", "decoder"])
+    shorter = replace(SAMPLES[1], id="shorter", text="a circle")  # so that something is padded
+    batch = Batch(tuple(sample for sample in (*SAMPLES, shorter) if sample.task in system.tasks))
+    preparer, keys = system.preparer(), list(range(len(batch)))
+    prepared = preparer.collate(
+        [preparer.prepare(sample, Draws([key])) for sample, key in zip(batch, keys, strict=True)]
+    )
+    system.to("meta")
+    for number in range(2):  # tables of positions are copied to the device in the first
+        with Device() as device:
+            terms = system.losses(prepared.to("meta"), Draws(keys, "meta"))
+            torch.cat(list(terms.values())).sum().backward()
+        assert number == 0 or [wait.split()[0] for wait in device.waits] == IN_DIFFUSERS.get(drawer, [])
 
 
 def test_a_text_encoder_leaves_no_turn_open() -> None:

@@ -1,30 +1,39 @@
-"""The host does not wait for the device within a step, but where metrics are logged."""
+"""The host does not wait for the device within a step, but where metrics are logged.
+
+What the loop does is counted on the CPU, where all waits show but copies between host and device. A whole step of each
+system, with its losses, runs on the meta device: its tensors have no values, so that whatever reads one of them shows,
+and so does each copy to the device that is waited for.
+"""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from golden_runs import RUNS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from diptych.core import host
 from diptych.core.prepared import PreparedBatch
-from diptych.recipes.recipe import parse
-from diptych.recipes.run import train_recipe
+from diptych.data import loader
+from diptych.recipes.load import stage_settings, start
+from diptych.recipes.recipe import load, parse
+from diptych.recipes.run import build_stage, train_recipe
 from diptych.training import loop
 from diptych.training.metrics import read_metrics
+from diptych.training.muon import Muon
+from diptych.training.optimizers import build_optimizers, trainable
+from diptych.training.recompute import recompute_activations
 from diptych.training.step import LossStep
-
-WAITS = {
-    torch.ops.aten._local_scalar_dense.default,  # item, tolist, bool, float
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten._unique2.default,
-}
-"""Operations of which the host reads a result."""
+from meta_device import WAITS, Device
 
 
 class Waits(TorchDispatchMode):
@@ -108,3 +117,110 @@ def test_a_wait_is_counted(
     monkeypatch.setattr(loop, "clip", waiting)
     assert train_recipe(parse(tiny_plain), tiny_plain, tmp_path / "run")
     assert waits.count == 2 * 3
+
+
+class OnMeta:
+    """What of an accelerator a step takes."""
+
+    device = torch.device("meta")
+    num_processes = 1
+    mixed_precision = "no"
+
+    def no_sync(self, model: Any) -> Any:
+        return nullcontext()
+
+    def autocast(self) -> Any:
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "iomm, dropped tokens": {"run": "iomm", "system": {"mask_mode": "drop", "mask_ratio": 0.5}},
+    "iomm, adapters": {
+        "run": "iomm",
+        "system": {"decoder": {"lora": {"rank": 2, "alpha": 2, "dropout": 0.5, "targets": ["image_in"]}}},
+        "train": ["adapter", "lora"],
+    },
+    "ovis_u1, packed": {"run": "ovis_u1", "system": {"pack": 300}},
+    "ovis_u1, recomputed": {"run": "ovis_u1", "checkpointing": ["llm", "vision", "decoder"]},
+    "omnigen2, Muon": {"run": "omnigen2", "optimizer": {"kind": "muon"}},
+}
+
+
+@cache
+def step_of(name: str) -> Callable[[Device], None]:
+    """Does an optimiser step of a system, from the batches that its workers make on. AdamW's update, a kernel that the
+    meta device has not, is left to the tests above."""
+    variant = VARIANTS.get(name, {"run": name})
+    values = copy.deepcopy(RUNS[variant["run"]])
+    values["system"] |= variant.get("system", {})
+    values["stages"]["golden0"] |= {name: variant[name] for name in ("train", "optimizer") if name in variant}
+    values["stages"]["golden0"]["data"]["held_out"] = 0
+    base, _ = load(values["base"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
+        recipe, _ = load(str(path))
+    system = start(recipe)
+    stage = build_stage("golden0", recipe.stages["golden0"], recipe, system)
+    stage_settings(system, list(recipe.stages.values()))(0)
+    recompute_activations(system, variant.get("checkpointing", ()))
+    loop.freeze(system, stage.config.train)
+    steps = list(loader.steps(stage.data, system.preparer(), 0, 1, micro_batch_size=stage.config.micro_batch_size))
+    accelerator: Any = OnMeta()
+    model = LossStep(system.to(accelerator.device))
+    parameters = trainable(system)
+    optimizers = build_optimizers(stage.config.optimizer, parameters, system.shard_units())
+    optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
+    ema = loop.EMA(parameters, 0.9)
+
+    def run(device: Device) -> None:
+        with device:
+            for step in steps:
+                plan = loop.agree(step, system, stage.config.balance)
+                terms = loop.backward(model, plan, stage.config, accelerator)
+                norm = loop.clip(list(parameters.values()), 1.0)
+                skip = loop.not_usable(loop.Outcome(step=step, terms=terms, norm=norm), accelerator)
+                loop.apply_update(optimizers, skip)
+                ema.update(skip)
+        for parameter in parameters.values():
+            parameter.grad = None
+
+    return run
+
+
+@pytest.mark.parametrize("name", [*RUNS, *VARIANTS])
+def test_no_part_of_a_step_waits(name: str) -> None:
+    device = Device()
+    step_of(name)(device)
+    assert not device.waits
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_waits_of_losses_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host forgets what it uploaded, and waits for copies, as it did before."""
+    device = Device()
+    monkeypatch.setattr(torch.Tensor, "to", waiting(torch.Tensor.to))
+    monkeypatch.setattr(host, "_KNOWN", Forgotten())
+    with suppress(AssertionError):  # masks that are read from the device have no values there
+        step_of(name)(device)
+    assert any(wait.startswith("copy to meta") for wait in device.waits)
+    masks = name != "bagel"  # whose rows are laid out on the host
+    assert any(wait.startswith("copy to cpu") for wait in device.waits) is masks
+
+
+class Forgotten(dict[Any, Any]):
+    """Where nothing that is put stays."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+def waiting(to: Any) -> Any:
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("non_blocking", None)
+        return to(tensor, *args, **kwargs)
+
+    return call

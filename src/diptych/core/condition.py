@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diptych.core.host import on_host, upload
+
 
 class Condition(abc.ABC):
     """Computed once per image by `System.encode`, never per step.
@@ -59,14 +61,15 @@ class TokenCondition(Condition):
         """The mask with None written out, (B, L) bool."""
         if self.mask is not None:
             return self.mask
-        return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+        return upload(torch.ones(self.tokens.shape[:2], dtype=torch.bool), self.tokens.device)
 
     def lengths(self) -> list[int]:
         """Tokens of each row up to its last real one."""
         if self.mask is None:
             return [self.tokens.shape[1]] * self.batch_size
-        places = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
-        return (self.mask * places).amax(1).tolist() if self.mask.shape[1] else [0] * self.batch_size
+        mask = on_host(self.mask)
+        places = torch.arange(1, mask.shape[1] + 1)
+        return (mask * places).amax(1).tolist() if mask.shape[1] else [0] * self.batch_size
 
     def trimmed(self) -> Self:
         """Without the columns in which no row has a real token, at the right, and without a mask where all are real."""

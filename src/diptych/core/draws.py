@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diptych.core.host import upload
+
 
 def key(*parts: object) -> int:
     """A 63-bit key of its parts, the same on every machine and in every process."""
@@ -40,7 +42,7 @@ class Draws:
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal, (B, *shape) float32."""
         rows = [torch.randn(shape, generator=generator) for generator in self._generators(name)]
-        return torch.stack(rows).to(self.device)
+        return upload(torch.stack(rows), self.device)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform in [0, 1), (B, *shape) float32.
@@ -49,4 +51,4 @@ class Draws:
         depend on how far its batch is padded. Normal numbers have no such property.
         """
         rows = [torch.rand(shape, generator=generator) for generator in self._generators(name)]
-        return torch.stack(rows).to(self.device)
+        return upload(torch.stack(rows), self.device)

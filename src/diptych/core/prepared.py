@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.draws import Draws
+from diptych.core.host import upload
 from diptych.core.sample import Sample, Task
 
 
@@ -59,10 +60,9 @@ class PreparedBatch:
         """Positions of the samples of these tasks, in order."""
         return [row for row, task in enumerate(self.tasks) if task in tasks]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PreparedBatch:
-        """The same batch with its tensors on `device`."""
-        moved = map_tensors(self.inputs, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(self, inputs=moved)
+    def to(self, device: torch.device | str) -> PreparedBatch:
+        """The same batch with its tensors on `device`, where they come while the host goes on (`upload`)."""
+        return replace(self, inputs=map_tensors(self.inputs, lambda tensor: upload(tensor, device)))
 
     def pin(self) -> PreparedBatch:
         """The same batch in pinned host memory, from which copies to a device need not be waited for."""

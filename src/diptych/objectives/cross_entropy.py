@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,4 +16,5 @@ def chosen_token_loss(logits: Tensor, targets: Tensor, rows: Tensor, count: int)
     """
     losses = F.cross_entropy(logits.float(), targets, reduction="none")  # (n,)
     sums = losses.new_zeros(count).index_add(0, rows, losses)
-    return sums / rows.bincount(minlength=count).clamp_min(1)
+    counts = losses.new_zeros(count).index_add(0, rows, torch.ones_like(losses))  # `bincount` would wait for the device
+    return sums / counts.clamp_min(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 
 Prediction = Literal["velocity", "data"]
 """What the network gives: noise - data, or the data itself."""
@@ -78,7 +79,8 @@ class FlowMatching:
             tokens = tokens[0]
         if isinstance(tokens, int):
             return shift_times(t, self._shift(tokens))
-        return shift_times(t, torch.tensor([self._shift(count) for count in tokens], dtype=t.dtype, device=t.device))
+        shifts = torch.tensor([self._shift(count) for count in tokens], dtype=t.dtype, device="cpu")
+        return shift_times(t, upload(shifts, t.device))
 
     def times(self, draws: Draws, tokens: int | Sequence[int], name: str = "time") -> Tensor:
         """Shifted training times, (B,)."""

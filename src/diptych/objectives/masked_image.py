@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diptych.core.host import on_host, upload
+
 Way = Literal["zero", "mask_token", "drop"]
 """`zero` multiplies by the mask (the paper); `mask_token` writes a learned vector; `drop` shortens the sequence."""
 
@@ -32,8 +34,9 @@ def drop(sequence: Tensor, mask: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The shortened sequence (B, L', D), zeros at padding, and its mask (B, L'), L' the longest row.
     """
-    kept = mask & keep  # (B, L)
+    kept = on_host(mask) & on_host(keep)  # (B, L)
     order = torch.argsort(~kept, dim=1, stable=True)[:, : int(kept.sum(1).max())]  # kept tokens first, in order
-    shorter = kept.gather(1, order)  # (B, L')
+    shorter = upload(kept.gather(1, order), sequence.device)  # (B, L')
+    order = upload(order, sequence.device)
     rows = sequence.gather(1, order[..., None].expand(-1, -1, sequence.shape[2]))
     return rows * shorter[..., None].to(rows.dtype), shorter

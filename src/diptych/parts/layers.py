@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.core.host import upload
 from diptych.core.positions import time_waves
 
 WAVES = 256
@@ -133,7 +134,8 @@ def attend_segments(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
         if len(chosen) * length == len(q):
             index: Tensor | slice = slice(None)
         else:
-            index = (torch.tensor(chosen)[:, None] + torch.arange(length)).flatten().to(q.device)
+            index = (torch.tensor(chosen)[:, None] + torch.arange(length)).flatten()
+            index = upload(index, q.device)
         query, keys, values = (x[index].unflatten(0, (len(chosen), length)).transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(0, 1)  # (n length, H, K)
         if isinstance(index, slice):

@@ -23,6 +23,7 @@ from diptych.checkpoints.tensors import weight_format
 from diptych.core.condition import Condition, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.host import on_host, rows_of, upload
 from diptych.core.image_sizes import AreaCap
 from diptych.core.prepared import PreparedBatch, map_tensors, size_groups
 from diptych.core.sample import Batch, Message, Task
@@ -135,7 +136,7 @@ class ComposedSystem(AssembledSystem):
         rows = [
             preparer.request(sample, None if draws is None else draws.take([row])) for row, sample in enumerate(batch)
         ]
-        requests: Requests = map_tensors(preparer.requests(rows), lambda tensor: tensor.to(self.device))
+        requests: Requests = map_tensors(preparer.requests(rows), lambda tensor: upload(tensor, self.device))
         return self.condition(requests)
 
     def without(self, batch: Batch, dropped: Dropped) -> Batch:
@@ -152,7 +153,7 @@ class ComposedSystem(AssembledSystem):
             return scaled.conditions(self, states)
 
         # Tokens for the decoder, and a vector for the whole.
-        full = None if bool(mask.all()) else mask
+        full = None if bool(on_host(mask).all()) else mask
         tokens, vector = self.connector(states), None
         if self.refiner is not None:
             tokens, vector = self.refiner(tokens, full)
@@ -248,7 +249,7 @@ class ComposedSystem(AssembledSystem):
                 for task in self.tasks:
                     places = [row for row, row_task in enumerate(inputs.drawn) if row_task == task]
                     if places:
-                        terms[f"{name}.{task}"] = value[places]
+                        terms[f"{name}.{task}"] = rows_of(value, places)
         if inputs.answers is not None:
             config = self.options
             cut_to = self.backbone.max_length if config.too_long == "cut" else None
@@ -277,15 +278,15 @@ class ComposedSystem(AssembledSystem):
         t = flow.times(draws, [self.decoder.tokens(latent) for latent in data])  # (B,)
         clean = size_groups(data)
         noise = [draws.take(rows).normal("noise", *stack.shape[1:]) for rows, stack in clean.items()]
-        noisy = [interpolate(x, n, t[list(rows)]) for (rows, x), n in zip(clean.items(), noise, strict=True)]
+        times = [rows_of(t, rows) for rows, _ in clean.items()]
+        noisy = [interpolate(x, n, at) for (_, x), n, at in zip(clean.items(), noise, times, strict=True)]
         output = self.decoder.denoise(clean.like(noisy).each(), t, condition)
-        loss = data[0].new_zeros(len(data), dtype=torch.float32)
-        for (rows, x), n, at in zip(clean.items(), noise, noisy, strict=True):
-            places = list(rows)
-            made = torch.stack([output[row] for row in places])
-            weighted = None if weights is None else torch.stack([weights[row] for row in places])
-            loss[places] = flow.loss(made, x, n, at, t[places], weighted)
-        return loss
+        losses: list[Tensor] = []
+        for (rows, x), n, at, when in zip(clean.items(), noise, noisy, times, strict=True):
+            made = torch.stack([output[row] for row in rows])
+            weighted = None if weights is None else torch.stack([weights[row] for row in rows])
+            losses.append(flow.loss(made, x, n, at, when, weighted))
+        return torch.stack(clean.like(losses).each())
 
     def target_latents(self, targets: Targets, names: Sequence[str]) -> list[Tensor]:
         """Latents of the images to make, each (C, h, w); those of a cache where samples bring them."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.host import on_host, upload
 from diptych.core.sample import Batch, Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.objectives.cross_entropy import chosen_token_loss
@@ -28,7 +29,8 @@ def answer_loss(backbone: Backbone, inputs: ModelInputs, *, cut_to: int | None =
         sequences, embeddings = cut(sequences, embeddings, cut_to, "first")
     hidden = backbone.run(embeddings, sequences.mask, positions=sequences.positions, pack=pack).hidden
     # The state before each learned token says it.
-    rows, places = sequences.loss_mask[:, 1:].nonzero(as_tuple=True)
+    learned = on_host(sequences.loss_mask)[:, 1:].nonzero(as_tuple=True)
+    rows, places = (upload(x, hidden.device) for x in learned)
     targets = sequences.ids[rows, places + 1]
     return chosen_token_loss(backbone.logits(hidden[rows, places]), targets, rows, len(hidden))
 

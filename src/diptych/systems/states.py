@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from diptych.core.host import on_host, upload
 from diptych.core.sample import Sample
 from diptych.objectives import masked_image
 from diptych.parts.backbones.processor import Sequences
@@ -41,17 +43,23 @@ def chosen(config: ComposedConfig, states: Tensor, mask: Tensor, images: Tensor,
         mask: (B, L + Q). images: (B, L) bool, image slots. queries: Q.
     """
     if config.mllm_images == "dropped":
-        keep = torch.ones_like(mask)
-        keep[:, : images.shape[1]] = ~images
+        keep = torch.ones_like(on_host(mask))
+        keep[:, : images.shape[1]] = ~on_host(images)
         states, mask = masked_image.drop(states, mask, keep)
-    states, mask = states[:, config.prompt_skip :], mask[:, config.prompt_skip :]
+    if config.prompt_skip:
+        states, mask = states[:, config.prompt_skip :], columns(mask, config.prompt_skip)
     if config.max_states is not None:
         # Real tokens from the right: 1 is the last of a prompt.
-        from_end = mask.flip(1).cumsum(1).flip(1)
+        from_end = on_host(mask).flip(1).cumsum(1).flip(1)
         states, mask = masked_image.drop(states, mask, from_end <= config.max_states)
     if config.condition == "queries":
-        states, mask = states[:, -queries:], mask[:, -queries:]
+        states, mask = states[:, -queries:], columns(mask, -queries)
     return states, mask
+
+
+def columns(mask: Tensor, first: int) -> Tensor:
+    """The columns of a mask (B, L) from `first` on, known to the host as before."""
+    return upload(on_host(mask)[:, first:], mask.device)
 
 
 def request_digest(sequences: Sequences, shown: Sequence[tuple[int, int]]) -> int:
@@ -86,16 +94,12 @@ def joined_states(read: States | None, known: KnownStates, dtype: torch.dtype) -
         return known.values.to(dtype), known.mask
     states, mask = read
     count, length = len(states) + len(known.rows), max(states.shape[1], known.values.shape[1])
-    whole = states.new_zeros((count, length, states.shape[2]))
-    real = mask.new_zeros((count, length))
-    others = [row for row in range(count) if row not in known.rows]
-    whole[others, : states.shape[1]], real[others, : states.shape[1]] = states, mask
-    rows = list(known.rows)
-    whole[rows, : known.values.shape[1]], real[rows, : known.values.shape[1]] = (
-        known.values.to(states.dtype),
-        known.mask,
-    )
-    return whole, real
+    new, old = iter(range(len(states))), iter(range(len(known.rows)))
+    rows = [(known.values, known.mask, next(old)) if row in known.rows else (states, mask, next(new))
+            for row in range(count)]  # fmt: skip
+    whole = [pad(values[at].to(states.dtype), (0, 0, 0, length - values.shape[1])) for values, _, at in rows]
+    real = [pad(on_host(masks)[at], (0, length - masks.shape[1])) for _, masks, at in rows]
+    return torch.stack(whole), upload(torch.stack(real), states.device)
 
 
 def dropouts(dropout: ConditionDropout) -> list[Dropped]:

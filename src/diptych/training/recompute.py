@@ -12,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from diptych.core.errors import UserError, unknown
+from diptych.parts.backbones.causal import NothingKept
 from diptych.systems.base import System
 
 CACHE = "past_key_values"
@@ -53,7 +54,8 @@ class Recomputed:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or kwargs.get(CACHE) is not None:
+        cache = kwargs.get(CACHE)
+        if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, NothingKept)):
             return self.forward(*args, **kwargs)
         # Backward passes leave the modes that change functions, such as `attention.WrittenOut`: they are entered again.
         modes = _get_current_function_mode_stack()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from diptych.core.draws import Draws
+from diptych.core.host import upload
 from diptych.core.prepared import PreparedBatch
 from diptych.data.loader import Step
 from diptych.systems.base import System
@@ -115,13 +116,15 @@ def backward(model: nn.Module, plan: Plan, config: StageConfig, accelerator: Acc
     step, scales = plan.step, plan.scales
     values: dict[str, list[Tensor]] = {}
     for number, part in enumerate(step.passes):
-        batch = part.batch.to(accelerator.device, non_blocking=True)
+        batch = part.batch.to(accelerator.device)
         with nullcontext() if number + 1 == len(step.passes) else accelerator.no_sync(model):
             with precision(accelerator):
                 terms = model(batch, Draws(part.keys, accelerator.device))
             weighted: list[Tensor] = []
             for name, losses in terms.items():
-                counts = scales[family_of(name)] * to_device(counts_of(part.batch, config.balance)[name], losses.device)
+                counts = scales[family_of(name)] * upload(
+                    torch.tensor(counts_of(part.batch, config.balance)[name]), losses.device
+                )
                 factor = 0.0 if task_of(name) in batch.borrowed else weight(config.loss_weights, name)
                 weighted.append(factor * (losses.float() * counts).sum())
             with attention(accelerator):
@@ -135,12 +138,6 @@ def backward(model: nn.Module, plan: Plan, config: StageConfig, accelerator: Acc
 def counts_of(batch: PreparedBatch, balance: Balance) -> dict[str, list[float]]:
     """How much each value of each term counts within its family: by its elements, or as its system says."""
     return batch.counts if balance == "tokens" else batch.weights
-
-
-def to_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers on a device, whose copy the host does not wait for."""
-    made = torch.tensor(values)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def own_counts(step: Step, balance: Balance) -> dict[str, tuple[int, float]]:

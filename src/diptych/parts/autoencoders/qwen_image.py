@@ -8,6 +8,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from torch import Tensor
 
+from diptych.core.host import upload
 from diptych.parts.autoencoders.published import PublishedAutoencoder
 
 
@@ -34,7 +35,7 @@ class QwenImageAutoencoder(PublishedAutoencoder):
         """Mean and deviation by channel, each (C, 1, 1)."""
         config = self.model.config
         mean, deviation = (
-            torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+            upload(torch.tensor(values, dtype=like.dtype, device="cpu"), like.device)[:, None, None]
             for values in (config.latents_mean, config.latents_std)
         )
         return mean, deviation

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 from diptych.core.rope import rotate_halves
 from diptych.parts.layers import GatedMLP, RMSNorm, attend_segments
 
@@ -212,7 +213,7 @@ class AIMv2(nn.Module):
 
     def rotation(self, grids: Sequence[Grid], device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the angles of row and column, each (T, K)."""
-        places = positions(grids, self.config.hidden_stride).to(device)  # (T, 2)
+        places = upload(positions(grids, self.config.hidden_stride), device)  # (T, 2)
         width = self.config.hidden_size // self.config.num_attention_heads
         steps = torch.arange(0, width // 2, 2, dtype=torch.float32, device=device) / (width // 2)
         angles = (places[..., None].float() * ROTARY_BASE**-steps).flatten(1)  # (T, K / 2)
@@ -222,7 +223,7 @@ class AIMv2(nn.Module):
     def _patches_of(self, cells: Tensor, device: torch.device) -> Tensor:
         """Indices of the patches of merged cells, in order."""
         inside = self.config.hidden_stride**2
-        return (cells[:, None] * inside + torch.arange(inside)).flatten().to(device)
+        return upload((cells[:, None] * inside + torch.arange(inside)).flatten(), device)
 
 
 def blocked(grid: Tensor, stride: int) -> Tensor:

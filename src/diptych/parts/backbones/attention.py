@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 from diptych.core.packing import Mode, sample_mask, splits_by_sample
 
 KeyValue = tuple[Tensor, Tensor]
@@ -61,10 +62,10 @@ class PackAttention:
         kernel: Kernel = "auto",
     ) -> None:
         self.samples, self.past, self.keep = layout.samples, past, keep
-        order = torch.cat([layout.und, layout.gen]).to(device)  # (T,) place in the pack of each token of the run
-        self.order = order
-        self.back = torch.empty_like(order)
-        self.back[order] = torch.arange(len(order), device=device)
+        order = torch.cat([layout.und, layout.gen])  # (T,) place in the pack of each token of the run
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        self.order, self.back = upload(order, device), upload(back, device)
         self.kept: list[list[KeyValue]] = [[] for _ in layout.samples]
         parts = splits_by_sample(layout.samples, layout.splits, layout.modes)
         wanted = kernel == "flex" or (kernel == "auto" and device.type == "cuda")
@@ -100,7 +101,7 @@ class PackAttention:
     @staticmethod
     def _mask(lengths: list[int], modes: list[int], device: torch.device) -> Tensor | None:
         mask = sample_mask(lengths, modes)
-        return None if bool(mask.all()) else mask.to(device)
+        return None if bool(mask.all()) else upload(mask, device)
 
 
 class RowAttention:
@@ -188,7 +189,7 @@ def visible(layout: PackLayout, device: torch.device) -> Visible:
     """The pack's mask, place by place; the same as `diptych.core.packing.pack_mask`."""
 
     def spread(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths)).to(device)
+        return upload(torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths)), device)
 
     sample = spread(range(len(layout.samples)), layout.samples)
     split = spread(range(len(layout.splits)), layout.splits)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from diptych.core.host import on_host
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
 from diptych.parts.backbones.processor import ModelInputs, Processor, Sequences, VisionInputs
@@ -216,5 +217,5 @@ class Backbone(nn.Module, abc.ABC):
             return embeddings
 
         tokens = torch.cat(list(vision)).to(embeddings.dtype)  # (sum N, D)
-        assert int(slots.sum()) == tokens.shape[0], "image slots and vision tokens differ in number"
+        assert int(on_host(slots).sum()) == tokens.shape[0], "image slots and vision tokens differ in number"
         return embeddings.masked_scatter(slots[..., None], tokens)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from diptych.core.errors import UserError
+from diptych.core.host import on_host, upload
 from diptych.parts.backbones.base import Prefix
 from diptych.parts.backbones.processor import Sequences
 
@@ -169,7 +170,9 @@ def run_causal(
     if uses_cache and any(layer.training and layer.gradient_checkpointing for layer in language_model.layers):
         raise UserError("gradient checkpointing of a language model in training mode cannot use a key/value cache")
 
-    seen = mask if past is None else torch.cat([past.mask, mask], dim=1)  # (B, S + L)
+    seen = mask  # (B, S + L)
+    if past is not None:
+        seen = upload(torch.cat([on_host(past.mask), on_host(mask)], dim=1), mask.device)
     count = (seen.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]  # (B, L)
     if past is not None and positions is not None:
         positions = positions + past.next()[..., None]
@@ -178,11 +181,10 @@ def run_causal(
     written = past.writable() if past is not None else DynamicCache() if cache else None
     out = language_model(
         inputs_embeds=embeddings,
-        attention_mask=seen,
         position_ids=places,
-        past_key_values=written,
         use_cache=written is not None,
         output_hidden_states=layers > 1,
+        **attention(language_model, seen, mask.shape[1], written),
     )
     hidden = last_layers(out, layers)  # (B, L, layers D)
 
@@ -192,6 +194,29 @@ def run_causal(
         rooms = tuple(getattr(layer, "room", None) for layer in written_layers)
         kept = KeyValues(seen, tuple((layer.keys, layer.values) for layer in written_layers), offset, rooms)
     return Prefix(hidden=hidden, mask=mask, cache=kept)
+
+
+class NothingKept(DynamicCache):
+    """A cache that keeps nothing: where there is one, transformers does not look for packed rows in the positions."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def attention(language_model: Any, seen: Tensor, queries: int, cache: DynamicCache | None) -> dict[str, Any]:
+    """What a language model of transformers is given so that a run of `queries` tokens sees those of `seen` (B, K).
+
+    Given a mask (B, K), transformers asks the device whether it hides anything. Here the host knows (`on_host`), and
+    gives none where it does not, else the causal mask that transformers would make of it, (B, 1, L, K).
+    """
+    config = language_model.config
+    if config._attn_implementation != "sdpa" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return {"attention_mask": seen, "past_key_values": cache}
+    if bool(on_host(seen).all()):
+        return {"attention_mask": None, "past_key_values": NothingKept() if cache is None else cache}
+    keys = torch.arange(seen.shape[1], device=seen.device)
+    causal = keys[None] <= keys[seen.shape[1] - queries :, None]  # (L, K)
+    return {"attention_mask": causal & seen[:, None, None], "past_key_values": cache}
 
 
 def _places(
@@ -224,15 +249,22 @@ def cut(
     whatever is longer than `multimodal_max_length`: it keeps the first tokens in training and the last ones of a
     prompt.
     """
-    lengths = sequences.mask.sum(1)  # (B,)
+    lengths = on_host(sequences.mask).sum(1)  # (B,)
     rest = (lengths - length).clamp(min=0)
     if not rest.any():
         return sequences, embeddings
+    device = embeddings.device
     assert sequences.positions is None, "only positions that count tokens can be cut"
-    within = torch.arange(min(length, sequences.mask.shape[1]), device=lengths.device)[None]
+    within = torch.arange(min(length, sequences.mask.shape[1]))[None]
     mask = within < (lengths - rest)[:, None]
     starts = rest if kept == "last" else torch.zeros_like(rest)
     places = (within + starts[:, None]).clamp(max=sequences.mask.shape[1] - 1)
-    ids, images, loss_mask = (x.gather(1, places) for x in (sequences.ids, sequences.images, sequences.loss_mask))
-    shorter = Sequences(ids=ids, mask=mask, images=images & mask, loss_mask=loss_mask & mask)
+    images, loss_mask = (on_host(x).gather(1, places) & mask for x in (sequences.images, sequences.loss_mask))
+    places = upload(places, device)
+    shorter = Sequences(
+        ids=sequences.ids.gather(1, places),
+        mask=upload(mask, device),
+        images=upload(images, device),
+        loss_mask=upload(loss_mask, device),
+    )
     return shorter, embeddings.gather(1, places[..., None].expand(-1, -1, embeddings.shape[-1]))

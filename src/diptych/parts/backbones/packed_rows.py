@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diptych.core.host import on_host, upload
 from diptych.parts.backbones.base import Prefix
 from diptych.parts.backbones.causal import last_layers
 
@@ -20,11 +21,11 @@ def run_packed(language_model: Any, embeddings: Tensor, mask: Tensor, *, layers:
 
     Each sequence keeps its positions and sees itself alone; its states go back to its own row, zeros at padding.
     """
-    lengths = mask.sum(1).tolist()
+    lengths = on_host(mask).sum(1).tolist()
     bins = first_fit(lengths, pack)
     length = max(sum(lengths[row] for row in row_group) for row_group in bins)
     spans: dict[int, tuple[int, int]] = {}  # of each sequence: its row among the packed ones, and where it starts
-    segments = torch.full((len(bins), length), -1, device=mask.device)
+    segments = torch.full((len(bins), length), -1)
     places = torch.zeros_like(segments)
     pieces: list[Tensor] = []
     for number, rows in enumerate(bins):
@@ -37,6 +38,7 @@ def run_packed(language_model: Any, embeddings: Tensor, mask: Tensor, *, layers:
         flat = torch.cat([embeddings[row, : lengths[row]] for row in rows])
         pieces.append(nn.functional.pad(flat, (0, 0, 0, length - len(flat))))
     joined = torch.stack(pieces)
+    segments, places = upload(segments, joined.device), upload(places, joined.device)
     same = segments[:, :, None] == segments[:, None, :]
     visible = (same & torch.ones_like(same).tril())[:, None]  # (bins, 1, L, L)
     out = language_model(

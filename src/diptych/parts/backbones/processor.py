@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from diptych.core.host import upload
 from diptych.core.sample import Message
 
 
@@ -47,11 +48,11 @@ class Sequences:
     def to(self, device: torch.device | str) -> Sequences:
         """The same sequences on `device`."""
         return Sequences(
-            ids=self.ids.to(device),
-            mask=self.mask.to(device),
-            images=self.images.to(device),
-            loss_mask=self.loss_mask.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
+            ids=upload(self.ids, device),
+            mask=upload(self.mask, device),
+            images=upload(self.images, device),
+            loss_mask=upload(self.loss_mask, device),
+            positions=None if self.positions is None else upload(self.positions, device),
         )
 
 

@@ -16,8 +16,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 from diptych.parts.backbones.base import Prefix
 from diptych.parts.backbones.causal import run_causal
 from diptych.parts.backbones.chat import Chat
@@ -129,8 +131,20 @@ class Qwen2_5VL(ImageTextBackbone):
         return image_processor(Qwen2VLImageProcessorPil, folder)
 
     def vision_features(self, inputs: VisionInputs) -> list[Tensor]:
-        grids = torch.tensor(inputs.grids, device=inputs.values.device)
-        return list(self.model.get_image_features(inputs.values, grids).pooler_output)  # each (N, D)
+        # What the tower derives from the sizes of images is made on the host, where it also reads how to cut them.
+        config, device = self.model.config.vision_config, inputs.values.device
+        grids = torch.tensor(inputs.grids)
+        index, windows = get_vision_window_index(
+            grids, config.spatial_merge_size, config.window_size, config.patch_size
+        )
+        out = self.model.get_image_features(
+            inputs.values,
+            grids,
+            position_ids=upload(get_vision_position_ids(grids, config.spatial_merge_size), device),
+            window_index=upload(index, device),
+            cu_window_seqlens=windows,
+        )
+        return list(out.pooler_output)  # each (N, D)
 
     def run(
         self,

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5Enc
 
 from diptych.checkpoints.deferred import active
 from diptych.core.errors import UserError, unknown
+from diptych.core.host import on_host
 from diptych.core.reading import read_object
 from diptych.core.sample import Message
 from diptych.core.tokens import NextToken, likeliest
@@ -149,7 +150,10 @@ class T5(Backbone):
             refuse("reads a text as a whole; nothing can follow it")
         if pack:
             refuse("reads each text in a row of its own")
-        out = self.encoder.encoder(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=layers > 1)
+        seen: Tensor | None = mask
+        if self.encoder.config._attn_implementation == "sdpa":  # where transformers would ask the device
+            seen = None if bool(on_host(mask).all()) else mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        out = self.encoder.encoder(inputs_embeds=embeddings, attention_mask=seen, output_hidden_states=layers > 1)
         return Prefix(hidden=last_layers(out, layers), mask=mask, cache=None)
 
     def logits(self, hidden: Tensor) -> Tensor:

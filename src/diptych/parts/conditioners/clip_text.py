@@ -87,5 +87,5 @@ class ClipText(Part):
     def forward(self, words: Tensor) -> Tensor:
         """Texts as `ClipTokens.pad` gives them, (B, 2, L), to (B, width)."""
         self.model.eval()
-        ids, mask = words.to(self.model.device).unbind(1)
-        return self.model(input_ids=ids, attention_mask=mask).pooler_output
+        # Each token sees those before it, so that the end token's state needs no mask of the padding behind it.
+        return self.model(input_ids=words[:, 0].to(self.model.device)).pooler_output

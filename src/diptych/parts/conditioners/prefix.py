@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.host import on_host, upload
 from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.base import Conditioner
 
@@ -47,10 +48,11 @@ def condition_states(
         UserError: `reuse` while gradients of the language model or of the embeddings are wanted; they would be lost.
     """
     count = conditioner.count
-    added = torch.ones((mask.shape[0], count), dtype=torch.bool, device=mask.device)
-    whole = torch.cat([mask, added], dim=1)  # (B, L + Q)
+    added = torch.ones((mask.shape[0], count), dtype=torch.bool)
+    whole = upload(torch.cat([on_host(mask), added], dim=1), mask.device)  # (B, L + Q)
+    added = upload(added, mask.device)
     if places is not None:
-        places = places.to(mask.device).expand(mask.shape[0], -1, -1)  # (B, Q, 3)
+        places = upload(places, mask.device).expand(mask.shape[0], -1, -1)  # (B, Q, 3)
     if not reuse:
         if places is not None:
             positions = _whole_positions(mask, positions, places)

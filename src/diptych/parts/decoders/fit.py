@@ -6,6 +6,7 @@ from torch import Tensor
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.core.host import on_host
 from diptych.parts.decoders.base import Decoder
 
 
@@ -33,6 +34,6 @@ def fit(
         raise UserError(f"{name}: reads no context latents; give the context images to the condition's tokens")
 
     mask = condition.mask
-    if mask is None or (mask.device.type != "meta" and bool(mask.all())):
+    if mask is None or bool(on_host(mask).all()):
         return condition.tokens, None
     return condition.tokens.masked_fill(~mask[..., None], 0), mask

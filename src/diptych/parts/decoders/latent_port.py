@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diptych.core.host import on_host, upload
 from diptych.parts.layers import TimeEmbedding
 
 
@@ -38,7 +39,7 @@ class LatentPort(nn.Module):
 
     def enter(self, tokens: Tensor, t: Tensor, places: Tensor) -> Tensor:
         """tokens (N, c), t (N,), vectors of their places (N, D); (N, D). Each distinct time is embedded once."""
-        moments, which = t.unique(return_inverse=True)
+        moments, which = (upload(x, tokens.device) for x in on_host(t).unique(return_inverse=True))
         return self.proj_in(tokens) + self.time(moments)[which] + places
 
     def leave(self, hidden: Tensor) -> Tensor:

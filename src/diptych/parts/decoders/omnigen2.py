@@ -26,6 +26,7 @@ from diptych.checkpoints.deferred import to_be_loaded
 from diptych.checkpoints.omnigen2 import load_transformer, read_transformer_config
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.core.host import on_host, rows_of, upload
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import time_waves
 from diptych.core.rope import rotate, rotation
@@ -317,8 +318,12 @@ class OmniGen2(Decoder):
             return []
         owner = [sample for sample, row in enumerate(latents) for _ in row]
         place = [number for row in latents for number in range(len(row))]
-        images = self.ref_image_patch_embedder(self.image_tokens(flat)) + self.image_index_embedding[place][:, None]
-        return self._refined(self.ref_image_refiner, images, [turn for row in turns for turn in row], time[owner])
+        images = (
+            self.ref_image_patch_embedder(self.image_tokens(flat)) + rows_of(self.image_index_embedding, place)[:, None]
+        )
+        return self._refined(
+            self.ref_image_refiner, images, [turn for row in turns for turn in row], rows_of(time, owner)
+        )
 
     def _refined(self, blocks: nn.ModuleList, x: Tensor, turns: Sequence[Tensor], time: Tensor) -> list[Tensor]:
         """Padded rows (B, T, W) through modulated blocks; each row's real tokens, (its length, W)."""
@@ -342,9 +347,8 @@ class OmniGen2(Decoder):
                     f"sample {sample}: {len(row)} reference images, OmniGen2 takes at most {MOST_REFERENCES}"
                 )
         mask = condition.full_mask()
-        lengths = [mask.shape[1]] * len(x) if mask.is_meta else mask.sum(1).tolist()
         return Layout(
-            text=tuple(lengths),
+            text=tuple(on_host(mask).sum(1).tolist()),
             references=tuple(tuple(self._grid(image) for image in row) for row in references),
             targets=tuple(self._grid(image) for image in x),
         )
@@ -372,7 +376,8 @@ class OmniGen2(Decoder):
             if len(self._rotations) >= KEPT_ROTATIONS:
                 self._rotations.clear()
             with torch.inference_mode(False):  # what is kept must be fit for training as well
-                self._rotations[key] = [rotation(x[None].to(device), self._axes)[0] for x in layout.positions()]
+                places = [upload(x, device) for x in layout.positions()]
+                self._rotations[key] = [rotation(x[None], self._axes)[0] for x in places]
         return self._rotations[key]
 
     def shard_units(self) -> list[nn.Module]:
@@ -382,6 +387,6 @@ class OmniGen2(Decoder):
 
 def _keys(mask: Tensor) -> Tensor | None:
     """(B, T) bool as an attention mask (B, 1, 1, T); None where nothing is padded."""
-    if mask.device.type != "meta" and bool(mask.all()):
+    if bool(on_host(mask).all()):
         return None
     return mask[:, None, None]

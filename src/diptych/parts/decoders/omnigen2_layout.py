@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 
 Grid = tuple[int, int]
 """Rows and columns of an image in tokens."""
@@ -82,5 +83,4 @@ def image_positions(shift: int, grid: Grid) -> Tensor:
 
 def real(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(B, longest) bool, True where a right-padded row of this length is real."""
-    counts = torch.tensor(lengths, device=device)
-    return torch.arange(max(lengths), device=device)[None] < counts[:, None]
+    return upload(torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None], device)

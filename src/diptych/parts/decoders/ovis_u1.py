@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.ranges import Count, NotNegativeInt, Positive, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
@@ -214,11 +215,11 @@ class OvisU1Decoder(Decoder):
         sides = tuple(
             [(latent.shape[1] // self.patch, latent.shape[2] // self.patch) for latent in row] for row in latents
         )
-        counts = torch.tensor([len(row) for row in packed], device=x.device)
         padded = nn.utils.rnn.pad_sequence(packed, batch_first=True)  # (B, M, C patch^2)
         if all(len(row) == padded.shape[1] for row in packed):
             return padded, None, sides
-        return padded, torch.arange(padded.shape[1], device=x.device) < counts[:, None], sides
+        counts = torch.tensor([len(row) for row in packed])
+        return padded, upload(torch.arange(padded.shape[1]) < counts[:, None], x.device), sides
 
     def _rotation(
         self, length: int, image: Sides, context: tuple[Sequence[Sides], ...], device: torch.device

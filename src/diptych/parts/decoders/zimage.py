@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
+from diptych.core.host import on_host, upload
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.published import PublishedDecoder
 
@@ -35,7 +36,8 @@ class ZImage(PublishedDecoder):
         tokens, mask = fit(self, x, condition)
         rows = list(tokens.unbind())  # each (L, D)
         if mask is not None:
-            rows = [row[real] if bool(real.any()) else row[:1] for row, real in zip(rows, mask, strict=True)]
+            real = [row.nonzero()[:, 0] for row in on_host(mask)]
+            rows = [row[upload(at, row.device)] if len(at) else row[:1] for row, at in zip(rows, real, strict=True)]
 
         frames = list(x[:, :, None].unbind())  # each (C, 1, h, w)
         out: list[Tensor] = self.model(frames, 1 - t, rows, patch_size=self.patch, return_dict=False)[0]

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diptych.core.host import upload
 from diptych.core.packing import Mode, pack_mask
 from diptych.core.positions import grid_ids, stretched_ids
 from diptych.parts.backbones.attention import PackLayout
@@ -269,7 +270,7 @@ class Pack:
         every = torch.cat([times, times.new_zeros(1)])  # the last stands for -1
         counts = torch.tensor([rows * columns for rows, columns in self.latent_grids], dtype=torch.long)
         of_token = torch.repeat_interleave(torch.tensor(self.latent_times, dtype=torch.long), counts)
-        return every[of_token.to(times.device)]
+        return every[upload(of_token, times.device)]
 
 
 def pack(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diptych.checkpoints.deferred import active
 from diptych.core.errors import UserError
+from diptych.core.host import upload
 from diptych.core.positions import sincos_table
 from diptych.parts.backbones.attention import Kernel, KeyValue, PackAttention, RowAttention
 from diptych.parts.backbones.mot import MoT, MoTConfig
@@ -112,7 +113,7 @@ class BagelNetwork(nn.Module):
         text, vision, latent = self.embed(pack, patches, latents, times)
         und = torch.cat([text, vision])
         places = torch.cat([pack.text_places, pack.vision_places, pack.latent_places])
-        ids = pack.positions[places].to(self.device)
+        ids = upload(pack.positions[places], self.device)
         attention = PackAttention(pack.layout(), self.device, past=past, keep=keep, kernel=kernel)
         und, gen = self.llm(und, latent, ids, attention)
         return States(text=und[: len(text)], vision=und[len(text) :], latent=gen, kept=attention.kept)
@@ -121,7 +122,7 @@ class BagelNetwork(nn.Module):
         self, pack: Pack, patches: Tensor | None, latents: Tensor | None, times: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What enters the first layer: text (X, D), vision (V, D) and latent (N, D) tokens."""
-        text = self.llm.embed_tokens(pack.text_ids.to(self.device))
+        text = self.llm.embed_tokens(upload(pack.text_ids, self.device))
         vision = latent = text.new_zeros(0, text.shape[1])
         if patches is not None:
             vision = self.see(patches, pack.vision_ids, pack.vision_lengths).to(text.dtype)
@@ -131,14 +132,14 @@ class BagelNetwork(nn.Module):
 
     def see(self, patches: Tensor, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Patches (V, 3 P^2) to vision tokens (V, D)."""
-        ids = ids.to(self.device)
+        ids = upload(ids, self.device)
         features = self.vision(patches.to(self.device, self.dtype), ids, lengths)
         return self.connector(features) + self.vision_positions[ids]
 
     def enter(self, latents: Tensor, times: Tensor, ids: Tensor) -> Tensor:
         """Latent tokens (N, c) of times (N,) and places (N,) to model tokens (N, D)."""
-        places = self.latent_positions[ids.to(self.device)]
-        return self.port.enter(latents.to(self.device, self.dtype), times.to(self.device), places)
+        places = self.latent_positions[upload(ids, self.device)]
+        return self.port.enter(latents.to(self.device, self.dtype), times, places)
 
     def query(
         self,
@@ -157,7 +158,7 @@ class BagelNetwork(nn.Module):
             past: keys and values by layer, each (B, K, S, d). lengths: real tokens of each row.
         """
         batch, count, _ = latents.shape
-        around = torch.tensor([markers.start_image, markers.end_image], device=self.device).repeat(batch)
+        around = upload(torch.tensor([markers.start_image, markers.end_image]), self.device).repeat(batch)
         und = self.llm.embed_tokens(around)  # (2 B, D)
         times = times[:, None].expand(batch, count).flatten()
         gen = self.enter(latents.flatten(0, 1), times, places.repeat(batch)).to(und.dtype)

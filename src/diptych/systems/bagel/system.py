@@ -26,6 +26,7 @@ from diptych.checkpoints.tensors import own_tensors, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
+from diptych.core.host import rows_of, upload
 from diptych.core.packing import rows_within
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import grid_ids, stretched_ids
@@ -253,15 +254,16 @@ class BagelSystem(AssembledSystem):
         states: list[States] = []
         for row in rows:
             run, values = self._row([examples[i] for i in row], [latents[i] for i in row], draws.take(row))
-            sums = sums.index_add(1, torch.tensor(row, device=self.device), values)
+            sums = sums.index_add(1, upload(torch.tensor(row), self.device), values)
             states.append(run)
         flow, flow_weight, text, text_weight = sums
         terms: dict[str, Tensor] = {}
         for task in ("text_to_image", "edit"):
             if drawn := batch.rows(task):
-                terms[f"flow.{task}"] = flow[drawn] / torch.where(flow_weight[drawn] > 0, flow_weight[drawn], 1.0)
+                count = rows_of(flow_weight, drawn)
+                terms[f"flow.{task}"] = rows_of(flow, drawn) / torch.where(count > 0, count, 1.0)
         if answered := batch.rows("understand"):
-            terms["cross_entropy.understand"] = text[answered] / text_weight[answered].clamp_min(1)
+            terms["cross_entropy.understand"] = rows_of(text, answered) / rows_of(text_weight, answered).clamp_min(1)
         if batch.passes:  # sharded: gradients of zeros, not none, for what no loss of this process depends on
             states += [self._empty_row() for _ in range(len(rows), batch.passes)]
             first = next(iter(terms))
@@ -313,11 +315,12 @@ class BagelSystem(AssembledSystem):
 
         # Noisy latents. A target has a time and noise of its own; images that are read have time 0 and no noise.
         items = [(n, x, place + 1 == len(images)) for n, images in enumerate(tokens) for place, x in enumerate(images)]
-        latents = noise = times = noisy = None
+        latents = noise = times = noisy = of_token = None
         if items:
             drawn = [number for number, x in enumerate(tokens) if x]
-            drawn_times = settings.flow.times(draws.take(drawn), [len(tokens[number][-1]) for number in drawn])
-            times = row.token_times(drawn_times.to(device))  # (N,)
+            on_cpu = Draws(draws.take(drawn).keys)  # the host finds the distinct times
+            of_token = row.token_times(settings.flow.times(on_cpu, [len(tokens[number][-1]) for number in drawn]))
+            times = upload(of_token, device)  # (N,)
             latents = torch.cat([x for _, x, _ in items]).to(device)  # (N, c)
             noise = torch.cat(
                 [
@@ -329,35 +332,35 @@ class BagelSystem(AssembledSystem):
 
         # Both experts over the whole row.
         patches = [x for example in examples for x in example.patches]
-        states = network.run(row, torch.cat(patches) if patches else None, noisy, times, kernel=settings.attention)
+        states = network.run(row, torch.cat(patches) if patches else None, noisy, of_token, kernel=settings.attention)
 
         # Squared velocity error of each token to denoise, the mean over its channels.
         flow = flow_weight = text = text_weight = torch.zeros(len(examples), device=device)
         if latents is not None and noise is not None and times is not None and noisy is not None:
-            places = torch.searchsorted(row.latent_places, row.flow_places).to(device)
+            places = upload(torch.searchsorted(row.latent_places, row.flow_places), device)
             output = network.port.leave(states.latent[places]).float()[..., None]  # (n, c, 1): a token is an image
             data, noise, noisy, t = (x[places].float() for x in (latents, noise, noisy, times))
             weights = None
             if any(example.weights is not None for example in examples):  # of loss masks, (n, c, 1)
                 every = [
-                    torch.ones_like(images[-1]) if example.weights is None else example.weights.to(device)
+                    torch.ones_like(images[-1]) if example.weights is None else example.weights
                     for example, images in zip(examples, tokens, strict=True)
                     if example.items[-1].noised
                 ]
                 weights = torch.cat(every)[..., None]
             errors = settings.flow.loss(output, data[..., None], noise[..., None], noisy[..., None], t, weights)
             counts = torch.ones_like(errors) if weights is None else weights.mean((1, 2))  # elements of each token
-            owner = owners(row.flow_places, row.samples).to(device)
+            owner = upload(owners(row.flow_places, row.samples), device)
             flow = token_sums(errors * counts, owner, len(examples))
             flow_weight = token_sums(counts, owner, len(examples))
 
         # Cross-entropy of each token to learn.
         if len(row.labels):
-            places = torch.searchsorted(row.text_places, row.learned_places).to(device)
+            places = upload(torch.searchsorted(row.text_places, row.learned_places), device)
             logits = network.llm.lm_head(states.text[places]).float()  # (E, V)
-            losses = F.cross_entropy(logits, row.labels.to(device), reduction="none")
-            owner = owners(row.learned_places, row.samples).to(device)
-            weights = row.label_weights.to(device) if settings.mean == "root" else torch.ones_like(losses)
+            losses = F.cross_entropy(logits, upload(row.labels, device), reduction="none")
+            owner = upload(owners(row.learned_places, row.samples), device)
+            weights = upload(row.label_weights, device) if settings.mean == "root" else torch.ones_like(losses)
             text = token_sums(losses * weights, owner, len(examples))
             text_weight = token_sums(weights, owner, len(examples))
         return states, torch.stack([flow, flow_weight, text, text_weight])
