@@ -26,7 +26,14 @@ from torch import distributed
 PR_SET_PDEATHSIG = 1
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "transformers", "diptych.recipes.run", "diptych.evaluation.evaluate"]
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "transformers",
+        "diptych.recipes.run",
+        "diptych.recipes.prepare",
+        "diptych.evaluation.evaluate",
+    ]
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from diptych.recipes.prepare import Options, Work, prepare
 from diptych.recipes.prepared import prepared_lines
 from diptych.recipes.recipe import load, parse
 from diptych.recipes.run import build_stage
+from dying import prepare_and_die
 
 SHAPES = [(40, 40), (40, 72), (72, 40), (36, 48), (64, 40), (33, 33), (40, 44), (48, 80), (20, 100)]
 """(height, width); the last is too wide for every bucket."""
@@ -310,6 +312,31 @@ def test_killed_anywhere_it_goes_on(plain: dict[str, Any], tmp_path: Path, monke
             continue
     assert (runs, written) == (6, 17)  # 12 shards, and five that were begun and not written
     assert contents(root) == contents(whole)
+
+
+def test_sigkill_anywhere_loses_and_repeats_nothing(plain: dict[str, Any], tmp_path: Path) -> None:
+    """Three processes, each killed at another place, and one that ends what they began. Mutants: a shard that is cut is
+    taken for whole; a shard that is there is made again."""
+    whole, root = tmp_path / "whole", tmp_path / "out"
+    plain["system"]["autoencoder"] = {"kind": "pixel"}
+    given: dict[str, Any] = {"recipe": plain, "kinds": ("latents", "sizes"), "shard_items": 2, "batch_size": 2}
+    prepare(Options(**given, output=str(whole)))
+    there: dict[Path, tuple[int, int]] = {}
+    for place, shard, done in (("half", 3, 2), ("made", 2, 3), ("after", 4, 7)):
+        process = warm.start(prepare_and_die, {**given, "output": str(root)}, place, shard, output=tmp_path / "said")
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
+        shards = [path for path in root.rglob("*.safetensors") if not path.parent.name.startswith(".")]
+        assert len(shards) == done, place
+        now = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
+        assert there.items() <= now.items(), f"{place}: made again"
+        there = now
+    assert list(root.rglob("*.partial")), "nothing was left half written"
+    results, _ = prepare(Options(**given, output=str(root)))
+    assert sum(result.there for result in results) == 7
+    assert contents(root) == contents(whole)
+    assert not list(root.rglob("*.partial"))
+    assert all((path.stat().st_ino, path.stat().st_mtime_ns) == stamp for path, stamp in there.items())
 
 
 @pytest.mark.parametrize("name", ["../up", "/up", "a/../../up"])
