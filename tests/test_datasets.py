@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +194,13 @@ def onevision(here: Path) -> None:
     table(here / "onevision/ai2d(gpt4v)/train-00000-of-00001.parquet", columns, ("image",))
 
 
+def mjhq(here: Path) -> None:
+    for number in range(COUNT):
+        file(here / f"mjhq/animals/{number}.jpg", picture(number))
+    rows = [{"image": f"animals/{number}.jpg", "text": "a cat"} for number in range(COUNT)]
+    lines(here / "mjhq/pairs.jsonl", rows)
+
+
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "Megalith-10M": megalith,
     "text-to-image-2M": text_to_image_2m,
@@ -205,7 +214,69 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "SA-1B": sa1b,
     "SAM-SGT": sam_sgt,
     "LLaVA-OneVision": onevision,
+    "MJHQ-30K": mjhq,
 }
+
+
+MADE: dict[str, tuple[dict[str, str], dict[str, list[dict[str, Any]]]]] = {
+    "Echo-4o-Image": (
+        {
+            "echo4o/Instruction-Following-Image/a.jsonl": (
+                '{"instruction": "two", "output_image": "/Echo-4o-Image/I/1.jpg"}'
+            ),
+            "echo4o/Surrel-Fantasy-Image/b.jsonl": '{"instruction": "odd", "output_image": "Echo-4o-Image/S/2.jpg"}',
+        },
+        {"echo4o/pairs.jsonl": [{"image": "I/1.jpg", "text": "two"}, {"image": "S/2.jpg", "text": "odd"}]},
+    ),
+    "ShareGPT-4o-Image": (
+        {
+            "share4o/text_to_image.json": '[{"input_prompt": "a", "output_image": "o/1.png"}]',
+            "share4o/text_and_image_to_image.json": (
+                '[{"input_prompt": "b", "input_image": "i.png", "output_image": "o/2.png"},'
+                ' {"input_prompt": "c", "input_image": ["i.png", "j.png"], "output_image": "o/3.png"}]'
+            ),
+        },
+        {
+            "share4o/pairs.jsonl": [{"image": "o/1.png", "text": "a"}],
+            "share4o/edits.jsonl": [
+                {"sources": ["i.png"], "image": "o/2.png", "instruction": "b"},
+                {"sources": ["i.png", "j.png"], "image": "o/3.png", "instruction": "c"},
+            ],
+        },
+    ),
+    "SEED-Data-Edit": (
+        {
+            "seed/multi_turn_editing/annotations/a.jsonl": (
+                '{"source_image": "1.jpg", "target_image": "2.jpg", "instruction": "add", "other": 1}'
+            )
+        },
+        {
+            "seed/multi_turn_editing/edits.jsonl": [
+                {"source": "images/1.jpg", "image": "images/2.jpg", "instruction": "add"}
+            ]
+        },
+    ),
+    "MJHQ-30K": (
+        {"mjhq/meta_data.json": '{"ab12": {"category": "animals", "prompt": "a cat"}}'},
+        {"mjhq/pairs.jsonl": [{"image": "animals/ab12.jpg", "text": "a cat"}]},
+    ),
+}
+"""Files as they are published, and the rows that the page's jq commands make of them."""
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("name", MADE)
+def test_the_commands_make_the_rows_that_are_read(name: str, tmp_path: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8").partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^jq .*?(?<!\\)\n", text, re.DOTALL | re.MULTILINE)
+    published, rows = MADE[name]
+    for path, content in published.items():
+        file(tmp_path / path, content.encode())
+    assert len(commands) == len(rows)
+    for command in commands:
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    for path, wanted in rows.items():
+        assert [json.loads(line) for line in (tmp_path / path).read_text().splitlines()] == wanted
 
 
 def test_every_section_has_an_imitation() -> None:
