@@ -12,7 +12,7 @@ from diptych.core.ranges import NotNegative, NotNegativeInt, Positive, Share, ch
 from diptych.training.metrics import Tracker
 
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
-
+MUON_MOMENTUM = 0.95
 
 Balance = Literal["samples", "terms", "tokens"]
 """How the losses of a step become one. A value of a sample is the mean over its own elements (latent tokens, text
@@ -30,7 +30,10 @@ class OptimizerConfig:
     """kind: `adamw`, `adamw8bit` (bitsandbytes', with moments of a byte each), or `muon` (torch.optim.Muon for the
     matrices inside blocks, AdamW for all else).
 
-    lr: peak learning rate; Muon's is matched to AdamW's scale. betas, eps, weight_decay: as in torch.
+    lr: peak learning rate; Muon's is matched to AdamW's scale. betas, eps, weight_decay: as in torch. momentum: Muon's.
+
+    Raises:
+        UserError: a value out of its range; a momentum that no optimiser reads.
     """
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
@@ -38,10 +41,12 @@ class OptimizerConfig:
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0
-    momentum: BelowOne = 0.95
+    momentum: BelowOne = MUON_MOMENTUM
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.kind != "muon" and self.momentum != MUON_MOMENTUM:
+            raise UserError(f"momentum has no effect with kind {self.kind!r}: only muon has one (AdamW's is in betas)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,9 @@ class ScheduleConfig:
 
     warmup: steps to the peak. start: share of the peak that the warm-up rises from; step 0 is one rise above it.
     end: share of the peak at the last step of `cosine`.
+
+    Raises:
+        UserError: a value out of its range; an `end` or a `start` that the schedule never reads.
     """
 
     kind: Literal["constant", "cosine"] = "constant"
@@ -59,6 +67,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.kind == "constant" and self.end:
+            raise UserError(f"end {self.end:g} has no effect with kind 'constant'; kind 'cosine' falls to it")
+        if self.start and not self.warmup:
+            raise UserError(f"start {self.start:g} has no effect without warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +169,8 @@ class RunConfig:
             raise UserError(f"trackers names one twice: {', '.join(self.trackers)}")
         if self.sample_clip is not None and not self.sample_every:
             raise UserError("sample_clip scores pictures that are drawn, and sample_every is 0; set it to steps")
+        if self.score_limit is not None and not self.score_every:
+            raise UserError(f"score_limit {self.score_limit} has no effect with score_every 0, which scores never")
         if self.score_every and not self.score_tasks:
             raise UserError("score_every needs score_tasks")
         for name in ("sample_every", "score_every"):
