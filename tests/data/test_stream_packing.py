@@ -26,7 +26,7 @@ def test_rows_are_the_references() -> None:
         expected: dict[str, Any] = json.loads(file.metadata()["stream_expected"])
     budget = Budget(
         expected=stream["expected_num_tokens"],
-        most=stream["max_num_tokens"],
+        max_row=stream["max_num_tokens"],
         sample=stream["max_num_tokens_per_sample"],
         prefer_buffer=stream["prefer_buffer_before"],
         buffer=stream["max_buffer_size"],
@@ -44,7 +44,7 @@ def test_rows_are_the_references() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.lists(st.integers(1, 30), min_size=5, max_size=40))
 def test_a_stream_goes_on_from_its_state_and_keeps_the_budget(seed: int, costs: list[int]) -> None:
-    budget = Budget(expected=40, most=50, sample=30, prefer_buffer=20, buffer=3)
+    budget = Budget(expected=40, max_row=50, sample=30, prefer_buffer=20, buffer=3)
 
     def cost(group: int, index: int) -> int:
         return 1 + (costs[index % len(costs)] + group) % 25
@@ -66,7 +66,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="one of them above 0"):
         StreamPacker([Group(0.0)], Budget(), lambda group, index: 1)
     with pytest.raises(UserError, match="samples in a row have more than 10 tokens"):
-        StreamPacker([Group(1.0)], Budget(expected=20, most=20, sample=10), lambda group, index: 11).row()
+        StreamPacker([Group(1.0)], Budget(expected=20, max_row=20, sample=10), lambda group, index: 11).row()
     with pytest.raises(UserError, match="the state is of 1 groups, this stream has 2"):
         StreamPacker(WEIGHTS, Budget(), lambda group, index: 1).load_state({"next": [0]})
 
@@ -75,7 +75,7 @@ def test_mistakes_are_named() -> None:
 def test_rows_are_those_of_the_released_sgt(case: dict[str, Any]) -> None:
     lengths, items = case["lengths"], case["items"]
     budget = Budget(
-        expected=case["expected_tokens"], most=case["most_tokens"], sample=case.get("per_sample", 16_384),
+        expected=case["expected_tokens"], max_row=case["most_tokens"], sample=case.get("per_sample", 16_384),
         prefer_buffer=case.get("prefer", 16_384), buffer=case.get("buffer", 50),
     )  # fmt: skip
     drawn = random.Random(case["seed"])
@@ -105,7 +105,7 @@ def test_shares_of_the_released_sgt(case: dict[str, Any]) -> None:
         return 176 + 2752 + 8 + 6 if group == 0 else conversations[index % len(conversations)]
 
     groups = [Group(w, m) for w, m in zip(case["weights_proxy_conversation"], case["mandatory"], strict=True)]
-    packer = StreamPacker(groups, Budget(expected=16_384, most=36_864), cost, seed=2)
+    packer = StreamPacker(groups, Budget(expected=16_384, max_row=36_864), cost, seed=2)
     rows = [place for _ in range(400) for place in packer.row()]
     proxies = sum(group == 0 for group, _ in rows)
     assert proxies / (len(rows) - proxies) == pytest.approx(case["proxies_per_conversation"], rel=0.12)

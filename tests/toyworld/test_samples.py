@@ -109,7 +109,7 @@ def test_conversations() -> None:
 
 
 def test_lessons_about_short_captions() -> None:
-    world = ToyWorld(2, text_only=1.0, told=1.0, asked=["color", "relation"], turns=1)
+    world = ToyWorld(2, text_only=1.0, short_captions=1.0, asked=["color", "relation"], turns=1)
     for index in range(200):
         sample = world.sample("understand", index)
         assert len(sample.messages) == 2
@@ -122,7 +122,7 @@ def test_lessons_about_short_captions() -> None:
 
 
 def test_lessons_about_edits() -> None:
-    world = ToyWorld(3, edited=1.0, told=0.0, text_only=0.5)
+    world = ToyWorld(3, edited=1.0, short_captions=0.0, text_only=0.5)
     told: set[bool] = set()
     for index in range(100):
         sample = world.sample("understand", index)
@@ -144,7 +144,7 @@ def test_lessons_about_edits() -> None:
 
 
 def test_lessons_that_imagine_what_a_caption_leaves_open() -> None:
-    world = ToyWorld(4, imagined=1.0, told=1.0, text_only=1.0)
+    world = ToyWorld(4, imagined=1.0, short_captions=1.0, text_only=1.0)
     for index in range(60):
         sample = world.sample("understand", index)
         assert [turn.role for turn in sample.messages] == ["user", "assistant"]

@@ -32,7 +32,7 @@ def test_the_split_is_frozen() -> None:
 @settings(max_examples=300, deadline=None)
 def test_scenes_hold_exactly_what_is_said(seed: int, kind: Kind, held: bool) -> None:
     rng = generator(seed)
-    said = draw_statement(rng, kind, held=held)
+    said = draw_statement(rng, kind, of_held_out=held)
     assert held_out(said.key) is held
     assert said.key in {statement.key for statement in statements(kind)}
     scene = said.scene(rng)

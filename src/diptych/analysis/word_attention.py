@@ -124,9 +124,9 @@ def attend(
     if isinstance(system.decoder, ZImage):
         raise UserError(f"{engine.name}: Z-Image pads image and text together; its words cannot be told apart")
     [view] = views(system, engine.sampling.size, "last")
-    most = len(engine.plan(view, engine.sampling)[0].times)
-    if not 1 <= steps <= most:
-        raise UserError(f"steps must be from 1 to the model's {most}, not {steps}")
+    total = len(engine.plan(view, engine.sampling)[0].times)
+    if not 1 <= steps <= total:
+        raise UserError(f"steps must be from 1 to the model's {total}, not {steps}")
     results: list[WordAttention] = []
     for number, prompt in enumerate(prompts):
         results.append(_one(engine, system, view, prompt, steps, key(seed, number, 0)))

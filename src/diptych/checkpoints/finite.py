@@ -33,8 +33,8 @@ def check_finite(module: nn.Module, what: str) -> None:
     """
     for name, parameter in module.named_parameters():
         if not is_finite(parameter):
-            held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            bad = int((~held.isfinite()).sum())
+            values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            bad = int((~values.isfinite()).sum())
             raise UserError(f"{what}: {name} holds {bad} of {parameter.numel():,} numbers that are NaN or infinite")
 
 

@@ -106,7 +106,7 @@ def read_lora(path: Path) -> dict[str, Update]:
     for name in sorted(downs.keys() ^ ups.keys()):
         raise UserError(f"{file}: {name} has one of the two matrices alone")
     said = configured(config, file) if config is not None else of_metadata(metadata, file)
-    found: dict[str, Update] = {}
+    updates: dict[str, Update] = {}
     for name, down in downs.items():
         up = ups[name]
         if not (down.is_floating_point() and up.is_floating_point()):
@@ -120,11 +120,11 @@ def read_lora(path: Path) -> dict[str, Update]:
         alpha = alphas[name] if name in alphas else alpha_of(name, down.shape[0], said, config or file)
         if not math.isfinite(alpha):
             raise UserError(f"{file}: the alpha of {name} is {alpha}")
-        found[name] = (down, up, alpha)
+        updates[name] = (down, up, alpha)
     unused = sorted(alphas.keys() - downs.keys())
     if unused:
         raise UserError(f"{file}: {unused[0]}.alpha is of no layer of the file")
-    return found
+    return updates
 
 
 def find_lora(path: Path) -> tuple[Path, Path | None]:
@@ -159,11 +159,11 @@ def of_metadata(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     values = json_value(metadata[METADATA], f"{file}: its metadata {METADATA}")
     if not isinstance(values, dict):
         raise UserError(f"{file}: its metadata {METADATA} is no object")
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in values.items():
         name = key.rpartition(".")[2]
-        found[name] = {**found.get(name, {}), **value} if isinstance(value, dict) else value
-    return found
+        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
+    return settings
 
 
 def alpha_of(name: str, rank: int, config: Mapping[str, Any], file: Path) -> float:
@@ -206,8 +206,8 @@ def stripped(name: str) -> Iterable[tuple[str, str | None]]:
     yield name, None
     for prefix, part in PREFIXES.items():
         if name.startswith(prefix):
-            for inner, own in stripped(name.removeprefix(prefix)):
-                yield inner, own or part
+            for inner, inner_part in stripped(name.removeprefix(prefix)):
+                yield inner, inner_part or part
 
 
 def write_lora(place: Path, parts: Mapping[str, Mapping[str, Update]], format: str) -> list[Path]:

@@ -75,12 +75,12 @@ def carried(operation: Operation) -> tuple[Any, View]:
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The arguments that an operation writes into."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += tensors_in((value,))
-    return found
+            tensors += tensors_in((value,))
+    return tensors
 
 
 def map_file(path: Path, start: int, stop: int, dtype: torch.dtype, *, name: str = "", expected: str = "") -> Tensor:
@@ -116,13 +116,13 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 def of_kind(values: Iterable[Any], kind: type[Any]) -> list[Any]:
     """The values of a kind among the arguments of an operation, and in its lists."""
-    found: list[Any] = []
+    matches: list[Any] = []
     for value in values:
         if isinstance(value, kind):
-            found.append(value)
+            matches.append(value)
         elif isinstance(value, list | tuple):
-            found += of_kind(value, kind)
-    return found
+            matches += of_kind(value, kind)
+    return matches
 
 
 def mapped(value: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:

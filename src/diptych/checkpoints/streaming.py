@@ -54,14 +54,14 @@ def _contents(path: Path) -> tuple[list[Entry], dict[str, str]]:
             if not 2 <= length <= min(LARGEST_HEADER, size - 8):
                 raise UserError(f"{path}: not a readable safetensors file (its header is cut short)")
             header: dict[str, Any] = json.loads(file.read(length))
-        found = [_entry(path, name, row, 8 + length) for name, row in header.items() if name != "__metadata__"]
+        entries = [_entry(path, name, row, 8 + length) for name, row in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if any(entry.stop > size for entry in found):
+    if any(entry.stop > size for entry in entries):
         raise UserError(f"{path}: not a readable safetensors file (it is cut short; download it again)")
-    return sorted(found, key=lambda entry: entry.start), read_checksums(path, header.get("__metadata__"))
+    return sorted(entries, key=lambda entry: entry.start), read_checksums(path, header.get("__metadata__"))
 
 
 def stream(files: Iterable[Path], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -74,16 +74,16 @@ def stream(files: Iterable[Path], dtype: torch.dtype | None = None) -> Iterator[
     spare: dict[torch.dtype, Tensor] = {}
     weights = active()
     for path in files:
-        found, sums = _contents(path)
+        entries, sums = _contents(path)
         if weights is not None:
-            for entry in found:
+            for entry in entries:
                 expected = sums.get(entry.name, "")
                 tensor = weights.source(path, entry.start, entry.stop, entry.shape, entry.dtype, entry.name, expected)
                 yield entry.name, tensor.to(dtype) if dtype is not None and entry.dtype.is_floating_point else tensor
             continue
         try:
             with path.open("rb", buffering=0) as file:
-                for entry in found:
+                for entry in entries:
                     file.seek(entry.start)
                     yield entry.name, _read(file, path, entry, dtype, spare)
         except OSError as error:

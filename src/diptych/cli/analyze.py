@@ -87,13 +87,13 @@ def _toy_side(engine: Any, what: str) -> int:
     return side
 
 
-def _write(args: argparse.Namespace, output: Path, found: dict[str, Any], lines: list[str]) -> None:
+def _write(args: argparse.Namespace, output: Path, results: dict[str, Any], lines: list[str]) -> None:
     from importlib.metadata import version
 
     from diptych.core.files import write_json, write_text
 
     about = {"look": args.look, "seed": args.seed, "versions": {name: version(name) for name in ("torch", "diptych")}}
-    write_json(output / f"{args.look}.json", {**about, "models": found})
+    write_json(output / f"{args.look}.json", {**about, "models": results})
     write_text(output / f"{args.look}.md", "\n".join(lines) + "\n")
 
 
@@ -110,13 +110,13 @@ def _features(args: argparse.Namespace, output: Path) -> list[str]:
     else:
         size = first.sampling.size
         labelled = features.folder_images(args.images, size, args.limit)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     planes: dict[str, Any] = {}
     for name, engine in engines.items():
-        with bars("image") as told:
-            values = features.extract(engine, labelled.images, lambda done, of, name=name: told(name, done, of))
+        with bars("image") as progress:
+            values = features.extract(engine, labelled.images, lambda done, of, name=name: progress(name, done, of))
         planes[name] = features.plane(values, args.seed)
-        found[name] = {
+        results[name] = {
             "images": len(labelled.labels),
             "classes": labelled.classes,
             "numbers": values.shape[1],
@@ -124,9 +124,9 @@ def _features(args: argparse.Namespace, output: Path) -> list[str]:
             "labels": labelled.labels,
             "plane": planes[name].tolist(),
         }
-    lines = reports.feature_tables(found)
-    _write(args, output, found, lines)
-    reports.feature_plot(found, planes, labelled.labels, output / "features.png")
+    lines = reports.feature_tables(results)
+    _write(args, output, results, lines)
+    reports.feature_plot(results, planes, labelled.labels, output / "features.png")
     return lines
 
 
@@ -146,14 +146,14 @@ def _looking(args: argparse.Namespace, output: Path) -> list[str]:
     else:
         source = JsonlSource(args.questions, task="understand")
         samples = [source.load(at, ItemDraws(0), (1, 1)) for at in range(min(len(source), args.limit or len(source)))]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, engine in engines.items():
-        with bars("question") as told:
-            shares = looking.look(engine, samples, lambda done, of, name=name: told(name, done, of))
-        found[name] = looking.summary(shares)
-    lines = reports.looking_tables(found)
-    _write(args, output, found, lines)
-    reports.looking_plot(found, output / "looking.png")
+        with bars("question") as progress:
+            shares = looking.look(engine, samples, lambda done, of, name=name: progress(name, done, of))
+        results[name] = looking.summary(shares)
+    lines = reports.looking_tables(results)
+    _write(args, output, results, lines)
+    reports.looking_plot(results, output / "looking.png")
     return lines
 
 
@@ -178,15 +178,19 @@ def _words(args: argparse.Namespace, output: Path) -> list[str]:
             raise UserError(f"{args.prompts}: holds no prompt")
     prompts = [words.parse(text) for text in texts[: args.limit]]
     steps = word_attention.STEPS if args.steps is None else args.steps
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, engine in engines.items():
-        with bars("prompt") as told:
+        with bars("prompt") as progress:
             each = word_attention.attend(
-                engine, prompts, steps=steps, seed=args.seed, progress=lambda done, of, name=name: told(name, done, of)
+                engine,
+                prompts,
+                steps=steps,
+                seed=args.seed,
+                progress=lambda done, of, name=name: progress(name, done, of),
             )
-        found[name] = word_attention.summary(each)
-    lines = reports.word_tables(found)
-    _write(args, output, found, lines)
-    reports.word_plots(found, output / "words.png")
-    write_text(output / "words.html", reports.prompt_page(found))
+        results[name] = word_attention.summary(each)
+    lines = reports.word_tables(results)
+    _write(args, output, results, lines)
+    reports.word_plots(results, output / "words.png")
+    write_text(output / "words.html", reports.prompt_page(results))
     return lines

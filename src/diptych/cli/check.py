@@ -67,9 +67,9 @@ def _report(args: argparse.Namespace) -> int:
     if args.processes < 1:
         raise UserError(f"--processes must be at least 1, not {args.processes}")
     card = chosen_card(args)
-    found = check_system(recipe, processes=args.processes)
-    print("\n".join(system_lines(found, recipe.run.strategy, args.processes)), flush=True)
-    for stage in found.stages:
+    report = check_system(recipe, processes=args.processes)
+    print("\n".join(system_lines(report, recipe.run.strategy, args.processes)), flush=True)
+    for stage in report.stages:
         for line in work_lines(stage, recipe, args.processes, card, args.mfu):
             print(line, flush=True)
     kept = inherited(args.recipe)
@@ -84,8 +84,8 @@ def _report(args: argparse.Namespace) -> int:
         output = Path(args.output).expanduser()
     faults: list[str] = []
     for name in recipe.stages:
-        with bars("item") as told:
-            data = check_data(recipe, found, name, limit=limit, progress=told)
+        with bars("item") as progress:
+            data = check_data(recipe, report, name, limit=limit, progress=progress)
         print(f"\nstage {name}, data")
         print("\n".join(f"  {line}" for line in data.lines))
         print(f"  time: {'not measured' if data.seconds is None else 'about ' + duration(data.seconds) + ' here'}")
@@ -157,18 +157,18 @@ def work_lines(
     return lines
 
 
-def system_lines(found: SystemReport, strategy: str, processes: int = 1) -> list[str]:
+def system_lines(report: SystemReport, strategy: str, processes: int = 1) -> list[str]:
     """Parts and stages as tables."""
     from diptych.recipes.estimate import RULE
 
     lines = [f"{'part':<14}{'parameters':>12}  {'trained in':<24}starts from"]
-    for part in found.parts:
+    for part in report.parts:
         trained = [
             name if count == part.parameters else f"{name} ({quantity(count)})" for name, count in part.trained.items()
         ]
         lines.append(f"{part.name:<14}{quantity(part.parameters):>12}  {', '.join(trained) or '-':<24}{part.weights}")
-    lines.append(f"{'all':<14}{quantity(found.parameters):>12}")
-    for stage in found.stages:
+    lines.append(f"{'all':<14}{quantity(report.parameters):>12}")
+    for stage in report.stages:
         memory = stage.memory
         lines += [
             "",

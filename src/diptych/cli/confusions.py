@@ -24,15 +24,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--noise must be from 0 to below 100, not {args.noise}")
     if not 8 <= args.size <= 4096:
         raise UserError(f"--size must be from 8 to 4096, not {args.size}")
-    found = confusions(args.count, args.seed, size=args.size, noise=args.noise)
+    result = confusions(args.count, args.seed, size=args.size, noise=args.noise)
     for title, names, counts in (
-        ("shapes", found.shape_names, found.shapes),
-        ("colours", found.colour_names, found.colours),
-        ("backgrounds", found.background_names, found.backgrounds),
+        ("shapes", result.shape_names, result.shapes),
+        ("colours", result.colour_names, result.colours),
+        ("backgrounds", result.background_names, result.backgrounds),
     ):
         print("\n".join(table(title, names, counts.tolist())) + "\n")
-    print(f"{found.objects} objects in {args.count} scenes: {found.missed} missed, {found.extra} extra")
-    print(f"scenes read without any error: {found.exact:.4f}")
+    print(f"{result.objects} objects in {args.count} scenes: {result.missed} missed, {result.extra} extra")
+    print(f"scenes read without any error: {result.exact:.4f}")
     return 0
 
 

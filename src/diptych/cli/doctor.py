@@ -20,8 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     worst = 0
-    for verdict, what, found in findings(quick=args.quick):
-        print(f"[{verdict:^4}] {what:<16}{found}", flush=True)
+    for verdict, what, detail in findings(quick=args.quick):
+        print(f"[{verdict:^4}] {what:<16}{detail}", flush=True)
         worst = max(worst, int(verdict == BAD))
     print("something does not work; see the lines marked FAIL" if worst else "all that is needed works")
     return worst
@@ -47,20 +47,20 @@ def software() -> Iterator[Finding]:
     yield GOOD if fits else BAD, "python", f"{platform.python_version()} on {platform.platform(terse=True)}"
     yield GOOD, "diptych", metadata.version("diptych")
     required = [Requirement(line) for line in metadata.requires("diptych") or []]
-    for one in required:
-        if one.marker is not None:
+    for package in required:
+        if package.marker is not None:
             continue
         try:
-            version = metadata.version(one.name)
+            version = metadata.version(package.name)
         except metadata.PackageNotFoundError:
-            yield BAD, one.name, f"not installed; needs {one.specifier}"
+            yield BAD, package.name, f"not installed; needs {package.specifier}"
             continue
-        good = one.specifier.contains(version, prereleases=True)
-        yield GOOD if good else BAD, one.name, version if good else f"{version}, but {one.specifier} is needed"
+        good = package.specifier.contains(version, prereleases=True)
+        yield GOOD if good else BAD, package.name, version if good else f"{version}, but {package.specifier} is needed"
     for extra, names in EXTRAS.items():
         missing = [name for name in names if not _installed(name)]
-        found = f"missing {', '.join(missing)}: pip install 'diptych[{extra}]'" if missing else "installed"
-        yield NOTE if missing else GOOD, f"extra {extra}", found
+        detail = f"missing {', '.join(missing)}: pip install 'diptych[{extra}]'" if missing else "installed"
+        yield NOTE if missing else GOOD, f"extra {extra}", detail
 
 
 def _installed(name: str) -> bool:

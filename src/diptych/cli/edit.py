@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     with steps_bar("edit") as on_step:
         images = engine.edit(sources, args.instruction, n=args.n, seed=seeds, on_step=on_step, **settings)
     resolved = engine.settings({name: value for name, value in settings.items() if name != "scales"}, edits=True)
-    told = {"instruction": args.instruction, "source": ", ".join((args.image, *args.also))}
+    fields = {"instruction": args.instruction, "source": ", ".join((args.image, *args.also))}
     for number, (image, file) in enumerate(zip(images, places, strict=True)):
-        about = facts(resolved, model=options.model_words(args), seed=seeds[number // len(names)], **told)
+        about = facts(resolved, model=options.model_words(args), seed=seeds[number // len(names)], **fields)
         pictures.save_picture(image, file, about)
     return 0

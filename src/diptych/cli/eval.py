@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> int:
     tools = tools_of(args, output, device) if published or asks else None
     makes = bool(toys) or (args.only != "score" and images is None)
     engine = options.open_model(args) if makes else None
-    with bars() as told:
-        found = evaluate(
+    with bars() as progress:
+        results = evaluate(
             engine,
             tasks,
             output=output,
@@ -132,21 +132,25 @@ def run(args: argparse.Namespace) -> int:
             tools=tools,
             log_samples=args.log_samples,
             name=args.model,
-            progress=told,
+            progress=progress,
             **settings,
         )
-    for task, scores in found["tasks"].items():
+    for task, scores in results["tasks"].items():
         print("\n".join(table(task, scores)))
-    for name, group in found.get("groups", {}).items():
+    for name, group in results.get("groups", {}).items():
         average = "-" if group["average"] is None else f"{group['average']:.1f}"
         lacking = f"; missing: {', '.join(group['missing'])}" if group["missing"] else ""
         print(f"{name}: average of {len(group['of']) + len(group['missing'])} {average}{lacking}")
-    if found["failed"]:
-        print(f"{found['failed']} samples could not be judged; those of toy tasks count as wrong, others are left out")
-    place = f"; {output / 'results.json'}" if output and found["tasks"] else ""
-    print(f"{found['seconds']:.0f} s on {found['device'] or device}{place}")
-    scored = [scores for scores in found["tasks"].values() if scores.get("overall") is not None or not scores["failed"]]
-    return 0 if scored or not found["tasks"] else 1
+    if results["failed"]:
+        print(
+            f"{results['failed']} samples could not be judged; those of toy tasks count as wrong, others are left out"
+        )
+    place = f"; {output / 'results.json'}" if output and results["tasks"] else ""
+    print(f"{results['seconds']:.0f} s on {results['device'] or device}{place}")
+    scored = [
+        scores for scores in results["tasks"].values() if scores.get("overall") is not None or not scores["failed"]
+    ]
+    return 0 if scored or not results["tasks"] else 1
 
 
 def check_used(args: argparse.Namespace, tasks: Sequence[str]) -> None:

@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
     with steps_bar("generate") as on_step:
         start = 0
         while start < len(jobs):
-            own = jobs[start].options
-            size = engine.settings({k: v for k, v in own.items() if k != "scales"}).batch_size
+            options = jobs[start].options
+            size = engine.settings({k: v for k, v in options.items() if k != "scales"}).batch_size
             end = start
-            while end < len(jobs) and jobs[end].options == own and end - start < size:
+            while end < len(jobs) and jobs[end].options == options and end - start < size:
                 end += 1
             expansions: list[str] = []
             images = engine.generate(
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
                 seed=[job.seed for job in jobs[start:end]],
                 on_step=on_step,
                 expansions=expansions,
-                **own,
+                **options,
             )
             for place, (job, about) in enumerate(zip(jobs[start:end], abouts[start:end], strict=True)):
                 if expansions:

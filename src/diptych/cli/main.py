@@ -132,8 +132,8 @@ def fault(error: Exception, argv: Sequence[str]) -> int:
 
     from diptych.core.web import redacted
 
-    told = "".join(traceback.format_exception(error))
-    report = redacted(f"diptych {' '.join(argv)}\nPython {sys.version}\n\n{told}")
+    trace = "".join(traceback.format_exception(error))
+    report = redacted(f"diptych {' '.join(argv)}\nPython {sys.version}\n\n{trace}")
     name = f"diptych-fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in (tempfile.gettempdir(), os.getcwd()):
         path = os.path.join(folder, name)

@@ -66,14 +66,14 @@ def add_scales(parser: argparse.ArgumentParser) -> None:
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Options of `Engine.generate` that were given."""
-    found: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
+    settings: dict[str, Any] = {} if args.size is None else {"size": size(args.size)}
     given: dict[str, Any] = {"steps": args.steps, "cfg": args.cfg, "solver": args.solver, "batch_size": args.batch_size}
     given["cache"] = None if args.cache is None else shift(args.cache)
     given["timestep_shift"] = None if args.timestep_shift is None else shift(args.timestep_shift)
     given["scales"] = getattr(args, "scales", None)
     given["image_cfg"] = getattr(args, "image_cfg", None)
     given |= {"negative": args.negative, "prompt_expansion": args.prompt_expansion}
-    return found | {name: value for name, value in given.items() if value is not None}
+    return settings | {name: value for name, value in given.items() if value is not None}
 
 
 def check(settings: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
     )
-    rank, world = environment.number("RANK", 0), environment.number("WORLD_SIZE", 1, least=1)
+    rank, world = environment.number("RANK", 0), environment.number("WORLD_SIZE", 1, minimum=1)
     if args.ray is not None:
         if world > 1:
             raise UserError("--ray starts its own workers; give it to one process, or leave it out under torchrun")
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
         results, skipped = prepare_on_ray(options, args.ray)
     else:
-        with bars("shard") as told:
-            results, skipped = prepare(options, rank, world, told)
+        with bars("shard") as progress:
+            results, skipped = prepare(options, rank, world, progress)
     print("\n".join(lines(results, skipped, "" if world == 1 else f"process {rank}: ")), flush=True)
     return 0
 

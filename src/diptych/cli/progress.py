@@ -17,12 +17,12 @@ def bar(what: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
     """A function to call with (done, total)."""
     line: Any = progress_bar(what, unit)
 
-    def told(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         line.total = total
         line.update(done - line.n)
 
     try:
-        yield told
+        yield report
     finally:
         line.close()
 
@@ -33,7 +33,7 @@ def steps_bar(what: str) -> Iterator[Callable[[DrawingStep], None]]:
     line: Any = progress_bar(what, "step")
     before = 0
 
-    def told(step: DrawingStep) -> None:
+    def report(step: DrawingStep) -> None:
         nonlocal before
         if step.number == 1:
             before = line.n
@@ -41,7 +41,7 @@ def steps_bar(what: str) -> Iterator[Callable[[DrawingStep], None]]:
         line.update(before + step.number - line.n)
 
     try:
-        yield told
+        yield report
     finally:
         line.close()
 
@@ -51,7 +51,7 @@ def bars(unit: str = "sample") -> Iterator[Callable[[str, int, int], None]]:
     """A function to call with (what, done, total); a bar for each thing named."""
     lines: dict[str, Any] = {}
 
-    def told(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         line = lines.get(what)
         if line is None:
             line = lines[what] = progress_bar(what, unit, total=total)
@@ -60,7 +60,7 @@ def bars(unit: str = "sample") -> Iterator[Callable[[str, int, int], None]]:
             line.close()
 
     try:
-        yield told
+        yield report
     finally:
         for line in lines.values():
             line.close()

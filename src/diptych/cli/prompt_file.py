@@ -52,16 +52,18 @@ def _object(text: str, where: str) -> Line:
     values = json_value(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where}: an object with 'prompt' is needed, not {type(values).__name__}")
-    own = {name: values.pop(name) for name in ("prompt", "seed", "n", "name") if name in values}
-    prompt = own.get("prompt")
+    fields = {name: values.pop(name) for name in ("prompt", "seed", "n", "name") if name in values}
+    prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: 'prompt' is missing or empty")
     for name in ("seed", "n"):
-        if name in own and (not isinstance(own[name], int) or isinstance(own[name], bool) or own[name] < (name == "n")):
-            raise UserError(f"{where}: {name} must be a whole number, not {own[name]!r}")
-    if own.get("seed", 0) >= 2**63:
-        raise UserError(f"{where}: seed must be below 2^63, not {own['seed']}")
-    name = own.get("name", "x")
+        if name in fields and (
+            not isinstance(fields[name], int) or isinstance(fields[name], bool) or fields[name] < (name == "n")
+        ):
+            raise UserError(f"{where}: {name} must be a whole number, not {fields[name]!r}")
+    if fields.get("seed", 0) >= 2**63:
+        raise UserError(f"{where}: seed must be below 2^63, not {fields['seed']}")
+    name = fields.get("name", "x")
     if not isinstance(name, str) or name.startswith(".") or len(name) > LONGEST_NAME or file_name(name) != name:
         raise UserError(f"{where}: name must be a plain file name without a folder, not {name!r}")
     allowed = [name for name in names() if name not in ("edit", "batch_size")]
@@ -72,7 +74,7 @@ def _object(text: str, where: str) -> Line:
         Sampling().over(values)
     except (UserError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
-    return Line(options=values, **own)
+    return Line(options=values, **fields)
 
 
 def file_names(prompts: Sequence[str], given: Sequence[str] | None = None) -> list[str]:

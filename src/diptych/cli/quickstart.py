@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     folder = Path(args.out).expanduser()
-    with bars("image") as told:
-        found = quickstart(
+    with bars("image") as progress:
+        results = quickstart(
             folder,
             model=args.model or MODEL,
             recipe=args.recipe or RECIPE,
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
             limit=args.limit,
             force=args.force,
             say=lambda line: print(line, flush=True),
-            progress=told,
+            progress=progress,
         )
-    if found is None:
+    if results is None:
         print(f"stopped and saved in {folder}; start again with: diptych quickstart --out {folder} --force")
         return stopping.exit_code()
-    before, after = (found[side]["toyeval"]["overall"] for side in ("before", "after"))
-    print(f"\nToyEval {before:.2f} before, {after:.2f} after; {found['seconds']:.0f} s in all")
+    before, after = (results[side]["toyeval"]["overall"] for side in ("before", "after"))
+    print(f"\nToyEval {before:.2f} before, {after:.2f} after; {results['seconds']:.0f} s in all")
     print(f"report: {folder / 'report.html'}\n\ntry next:")
     for line in next_commands(folder):
         print(f"  {line}")

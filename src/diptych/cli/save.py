@@ -45,7 +45,7 @@ def write(model: str, out: str, layout: str, dtype: str | None, *, stored: bool 
     transformers_logging.disable_progress_bar()
     folder = Path(out).expanduser()
     wanted = None if dtype is None else getattr(torch, dtype)
-    told: Any = {"stored" if stored else "dtype": wanted}
-    size = save(model, folder, layout="published" if layout == "published" else "diptych", **told)
+    options: Any = {"stored" if stored else "dtype": wanted}
+    size = save(model, folder, layout="published" if layout == "published" else "diptych", **options)
     print(f"{folder}: {size / 1e6:.2f} MB{f' in {dtype}' if dtype else ''}")
     return 0

@@ -43,16 +43,16 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     wanted = study.load(args.name, args.set, args.limit)
     out = study.study_folder(args.name, args.out)
-    with bars("image") as told:
-        found = run_study(
+    with bars("image") as progress:
+        results = run_study(
             wanted,
             out,
             seeds=args.seeds,
             jobs=args.jobs,
             say=lambda line: print(line, file=sys.stderr, flush=True),
-            progress=told,
+            progress=progress,
         )
-    if found is None:
+    if results is None:
         words = ["diptych", "study", args.name, "--out", str(out)]
         words += ["--seeds", *map(str, args.seeds)] if args.seeds else []
         words += ["--limit", str(args.limit)] if args.limit is not None else []
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
         words += ["--set", *args.set] if args.set else []
         print(f"stopped and saved; continue with: {shlex.join(words)}")
         return stopping.exit_code()
-    print("\n".join(summary(found)))
+    print("\n".join(summary(results)))
     files = ["table.md", "results.json", "plot.png"]
     print(f"{out}: {', '.join(files)}")
     return 0
 
 
-def summary(found: dict[str, Any]) -> list[str]:
+def summary(results: dict[str, Any]) -> list[str]:
     """The tables of a study as lines."""
     from diptych.reports.study import rows, table
 
-    return [line for task in found["tasks"] for line in rows(table(found, task))]
+    return [line for task in results["tasks"] for line in rows(table(results, task))]

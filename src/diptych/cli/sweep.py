@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if any(task not in TOYS for task in tasks):
         others["tools"] = scoring.tools_of(args, output, device)
     engine = options.open_model(args)
-    with bars() as told:
-        found = sweep(
+    with bars() as progress:
+        results = sweep(
             engine,
             tasks,
             axes,
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             seeds=scoring.seeds_of(args),
             name=args.model,
-            progress=told,
+            progress=progress,
             say=lambda line: print(line, file=sys.stderr, flush=True),
             others=others,
             **settings,
         )
-    print(markdown(found))
+    print(markdown(results))
     print(f"{output}: sweep.json, table.md, plot.png")
     return 0

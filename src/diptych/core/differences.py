@@ -21,6 +21,6 @@ def differences(a: Any, b: Any, place: Place = ()) -> Iterator[tuple[Place, Any,
 
 def difference(a: Any, b: Any) -> str:
     """The first place where two plain values differ, in words; "" when they are alike."""
-    for place, one, two in differences(a, b):
-        return f"{'.'.join(place)}: {one!r} there, {two!r} here"
+    for place, left, right in differences(a, b):
+        return f"{'.'.join(place)}: {left!r} there, {right!r} here"
     return ""

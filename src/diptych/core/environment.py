@@ -9,7 +9,7 @@ from diptych.core.errors import UserError
 LARGEST = 2**63 - 1
 
 
-def number(name: str, default: int, least: int = 0) -> int:
+def number(name: str, default: int, minimum: int = 0) -> int:
     """The whole number in an environment variable; `default` where it is not set, or empty.
 
     Raises:
@@ -18,6 +18,6 @@ def number(name: str, default: int, least: int = 0) -> int:
     text = os.environ.get(name, "").strip()
     if not text:
         return default
-    if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) <= LARGEST:
-        raise UserError(f"the environment variable {name} must be a whole number from {least} on, not {text!r}")
+    if not text.isascii() or not text.isdigit() or not minimum <= int(text[:20]) <= LARGEST:
+        raise UserError(f"the environment variable {name} must be a whole number from {minimum} on, not {text!r}")
     return int(text)

@@ -135,10 +135,10 @@ class Batch:
         """The same batch with its tensors on `device`; those of one shape travel together."""
         if all(tensor.device == torch.device(device) for sample in self.samples for tensor in sample.tensors()):
             return self
-        found: dict[tuple[Any, ...], list[Tensor]] = {}
+        by_size: dict[tuple[Any, ...], list[Tensor]] = {}
         for tensor in (tensor for sample in self.samples for tensor in sample.tensors()):
-            found.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
-        moved = {key: iter(torch.stack(group).to(device).unbind()) for key, group in found.items()}
+            by_size.setdefault((tuple(tensor.shape), tensor.dtype, tensor.device), []).append(tensor)
+        moved = {key: iter(torch.stack(group).to(device).unbind()) for key, group in by_size.items()}
 
         def move(tensor: Tensor) -> Tensor:
             return next(moved[tuple(tensor.shape), tensor.dtype, tensor.device])

@@ -235,7 +235,7 @@ class FolderSource(Source, Listed):
 
 def _files(folder: Path) -> list[str]:
     """Paths relative to `folder`, with forward slashes, sorted; linked folders are followed, each once."""
-    found: list[str] = []
+    files: list[str] = []
     seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -245,12 +245,12 @@ def _files(folder: Path) -> list[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inner = os.path.relpath(root, folder)
-        found += [
+        files += [
             name if inner == "." else f"{inner}/{name}".replace(os.sep, "/")
             for name in names
             if not name.startswith(".")
         ]
-    return sorted(found)
+    return sorted(files)
 
 
 def _counted(dropped: dict[str, str]) -> str:

@@ -67,7 +67,7 @@ _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 def pixel_limit() -> int:
     """Largest image that is read where nothing else is said: what the environment variable DIPTYCH_MAX_PIXELS says, or
     Pillow's limit against decompression bombs (89,478,485)."""
-    return environment.number(_LIMIT_VARIABLE, Image.MAX_IMAGE_PIXELS or sys.maxsize, least=1)
+    return environment.number(_LIMIT_VARIABLE, Image.MAX_IMAGE_PIXELS or sys.maxsize, minimum=1)
 
 
 def read_image(

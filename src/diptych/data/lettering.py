@@ -42,8 +42,8 @@ def system_fonts() -> tuple[Path, ...]:
     import matplotlib
     from matplotlib import font_manager
 
-    own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return (own, *sorted(map(Path, font_manager.findSystemFonts())))
+    bundled = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return (bundled, *sorted(map(Path, font_manager.findSystemFonts())))
 
 
 @cache

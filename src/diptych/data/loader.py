@@ -170,9 +170,9 @@ class _Steps(Dataset[Sent]):
         bad: tuple[Any, ...] = ()
         passes: list[Pass] = []
         for start in range(0, len(slots), size):
-            own = slots[start : start + size]
+            mine = slots[start : start + size]
             borrowed = self._borrowed(number, start, size) if self.same_tasks else {}
-            drawn = self.mixture.draw_slots(number, [*own, *borrowed.values()], self._prepare)
+            drawn = self.mixture.draw_slots(number, [*mine, *borrowed.values()], self._prepare)
             batch = self.preparer.collate(drawn.made, tuple(borrowed))
             passes.append(Pass(batch=batch, keys=tuple(drawn.keys)))
             tried, bad = tried + drawn.tried, bad + drawn.bad

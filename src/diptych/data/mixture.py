@@ -223,8 +223,8 @@ class Mixture:
     def _slots(self, rank: int, world: int) -> range:
         if world < 1 or not 0 <= rank < world or self.batch_size % world:
             raise UserError(f"batch {self.batch_size} does not divide among {world} ranks (rank {rank})")
-        own = self.batch_size // world
-        return range(rank * own, (rank + 1) * own)
+        local = self.batch_size // world
+        return range(rank * local, (rank + 1) * local)
 
     def _point(self, step: int, slot: int, slot_key: int) -> float:
         """Where in [0, 1) a slot looks among the sources laid end to end: anywhere, or, of a balanced mixture, on a
@@ -318,13 +318,13 @@ class Mixture:
 
     def _bucket_shares(self, sized: Sequence[Sequence[float] | None]) -> list[float]:
         """Probability of each bucket: what the sized sources hold, by weight; the first when none has sizes."""
-        held = [
+        counts = [
             (weight, row) for weight, row in zip(self.weights, sized, strict=True) if row is not None and weight > 0
         ]
-        if not held:
+        if not counts:
             return [1.0, *[0.0] * (len(self.buckets) - 1)]
-        total = sum(weight for weight, _ in held)
-        return [sum(weight * row[bucket] for weight, row in held) / total for bucket in range(len(self.buckets))]
+        total = sum(weight for weight, _ in counts)
+        return [sum(weight * row[bucket] for weight, row in counts) / total for bucket in range(len(self.buckets))]
 
     def _assign(self, source: Source) -> Assignment | None:
         assignment = planned(source, self.buckets, self.max_loss) if self.bucketed else None

@@ -191,10 +191,10 @@ def _files(item: str) -> list[str]:
         return [item]
     path = os.path.expanduser(item)
     if os.path.isdir(path):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))
-        if not found:
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))
+        if not files:
             raise UserError(f"{item}: no .parquet file in this folder")
-        return found
+        return files
     return [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
 
 

@@ -65,10 +65,10 @@ def _copied(url: str, cache: Path) -> Path:
         return path
     part_beside(path).unlink(missing_ok=True)
     stores.copy(url, path)
-    most = stores.limit()
-    if most is not None:
+    limit = stores.limit()
+    if limit is not None:
         scan_to(path, part_beside(path))
-        stores.make_room(cache, most)
+        stores.make_room(cache, limit)
     return path
 
 

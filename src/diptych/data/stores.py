@@ -87,10 +87,10 @@ def matches(pattern: str) -> list[str]:
         return [pattern]
     with _answering(pattern):
         system, path = file_system(pattern)
-        found = sorted(system.unstrip_protocol(each) for each in system.glob(path))
-    if not found:
+        addresses = sorted(system.unstrip_protocol(each) for each in system.glob(path))
+    if not addresses:
         raise UserError(f"{web.shown_name(pattern)}: no such file in the store")
-    return found
+    return addresses
 
 
 def copy(url: str, path: Path) -> Remote:
@@ -138,15 +138,15 @@ def limit() -> int | None:
     return environment.number(LIMIT, 0) if os.environ.get(LIMIT) else None
 
 
-def make_room(folder: Path, most: int | None) -> None:
+def make_room(folder: Path, limit: int | None) -> None:
     """Remove copies below a cache folder, the oldest first, until they take at most so many bytes."""
-    if most is None:
+    if limit is None:
         return
     copies = [path.with_name(path.name.removesuffix(".remote.json")) for path in folder.rglob("*.remote.json")]
     there = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in copies if path.exists())
     total = sum(size for _, size, _ in there)
     for _, size, path in there:
-        if total <= most:
+        if total <= limit:
             return
         path.unlink(missing_ok=True)
         total -= size

@@ -19,18 +19,21 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Sizes in tokens. expected: a row ends once it has as many. most: of a row. sample: of a sample, longer ones are
-    passed over and counted. prefer_buffer: rows shorter than this take from the buffer first. buffer: its samples."""
+    """Sizes in tokens. expected: a row ends once it has as many. max_row: of a row. sample: of a sample, longer ones
+    are passed over and counted. prefer_buffer: rows shorter than this take from the buffer first. buffer: its samples.
+    """
 
     expected: int = 32_768
-    most: int = 36_864
+    max_row: int = 36_864
     sample: int = 16_384
     prefer_buffer: int = 16_384
     buffer: int = 50
 
     def __post_init__(self) -> None:
-        if not 0 < self.expected <= self.most or not 0 < self.sample <= self.most or self.buffer < 0:
-            raise UserError(f"packing: expected and sample must be above 0 and at most {self.most}, buffer at least 0")
+        if not 0 < self.expected <= self.max_row or not 0 < self.sample <= self.max_row or self.buffer < 0:
+            raise UserError(
+                f"packing: expected and sample must be above 0 and at most {self.max_row}, buffer at least 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class StreamPacker:
                 passed += 1
                 self._check(passed)
                 continue
-            if length + cost > budget.most:
+            if length + cost > budget.max_row:
                 if not buffered and len(self.buffer) < budget.buffer:
                     self.buffer.append(place)
                     continue

@@ -67,18 +67,18 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source | None]:
 class _Others(Sequence[int]):
     """0 to `length` without the first `count` multiples of `stride`, not stored."""
 
-    def __init__(self, length: int, held: int, stride: int) -> None:
-        self.length, self.held, self.stride = length, held, stride
+    def __init__(self, length: int, held_out: int, stride: int) -> None:
+        self.length, self.held_out, self.stride = length, held_out, stride
 
     def __len__(self) -> int:
-        return self.length - self.held
+        return self.length - self.held_out
 
     def __getitem__(self, index: int) -> int:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return index + min(index // (self.stride - 1) + 1, self.held)
+        return index + min(index // (self.stride - 1) + 1, self.held_out)
 
     def array(self) -> np.ndarray:
         """All of them at once."""
         places = np.arange(len(self), dtype=np.int64)
-        return places + np.minimum(places // (self.stride - 1) + 1, self.held)
+        return places + np.minimum(places // (self.stride - 1) + 1, self.held_out)

@@ -122,7 +122,7 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
 
 def _texts(source: Source) -> tuple[tuple[str, ...], dict[int, BadItem]]:
     """Texts of items that lie evenly in the source; and those of the items that cannot be used."""
-    found: list[str] = []
+    texts: list[str] = []
     broken: dict[int, BadItem] = {}
     for index in np.linspace(0, len(source) - 1, min(GLANCE, len(source)), dtype=int):
         try:
@@ -131,8 +131,8 @@ def _texts(source: Source) -> tuple[tuple[str, ...], dict[int, BadItem]]:
             broken[int(index)] = error
             continue
         asked = [message.text for message in sample.messages if message.role == "user"]
-        found += [text for text in (sample.text, *asked[:1]) if text]
-    return tuple(found), broken
+        texts += [text for text in (sample.text, *asked[:1]) if text]
+    return tuple(texts), broken
 
 
 def _edits(source: JsonlSource) -> tuple[tuple[str, tuple[Path, ...]], ...]:

@@ -80,11 +80,11 @@ def tar_index(shards: Sequence[Path], given: Sequence[str]) -> Columns:
             return index
         earlier = [index for path in sorted(base.iterdir()) if path.name[0] != "." and (index := stored(path))]
         _report_changes(earlier, stamps)
-        known = {tuple(one): (index, place) for index in earlier for place, one in enumerate(index.meta["shards"])}
+        known = {tuple(shard): (index, place) for index in earlier for place, shard in enumerate(index.meta["shards"])}
         parts = base / ".parts"
-        places = {one: _place(one, parts) for one in stamps if one not in known}
-        _scan_all([(Path(one[0]), part) for one, part in places.items() if not _Part(part).whole()])
-        pieces = [_Taken(*known[one]) if one in known else _Part(places[one]) for one in stamps]
+        places = {shard: _place(shard, parts) for shard in stamps if shard not in known}
+        _scan_all([(Path(shard[0]), part) for shard, part in places.items() if not _Part(part).whole()])
+        pieces = [_Taken(*known[shard]) if shard in known else _Part(places[shard]) for shard in stamps]
         index = _merge(folder, stamps, pieces)
         shutil.rmtree(parts, ignore_errors=True)
         for path in base.iterdir():
@@ -108,8 +108,8 @@ def _report_changes(earlier: Sequence[Columns], stamps: Sequence[Stamp]) -> None
     if not earlier:
         return
     now = {path: (path, *rest) for path, *rest in stamps}
-    before = {tuple(one) for index in earlier for one in index.meta["shards"]}
-    paths = {one[0] for one in before}
+    before = {tuple(shard) for index in earlier for shard in index.meta["shards"]}
+    paths = {shard[0] for shard in before}
     for what, names in (
         ("changed since they were indexed", [path for path in now if path in paths and now[path] not in before]),
         ("are not there any more", sorted(paths - set(now))),
@@ -244,7 +244,7 @@ def _scan_all(missing: Sequence[tuple[Path, Path]]) -> None:
     """Scans shards, in several processes where there are many."""
     if not missing:
         return
-    wanted = environment.number(_PROCESSES, min(os.cpu_count() or 1, 16), least=1)
+    wanted = environment.number(_PROCESSES, min(os.cpu_count() or 1, 16), minimum=1)
     processes = max(1, min(wanted, len(missing) // _SHARDS_A_PROCESS))
     with progress_bar("indexing", "shard", total=len(missing), delay=_QUIET_SECONDS) as bar:
         if processes == 1:

@@ -177,7 +177,7 @@ def _members(path: Path, window: Window) -> Iterator[tuple[str, bytes, int, int]
     """(name, type, offset of the data, size) of every member, in order."""
     unchecked: list[tuple[int, bytes]] = []
     shared: dict[str, str] = {}  # pax records of all members that follow
-    own: dict[str, str] = {}  # those of the next member
+    headers: dict[str, str] = {}  # those of the next member
     at, last = 0, ""
     try:
         while True:
@@ -199,13 +199,13 @@ def _members(path: Path, window: Window) -> Iterator[tuple[str, bytes, int, int]
                 if data + size > window.size:
                     raise _Damage(at, f"the shard is truncated in an extended header at byte {at:,}")
                 records = _extended(kind, window.read(data, size), at)
-                (shared if kind == b"g" else own).update(records)
+                (shared if kind == b"g" else headers).update(records)
                 at = data + -size % BLOCK + size
                 continue
             name = ""
-            if own or shared or kind == b"S":
-                records = {**shared, **own}
-                own = {}
+            if headers or shared or kind == b"S":
+                records = {**shared, **headers}
+                headers = {}
                 if kind == b"S" or any(key.startswith("GNU.sparse") for key in records):
                     raise _Damage(None, f"a sparse member at byte {at:,}; pack the shard without --sparse")
                 size = _digits(records["size"], at) if "size" in records else size
@@ -250,10 +250,10 @@ def _check_end(window: Window, at: int) -> None:
     while piece := window.read(place, _NEAR):
         rest = piece.lstrip(b"\0")
         if rest:
-            found = place + len(piece) - len(rest)
+            end = place + len(piece) - len(rest)
             raise _Damage(
                 None,
-                f"the archive ends at byte {at:,}, but more follows at byte {found:,}: a header is damaged, or "
+                f"the archive ends at byte {at:,}, but more follows at byte {end:,}: a header is damaged, or "
                 "archives were joined; pack the shard again",
             )
         place += len(piece)

@@ -19,7 +19,7 @@ class ToyWorldSource(Source):
         seed: of the world; another seed is another stream of items.
         size: side of its images in pixels.
         start: first item, so that held-out items can follow those of training.
-        text_only, told, asked, turns, full, captions, placed, edited, imagined, listed: as of `ToyWorld`.
+        text_only, short_captions, asked, turns, full, captions, placed, edited, imagined, listed: as of `ToyWorld`.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ToyWorldSource(Source):
         size: int = 32,
         start: int = 0,
         text_only: float = 0.3,
-        told: float = 0.5,
+        short_captions: float = 0.5,
         asked: Sequence[QuestionKind] | None = None,
         turns: int = 5,
         full: float = 0.25,
@@ -52,7 +52,7 @@ class ToyWorldSource(Source):
             seed,
             size,
             text_only=text_only,
-            told=told,
+            short_captions=short_captions,
             asked=asked,
             turns=turns,
             full=full,

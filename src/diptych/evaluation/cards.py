@@ -21,16 +21,16 @@ def tables() -> list[dict[str, Any]]:
 
 def card(task: str, scores: Mapping[str, Any], model: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the papers' models, and ours last, for a task; no rows where no paper prints it."""
-    found = [table for table in tables() if table["task"] == task]
-    if not found:
+    cards = [table for table in tables() if table["task"] == task]
+    if not cards:
         return [], []
     rows = [
         [row["model"], f"{table['paper']}, {table['table']}", f"{row['overall']:g}", words(row)]
-        for table in found
+        for table in cards
         for row in table["rows"]
     ]
     overall = scores["overall"]
-    scale = found[0]["scale"]
+    scale = cards[0]["scale"]
     notes = "; ".join(scores.get("notes", ())) or "comparable where convention, judge and detector are the same"
     rows.append([model, "measured here", "-" if overall is None else f"{overall:.{scale}f}", notes])
     return ["model", "source", "overall", "what it is"], rows

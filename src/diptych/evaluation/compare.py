@@ -95,8 +95,8 @@ def paired(
         differences = np.concatenate([table[:, 1] - table[:, 0] for table in pairs.values()])
         edges = intervals.interval(float(differences.mean()), differences - differences.mean(), span)
     else:
-        found = [None if np.isnan(row[3]) else [row[3], row[4]] for row in rows.values()]
-        edges = intervals.combined([row[2] for row in rows.values()], found, [each[name] for name in rows])
+        edges_of_rows = [None if np.isnan(row[3]) else [row[3], row[4]] for row in rows.values()]
+        edges = intervals.combined([row[2] for row in rows.values()], edges_of_rows, [each[name] for name in rows])
     low, high = edges or (float("nan"), float("nan"))
     return {"overall": (float(means[0]), float(means[1]), float(means[1] - means[0]), low, high), **rows}
 
@@ -116,14 +116,14 @@ def compare(first: Path, second: Path) -> list[Difference]:
     Raises:
         UserError: a folder that holds no evaluation, or none in common.
     """
-    one, two = read_results(first), read_results(second)
-    tasks = [task for task in one["tasks"] if task in two["tasks"]]
+    before, after = read_results(first), read_results(second)
+    tasks = [task for task in before["tasks"] if task in after["tasks"]]
     if not tasks:
         raise UserError(
-            f"{first} has {', '.join(one['tasks'])}, {second} has {', '.join(two['tasks'])}: none in common"
+            f"{first} has {', '.join(before['tasks'])}, {second} has {', '.join(after['tasks'])}: none in common"
         )
-    models = str(one.get("model", first)), str(two.get("model", second))
-    return [difference(task, first, second, one["tasks"][task], two["tasks"][task], models) for task in tasks]
+    models = str(before.get("model", first)), str(after.get("model", second))
+    return [difference(task, first, second, before["tasks"][task], after["tasks"][task], models) for task in tasks]
 
 
 def difference(

@@ -61,7 +61,7 @@ def read_table(text: str, where: str = "dpg_bench.csv", *, first_row: bool = Tru
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise UserError(f"{where}: not DPG-Bench's question table (no column {missing[0]!r})")
-    found: dict[str, list[Question]] = {}
+    questions: dict[str, list[Question]] = {}
     for number, row in enumerate(reader):
         if number == 0 and not first_row:
             continue
@@ -75,8 +75,8 @@ def read_table(text: str, where: str = "dpg_bench.csv", *, first_row: bool = Tru
             l1=category.split("-")[0].strip(),
             l2=category,
         )
-        found.setdefault(question.item, []).append(question)
-    return found
+        questions.setdefault(question.item, []).append(question)
+    return questions
 
 
 def gate(questions: Sequence[Question], values: Mapping[str, int]) -> dict[str, int]:

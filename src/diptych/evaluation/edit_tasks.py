@@ -52,15 +52,15 @@ class ImgEdit(PictureTask):
             raise UserError(f"{path}: not JSON") from error
 
     def items(self) -> list[Item]:
-        found: list[Item] = []
+        items: list[Item] = []
         for key, entry in self.entries.items():
             kind = entry["edit_type"]
             if kind not in self.questions:
                 raise UserError(f"imgedit: no judge prompt for edits of type {kind!r}")
             opener = self._opener(entry["id"])
             files = (f"{key}.png",)
-            found.append(Item(id=key, prompt=entry["prompt"], category=kind, files=files, sources=opener))
-        return numbered(found)
+            items.append(Item(id=key, prompt=entry["prompt"], category=kind, files=files, sources=opener))
+        return numbered(items)
 
     def _opener(self, name: str) -> Callable[[], list[Image.Image]]:
         path = member_path(name, "basic_edit.json")
@@ -208,11 +208,11 @@ class GEdit(PictureTask):
             parsed = [gedit.parse(reply.text) for reply in both]
             problems = [reply.failure or gedit.problem(each) for reply, each in zip(both, parsed, strict=True)]
             if problems == [None, None]:
-                least = {"SC": float(min(parsed[0].score)), "PQ": float(min(parsed[1].score))}
-                found = {**least, "O": (least["SC"] * least["PQ"]) ** 0.5}
+                lowest = {"SC": float(min(parsed[0].score)), "PQ": float(min(parsed[1].score))}
+                scores = {**lowest, "O": (lowest["SC"] * lowest["PQ"]) ** 0.5}
                 texts = [reply.text for reply in both]
-                detail = {**found, "intersection": output.item.facts["intersection"], "replies": texts}
-                return {"score": found["O"], "detail": detail}
+                detail = {**scores, "intersection": output.item.facts["intersection"], "replies": texts}
+                return {"score": scores["O"], "detail": detail}
             problem = "; ".join(
                 f"{name}: {each}" for name, each in zip(("consistency", "quality"), problems, strict=True) if each
             )

@@ -61,15 +61,15 @@ class MJHQ(PictureTask):
     def items(self) -> list[Item]:
         path = self.tools.data.file(self.name, "meta_data.json")
         entries = json.loads(path.read_text(encoding="utf-8"))
-        found = [
+        items = [
             Item(
                 id=name, prompt=entry["prompt"], category=entry["category"], files=(f"{entry['category']}/{name}.png",)
             )
             for name, entry in entries.items()
         ]
-        if len(found) != self.count:
-            raise UserError(f"{path}: {len(found)} entries; FID on MJHQ-30K needs {self.count:,}")
-        return numbered(found)
+        if len(items) != self.count:
+            raise UserError(f"{path}: {len(items)} entries; FID on MJHQ-30K needs {self.count:,}")
+        return numbered(items)
 
     def about(self) -> dict[str, Any]:
         return {
@@ -103,12 +103,12 @@ class MJHQ(PictureTask):
 
     def kept(self) -> dict[str, np.ndarray]:
         """Features by the digests of their pictures."""
-        found: dict[str, np.ndarray] = {}
+        features: dict[str, np.ndarray] = {}
         for path in sorted((self.tools.work / self.name / "features").glob("*.safetensors")):
             with safe_open(path, framework="np") as file:
                 rows = file.get_tensor("features")
-                found |= dict(zip(json.loads(file.metadata()["digests"]), rows, strict=True))
-        return found
+                features |= dict(zip(json.loads(file.metadata()["digests"]), rows, strict=True))
+        return features
 
     def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
         return Summary(scores=self.figures(rows), rows=rows, units=[])
@@ -150,13 +150,13 @@ class MJHQ(PictureTask):
                 if len(names) != self.count:
                     raise UserError(f"{archive}: {len(names)} pictures instead of {self.count:,}")
                 size = self.tools.batch_size
-                found: list[np.ndarray] = []
+                features: list[np.ndarray] = []
                 for start in range(0, len(names), size):
                     data = [file.read(name) for name in names[start : start + size]]
-                    found.append(featured(network, [square(Image.open(io.BytesIO(each))) for each in data]))
+                    features.append(featured(network, [square(Image.open(io.BytesIO(each))) for each in data]))
         except zipfile.BadZipFile as error:
             raise UserError(f"{archive}: not a readable archive ({error})") from error
-        return np.concatenate(found)
+        return np.concatenate(features)
 
 
 @torch.no_grad()

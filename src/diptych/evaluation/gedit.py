@@ -194,7 +194,7 @@ def summary(rows: Sequence[Mapping[str, Any]], language: str = "en") -> dict[str
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for metric in ("SC", "PQ", "O"):
         groups: dict[str, float | None] = {}
         for group in GROUPS:
@@ -202,5 +202,5 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             groups[group] = sum(values) / len(values) if values else None
         known = [value for value in groups.values() if value is not None]
         overall = sum(known) / len(GROUPS) if len(known) == len(GROUPS) else None
-        found[metric] = {"groups": groups, "overall": overall}
-    return found
+        means[metric] = {"groups": groups, "overall": overall}
+    return means

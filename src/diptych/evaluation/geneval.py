@@ -87,16 +87,16 @@ def relations(a: Box, b: Box, position_threshold: float = 0.1) -> set[str]:
     return {name for name, holds in named.items() if holds}
 
 
-def keep(found: Found, threshold: float, rules: Rules) -> list[int]:
+def keep(detections: Found, threshold: float, rules: Rules) -> list[int]:
     """Positions of the boxes of a class that count, best first: threshold, sort, cut, and only then overlaps."""
-    above = [position for position, score in enumerate(found.scores) if score > threshold]
-    best = sorted(above, key=lambda position: -found.scores[position])[: rules.max_objects]
+    above = [position for position, score in enumerate(detections.scores) if score > threshold]
+    best = sorted(above, key=lambda position: -detections.scores[position])[: rules.max_objects]
     if rules.max_overlap >= 1:
         return best
     kept: list[int] = []
     for position in best:
-        box = found.boxes[position]
-        if all(overlap(box, found.boxes[other]) < rules.max_overlap for other in kept):
+        box = detections.boxes[position]
+        if all(overlap(box, detections.boxes[other]) < rules.max_overlap for other in kept):
             kept.append(position)
     return kept
 
@@ -133,11 +133,11 @@ def judge(metadata: Mapping[str, Any], detections: Mapping[str, Found], rules: R
     return Verdict(correct=not reasons, reasons=reasons, kept=kept)
 
 
-def _wrong_color(clause: Mapping[str, Any], found: Found, used: Sequence[int]) -> list[dict[str, Any]]:
+def _wrong_color(clause: Mapping[str, Any], detections: Found, used: Sequence[int]) -> list[dict[str, Any]]:
     if "color" not in clause:
         return []
-    assert found.colors is not None, f"no colours were told for {clause['class']}"
-    seen = Counter(found.colors[position] for position in used)
+    assert detections.colors is not None, f"no colours are given for {clause['class']}"
+    seen = Counter(detections.colors[position] for position in used)
     wanted, needed = clause["color"], clause["count"]
     if seen[wanted] >= needed:
         return []
@@ -161,10 +161,10 @@ def _wrong_position(
     for position in used:
         for other in against[1]:
             boxes = detections[name].boxes[position], detections[against[0]].boxes[other]
-            found = relations(*boxes, rules.position_threshold)
-            if relation not in found:
+            holding = relations(*boxes, rules.position_threshold)
+            if relation not in holding:
                 head = {"category": "wrong_position", "class": name, "relation": relation}
-                return [{**head, "found_relations": sorted(found)}]
+                return [{**head, "found_relations": sorted(holding)}]
     return []
 
 

@@ -99,10 +99,10 @@ class Detector:
         out = self.model(pixel_values=x.to(self.dtype))
         self._wait()
         self.seconds += time.perf_counter() - begin
-        found: list[list[Detection]] = []
+        detections: list[list[Detection]] = []
         for classes, masks in zip(out.class_queries_logits, out.masks_queries_logits, strict=True):
-            found.append(read_out(classes, masks, outer, inner, (height, width), threshold))
-        return found
+            detections.append(read_out(classes, masks, outer, inner, (height, width), threshold))
+        return detections
 
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
@@ -138,10 +138,10 @@ def read_out(
     masks = inside[kept]
     (top_edge, bottom), (left, right) = ends(masks.any(2)), ends(masks.any(1))
     boxes = torch.stack([left, top_edge, right, bottom], 1).tolist()  # one transfer each, not one per object
-    found = zip(labels[kept].tolist(), scores[kept].tolist(), boxes, masks.cpu().numpy(), strict=True)
+    rows = zip(labels[kept].tolist(), scores[kept].tolist(), boxes, masks.cpu().numpy(), strict=True)
     return [
         Detection(label=label, score=score, box=(float(x0), float(y0), float(x1), float(y1)), mask=mask)
-        for label, score, (x0, y0, x1, y1), mask in found
+        for label, score, (x0, y0, x1, y1), mask in rows
     ]
 
 
@@ -191,12 +191,12 @@ def self_test(detector: Detector) -> None:
     """
     drawn = known_pictures()
     pictures = [picture for _, picture, _ in drawn]
-    found = detector.detect([*pictures, np.full_like(pictures[0], 128)])
+    detections = detector.detect([*pictures, np.full_like(pictures[0], 128)])
     seen = [
         any(CLASSES[each.label] == name and overlap(each.box, box) > 0.5 for each in objects)
-        for (name, _, box), objects in zip(drawn, found, strict=False)
+        for (name, _, box), objects in zip(drawn, detections, strict=False)
     ]
-    ghosts = [CLASSES[each.label] for each in found[-1] if each.score > 0.9]
+    ghosts = [CLASSES[each.label] for each in detections[-1] if each.score > 0.9]
     if not any(seen) or ghosts:
         names = ", ".join(name for name, _, _ in drawn)
         what = f"sees a {ghosts[0]} in an empty picture" if ghosts else f"finds none of: {names}"
@@ -205,7 +205,7 @@ def self_test(detector: Detector) -> None:
 
 def known_pictures(side: int = 512) -> list[tuple[str, np.ndarray, tuple[float, float, float, float]]]:
     """Class, picture (side, side, 3) and box of simple things, drawn."""
-    found: list[tuple[str, np.ndarray, tuple[float, float, float, float]]] = []
+    pictures: list[tuple[str, np.ndarray, tuple[float, float, float, float]]] = []
     for name in ("stop sign", "clock", "traffic light"):
         image = Image.new("RGB", (side, side), "#9fc5e8")
         pen = ImageDraw.Draw(image)
@@ -233,5 +233,5 @@ def known_pictures(side: int = 512) -> list[tuple[str, np.ndarray, tuple[float, 
                 pen.ellipse(
                     (middle - 0.25 * radius, y - 0.25 * radius, middle + 0.25 * radius, y + 0.25 * radius), fill=color
                 )
-        found.append((name, np.asarray(image), box))
-    return found
+        pictures.append((name, np.asarray(image), box))
+    return pictures

@@ -34,12 +34,12 @@ class GenEval(PictureTask):
 
     def items(self) -> list[Item]:
         path = self.tools.data.file("geneval", "evaluation_metadata.jsonl")
-        found: list[Item] = []
+        items: list[Item] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             metadata = json.loads(line)
             files = tuple(f"{number:05d}/samples/{k:04d}.png" for k in range(self.images))
             facts = {"metadata": metadata, "line": line}
-            found.append(
+            items.append(
                 Item(
                     id=f"{number:05d}",
                     prompt=metadata["prompt"],
@@ -49,7 +49,7 @@ class GenEval(PictureTask):
                     facts=facts,
                 )
             )
-        return found
+        return items
 
     def about(self) -> dict[str, Any]:
         return {
@@ -80,18 +80,18 @@ class GenEval(PictureTask):
             whole = [(output, picture) for output, picture in group if not isinstance(picture, str)]
             if not whole:
                 continue
-            found = detector.detect([picture for _, picture in whole], self.rules.threshold)
-            yield from self.judge(whole, found, colors)
+            detections = detector.detect([picture for _, picture in whole], self.rules.threshold)
+            yield from self.judge(whole, detections, colors)
 
     def judge(
-        self, group: Sequence[tuple[Output, np.ndarray]], found: Sequence[list[Detection]], colors: ColorNamer
+        self, group: Sequence[tuple[Output, np.ndarray]], objects_by_row: Sequence[list[Detection]], colors: ColorNamer
     ) -> Iterator[tuple[Output, Row]]:
         """Verdicts of a batch; all objects whose colour matters are named at once."""
         crops: list[Image.Image] = []
         names: list[str] = []
         owners: list[tuple[int, str, int]] = []
         seen: list[dict[str, list[Detection]]] = []
-        for row, ((output, picture), objects) in enumerate(zip(group, found, strict=True)):
+        for row, ((output, picture), objects) in enumerate(zip(group, objects_by_row, strict=True)):
             metadata = output.item.facts["metadata"]
             by_class: dict[str, list[Detection]] = {}
             for each in objects:
@@ -163,11 +163,11 @@ def batches(pairs: Iterable[tuple[T, Any]], size: int) -> Iterator[list[tuple[T,
     group: list[tuple[T, Any]] = []
     shape: tuple[int, ...] | None = None
     for thing, picture in pairs:
-        own = None if isinstance(picture, str) else tuple(picture.shape)
-        if group and (len(group) == size or (own is not None and shape is not None and own != shape)):
+        current = None if isinstance(picture, str) else tuple(picture.shape)
+        if group and (len(group) == size or (current is not None and shape is not None and current != shape)):
             yield group
             group, shape = [], None
-        shape = own if own is not None else shape
+        shape = current if current is not None else shape
         group.append((thing, picture))
     if group:
         yield group

@@ -38,7 +38,7 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         By group `average` with its `interval` (None while a member is missing), `of` the members in percent, `missing`,
         and `comparable`, whether all of them are.
     """
-    found: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for name, members in GROUPS.items():
         scored = {task: tasks[task] for task in members if tasks.get(task, {}).get("overall") is not None}
         if not scored:
@@ -50,11 +50,11 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             for task, scores in scored.items()
         ]
         share = 1 / len(members)
-        found[name] = {
+        means[name] = {
             "average": None if missing else sum(percent.values()) * share,
             "interval": None if missing else intervals.combined(list(percent.values()), edges, [share] * len(percent)),
             "of": percent,
             "missing": missing,
             "comparable": not missing and all(scores.get("comparable", False) for scores in scored.values()),
         }
-    return found
+    return means

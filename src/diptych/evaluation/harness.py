@@ -59,7 +59,7 @@ class Worker:
     @staticmethod
     def here() -> Worker:
         """Of a launcher (torchrun) where there is one."""
-        count, rank = environment.number("WORLD_SIZE", 1, least=1), environment.number("RANK", 0)
+        count, rank = environment.number("WORLD_SIZE", 1, minimum=1), environment.number("RANK", 0)
         if rank >= count:
             raise UserError(f"RANK is {rank} and WORLD_SIZE {count}; a launcher such as torchrun sets both")
         return Worker(rank=rank, count=count)
@@ -144,8 +144,8 @@ def one_seed(
     if place is not None and worker.count == 1:
         gather_replies(store, place, items)
     if engine is not None and makes:
-        own = items[worker.rank :: worker.count]
-        make(engine, task, own, store, journal if task.at_once else None, seed, progress, options)
+        mine = items[worker.rank :: worker.count]
+        make(engine, task, mine, store, journal if task.at_once else None, seed, progress, options)
         meet(worker)
     if place is not None and not worker.rank:
         gather_replies(store, place, items)

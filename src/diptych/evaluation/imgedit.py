@@ -19,41 +19,41 @@ def scores(reply: object) -> list[int]:
     Raises:
         AttributeError, ValueError: where the official program stops: a reply that is no text, a superscript digit.
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for line in reply.splitlines():  # type: ignore[attr-defined]
         parts = line.strip().split(": ")
         if len(parts) == 2 and parts[1].isdigit():
-            found.append(int(parts[1]))
-    return found
+            numbers.append(int(parts[1]))
+    return numbers
 
 
 def average(reply: object, rounded: bool = True) -> float | None:
     """Mean of a reply's scores, to two decimals as officially; None where there are none."""
-    found = scores(reply)
-    if not found:
+    numbers = scores(reply)
+    if not numbers:
         return None
-    mean = sum(found) / len(found)
+    mean = sum(numbers) / len(numbers)
     return round(mean, 2) if rounded else mean
 
 
 def problem(reply: str) -> str | None:
     """Why a reply is not an answer to the question that was asked, or None: three scores from 1 to 5 are."""
     try:
-        found = scores(reply)
+        numbers = scores(reply)
     except ValueError:
         return "a score that is not a number"
-    if not found:
+    if not numbers:
         return "no score"
-    if any(not LOW <= value <= HIGH for value in found):
-        return f"a score out of range ({next(value for value in found if not LOW <= value <= HIGH)})"
-    if len(found) != SCORES:
-        return f"{len(found)} scores instead of {SCORES}"
+    if any(not LOW <= value <= HIGH for value in numbers):
+        return f"a score out of range ({next(value for value in numbers if not LOW <= value <= HIGH)})"
+    if len(numbers) != SCORES:
+        return f"{len(numbers)} scores instead of {SCORES}"
     return None
 
 
-def clamped(found: Sequence[int]) -> list[int]:
+def clamped(numbers: Sequence[int]) -> list[int]:
     """The second and third score no higher than the first, which the judge is asked for and nothing enforces."""
-    return [found[0], *(min(value, found[0]) for value in found[1:])]
+    return [numbers[0], *(min(value, numbers[0]) for value in numbers[1:])]
 
 
 def summary(items: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

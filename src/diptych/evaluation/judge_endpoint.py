@@ -75,8 +75,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", web.checked_url(self.url, "--judge"))
         object.__setattr__(self, "key", web.checked_key(self.key, "OPENAI_API_KEY"))
-        least = {"max_tokens": 1, "retries": 0, "workers": 1, "budget": 0}
-        for name, minimum in least.items():
+        minima = {"max_tokens": 1, "retries": 0, "workers": 1, "budget": 0}
+        for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise UserError(f"--judge-{name.replace('_', '-')} must be at least {minimum}, not {value}")

@@ -80,11 +80,11 @@ class DPG(PictureTask):
                     said = reply.failure or f"neither yes nor no: {reply.text[:60]!r}"
                     return failed(f"question {question.id}: {said}", [reply])
                 answers.setdefault(question.id, []).append(answer)
-        found = dpg.score(self.table, {output.item.id: answers}, [output.item.id], len(cells), self.tools.dpg_scoring)
-        if output.item.id in found["failed"]:
+        result = dpg.score(self.table, {output.item.id: answers}, [output.item.id], len(cells), self.tools.dpg_scoring)
+        if output.item.id in result["failed"]:
             return failed("the official program cannot score this item", answers=answers)
-        detail = {"answers": answers, "cells": found["items"][output.item.id]["cells"]}
-        return {"score": found["items"][output.item.id]["mean"], "detail": detail}
+        detail = {"answers": answers, "cells": result["items"][output.item.id]["cells"]}
+        return {"score": result["items"][output.item.id]["mean"], "detail": detail}
 
     def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
         summary = super().summary(rows, items)
@@ -116,13 +116,13 @@ def quarters(sheet: Image.Image) -> list[bytes]:
     if sheet.width % 2 or sheet.height % 2:
         raise UserError(f"{sheet.width}x{sheet.height} does not divide into 2x2")
     width, height = sheet.width // 2, sheet.height // 2
-    found: list[bytes] = []
+    pieces: list[bytes] = []
     for top in (0, height):
         for left in (0, width):
             buffer = io.BytesIO()
             sheet.crop((left, top, left + width, top + height)).save(buffer, "PNG")
-            found.append(buffer.getvalue())
-    return found
+            pieces.append(buffer.getvalue())
+    return pieces
 
 
 def yes_or_no(reply: Reply) -> str | None:
@@ -144,7 +144,7 @@ class Wise(PictureTask):
         self.weights = {name: each.weight for name, each in wise.CATEGORIES[self.protocol].items()}
 
     def items(self) -> list[Item]:
-        found: list[Item] = []
+        items: list[Item] = []
         for name in self.files:
             path = self.tools.data.file(self.name, name)
             for entry in json.loads(path.read_text(encoding="utf-8")):
@@ -155,8 +155,8 @@ class Wise(PictureTask):
                 category = wise.category_of(number, self.protocol)
                 facts = {"explanation": str(explanation)}
                 files = (f"{number}.png",)
-                found.append(Item(id=str(number), prompt=prompt, category=category, files=files, facts=facts))
-        return numbered(sorted(found, key=lambda item: int(item.id)))
+                items.append(Item(id=str(number), prompt=prompt, category=category, files=files, facts=facts))
+        return numbered(sorted(items, key=lambda item: int(item.id)))
 
     def about(self) -> dict[str, Any]:
         judge = self.tools.require_judge(self.name)

@@ -66,10 +66,10 @@ def entry(
     scores = dict(whole.scores)
     if len(rows) > 1:
         each = {seed: task.summary(some, items).scores for seed, some in rows.items()}
-        values = [one["overall"] for one in each.values() if one["overall"] is not None]
+        values = [result["overall"] for result in each.values() if result["overall"] is not None]
         beside = set(scores) - {"overall", "interval", *categories(scores)}
-        scores |= {name: averaged([one.get(name) for one in each.values()]) for name in beside}
-        scores["seeds"] = {str(seed): one["overall"] for seed, one in each.items()}
+        scores |= {name: averaged([result.get(name) for result in each.values()]) for name in beside}
+        scores["seeds"] = {str(seed): result["overall"] for seed, result in each.items()}
         scores["seed_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     expected = sum(len(item.files) or 1 for item in items) * len(rows)
     notes: list[str] = []
@@ -185,8 +185,8 @@ def summary(
 def read(path: Path) -> dict[str, Any]:
     """results.json; UserError where it is not the results of an evaluation."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {**found, "model": str(found["model"]), "tasks": dict(found["tasks"])}
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return {**results, "model": str(results["model"]), "tasks": dict(results["tasks"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not the results of an evaluation") from error
 

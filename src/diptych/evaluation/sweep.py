@@ -111,7 +111,7 @@ def sweep(
     for at in grid:
         if any(point["at"] == at for point in points):
             continue
-        found = evaluate(
+        results = evaluate(
             engine,
             tasks,
             output=place / folder(at),
@@ -124,10 +124,10 @@ def sweep(
             **(others or {}),
             **{**options, **setting(at)},
         )
-        points.append({"at": at, "tasks": found["tasks"], "failed": found["failed"]})
+        points.append({"at": at, "tasks": results["tasks"], "failed": results["failed"]})
         write_json(place / "sweep.json", {**head, "points": points})
         if say is not None:
-            scores = ", ".join(f"{task} {figure(found['tasks'][task]['overall'])}" for task in found["tasks"])
+            scores = ", ".join(f"{task} {figure(results['tasks'][task]['overall'])}" for task in results["tasks"])
             say(f"{folder(at)}: {scores}")
     points.sort(key=lambda point: list(point["at"].values()))
     whole = {**head, "points": points}

@@ -67,8 +67,8 @@ class ToyFeatures(PictureTask):
     def summary(self, rows: Sequence[Row], items: Sequence[Item]) -> Summary:
         count = len(items)
         scenes = [self.world.sample("text_to_image", index).image for index in range(count, 3 * count)]
-        own = [image for image in scenes if image is not None]
-        first, second = self.network(torch.stack(own[:count])), self.network(torch.stack(own[count:]))
+        images = [image for image in scenes if image is not None]
+        first, second = self.network(torch.stack(images[:count])), self.network(torch.stack(images[count:]))
         features = np.array([row["features"] for row in rows], dtype=np.float32)
         real = frechet.moments(first)
 

@@ -121,10 +121,10 @@ def resized(image: Tensor, like: Tensor, mode: str) -> Tensor:
     return F.interpolate(image[None], size=tuple(like.shape[-2:]), mode=mode)[0]
 
 
-def f1(found: Counter[tuple[str, str]], whole: Counter[tuple[str, str]]) -> float:
+def f1(matched: Counter[tuple[str, str]], whole: Counter[tuple[str, str]]) -> float:
     """Twice what two readings share over what they hold; 1 for two empty ones."""
-    total = found.total() + whole.total()
-    return 1.0 if total == 0 else 2 * (found & whole).total() / total
+    total = matched.total() + whole.total()
+    return 1.0 if total == 0 else 2 * (matched & whole).total() / total
 
 
 def listed(reading: Counter[tuple[str, str]]) -> list[str]:

@@ -115,8 +115,8 @@ def _answer(reply: str) -> str:
 
 def parse_with_sentinel(reply: str) -> dict[str, float]:
     """Legacy scores as BAGEL's scripts read them: a full-width colon too, no bare digits, 9.9 for what is missing."""
-    found = {name.lower().replace(" ", "_"): float(digit) for name, digit in _ANY_COLON.findall(reply)}
-    return {name: found.get(name, SENTINEL) for name in NAMES}
+    scores = {name.lower().replace(" ", "_"): float(digit) for name, digit in _ANY_COLON.findall(reply)}
+    return {name: scores.get(name, SENTINEL) for name in NAMES}
 
 
 def accepted(scores: Mapping[str, float], protocol: Protocol) -> bool:

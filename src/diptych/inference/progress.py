@@ -47,9 +47,9 @@ class StepCounter:
             decode: latents (B, C, h, w) to images.
         """
 
-        def told(step: Step) -> None:
+        def report(step: Step) -> None:
             self.done += 1
             made = DrawingStep(number=self.done, of=self.of, requests=requests, decode=lambda: decode(step.data))
             self.on_step(made)
 
-        return told
+        return report

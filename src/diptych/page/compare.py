@@ -67,7 +67,7 @@ class CompareTab:
                 with gr.Row():
                     self.draw = gr.Button("Draw the grid", variant="primary", elem_id="grid-go")
                     self.halt = gr.Button("Stop")
-                self.told = gr.HTML(note(""), elem_id="grid-status")
+                self.status = gr.HTML(note(""), elem_id="grid-status")
                 self.grid = gr.Gallery(label="Grid", columns=3, height="auto", object_fit="contain", format="png",
                                        elem_id="grid-gallery")  # fmt: skip
         self._wire()
@@ -83,18 +83,18 @@ class CompareTab:
         run = self.go.click(spoken(self._compare, 3), [*shared, self.one, self.two], outputs, **options)
         self.stop.click(lambda: note("Stopped."), None, self.status, cancels=[run], api_visibility="private")
         chosen = [self.model, self.across, self.columns, self.down, self.rows]
-        grid = self.draw.click(spoken(self._grid, 2), [*shared, *chosen], [self.told, self.grid], **options)
-        self.halt.click(lambda: note("Stopped."), None, self.told, cancels=[grid], api_visibility="private")
+        grid = self.draw.click(spoken(self._grid, 2), [*shared, *chosen], [self.status, self.grid], **options)
+        self.halt.click(lambda: note("Stopped."), None, self.status, cancels=[grid], api_visibility="private")
 
-    async def _compare(self, prompt: str, seeds: str, steps: str, guidance: str, one: str, two: str) -> Updates:
+    async def _compare(self, prompt: str, seeds: str, steps: str, guidance: str, first: str, second: str) -> Updates:
         given = plain(steps, guidance)
         numbers = read_seeds(seeds)
         calls = [
             asked(self.service, model, prompt or "", {**given, "seed": seed})
-            for model in (one, two)
+            for model in (first, second)
             for seed in numbers
         ]
-        names = [gr.update(label=name, value=[]) for name in (one, two)]
+        names = [gr.update(label=name, value=[]) for name in (first, second)]
         yield note(f"Drawing {len(calls)} pictures."), *names
         async with aclosing(together(self.service, self.shelf, calls)) as states:
             async for words, cells in states:

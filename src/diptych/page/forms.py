@@ -46,7 +46,7 @@ def line(label: str, placeholder: str, **more: Any) -> gr.Textbox:
 
 def knobs(edits: bool) -> Knobs:
     """The settings of a drawing; those of edits have a second guidance."""
-    own = "the model's own"
+    default = "the model's own"
     with gr.Row():
         count = gr.Slider(1, 10, value=1, step=1, label="Count", min_width=120)
         seed = line("Seed", "a new one")
@@ -56,11 +56,11 @@ def knobs(edits: bool) -> Knobs:
             size = gr.Dropdown(
                 SIZES, value="auto", label="Size, width x height", allow_custom_value=True, min_width=120
             )
-            steps = line("Steps", own)
+            steps = line("Steps", default)
         with gr.Row():
-            guidance = line("Text guidance", own)
-            image_guidance = line("Image guidance", own) if edits else None
-        expansion = gr.Radio(list(EXPANSIONS), value=own, label="Let the model write before it draws")
+            guidance = line("Text guidance", default)
+            image_guidance = line("Image guidance", default) if edits else None
+        expansion = gr.Radio(list(EXPANSIONS), value=default, label="Let the model write before it draws")
         others = gr.Textbox(label="Other settings", placeholder="solver=heun\ntimestep_shift=2.0", lines=2, max_lines=8,
                             info="one name=value a line, of the sampling settings in docs/recipes.md")  # fmt: skip
     return Knobs(size, count, steps, guidance, image_guidance, seed, expansion, negative, others)

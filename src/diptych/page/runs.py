@@ -90,12 +90,12 @@ def invitation(folder: Path) -> str:
 
 def listed(folder: Path) -> list[str]:
     """Names of the runs in a folder and in its folders, the newest first."""
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     for pattern in ("*", "*/*"):
         for file in ("metrics.jsonl", "report.html"):
             for path in folder.glob(f"{pattern}/{file}"):
-                found[str(path.parent.relative_to(folder))] = path.stat().st_mtime
-    return sorted(found, key=lambda name: -found[name])[:MAX_RUNS]
+                times[str(path.parent.relative_to(folder))] = path.stat().st_mtime
+    return sorted(times, key=lambda name: -times[name])[:MAX_RUNS]
 
 
 def framed(folder: Path) -> str:

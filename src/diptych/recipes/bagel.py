@@ -59,11 +59,11 @@ def build_bagel(
         with attributed_to("network.lora"):
             add_lora(network.llm, **dataclasses.asdict(spec.network.lora))
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(BagelConfig)}
-    own = {
+    shared = {
         "config": dataclasses.asdict(network.config),
         "tokenizer": None,
     }  # a saved model brings its tokenizer's files
-    origin = {**dataclasses.asdict(spec.network), **own}
+    origin = {**dataclasses.asdict(spec.network), **shared}
     return BagelSystem(
         BagelConfig(**fields),
         network=network,
@@ -163,8 +163,8 @@ def release_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> NetworkC
 
 
 def _layers(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
-    found = [_LAYER.match(name) for name in shapes if name.startswith(prefix)]
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    matches = [_LAYER.match(name) for name in shapes if name.startswith(prefix)]
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def _start(network: BagelNetwork, init: dict[str, str]) -> None:
@@ -184,8 +184,8 @@ def _start(network: BagelNetwork, init: dict[str, str]) -> None:
 
 def _not_qwen(name: str) -> bool:
     """Parameters that a plain Qwen2.5 does not have."""
-    own = name.startswith("llm.") and ".gen." not in name and name != "llm.norm_gen.weight"
-    return not own or name.endswith((".q_norm.weight", ".k_norm.weight"))
+    of_llm = name.startswith("llm.") and ".gen." not in name and name != "llm.norm_gen.weight"
+    return not of_llm or name.endswith((".q_norm.weight", ".k_norm.weight"))
 
 
 def _with_head(tensors: Iterator[tuple[str, Tensor]], tied: bool) -> Iterator[tuple[str, Tensor]]:

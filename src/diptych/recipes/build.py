@@ -298,8 +298,8 @@ def build_part(
         if weights is not None and not meta:
             prefix = f"{role}."
             tensors = read_tensors(weight_files(locate(weights)))
-            found = ((name.removeprefix(prefix), tensor) for name, tensor in tensors if name.startswith(prefix))
-            load_into(module, found, f"{role} of {weights}")
+            named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors if name.startswith(prefix))
+            load_into(module, named, f"{role} of {weights}")
     elif meta:
         values = part.config or sizes_without_weights(part, weights, cls)
         with placed(meta):

@@ -169,7 +169,7 @@ def _origin(recipe: Recipe, system: System, name: str, part: nn.Module) -> str:
 
 def check_data(
     recipe: Recipe,
-    found: SystemReport,
+    model: SystemReport,
     name: str,
     *,
     limit: int | None = None,
@@ -185,7 +185,7 @@ def check_data(
         what can be read.
     """
     spec = recipe.stages[name]
-    small = found.parameters <= SMALL
+    small = model.parameters <= SMALL
     system = start(recipe) if small else build.build_system(recipe.system, meta=True)
     preparer = system.preparer() if small else None  # a tokenizer comes with the weights, which stay where they are
     images = any(source.task != "understand" for source in spec.data.sources.values())
@@ -202,14 +202,14 @@ def check_data(
         except UserError as error:
             faults.append(str(error))
             continue
-        most = min(limit or TOY_ITEMS, TOY_ITEMS) if isinstance(source, ToyWorldSource) else limit
-        total = len(source) if most is None else min(most, len(source))
+        items = min(limit or TOY_ITEMS, TOY_ITEMS) if isinstance(source, ToyWorldSource) else limit
+        total = len(source) if items is None else min(items, len(source))
 
-        def told(done: int, label: str = f"{name}/{source_name}", total: int = total) -> None:
+        def say(done: int, label: str = f"{name}/{source_name}", total: int = total) -> None:
             if progress is not None:
                 progress(label, done, total)
 
-        read = report.inspect(source, side, limit=most, preparer=preparer, progress=told).sources
+        read = report.inspect(source, side, limit=items, preparer=preparer, progress=say).sources
         reports += read
         if not read[0].usable:
             first = next(iter({**read[0].dropped, **read[0].bad}.items()), ("", "it is empty"))

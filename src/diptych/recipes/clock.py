@@ -34,11 +34,11 @@ def seconds(folder: Path) -> float:
     path = folder / CLOCK
     if not path.is_file():
         return 0.0
-    found = read_object(path)
-    if not {"since", "seconds"} <= {*found}:
+    record = read_object(path)
+    if not {"since", "seconds"} <= {*record}:
         raise UserError(f"{path}: not a run's clock; remove it")
-    if found["since"] is None:
-        return found["seconds"]
+    if record["since"] is None:
+        return record["seconds"]
     kept = state.checkpoints(folder / "checkpoints")
-    last = (kept[-1] / "progress.json").stat().st_mtime if kept else found["since"]
-    return found["seconds"] + max(0.0, last - found["since"])
+    last = (kept[-1] / "progress.json").stat().st_mtime if kept else record["since"]
+    return record["seconds"] + max(0.0, last - record["since"])

@@ -252,8 +252,8 @@ class MemoryPlan:
 
     def _pass_size(self, spec: StageSpec) -> int:
         """Samples of a pass of one process."""
-        own = -(-spec.batch_size // self.processes)
-        return min(spec.micro_batch_size or own, own)
+        local = -(-spec.batch_size // self.processes)
+        return min(spec.micro_batch_size or local, local)
 
     def _passes(self, spec: StageSpec) -> int:
         """Passes of a step of one process."""

@@ -84,10 +84,10 @@ def fitted(engine: Engine, given: Placement, budget: int) -> tuple[Placement, in
     fixed = CONTEXT_BYTES.get(given.device.partition(":")[0], 0)
     fits = [(candidate, need) for candidate, need in tried if need.total + fixed <= budget]
     if not fits:
-        least, need = min(tried, key=lambda pair: pair[1].total)
+        smallest, need = min(tried, key=lambda pair: pair[1].total)
         raise UserError(
             f"fit {amount(budget)}: {engine.name} does not fit; the least is {amount(need.total + fixed, up=True)}, "
-            f"with {least.words()}, one image at a time"
+            f"with {smallest.words()}, one image at a time"
         )
     chosen, need = fits[0]
     count, size = 1, need
@@ -112,9 +112,9 @@ def fitted(engine: Engine, given: Placement, budget: int) -> tuple[Placement, in
 def candidates(engine: Engine, given: Placement) -> list[Placement]:
     """All placements that agree with what was given, the one with the least cost first."""
     gpu = not given.device.startswith("cpu")
-    own = weight_format(engine.system)
+    stored = weight_format(engine.system)
     dtypes = [given.dtype]
-    if given.dtype is None and own == torch.float32:
+    if given.dtype is None and stored == torch.float32:
         dtypes.append(torch.bfloat16)
     formats: list[Quantization] = [given.quantize]
     if given.quantize == "none" and importlib.util.find_spec("bitsandbytes"):
@@ -181,12 +181,12 @@ def resident(engine: Engine, placement: Placement) -> int:
     rest += sum(tensor.nbytes for tensor in system.buffers() if id(tensor) not in inside)
     sizes = {id(unit): block_size(unit) for unit in units}
     if placement.offload == "none":
-        held = sum(sizes.values())
+        total = sum(sizes.values())
     elif placement.offload == "model":
-        held = max((sum(sizes[id(unit)] for unit in group) for group in blocks_by_part(system, units)), default=0)
+        total = max((sum(sizes[id(unit)] for unit in group) for group in blocks_by_part(system, units)), default=0)
     else:
-        held = sum(sorted(sizes.values())[-2:])  # the block that runs and the next one
-    return math.ceil(rest + held)
+        total = sum(sorted(sizes.values())[-2:])  # the block that runs and the next one
+    return math.ceil(rest + total)
 
 
 def linears(engine: Engine) -> list[nn.Linear]:

@@ -59,6 +59,7 @@ KEYS: dict[str, dict[str, str]] = {
     "stages.*.settings.prompts": PROMPTS,
     "stages.*.data": {"bad_share": "max_bad_fraction"},
     "stages.*.data.sources.*": {"share": "weight"},
+    "stages.*.data.sources.*.options": {"told": "short_captions"},
     "run": {"keep": "keep_checkpoints", "workers": "num_workers"},
     "sampling": SAMPLING,
     "sampling.edit": SAMPLING,

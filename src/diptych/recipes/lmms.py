@@ -58,7 +58,7 @@ class DiptychModel(lmms):
             raise UserError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         self.engine = load(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_size = int(batch_size)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -89,9 +89,9 @@ class DiptychModel(lmms):
     def _length(self, options: Mapping[str, Any]) -> int:
         sampled = {name: options[name] for name in SAMPLED if options.get(name) not in (None, 0, 0.0, 1, 1.0, False)}
         for name, value in sampled.items():
-            if name not in self._told:
+            if name not in self._reported:
                 logger.warning("%s=%s is not followed: diptych models answer greedily", name, value)
-                self._told.add(name)
+                self._reported.add(name)
         return int(options.get("max_new_tokens", MAX_NEW_TOKENS))
 
     def _conversation(self, request: Instance) -> tuple[list[Message], list[Tensor]]:

@@ -121,8 +121,8 @@ def _load_system(folder: Path, model: str) -> tuple[System, Sampling]:
 
 def families() -> list[Family[Any]]:
     """Those whose releases are read and written, in the order in which they are asked."""
-    found: list[Any] = [choose("family", name, FAMILIES, Family) for name in FAMILIES]
-    return [family() for family in found]
+    classes: list[Any] = [choose("family", name, FAMILIES, Family) for name in FAMILIES]
+    return [family() for family in classes]
 
 
 def unreadable(folder: Path, model: str) -> UserError:
@@ -203,10 +203,10 @@ def stage_settings(system: System, stages: Sequence[StageSpec]) -> Callable[[int
         return settings
 
     base = None if system.settings is None else dataclasses.asdict(system.settings)
-    found = [wanted(position) for position in range(len(stages))]
+    by_stage = [wanted(position) for position in range(len(stages))]
 
     def apply(position: int) -> None:
-        settings = found[position]
+        settings = by_stage[position]
         if settings is not None:
             system.settings = settings
 
@@ -237,12 +237,12 @@ def check_quantized(system: System, recipe: Recipe) -> None:
     """UserError for a stage that trains a part whole whose frozen weights the recipe wants quantised."""
     for name, format in quantized_parts(recipe).items():
         part: Any = getattr(system, name)
-        own = {id(p) for p in part.parameters()}
+        inside = {id(p) for p in part.parameters()}
         parts = system.named_parts()
         for stage_name, stage in recipe.stages.items():
             for trained in stage.train:
                 whole = parts[trained].parameters() if trained in parts and trained != "lora" else ()
-                if any(id(p) in own for p in whole):
+                if any(id(p) in inside for p in whole):
                     raise UserError(
                         f"stages.{stage_name}.train: {trained!r} is quantised ({name}.quantize: {format}) and cannot "
                         "be trained whole; train lora on it, or leave out quantize"
@@ -269,12 +269,12 @@ def quantize_frozen(
 
 def quantized_parts(recipe: Recipe) -> dict[str, Quantization]:
     """Formats by the names of the parts that are quantised in training."""
-    found: dict[str, Quantization] = {}
+    formats: dict[str, Quantization] = {}
     for name in ("backbone", "decoder", "network"):
         part = getattr(recipe.system, name, None)
         if isinstance(part, Part) and part.quantize != "none":
-            found[name] = part.quantize
-    return found
+            formats[name] = part.quantize
+    return formats
 
 
 def read_start(system: System, name: str) -> None:
@@ -301,8 +301,8 @@ BASE_LAYER = ".base_layer."
 
 def check_words(system: System, source: System, name: str) -> None:
     """UserError where the same ids are other words in `source`: its embeddings would stand for the wrong ones."""
-    own, others = words(system), words(source)
-    if own and others and own != others:
+    ours, theirs = words(system), words(source)
+    if ours and theirs and ours != theirs:
         raise UserError(
             f"start: {name}: its tokenizer is not the recipe's (other words, or other ids for them); name it as the "
             "backbone's weights instead, which brings its tokenizer"

@@ -75,26 +75,28 @@ def read_for(system: System, name: str) -> Layers:
     folders = [place / part for part in ("decoder", "llm") if (place / part / PEFT_CONFIG).is_file()]
     modules = homes(system)
     table = {part: linear_layers(module) for part, module in modules.items()}
-    found: Layers = {}
+    layers: Layers = {}
     for folder in folders or [place]:
-        own = folder.name if folders else None
+        of_part = folder.name if folders else None
         for key, (down, up, alpha) in read_lora(folder).items():
-            part, layer = find_layer(key, table, own, name)
+            part, layer = find_layer(key, table, of_part, name)
             weight = table[part][layer]
             if (weight.out_features, weight.in_features) != (up.shape[0], down.shape[1]):
                 raise UserError(
                     f"{name}: {key} is for a layer of {down.shape[1]} to {up.shape[0]} numbers, this model's has "
                     f"{weight.in_features} to {weight.out_features}; it is of another model"
                 )
-            found.setdefault(part, {})[layer] = Factors(down=down, up=up, alpha=alpha)
-    return found
+            layers.setdefault(part, {})[layer] = Factors(down=down, up=up, alpha=alpha)
+    return layers
 
 
-def find_layer(key: str, table: Mapping[str, Mapping[str, nn.Linear]], own: str | None, name: str) -> tuple[str, str]:
+def find_layer(
+    key: str, table: Mapping[str, Mapping[str, nn.Linear]], of_part: str | None, name: str
+) -> tuple[str, str]:
     """The part and the layer that a file's name means, with or without prefixes, in dots or in underscores."""
     for candidate, said in stripped(key):
         for part, layers in table.items():
-            if (own or said or part) != part and len(table) > 1:
+            if (of_part or said or part) != part and len(table) > 1:
                 continue
             if candidate in layers:
                 return part, candidate
@@ -125,8 +127,8 @@ def add(system: System, given: Iterable[Given]) -> list[str]:
 
 def of_model(system: System) -> Layers:
     """The updates that a model was trained with."""
-    found = {part: trained(module) for part, module in homes(system).items()}
-    return {part: layers for part, layers in found.items() if layers}
+    updates = {part: trained(module) for part, module in homes(system).items()}
+    return {part: layers for part, layers in updates.items() if layers}
 
 
 def merge(system: System) -> int:

@@ -79,36 +79,36 @@ def candidates(recipe: Recipe, stage: str, processes: int) -> list[Change]:
     """Changes in the order of their cost: smaller passes and recomputed activations give the same result and take
     time; half precision changes rounding; more processes cost cards; quantised frozen weights cost quality."""
     spec, run = recipe.stages[stage], recipe.run
-    found: list[Change] = []
+    changes: list[Change] = []
     # 1. Activations are computed again.
     names = blocks_of(recipe)
     if set(names) - set(run.checkpointing):
-        found.append((f"run.checkpointing=[{','.join(names)}]", on_run(checkpointing=tuple(names))))
+        changes.append((f"run.checkpointing=[{','.join(names)}]", on_run(checkpointing=tuple(names))))
     # 2. Passes of fewer samples.
     size = min(spec.micro_batch_size or spec.batch_size, -(-spec.batch_size // processes))
     while size > 1:
         size = -(-size // 2)
-        found.append((f"stages.{stage}.micro_batch_size={size}", on_stage(stage, micro_batch_size=size)))
+        changes.append((f"stages.{stage}.micro_batch_size={size}", on_stage(stage, micro_batch_size=size)))
     # 3. bfloat16, of what does not learn too.
     if run.precision == "fp32":
-        found.append(("run.precision=bf16", on_run(precision="bf16")))
+        changes.append(("run.precision=bf16", on_run(precision="bf16")))
     if run.frozen_weights != "bfloat16":
-        found.append(("run.frozen_weights=bfloat16", on_run(frozen_weights="bfloat16")))
+        changes.append(("run.frozen_weights=bfloat16", on_run(frozen_weights="bfloat16")))
     # 4. Quantised weights under adapters.
     if spec.train == ("lora",) and not (run.sharded and processes > 1):
         for name in ("backbone", "decoder", "network"):
             part = getattr(recipe.system, name, None)
             if isinstance(part, Part) and part.quantize == "none":
-                found.append((f"system.{name}.quantize=nf4", on_part(name, quantize="nf4")))
+                changes.append((f"system.{name}.quantize=nf4", on_part(name, quantize="nf4")))
     # 5. Shards, and more of them.
     quantized = any(isinstance(x, Part) and x.quantize != "none" for x in vars(recipe.system).values())
     if not quantized and not spec.data.cache:
         if not run.sharded:
-            found.append(("run.strategy=fsdp", on_run(strategy="fsdp", sample_every=0, score_every=0)))
+            changes.append(("run.strategy=fsdp", on_run(strategy="fsdp", sample_every=0, score_every=0)))
         for count in PROCESSES:
             if count > processes and spec.batch_size % count == 0:
-                found.append((f"--processes {count}", lambda recipe: recipe))
-    return found
+                changes.append((f"--processes {count}", lambda recipe: recipe))
+    return changes
 
 
 def blocks_of(recipe: Recipe) -> list[str]:

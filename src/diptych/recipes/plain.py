@@ -103,13 +103,13 @@ def inherited(name: str) -> list[str]:
     """What a recipe of one's own has from its bases alone, by its keys: stages, sources, and top-level values that it
     does not say itself; nothing for one without a base, or of the library."""
     path = find(name)
-    own = read_yaml(path)
-    if LIBRARY in path.parents or not isinstance(own, dict) or own.get("base") is None:
+    written = read_yaml(path)
+    if LIBRARY in path.parents or not isinstance(written, dict) or written.get("base") is None:
         return []
-    own, whole = spelled_out(own, str(path)), load_plain(name)
+    written, whole = spelled_out(written, str(path)), load_plain(name)
     kept: list[str] = []
     for stage, values in whole.get("stages", {}).items():
-        said = _at(own, "stages", stage)
+        said = _at(written, "stages", stage)
         if said is None:
             kept.append(f"stages.{stage}")
             continue
@@ -117,9 +117,9 @@ def inherited(name: str) -> list[str]:
         inner = _at(values, "data", "sources") or {}
         kept += [f"stages.{stage}.data.sources.{source}" for source in inner if source not in sources]
     inherited = ("system", "start", "sampling", "sample_prompts", "sample_edits")
-    kept += [key for key in inherited if key in whole and key not in own]
-    prompts = _at(own, "system") is not None and _at(whole, "system", "prompts") is not None
-    if prompts and _at(own, "system", "prompts") is None:
+    kept += [key for key in inherited if key in whole and key not in written]
+    prompts = _at(written, "system") is not None and _at(whole, "system", "prompts") is not None
+    if prompts and _at(written, "system", "prompts") is None:
         kept.append("system.prompts")
     return kept
 

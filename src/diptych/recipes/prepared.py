@@ -87,12 +87,12 @@ class Needed:
     @property
     def targets(self) -> dict[str, Any]:
         """How images become targets, but for their own sizes."""
-        data, own = self.data, self.data.own_size
+        data, rule = self.data, self.data.own_size
         size: dict[str, Any] = {"size": list(both_sides(data.size))}
         if data.buckets is not None:
             size |= {"buckets": data.buckets, "step": self.system.image_step}
-        if own is not None:
-            size |= {"own_size": json.loads(json.dumps(vars(own))), "step": self.system.image_step}
+        if rule is not None:
+            size |= {"own_size": json.loads(json.dumps(vars(rule))), "step": self.system.image_step}
         return {**size, "fit": data.fit, "decode": data.decode}
 
     def latents(self, task: Task) -> dict[str, Any] | None:
@@ -294,13 +294,13 @@ def table_of(root: Path, kind: str, source: Source) -> PreparedSet | None:
     Raises:
         UserError: they are of other items, or of files that have changed since; or two models made such scores.
     """
-    found = sets_in(root, kind)
-    if not found:
+    sets = sets_in(root, kind)
+    if not sets:
         return None
-    if len(found) > 1:
-        models = " and ".join(str(made.manifest.made_from.get("model")) for made in found)
+    if len(sets) > 1:
+        models = " and ".join(str(made.manifest.made_from.get("model")) for made in sets)
         raise UserError(f"{root}: holds {kind} twice ({models}); remove the folder of one of them")
-    [made] = found
+    [made] = sets
     check_whole(made)
     identity = source.identity() if isinstance(source, Listed) else None
     if made.manifest.items != len(source) or made.identities() != {str(identity)}:

@@ -120,7 +120,7 @@ def _quickstart(
         say("4/4  writing the report")
         seconds = {"before": before.seconds, "training": training, "after": after.seconds}
         seconds["total"] = time.perf_counter() - begin
-        found = {
+        results = {
             "before": {toyeval.NAME: before.result.scores},
             "after": {toyeval.NAME: after.result.scores},
             "seconds": round(seconds["total"], 1),
@@ -133,8 +133,8 @@ def _quickstart(
             "hardware": hardware(),
             "versions": versions(),
         }
-        write(folder, found, before, after, engine, parsed)
-        return found
+        write(folder, results, before, after, engine, parsed)
+        return results
 
 
 def plain_recipe(recipe: str, model: str, steps: int | None) -> dict[str, Any]:
@@ -151,12 +151,14 @@ def side(engine: Engine, name: str, limit: int | None, progress: Told | None) ->
     """Scores, and pictures for the shown prompts."""
     clock = time.perf_counter()
 
-    def told(task: str, done: int, total: int) -> None:
+    def report(task: str, done: int, total: int) -> None:
         if progress is not None:
             progress(f"{task}, {name}", done, total)
 
     steps = min(SAMPLER_STEPS, engine.sampling.steps)
-    result = evaluate.run(engine, toyeval.NAME, n=IMAGES_PER_PROMPT, limit=limit, seed=SEED, progress=told, steps=steps)
+    result = evaluate.run(
+        engine, toyeval.NAME, n=IMAGES_PER_PROMPT, limit=limit, seed=SEED, progress=report, steps=steps
+    )
     prompts = toyeval.choose(SHOWN_PROMPTS)
     expansions: list[str] = []
     texts = [prompt.text for prompt in prompts]
@@ -172,17 +174,17 @@ def side(engine: Engine, name: str, limit: int | None, progress: Told | None) ->
     return Side(result=result, sampling={"steps": steps}, shown=shown, seconds=time.perf_counter() - clock)
 
 
-def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine: Engine, recipe: Recipe) -> None:
+def write(folder: Path, results: dict[str, Any], before: Side, after: Side, engine: Engine, recipe: Recipe) -> None:
     """Grids, curves, results and the report."""
     prompts = [prompt.text for prompt in toyeval.choose(SHOWN_PROMPTS)]
-    for name, one in (("before", before), ("after", after)):
-        flat = [shown for row in one.shown for shown in row]
+    for name, side in (("before", before), ("after", after)):
+        flat = [shown for row in side.shown for shown in row]
         sheet = grid([shown.image for shown in flat], columns=SHOWN_IMAGES * 3, marks=[shown.correct for shown in flat])
         write_file(folder / f"{name}.png", lambda temporary, sheet=sheet: sheet.save(temporary, "PNG"))
     stage = next(iter(recipe.stages.values()))
     story = Story(
         folder=folder,
-        results=found,
+        results=results,
         prompts=prompts,
         before=before.shown,
         after=after.shown,
@@ -195,7 +197,7 @@ def write(folder: Path, found: dict[str, Any], before: Side, after: Side, engine
     )
     reports.write_curves(story.rows, folder / "curves.svg")
     reports.write(story, folder / "report.html")
-    write_text(folder / "results.json", json.dumps(found, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def mixture(stage: StageSpec) -> list[str]:

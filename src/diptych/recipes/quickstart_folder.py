@@ -39,8 +39,8 @@ def marked(folder: Path) -> Iterator[None]:
 
 def files(folder: Path) -> list[Path]:
     """Files and links below a folder, but for its lock; folders that are links are not entered."""
-    found = [Path(place, name) for place, _, names in os.walk(folder) for name in names if name != LOCK]
-    return found + [Path(place, name) for place, names, _ in os.walk(folder) for name in names if _is_link(place, name)]
+    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names if name != LOCK]
+    return paths + [Path(place, name) for place, names, _ in os.walk(folder) for name in names if _is_link(place, name)]
 
 
 def _is_link(place: str, name: str) -> bool:

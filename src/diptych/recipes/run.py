@@ -130,7 +130,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         UserError: several that would each train alone.
     """
     refuse_lonely_process()
-    launched = environment.number("WORLD_SIZE", 1, least=1)
+    launched = environment.number("WORLD_SIZE", 1, minimum=1)
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if os.environ.get(variable, "1").strip() == "":
             raise UserError(f"the environment variable {variable} is empty; unset it, or let torchrun set it")
@@ -263,8 +263,8 @@ def scorer(system: System, recipe: Recipe, folder: Path) -> Callable[[int], dict
     def score(step: int) -> dict[str, float]:
         system.eval()
         output = folder / "scores" / f"step-{step:08d}"
-        found = evaluate.evaluate(engine, config.score_tasks, output=output, limit=config.score_limit)
-        scores = {task: found["tasks"][task]["overall"] for task in config.score_tasks}
+        results = evaluate.evaluate(engine, config.score_tasks, output=output, limit=config.score_limit)
+        scores = {task: results["tasks"][task]["overall"] for task in config.score_tasks}
         return {task: float(overall) for task, overall in scores.items() if overall is not None}
 
     return score

@@ -148,10 +148,10 @@ def build_data(
         return CachedLatents(built, spec.cache, autoencoder)
 
     def divided(name: str, source: SourceSpec) -> tuple[Source, Source | None]:
-        train, held = hold_out(whole(name, source), spec.held_out)
-        if held is not None and source.prepared is not None:  # held-out samples are read at the size of the step
-            _, held = hold_out(build_source(name, source, spec), spec.held_out)
-        return train, held
+        train, held_out = hold_out(whole(name, source), spec.held_out)
+        if held_out is not None and source.prepared is not None:  # held-out samples are read at the size of the step
+            _, held_out = hold_out(build_source(name, source, spec), spec.held_out)
+        return train, held_out
 
     parts = [divided(name, source) for name, source in spec.sources.items()]
     parts = [varied(*both, source, spec) for both, source in zip(parts, spec.sources.values(), strict=True)]
@@ -177,20 +177,20 @@ def build_data(
     return mixture, parts
 
 
-def varied(train: Source, held: Source | None, spec: SourceSpec, data: DataSpec) -> tuple[Source, Source | None]:
+def varied(train: Source, held_out: Source | None, spec: SourceSpec, data: DataSpec) -> tuple[Source, Source | None]:
     """A source, and what is held out of it, with the variations that its specification asks for.
 
     Raises:
         UserError: images that change where their latents are kept.
     """
     if spec.vary is None:
-        return train, held
+        return train, held_out
     if spec.vary.of_images and (data.cache is not None or spec.prepared is not None):
         kept = "data.cache" if data.cache is not None else "prepared"
         raise UserError(f"{train.name}: vary.flip and vary.crop change images, whose latents {kept} holds")
-    if held is not None and spec.vary.held_out().of_captions:
-        held = Varied(held, spec.vary.held_out())
-    return Varied(train, spec.vary), held
+    if held_out is not None and spec.vary.held_out().of_captions:
+        held_out = Varied(held_out, spec.vary.held_out())
+    return Varied(train, spec.vary), held_out
 
 
 def mixing_weights(spec: DataSpec, counts: Sequence[int]) -> list[float]:

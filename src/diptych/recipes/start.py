@@ -137,12 +137,12 @@ def check_host_memory(tensors: Iterable[Tensor], device: torch.device) -> None:
     Args:
         tensors: weights, sharded or whole, on the meta device still. device: where they go.
     """
-    own = largest = 0
+    local = largest = 0
     for tensor in tensors:
-        own += tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+        local += tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
         largest = max(largest, tensor.numel() * tensor.itemsize)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = here * (largest + (own if device.type == "cpu" else 0))
+    needed = here * (largest + (local if device.type == "cpu" else 0))
     free = psutil.virtual_memory().available
     if needed > free:
         processes = f"{here} processes" if here > 1 else "the process"

@@ -180,11 +180,11 @@ def _check_curve(study: StudySpec, name: str) -> None:
     along, by = study.curve
     labels = [run.labels for run in study.runs.values() if run.report]
     for label in study.curve:
-        if not any(label in one for one in labels):
-            raise unknown("label", label, sorted({key for one in labels for key in one}), f"{name}: curve")
-    for one in labels:
-        if by in one and isinstance(one.get(along), str):
-            raise UserError(f"{name}: curve: label {along!r} is {one[along]!r}, not a number")
+        if not any(label in each for each in labels):
+            raise unknown("label", label, sorted({key for each in labels for key in each}), f"{name}: curve")
+    for each in labels:
+        if by in each and isinstance(each.get(along), str):
+            raise UserError(f"{name}: curve: label {along!r} is {each[along]!r}, not a number")
 
 
 def plan(study: StudySpec, seeds: Sequence[int], out: Path) -> list[Planned]:
@@ -231,7 +231,7 @@ def _plan_run(
     recipe = parse(plain, f"runs.{name}: {spec.recipe}")
     if spec.model is not None:
         locate(spec.model)
-    own = () if spec.model else tuple((stage.steps, stage.batch_size) for stage in recipe.stages.values())
+    steps = () if spec.model else tuple((stage.steps, stage.batch_size) for stage in recipe.stages.values())
     return Planned(
         name=name,
         seed=seed,
@@ -240,7 +240,7 @@ def _plan_run(
         plain=json.loads(json.dumps(plain)),
         recipe=recipe,
         start=start,
-        chain=(*(start.chain if start else ()), *own),
+        chain=(*(start.chain if start else ()), *steps),
     )
 
 

@@ -20,14 +20,14 @@ def write(study: StudySpec, runs: Sequence[Planned], out: Path, *, draw: bool = 
 
     draw: also plot.png, and curve.png where the study says along what.
     """
-    found = collect(study, runs)
+    results = collect(study, runs)
     if draw:
-        reports.plot(found, out / "plot.png")
-        if found["curve"] is not None:
-            reports.curve(found, out / "curve.png")
-    write_text(out / "table.md", "\n".join(reports.markdown(found)) + "\n")
-    write_json(out / "results.json", found)
-    return found
+        reports.plot(results, out / "plot.png")
+        if results["curve"] is not None:
+            reports.curve(results, out / "curve.png")
+    write_text(out / "table.md", "\n".join(reports.markdown(results)) + "\n")
+    write_json(out / "results.json", results)
+    return results
 
 
 def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, spec in study.runs.items():
         same = [run for run in runs if run.name == name]
-        each = {str(run.seed): one for run in same if (one := scores[name, run.seed]) is not None}
+        each = {str(run.seed): result for run in same if (result := scores[name, run.seed]) is not None}
         rows[name] = {
             "recipe": spec.recipe,
             "set": list(spec.set),
@@ -49,11 +49,11 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
             "budget": [list(part) for part in same[0].chain],
             "samples": same[0].samples,
             "training_seconds": _mean([_seconds(run) for run in same if _seconds(run)]),
-            "tasks": {task: _over_seeds([one["tasks"][task] for one in each.values()]) for task in tasks if each},
+            "tasks": {task: _over_seeds([result["tasks"][task] for result in each.values()]) for task in tasks if each},
             "seeds": each,
         }
     reported = [row for row in rows.values() if row["reported"]]
-    every = [one for one in scores.values() if one is not None]
+    every = [result for result in scores.values() if result is not None]
     return {
         "title": study.title,
         "text": study.text,
@@ -63,7 +63,7 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
         "seeds": seeds,
         "tasks": tasks,
         "runs": rows,
-        "hardware": sorted({one["hardware"] for one in every}),
+        "hardware": sorted({result["hardware"] for result in every}),
         "versions": every[0]["versions"] if every else {},
     }
 
@@ -73,27 +73,27 @@ def _scores(run: Planned, tasks: dict[str, Any]) -> dict[str, Any] | None:
     path = run.folder / "eval" / "results.json"
     if not run.spec.report or not path.is_file():
         return None
-    found = read_object(path)
-    return found if found.get("asked") == tasks else None
+    results = read_object(path)
+    return results if results.get("asked") == tasks else None
 
 
 def _seconds(run: Planned) -> float:
     """Training time of a run and of those it starts from."""
-    return sum(seconds(one.folder) for one in run.lineage)
+    return sum(seconds(each.folder) for each in run.lineage)
 
 
 def _over_seeds(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """mean: over seeds. lowest, highest, deviation: of the seeds. interval: mean of the seeds' 95% intervals, which are
     over prompts."""
-    overall = [one["overall"] for one in scores]
+    overall = [result["overall"] for result in scores]
     return {
         "mean": statistics.fmean(overall),
-        "interval": [statistics.fmean(one["interval"][side] for one in scores) for side in (0, 1)],
+        "interval": [statistics.fmean(result["interval"][side] for result in scores) for side in (0, 1)],
         "lowest": min(overall),
         "highest": max(overall),
         "deviation": statistics.stdev(overall) if len(overall) > 1 else None,
         "categories": {
-            name: statistics.fmean(one[name]["score"] for one in scores) for name in (categories(scores[0]))
+            name: statistics.fmean(result[name]["score"] for result in scores) for name in (categories(scores[0]))
         },
     }
 

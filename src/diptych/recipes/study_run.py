@@ -69,7 +69,7 @@ def run_study(
     """
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
-    if environment.number("WORLD_SIZE", 1, least=1) > 1:
+    if environment.number("WORLD_SIZE", 1, minimum=1) > 1:
         raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
     runs = plan(study, study.seeds if seeds is None else seeds, out)
     tasks = asked(study)
@@ -157,15 +157,15 @@ def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
     device = "cuda" if torch.cuda.is_available() and run.recipe.run.device == "auto" else "cpu"
     engine = load(run.spec.model or str(run.folder), device=device)
 
-    def told(task: str, done: int, total: int) -> None:
+    def report(task: str, done: int, total: int) -> None:
         if progress is not None:
             progress(f"{run.title}: {task}", done, total)
 
     begin = time.perf_counter()
-    done = [evaluate.run(engine, task, seed=run.seed, progress=told, **options) for task, options in tasks.items()]
-    found = results.summary(engine, done, seeds=(run.seed,), seconds=time.perf_counter() - begin)
-    found |= {"asked": tasks, "training_seconds": round(seconds(run.folder), 1), "hardware": hardware()}
-    results.write(run.folder / "eval", done, found)
+    done = [evaluate.run(engine, task, seed=run.seed, progress=report, **options) for task, options in tasks.items()]
+    summary = results.summary(engine, done, seeds=(run.seed,), seconds=time.perf_counter() - begin)
+    summary |= {"asked": tasks, "training_seconds": round(seconds(run.folder), 1), "hardware": hardware()}
+    results.write(run.folder / "eval", done, summary)
 
 
 # Several at a time

@@ -37,8 +37,8 @@ def word_tables(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     rows = [[name, *(f"{results[name]['overall'][c]:.4f}" for c in CATEGORIES)] for name in names]
     if len(names) == 2:
-        one, two = (results[name]["overall"] for name in names)
-        rows.append(["change", *(f"{two[c] - one[c]:+.4f}" for c in CATEGORIES)])
+        before, after = (results[name]["overall"] for name in names)
+        rows.append(["change", *(f"{after[c] - before[c]:+.4f}" for c in CATEGORIES)])
     lines += [*table(["model", *CATEGORIES], rows), ""]
     for name in names:
         lines.append(f"- {name}: {results[name]['unworded']:.4f} goes to no word (template, markers), within `other`.")

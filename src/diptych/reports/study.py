@@ -117,7 +117,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             panel.bar(at, mean, width=0.7, color=BAR, alpha=0.75)
             errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
             panel.errorbar(at, mean, yerr=errors, color=INK, capsize=3, linewidth=1)
-            points = [one["tasks"][task]["overall"] for one in row["seeds"].values()]
+            points = [result["tasks"][task]["overall"] for result in row["seeds"].values()]
             offsets = [at + 0.12 * (number - (len(points) - 1) / 2) for number in range(len(points))]
             panel.scatter(offsets, points, s=16, color=POINT, zorder=3)
             panel.annotate(f"{mean:.2f}", (at, max(high, *points, 0.0) + 0.02), ha="center", color=INK, fontsize=8)

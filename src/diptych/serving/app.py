@@ -222,16 +222,16 @@ class Guard:
         if origin and scope["method"] != "GET":
             host = headers.get("host", "")
             # A name that was made to lead here is not this machine's, though its page says the same name.
-            own = not self.service.options.local or host_name(host) in LOOPBACK
-            allowed = {host if own else "", *map(origin_place, self.service.options.cors)}
+            local = not self.service.options.local or host_name(host) in LOOPBACK
+            allowed = {host if local else "", *map(origin_place, self.service.options.cors)}
             if origin_place(origin) not in allowed and "*" not in self.service.options.cors:
                 raise ApiError(403, "this origin may not call the server; see --cors", code="origin_not_allowed")
         if self.status.closing:
             raise ApiError(503, "the server is being shut down", code="shutting_down", headers={"Retry-After": "10"})
         key = self.service.options.key
         path = scope["path"]
-        own = any(is_below(path, door) for door in self.doors)  # these ask for the key themselves
-        if key and not own and path not in OPEN and not path.startswith(OPEN_BELOW):
+        local = any(is_below(path, door) for door in self.doors)  # these ask for the key themselves
+        if key and not local and path not in OPEN and not path.startswith(OPEN_BELOW):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
             if scheme.lower() != "bearer" or not right:
@@ -281,8 +281,8 @@ def known(path: str) -> bool:
 class Limited:
     """`receive` of one request, whose body has a greatest size and must arrive in time."""
 
-    def __init__(self, receive: Receive, scope: Scope, most: int, seconds: float) -> None:
-        self._receive, self._most = receive, most
+    def __init__(self, receive: Receive, scope: Scope, limit: int, seconds: float) -> None:
+        self._receive, self._limit = receive, limit
         self._end = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
         self._size, self._whole = 0, False
@@ -291,13 +291,13 @@ class Limited:
 
     def check(self) -> None:
         """Refuse a body that says it is too large."""
-        if self._said > self._most:
+        if self._said > self._limit:
             raise self._too_large()
 
     async def drain(self) -> None:
         """Read what is left of the body and forget it, up to a few times its limit and within its time."""
         with contextlib.suppress(TimeoutError, OSError):
-            while not self._whole and self._size <= DRAINED * self._most:
+            while not self._whole and self._size <= DRAINED * self._limit:
                 left = max(0.0, self._end - asyncio.get_running_loop().time())
                 message = await asyncio.wait_for(self._receive(), left)
                 self._size += len(message.get("body", b""))
@@ -315,10 +315,10 @@ class Limited:
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
-            if self._size > self._most:
+            if self._size > self._limit:
                 raise self._too_large()
         return message
 
     def _too_large(self) -> ApiError:
-        message = f"the request has more than {self._most:,} bytes"
+        message = f"the request has more than {self._limit:,} bytes"
         return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})

@@ -11,17 +11,17 @@ from typing import Any
 
 
 class AnswerCache:
-    """Answers by their requests, the least recently used forgotten first. most: bytes of all, 0 for none."""
+    """Answers by their requests, the least recently used forgotten first. limit: bytes of all, 0 for none."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.size = 0
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: str | None) -> Any:
         """The answer, or None."""
-        if key is None or not self.most:
+        if key is None or not self.limit:
             return None
         with self._lock:
             if key not in self._kept:
@@ -31,14 +31,14 @@ class AnswerCache:
 
     def put(self, key: str | None, answer: Any, size: int) -> None:
         """Keep an answer of so many bytes."""
-        if key is None or size > self.most:
+        if key is None or size > self.limit:
             return
         with self._lock:
             if key in self._kept:
                 self.size -= self._kept.pop(key)[1]
             self._kept[key] = (answer, size)
             self.size += size
-            while self.size > self.most:
+            while self.size > self.limit:
                 _, (_, gone) = self._kept.popitem(last=False)
                 self.size -= gone
 

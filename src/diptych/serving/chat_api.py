@@ -301,9 +301,9 @@ def content_parts(message: Mapping[str, Any], where: str) -> list[tuple[str, Map
 
 def draws_pictures(modalities: list[Any]) -> bool:
     """Whether a picture is asked for."""
-    for one in modalities:
-        if one not in ("text", "image"):
-            raise bad("modalities", f"they are text and image, not {shown(one)}")
+    for modality in modalities:
+        if modality not in ("text", "image"):
+            raise bad("modalities", f"they are text and image, not {shown(modality)}")
     if not modalities:
         raise bad("modalities", "there are none")
     return "image" in modalities

@@ -106,7 +106,7 @@ class Picture:
         self.pixels: list[Tensor] = []  # (3, H, W) in [-1, 1] at each scale that is made
         self.draws = Draws([key], engine.system.device)
         self.partials, self.tell = partials, tell
-        self.told = 0
+        self.sent = 0
         self.steps = 0
         plans = [(view, *engine.plan(view, settings)) for view in views(engine.system, sample.size, scales)]
         shared = conditions.of(engine, sample, plans[0][2], settings.negative)
@@ -156,11 +156,11 @@ class Picture:
 
     def _watch(self, step: Step) -> None:
         """Decode the estimate after a step that one of the partial pictures falls on."""
-        due = round(step.of * (self.told + 1) / (self.partials + 1))
-        if self.told < self.partials and step.number >= max(due, 1) and self.tell is not None:
+        due = round(step.of * (self.sent + 1) / (self.partials + 1))
+        if self.sent < self.partials and step.number >= max(due, 1) and self.tell is not None:
             pixels = self.engine.system.to_images(step.data)[0].clamp(-1, 1).float().cpu()
-            self.tell(to_pil(pixels), self.told)
-            self.told += 1
+            self.tell(to_pil(pixels), self.sent)
+            self.sent += 1
 
 
 class Joined:
@@ -221,8 +221,8 @@ def advance(engine: Engine, pictures: Sequence[Picture], joined: Joined, capacit
                     mine: dict[Branch, Tensor] = {
                         branch: v[k * len(group) + place] for k, branch in enumerate(branches)
                     }
-                    one = mine["full"] if len(branches) == 1 else member.guidance.combine(mine, member.t)
-                    picture.answer(one)
+                    velocity = mine["full"] if len(branches) == 1 else member.guidance.combine(mine, member.t)
+                    picture.answer(velocity)
     joined.forget()
     return runs
 

@@ -76,12 +76,12 @@ def connected(address: str, port: int, secure: str | None) -> socket.socket:
 def public_address(host: str, port: int, where: str) -> str:
     """The address of a host; refused where any of its addresses is not public."""
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
         raise bad(where, "the host of the picture is not known", "invalid_image_url") from None
-    if not all(map(is_public, found)):
+    if not all(map(is_public, addresses)):
         raise ApiError(400, f"{where}: the host has a private address", param=where, code="invalid_image_url")
-    return sorted(found)[0]
+    return sorted(addresses)[0]
 
 
 def is_public(text: str) -> bool:

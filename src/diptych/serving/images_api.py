@@ -77,10 +77,10 @@ class Files:
 
     async def get(self, request: Request) -> Response:
         """`GET /v1/files/NAME`."""
-        found = self._kept.get(request.path_params["name"])
-        if found is None:
+        entry = self._kept.get(request.path_params["name"])
+        if entry is None:
             raise ApiError(404, "this picture is not kept any more; ask for b64_json", code="file_not_found")
-        return Response(found[0], media_type=found[1])
+        return Response(entry[0], media_type=entry[1])
 
 
 class ImagesApi:

@@ -59,8 +59,8 @@ def measured(engine: Engine) -> Costs:
 
     def measure(name: str, rows: int, run: Callable[[int], Any]) -> None:
         run(1)  # what is made once is no part of a request
-        one, three = peak(engine, lambda: run(1)), peak(engine, lambda: run(3))
-        costs[name] = max((three - one) // 2 // rows, FLOOR)
+        single, three = peak(engine, lambda: run(1)), peak(engine, lambda: run(3))
+        costs[name] = max((three - single) // 2 // rows, FLOOR)
 
     if "text_to_image" in tasks:
         drawn = Sample(id="a", task="text_to_image", text="a")
@@ -92,12 +92,12 @@ def peak(engine: Engine, run: Callable[[], Any]) -> int:
         run()
         return torch.cuda.max_memory_allocated()
     process = psutil.Process()
-    most, over = process.memory_info().rss, threading.Event()
+    highest, over = process.memory_info().rss, threading.Event()
 
     def watch() -> None:
-        nonlocal most
+        nonlocal highest
         while not over.wait(0.002):
-            most = max(most, process.memory_info().rss)
+            highest = max(highest, process.memory_info().rss)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -106,4 +106,4 @@ def peak(engine: Engine, run: Callable[[], Any]) -> int:
     finally:
         over.set()
         thread.join()
-    return most
+    return highest

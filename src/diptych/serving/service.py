@@ -162,7 +162,7 @@ class Service:
             check_scales(engine, call.scales)
             seed = secrets.randbelow(1 << 31) if call.seed is None else call.seed
             seeds = [seed + place for place in range(call.n)]
-            keys = list(call.noise) if call.noise is not None else [key(own, 0, 0) for own in seeds]
+            keys = list(call.noise) if call.noise is not None else [key(each, 0, 0) for each in seeds]
             context = ()
             if call.images:
                 context = await asyncio.to_thread(lambda: tuple(from_pil(image) for image in call.images))
@@ -199,11 +199,14 @@ class Service:
                     elif event.kind == "done":
                         drawn: Drawn = event.value
                         what = {"instruction": call.prompt} if call.images else {"prompt": call.prompt}
-                        abouts = [facts(settings, model=call.model, seed=own, **what) for own in seeds]
+                        abouts = [facts(settings, model=call.model, seed=each, **what) for each in seeds]
                         if call.noise is not None:  # no seed stands for these pictures
                             abouts = [
-                                {**{name: value for name, value in about.items() if name != "seed"}, "noise": str(own)}
-                                for about, own in zip(abouts, keys, strict=True)
+                                {
+                                    **{name: value for name, value in about.items() if name != "seed"},
+                                    "noise": str(noise),
+                                }
+                                for about, noise in zip(abouts, keys, strict=True)
                             ]
                         for about, text in zip(abouts, drawn.expansions, strict=False):
                             about["expansion"] = text
@@ -346,10 +349,10 @@ def nearest_size(engine: Engine, height: int, width: int) -> tuple[int, int]:
     """(height, width) near the wanted one that the model makes."""
     system = engine.system
     step = system.image_step if isinstance(system, AssembledSystem) else 16
-    most = longest(engine) // step * step
+    longest_side = longest(engine) // step * step
     area = MOST_AREA * engine.sampling.size[0] * engine.sampling.size[1]
     scale = min(1.0, (area / (height * width)) ** 0.5)
-    sides = [min(most, max(step, round(side * scale / step) * step)) for side in (height, width)]
+    sides = [min(longest_side, max(step, round(side * scale / step) * step)) for side in (height, width)]
     while sides[0] * sides[1] > area:
         sides[sides.index(max(sides))] -= step
     return sides[0], sides[1]

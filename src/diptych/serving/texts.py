@@ -63,7 +63,7 @@ def broken_text(value: Any, place: str) -> str | None:
         inside = [(each, f"{place}[{number}]") for number, each in enumerate(value)]
     else:
         return None
-    return next((found for each, name in inside if (found := broken_text(each, name)) is not None), None)
+    return next((broken for each, name in inside if (broken := broken_text(each, name)) is not None), None)
 
 
 def is_unicode(text: str) -> bool:

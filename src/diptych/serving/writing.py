@@ -56,8 +56,8 @@ class Answer:
     def _settled(self) -> str:
         """What stays, whatever follows: no part of a character, no space at the end, no beginning of a stop text."""
         whole = self.text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
-        held = max((n for text in self.stop for n in range(1, len(text)) if whole.endswith(text[:n])), default=0)
-        return whole[: len(whole) - held]
+        held_back = max((n for text in self.stop for n in range(1, len(text)) if whole.endswith(text[:n])), default=0)
+        return whole[: len(whole) - held_back]
 
     def _send(self, text: str) -> None:
         if self.tell is not None and text.startswith(self.sent) and len(text) > len(self.sent):

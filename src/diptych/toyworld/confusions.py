@@ -55,13 +55,13 @@ def confusions(count: int = 500, seed: int = 0, *, size: int = 32, noise: float 
         right = reading.background == scene.background
         ground_counts[backgrounds.index(scene.background), _column(backgrounds, reading.background)] += 1
         surplus = len(reading.detections)
-        for found in scene.objects:
-            read = by_cell.get(found.cell, [])[:1]
+        for obj in scene.objects:
+            read = by_cell.get(obj.cell, [])[:1]
             surplus -= len(read)
             shape, colour = (read[0].shape, read[0].colour) if read else (None, None)
-            shape_counts[SHAPES.index(found.shape), _column(SHAPES, shape)] += 1
-            colour_counts[colours.index(found.colour), _column(colours, colour)] += 1
-            right &= (shape, colour) == (found.shape, found.colour)
+            shape_counts[SHAPES.index(obj.shape), _column(SHAPES, shape)] += 1
+            colour_counts[colours.index(obj.colour), _column(colours, colour)] += 1
+            right &= (shape, colour) == (obj.shape, obj.colour)
         extra += surplus
         exact += right and not surplus
     return Confusions(
@@ -81,9 +81,9 @@ def confusions(count: int = 500, seed: int = 0, *, size: int = 32, noise: float 
 def in_cells(detections: tuple[Detection, ...], size: int) -> dict[int, list[Detection]]:
     """Detections by the cell (index into CELLS) that holds their centre, best score first, in an image of `size`."""
     cells: dict[int, list[Detection]] = {cell: [] for cell in range(len(CELLS))}
-    for one in detections:
-        x, y = (at * CANVAS / size for at in one.centre)
-        cells[int(x >= CANVAS / 2) + 2 * int(y >= CANVAS / 2)].append(one)
+    for detection in detections:
+        x, y = (at * CANVAS / size for at in detection.centre)
+        cells[int(x >= CANVAS / 2) + 2 * int(y >= CANVAS / 2)].append(detection)
     return cells
 
 

@@ -71,8 +71,8 @@ def detect(image: Tensor) -> Reading:
 
     scale = min(pixels.shape[:2]) / CANVAS
     foreground = np.linalg.norm(pixels - ground, axis=-1) > CONTRAST
-    found = [_read(pixels, ground, piece, scale) for piece in _pieces(foreground, scale)]
-    kept = sorted((one for one in found if one is not None), key=lambda one: -one.score)
+    readings = [_read(pixels, ground, piece, scale) for piece in _pieces(foreground, scale)]
+    kept = sorted((reading for reading in readings if reading is not None), key=lambda reading: -reading.score)
     return Reading(detections=tuple(kept), background=nearest_colour(ground, BACKGROUNDS, BACKGROUND_REACH))
 
 

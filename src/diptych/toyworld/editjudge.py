@@ -46,9 +46,9 @@ def judge_edit(result: Tensor, edit: Edit) -> EditVerdict:
     for cell in edit.cells:
         wanted = edit.target.at(cell)
         expected = [f"{wanted.colour} {wanted.shape}"] if wanted else []
-        found = [f"{one.colour} {one.shape}" for one in by_cell[cell]]
-        if found != expected:
-            wrong.append(f"expected {expected or 'nothing'} in cell {cell}, found {found or 'nothing'}")
+        contents = [f"{obj.colour} {obj.shape}" for obj in by_cell[cell]]
+        if contents != expected:
+            wrong.append(f"expected {expected or 'nothing'} in cell {cell}, found {contents or 'nothing'}")
     source = render(edit.source, size)
     kept = untouched(edit, size)
     close = (result.detach().cpu().float() - source).abs().amax(0) <= TOLERANCE

@@ -76,7 +76,9 @@ def edit(source: Scene, kind: EditKind, rng: np.random.Generator) -> Edit:
         wording = pick(rng, (f"make {name} {colour}", f"change the color of {name} to {colour}"))
         return _changed(source, kind, wording, (old.cell,), old, replace(old, colour=colour))
     if kind == "replace":
-        thing = Thing(shape=pick(rng, [one for one in SHAPES if one != old.shape]), colour=pick(rng, tuple(COLOURS)))
+        thing = Thing(
+            shape=pick(rng, [shape for shape in SHAPES if shape != old.shape]), colour=pick(rng, tuple(COLOURS))
+        )
         wording = f"replace {name} with {with_article(named(thing))}"
         new = replace(old, shape=thing.shape, colour=thing.colour or old.colour)
         return _changed(source, kind, wording, (old.cell,), old, new)
@@ -94,5 +96,5 @@ def edit(source: Scene, kind: EditKind, rng: np.random.Generator) -> Edit:
 def _changed(
     source: Scene, kind: EditKind, wording: str, cells: tuple[int, ...], old: Object | None, new: Object | None
 ) -> Edit:
-    objects = [found for found in source.objects if found is not old] + ([new] if new else [])
+    objects = [obj for obj in source.objects if obj is not old] + ([new] if new else [])
     return Edit(kind=kind, instruction=wording, source=source, target=source.with_objects(objects), cells=cells)

@@ -38,8 +38,8 @@ def describe(scene: Scene, order: Sequence[int] | None = None) -> str:
     Args:
         order: of the scene's objects; reading order when None.
     """
-    told = scene.objects if order is None else [scene.objects[at] for at in order]
-    parts = [f"{with_article(named(found.thing))} at the {CELLS[found.cell]}" for found in told]
+    objects = scene.objects if order is None else [scene.objects[at] for at in order]
+    parts = [f"{with_article(named(obj.thing))} at the {CELLS[obj.cell]}" for obj in objects]
     listed = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part) if parts else "nothing"
     return f"{listed} on {with_article(scene.background)} background"
 
@@ -55,18 +55,18 @@ def listing(scene: Scene, order: Sequence[int]) -> str:
     Args:
         order: of `slots`.
     """
-    told: list[str] = []
+    contents: list[str] = []
     for cell in range(len(CELLS)):
-        found = scene.at(cell)
-        told += [found.colour, found.shape] if found else ["nothing", "nothing"]
-    told.append(scene.background)
-    return ", ".join(f"{slots()[at]} {told[at]}" for at in order)
+        obj = scene.at(cell)
+        contents += [obj.colour, obj.shape] if obj else ["nothing", "nothing"]
+    contents.append(scene.background)
+    return ", ".join(f"{slots()[at]} {contents[at]}" for at in order)
 
 
-def references(scene: Scene, found: Object) -> tuple[str, ...]:
+def references(scene: Scene, obj: Object) -> tuple[str, ...]:
     """Ways to name one object so that no other fits; the longest, which names its cell, is always last."""
-    names = [name for name in (Thing(shape=found.shape), found.thing) if scene.count(name) == 1]
-    return (*(f"the {named(name)}" for name in names), f"the {named(found.thing)} at the {CELLS[found.cell]}")
+    names = [name for name in (Thing(shape=obj.shape), obj.thing) if scene.count(name) == 1]
+    return (*(f"the {named(name)}" for name in names), f"the {named(obj.thing)} at the {CELLS[obj.cell]}")
 
 
 def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question | None:
@@ -74,16 +74,16 @@ def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question 
     if kind == "count":
         return _count(scene, rng)
     if kind == "color":
-        found = pick(rng, scene.objects)
-        alone = scene.count(Thing(shape=found.shape)) == 1 and rng.random() < 0.5
-        name = f"the {found.shape}" if alone else f"the shape at the {CELLS[found.cell]}"
-        return Question(kind=kind, text=f"what color is {name}?", answer=found.colour)
+        obj = pick(rng, scene.objects)
+        alone = scene.count(Thing(shape=obj.shape)) == 1 and rng.random() < 0.5
+        name = f"the {obj.shape}" if alone else f"the shape at the {CELLS[obj.cell]}"
+        return Question(kind=kind, text=f"what color is {name}?", answer=obj.colour)
     if kind == "position":
-        found = pick(rng, scene.objects)
-        names = references(scene, found)[:-1]
+        obj = pick(rng, scene.objects)
+        names = references(scene, obj)[:-1]
         if not names:
             return None
-        return Question(kind=kind, text=f"where is {pick(rng, names)}?", answer=CELLS[found.cell])
+        return Question(kind=kind, text=f"where is {pick(rng, names)}?", answer=CELLS[obj.cell])
     if kind == "relation":
         return _relation(scene, rng)
     if kind == "existence":
@@ -99,8 +99,8 @@ def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question 
 
 def ask_place(scene: Scene, cell: int) -> Question:
     """What is in a cell."""
-    found = scene.at(cell)
-    answer = with_article(named(found.thing)) if found else "nothing"
+    obj = scene.at(cell)
+    answer = with_article(named(obj.thing)) if obj else "nothing"
     return Question(kind="place", text=f"what is at the {CELLS[cell]}?", answer=answer)
 
 
@@ -113,7 +113,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
         what, number = "shapes", len(scene.objects)
     else:
         colour = pick(rng, scene.objects).colour if rng.random() < 0.5 else pick(rng, tuple(COLOURS))
-        what, number = f"{colour} shapes", sum(found.colour == colour for found in scene.objects)
+        what, number = f"{colour} shapes", sum(obj.colour == colour for obj in scene.objects)
     return Question(kind="count", text=f"how many {what} are there?", answer=NUMBERS[number])
 
 
@@ -134,21 +134,23 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question:
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Left and right compare the columns of the layout, above and below its rows."""
     pairs = [
-        (one, two)
-        for one, two in permutations(scene.objects, 2)
-        if len(references(scene, one)) > 1 and len(references(scene, two)) > 1
+        (subject, other)
+        for subject, other in permutations(scene.objects, 2)
+        if len(references(scene, subject)) > 1 and len(references(scene, other)) > 1
     ]
     wanted = rng.random() < 0.5
-    fits = [(one, two, rel) for one, two in pairs for rel in RELATIONS if _holds(one, two, rel) is wanted]
+    fits = [
+        (subject, other, rel) for subject, other in pairs for rel in RELATIONS if _holds(subject, other, rel) is wanted
+    ]
     if not fits:
         return None
-    one, two, relation = pick(rng, fits)
-    first, second = (pick(rng, references(scene, found)[:-1]) for found in (one, two))
+    subject, other, relation = pick(rng, fits)
+    first, second = (pick(rng, references(scene, obj)[:-1]) for obj in (subject, other))
     return Question(kind="relation", text=f"is {first} {relation} {second}?", answer=_yes(wanted))
 
 
-def _holds(one: Object, two: Object, relation: Relation) -> bool:
-    columns, rows = one.cell % 2 - two.cell % 2, one.cell // 2 - two.cell // 2
+def _holds(subject: Object, other: Object, relation: Relation) -> bool:
+    columns, rows = subject.cell % 2 - other.cell % 2, subject.cell // 2 - other.cell // 2
     return {"left of": columns < 0, "right of": columns > 0, "above": rows < 0, "below": rows > 0}[relation]
 
 
@@ -164,31 +166,31 @@ def ask_statement(statement: Statement, kind: QuestionKind, rng: np.random.Gener
     thing = pick(rng, statement.things)
     if kind == "count":
         shape = thing.shape if rng.random() < 0.6 else pick(rng, SHAPES)
-        number = statement.count * sum(one.shape == shape for one in statement.things)
+        number = statement.count * sum(each.shape == shape for each in statement.things)
         return Question(kind=kind, text=f"how many {plural(shape)} are there?", answer=NUMBERS[number])
     if kind == "color" and thing.colour and statement.count == 1:
         return Question(kind=kind, text=f"what color is the {thing.shape}?", answer=thing.colour)
     if kind == "relation" and statement.relation:
-        one, two = statement.things
+        first, second = statement.things
         if rng.random() < 0.5:
-            asked, answer, relation = two, one, statement.relation
+            asked, answer, relation = second, first, statement.relation
             if rng.random() < 0.5:
-                asked, answer, relation = one, two, INVERSE[statement.relation]
+                asked, answer, relation = first, second, INVERSE[statement.relation]
             text = f"what is {relation} the {asked.shape}?"
             return Question(kind=kind, text=text, answer=with_article(named(answer)))
         true = rng.random() < 0.5
         if rng.random() < 0.5:
-            one, two = two, one
+            first, second = second, first
             relation = INVERSE[statement.relation] if true else statement.relation
         else:
             relation = statement.relation if true else INVERSE[statement.relation]
-        return Question(kind=kind, text=f"is the {one.shape} {relation} the {two.shape}?", answer=_yes(true))
+        return Question(kind=kind, text=f"is the {first.shape} {relation} the {second.shape}?", answer=_yes(true))
     if kind == "existence":
         shape = thing.shape if rng.random() < 0.5 else pick(rng, SHAPES)
         colour = None
         if thing.colour is not None and rng.random() < 0.5:
             colour = pick(rng, statement.things).colour if rng.random() < 0.7 else pick(rng, tuple(COLOURS))
-        true = any(one.shape == shape and colour in (None, one.colour) for one in statement.things)
+        true = any(each.shape == shape and colour in (None, each.colour) for each in statement.things)
         name = named(Thing(shape=shape, colour=colour))
         return Question(kind=kind, text=f"is there {with_article(name)}?", answer=_yes(true))
     if kind == "background" and statement.background:

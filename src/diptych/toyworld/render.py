@@ -26,19 +26,19 @@ def _centres(size: int) -> Array:
     return ((np.arange(size) + 0.5) * (CANVAS / size)).astype(np.float32)
 
 
-def _window(found: Object, size: int) -> tuple[slice, slice]:
+def _window(obj: Object, size: int) -> tuple[slice, slice]:
     """Rows and columns that the object may touch."""
     scale = size / CANVAS
-    reach = found.radius + 1 / scale
-    top, bottom = math.floor((found.y - reach) * scale), math.ceil((found.y + reach) * scale)
-    left, right = math.floor((found.x - reach) * scale), math.ceil((found.x + reach) * scale)
+    reach = obj.radius + 1 / scale
+    top, bottom = math.floor((obj.y - reach) * scale), math.ceil((obj.y + reach) * scale)
+    left, right = math.floor((obj.x - reach) * scale), math.ceil((obj.x + reach) * scale)
     return slice(max(top, 0), min(bottom, size)), slice(max(left, 0), min(right, size))
 
 
-def _cover(found: Object, size: int) -> tuple[slice, slice, Array]:
-    rows, columns = _window(found, size)
+def _cover(obj: Object, size: int) -> tuple[slice, slice, Array]:
+    rows, columns = _window(obj, size)
     centres = _centres(size)
-    cover = coverage(found.shape, found.x, found.y, found.radius, centres[columns], centres[rows], size / CANVAS)
+    cover = coverage(obj.shape, obj.x, obj.y, obj.radius, centres[columns], centres[rows], size / CANVAS)
     return rows, columns, cover
 
 
@@ -47,9 +47,9 @@ def render(scene: Scene, size: int = 32) -> Tensor:
     ground = np.array(scene.rgb, dtype=np.float32) / np.float32(127.5) - np.float32(1)
     canvas = np.empty((3, size, size), dtype=np.float32)
     canvas[:] = ground[:, None, None]
-    for found in scene.objects:
-        rows, columns, cover = _cover(found, size)
-        paint = np.array(found.rgb, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    for obj in scene.objects:
+        rows, columns, cover = _cover(obj, size)
+        paint = np.array(obj.rgb, dtype=np.float32) / np.float32(127.5) - np.float32(1)
         region = canvas[:, rows, columns]
         region += cover * (paint[:, None, None] - region)
     return torch.from_numpy(canvas)
@@ -58,15 +58,15 @@ def render(scene: Scene, size: int = 32) -> Tensor:
 def masks(scene: Scene, size: int = 32) -> Tensor:
     """One mask per object, bool (N, size, size): pixels of which the object covers at least half."""
     layers = np.zeros((len(scene.objects), size, size), dtype=bool)
-    for layer, found in zip(layers, scene.objects, strict=True):
-        rows, columns, cover = _cover(found, size)
+    for layer, obj in zip(layers, scene.objects, strict=True):
+        rows, columns, cover = _cover(obj, size)
         layer[rows, columns] = cover >= 0.5
     return torch.from_numpy(layers)
 
 
 def boxes(scene: Scene, size: int = 32) -> Tensor:
     """The objects' exact boxes, float32 (N, 4) as x0, y0, x1, y1 in pixels."""
-    rows = [found.box for found in scene.objects]
+    rows = [obj.box for obj in scene.objects]
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) * (size / CANVAS)
 
 
@@ -74,8 +74,8 @@ def depth(scene: Scene, size: int = 32) -> Tensor:
     """Nearness, float32 (size, size) in [0, 1]: 0 for the background, larger objects nearer (FARTHEST to NEAREST)."""
     plane = torch.zeros((size, size))
     small, large = RADII
-    for mask, found in zip(masks(scene, size), scene.objects, strict=True):
-        plane[mask] = FARTHEST + (NEAREST - FARTHEST) * (found.radius - small) / (large - small)
+    for mask, obj in zip(masks(scene, size), scene.objects, strict=True):
+        plane[mask] = FARTHEST + (NEAREST - FARTHEST) * (obj.radius - small) / (large - small)
     return plane
 
 

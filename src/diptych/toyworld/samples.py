@@ -29,9 +29,9 @@ from diptych.toyworld.statements import KINDS, PREFIXES, Kind, Statement, draw_s
 
 TURNS = 3
 """Most questions in one conversation about a scene."""
-TOLD_QUESTIONS: tuple[QuestionKind, ...] = ("count", "color", "relation", "existence", "background")
+CAPTION_QUESTIONS: tuple[QuestionKind, ...] = ("count", "color", "relation", "existence", "background")
 """What a short caption can be asked for."""
-TOLD_KINDS: tuple[Kind, ...] = (*KINDS, *KINDS[-2:], *KINDS[-2:])
+CAPTION_KINDS: tuple[Kind, ...] = (*KINDS, *KINDS[-2:], *KINDS[-2:])
 """Kinds of short captions that conversations are about: most name two things, as whose colour is whose comes last."""
 
 
@@ -44,7 +44,7 @@ class ToyWorld:
         seed: another seed is another stream. The split does not depend on it.
         size: side of the images in pixels. The same (seed, task, index) at another size is the same scene.
         text_only: share of `understand` samples in which a text stands in place of the image.
-        told: share of these texts that are short captions; the others are full descriptions.
+        short_captions: share of these texts that are short captions; the others are full descriptions.
         asked: kinds of the questions about short captions, all that a caption can answer when None; turns: most of
             them in one conversation.
         full: share of `text_to_image` captions that describe the whole scene; the others name a short kind each.
@@ -64,7 +64,7 @@ class ToyWorld:
         size: int = 32,
         *,
         text_only: float = 0.3,
-        told: float = 0.5,
+        short_captions: float = 0.5,
         asked: Sequence[QuestionKind] | None = None,
         turns: int = 5,
         full: float = 0.25,
@@ -74,13 +74,22 @@ class ToyWorld:
         imagined: float = 0.0,
         listed: float = 0.0,
     ) -> None:
-        shares = {"text_only": text_only, "told": told, "full": full, "captions": captions, "placed": placed}
-        for name, share in {**shares, "edited": edited, "imagined": imagined, "listed": listed}.items():
+        shares = {
+            "text_only": text_only,
+            "short_captions": short_captions,
+            "full": full,
+            "captions": captions,
+            "placed": placed,
+            "edited": edited,
+            "imagined": imagined,
+            "listed": listed,
+        }
+        for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise UserError(f"toyworld: {name} is a share between 0 and 1, not {share}")
         for kind in asked or ():
-            if kind not in TOLD_QUESTIONS:
-                raise unknown("kind of question about a short caption", kind, TOLD_QUESTIONS)
+            if kind not in CAPTION_QUESTIONS:
+                raise unknown("kind of question about a short caption", kind, CAPTION_QUESTIONS)
         if turns < 1 or asked == []:
             raise UserError("toyworld: a conversation has at least one turn and one kind of question")
         if size < 8:
@@ -88,8 +97,8 @@ class ToyWorld:
         self.seed = seed
         self.size = size
         self.text_only = text_only
-        self.told = told
-        self.asked: tuple[QuestionKind, ...] = tuple(asked or TOLD_QUESTIONS)
+        self.short_captions = short_captions
+        self.asked: tuple[QuestionKind, ...] = tuple(asked or CAPTION_QUESTIONS)
         self.turns = turns
         self.full = full
         self.captions = captions
@@ -148,11 +157,11 @@ class ToyWorld:
         statement: Statement | None = None
         asked: list[Question] = []
         change = ""
-        if text_only and rng.random() < self.told:
+        if text_only and rng.random() < self.short_captions:
             if self.imagined and rng.random() < self.imagined:
                 statement = draw_statement(rng, pick(rng, KINDS))
             else:
-                statement, asked = self._told(rng)
+                statement, asked = self._short_caption(rng)
         scene = statement.scene(rng) if statement else Scene.random(rng)
         extra: dict[str, Any] = {"scene": scene.to_dict(), "text_only": text_only}
         if statement and not asked:
@@ -165,8 +174,8 @@ class ToyWorld:
             asked = self._everything(scene, rng) if rng.random() < self.captions else _conversation(scene, rng)
         if text_only:
             order = rng.permutation(len(scene.objects)).tolist()
-            told = pick(rng, statement.wordings) if statement else describe(scene, order)
-            opening = f"scene: {told}. "
+            scene_text = pick(rng, statement.wordings) if statement else describe(scene, order)
+            opening = f"scene: {scene_text}. "
             extra["key"] = statement.key if statement else None
         else:
             opening = f"{IMAGE_PLACEHOLDER}\n"
@@ -196,11 +205,11 @@ class ToyWorld:
             return Question(kind="caption", text=LIST, answer=listing(scene, places))
         return Question(kind="caption", text=DESCRIBE, answer=describe(scene, order))
 
-    def _told(self, rng: np.random.Generator) -> tuple[Statement, list[Question]]:
+    def _short_caption(self, rng: np.random.Generator) -> tuple[Statement, list[Question]]:
         """A short caption, and up to `turns` unlike questions of the wanted kinds about what it says."""
         unlike: dict[str, Question] = {}
         while True:  # some captions answer none of the wanted kinds
-            statement = draw_statement(rng, pick(rng, TOLD_KINDS))
+            statement = draw_statement(rng, pick(rng, CAPTION_KINDS))
             for _ in range(self.turns):
                 for at in rng.permutation(len(self.asked)).tolist():
                     question = ask_statement(statement, self.asked[at], rng)
@@ -214,5 +223,5 @@ def _conversation(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """One to TURNS questions of unlike kinds about a scene."""
     kinds: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "caption"]
     turns = int(rng.integers(1, TURNS + 1))
-    found = (ask(scene, kinds[at], rng) for at in rng.permutation(len(kinds)).tolist())
-    return [question for question in found if question][:turns]
+    questions = (ask(scene, kinds[at], rng) for at in rng.permutation(len(kinds)).tolist())
+    return [question for question in questions if question][:turns]

@@ -117,7 +117,7 @@ class Scene:
         if len(set(cells)) < len(cells):
             raise UserError(f"two objects share a cell: {', '.join(CELLS[cell] for cell in cells)}")
         if cells != sorted(cells):
-            object.__setattr__(self, "objects", tuple(sorted(self.objects, key=lambda found: found.cell)))
+            object.__setattr__(self, "objects", tuple(sorted(self.objects, key=lambda obj: obj.cell)))
 
     @classmethod
     def random(cls, rng: np.random.Generator, count: int | None = None) -> Scene:
@@ -133,15 +133,15 @@ class Scene:
 
     def at(self, cell: int) -> Object | None:
         """The object in a cell, or None."""
-        return next((found for found in self.objects if found.cell == cell), None)
+        return next((obj for obj in self.objects if obj.cell == cell), None)
 
     def count(self, thing: Thing) -> int:
         """How many objects have this shape and, where given, this colour."""
-        return sum(found.shape == thing.shape and thing.colour in (None, found.colour) for found in self.objects)
+        return sum(obj.shape == thing.shape and thing.colour in (None, obj.colour) for obj in self.objects)
 
     def depth_order(self) -> tuple[Object, ...]:
         """Objects from the nearest (largest) to the farthest."""
-        return tuple(sorted(self.objects, key=lambda found: -found.radius))
+        return tuple(sorted(self.objects, key=lambda obj: -obj.radius))
 
     def with_objects(self, objects: Sequence[Object]) -> Self:
         return replace(self, objects=tuple(objects))
@@ -151,12 +151,12 @@ class Scene:
         return {
             "background": self.background,
             "shade": self.shade,
-            "objects": [{**vars(found), "tint": list(found.tint)} for found in self.objects],
+            "objects": [{**vars(obj), "tint": list(obj.tint)} for obj in self.objects],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scene:
-        objects = [Object(**{**found, "tint": tuple(found["tint"])}) for found in data["objects"]]
+        objects = [Object(**{**obj, "tint": tuple(obj["tint"])}) for obj in data["objects"]]
         return cls(objects=tuple(objects), background=data["background"], shade=data["shade"])
 
 

@@ -117,7 +117,7 @@ class Statement:
             made = place(rng, things, cells=self._cells(rng), background=self.background)
             if self.relation is None:
                 return made
-            by_shape = {found.shape: found.box for found in made.objects}
+            by_shape = {obj.shape: obj.box for obj in made.objects}
             if self.relation in relations(by_shape[things[0].shape], by_shape[things[1].shape]):
                 return made
 
@@ -130,8 +130,8 @@ class Statement:
         """Cells for the two things of a relation; the other axis is free."""
         if self.relation is None:
             return None
-        one, other = (int(side) for side in rng.integers(2, size=2))
-        cells = [2 * one, 2 * other + 1] if self.relation in ("left of", "right of") else [one, other + 2]
+        first, second = (int(side) for side in rng.integers(2, size=2))
+        cells = [2 * first, 2 * second + 1] if self.relation in ("left of", "right of") else [first, second + 2]
         return cells if self.relation in ("left of", "above") else cells[::-1]
 
 
@@ -143,8 +143,8 @@ def statements(kind: Kind) -> Iterator[Statement]:
         for shape, background in product(SHAPES, BACKGROUNDS):
             yield Statement(kind=kind, things=(Thing(shape=shape),), background=background)
     elif kind == "two_object":
-        for (one, two), background in product(combinations(SHAPES, 2), (None, *BACKGROUNDS)):
-            yield Statement(kind=kind, things=(Thing(shape=one), Thing(shape=two)), background=background)
+        for (first, second), background in product(combinations(SHAPES, 2), (None, *BACKGROUNDS)):
+            yield Statement(kind=kind, things=(Thing(shape=first), Thing(shape=second)), background=background)
     elif kind == "counting":
         for count, shape, colour in product(range(2, len(CELLS) + 1), SHAPES, (None, *colours)):
             yield Statement(kind=kind, things=(Thing(shape=shape, colour=colour),), count=count)
@@ -153,20 +153,21 @@ def statements(kind: Kind) -> Iterator[Statement]:
             yield Statement(kind=kind, things=(Thing(shape=shape, colour=colour),))
     elif kind == "position":
         pairs = [(None, None), *product(colours, colours)]
-        for relation, (one, two), (first, second) in product(("left of", "above"), unlike, pairs):
-            things = (Thing(shape=one, colour=first), Thing(shape=two, colour=second))
+        for relation, (first, second), (colour, other_colour) in product(("left of", "above"), unlike, pairs):
+            things = (Thing(shape=first, colour=colour), Thing(shape=second, colour=other_colour))
             yield Statement(kind=kind, things=things, relation=relation)
     elif kind == "color_attribution":
-        for (one, two), (first, second) in product(combinations(SHAPES, 2), permutations(colours, 2)):
-            yield Statement(kind=kind, things=(Thing(shape=one, colour=first), Thing(shape=two, colour=second)))
+        for (first, second), (colour, other_colour) in product(combinations(SHAPES, 2), permutations(colours, 2)):
+            things = (Thing(shape=first, colour=colour), Thing(shape=second, colour=other_colour))
+            yield Statement(kind=kind, things=things)
     else:
         raise unknown("kind of statement", kind, KINDS)
 
 
 @cache
-def _contents(kind: Kind, held: bool) -> tuple[tuple[Statement, ...], ...]:
+def _contents(kind: Kind, of_held_out: bool) -> tuple[tuple[Statement, ...], ...]:
     """Statements on one side of the split: those that name a colour or background more, and the plainer ones."""
-    side = [statement for statement in statements(kind) if held_out(statement.key) is held]
+    side = [statement for statement in statements(kind) if held_out(statement.key) is of_held_out]
     plain = [statement for statement in side if statement.plain]
     rich = [statement for statement in side if not statement.plain]
     return tuple(tuple(group) for group in (plain, rich) if group)
@@ -180,6 +181,6 @@ def reordered(statement: Statement, rng: np.random.Generator) -> Statement:
     return replace(statement, things=statement.things[::-1], relation=relation)
 
 
-def draw_statement(rng: np.random.Generator, kind: Kind, *, held: bool = False) -> Statement:
+def draw_statement(rng: np.random.Generator, kind: Kind, *, of_held_out: bool = False) -> Statement:
     """A random statement on one side of the split. Plain and coloured contents are drawn equally often."""
-    return reordered(pick(rng, pick(rng, _contents(kind, held))), rng)
+    return reordered(pick(rng, pick(rng, _contents(kind, of_held_out))), rng)

@@ -119,14 +119,14 @@ def judge(image: Tensor, prompt: ToyPrompt) -> Verdict:
     """
     reading = detect(image)
     by_shape: dict[str, list[Detection]] = {}
-    for found in reading.detections:  # best score first
-        by_shape.setdefault(found.shape, []).append(found)
+    for detection in reading.detections:  # best score first
+        by_shape.setdefault(detection.shape, []).append(detection)
     wrong: list[str] = []
     matched: list[list[Detection] | None] = []
     for check in prompt.include:
-        found = by_shape.get(check.shape, [])[: check.count]
-        fault = _fault(check, found, matched)
-        matched.append(None if fault else found)
+        detections = by_shape.get(check.shape, [])[: check.count]
+        fault = _fault(check, detections, matched)
+        matched.append(None if fault else detections)
         wrong += [fault] if fault else []
     for check in prompt.exclude:
         number = len(by_shape.get(check.shape, []))
@@ -137,17 +137,19 @@ def judge(image: Tensor, prompt: ToyPrompt) -> Verdict:
     return Verdict(prompt=prompt.id, category=prompt.category, correct=not wrong, reason="; ".join(wrong))
 
 
-def _fault(check: Include, found: list[Detection], matched: list[list[Detection] | None]) -> str:
+def _fault(check: Include, detections: list[Detection], matched: list[list[Detection] | None]) -> str:
     """What is wrong with the detections of one check, "" where nothing is."""
-    if len(found) < check.count:
-        return f"expected {check.count} of {check.shape}, found {len(found)}"
-    colours = [one.colour for one in found]
+    if len(detections) < check.count:
+        return f"expected {check.count} of {check.shape}, found {len(detections)}"
+    colours = [detection.colour for detection in detections]
     if check.colour and any(colour != check.colour for colour in colours):
         return f"expected {check.colour} {check.shape}, found {', '.join(colours)}"
     if check.relation:
         targets = matched[check.target]
         if targets is None:
             return f"no target for {check.shape} {check.relation}"
-        if any(check.relation not in relations(one.box, target.box) for one in found for target in targets):
+        if any(
+            check.relation not in relations(detection.box, target.box) for detection in detections for target in targets
+        ):
             return f"expected {check.shape} {check.relation} {targets[0].shape}"
     return ""

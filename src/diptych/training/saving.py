@@ -126,7 +126,7 @@ class Saver:
 
     def _own(self, tensors: Iterable[tuple[str, Tensor]]) -> Group:
         """What this process writes: its part of sharded tensors, and of the others every world-th."""
-        own: Group = []
+        mine: Group = []
         for number, (name, tensor) in enumerate(tensors):
             if isinstance(tensor, DTensor):
                 mesh, placements = tensor.device_mesh, tensor.placements
@@ -134,10 +134,10 @@ class Saver:
                 place = mesh.get_coordinate() or []
                 first = all(at == 0 for at, kind in zip(place, placements, strict=True) if isinstance(kind, Replicate))
                 if first and all(shape):
-                    own.append((name, local(tensor.detach()), tuple(offset)))
+                    mine.append((name, local(tensor.detach()), tuple(offset)))
             elif number % self.world == self.rank:
-                own.append((name, tensor.detach(), (0,) * tensor.ndim))
-        return own
+                mine.append((name, tensor.detach(), (0,) * tensor.ndim))
+        return mine
 
     def _write(self, groups: dict[str, Group], texts: dict[str, str], check: bool) -> None:
         try:

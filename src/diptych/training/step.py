@@ -95,9 +95,9 @@ def agree(step: Step, system: System, balance: Balance, stop: bool = False, savi
     passes = tuple(system.passes(part.batch) for part in step.passes)
     everyone = gather(Said(counts=own_counts(step, balance), passes=passes, stop=stop, saving=saving))
     sharded = isinstance(system, FSDPModule)  # otherwise no process waits for another within a pass
-    most = [max(row) if sharded else 0 for row in zip(*(said.passes for said in everyone), strict=True)]
+    largest = [max(row) if sharded else 0 for row in zip(*(said.passes for said in everyone), strict=True)]
     padded = [
-        replace(part, batch=replace(part.batch, passes=count)) for part, count in zip(step.passes, most, strict=True)
+        replace(part, batch=replace(part.batch, passes=count)) for part, count in zip(step.passes, largest, strict=True)
     ]
     return Plan(
         step=replace(step, passes=tuple(padded)),
@@ -206,13 +206,13 @@ def fetch(outcomes: Sequence[Outcome], balance: Balance) -> list[tuple[list[Repo
     the host waits for."""
     flat = [x.float().reshape(-1) for outcome in outcomes for x in (*outcome.terms.values(), outcome.norm)]
     numbers: Iterator[float] = iter(torch.cat(flat).tolist() if flat else [])
-    own: list[tuple[Report, float]] = []
+    mine: list[tuple[Report, float]] = []
     for outcome in outcomes:
         sizes = {name: x.numel() for name, x in outcome.terms.items()}
         losses = {name: [next(numbers) for _ in range(size)] for name, size in sizes.items()}
-        own.append((report(losses, outcome.step, balance), next(numbers)))
-    everyone = gather([said for said, _ in own])
-    return [([said[place] for said in everyone], norm) for place, (_, norm) in enumerate(own)]
+        mine.append((report(losses, outcome.step, balance), next(numbers)))
+    everyone = gather([said for said, _ in mine])
+    return [([said[place] for said in everyone], norm) for place, (_, norm) in enumerate(mine)]
 
 
 def report(losses: dict[str, list[float]], step: Step, balance: Balance) -> Report:

@@ -155,11 +155,11 @@ def test_text_is_written_token_by_token(name: str) -> None:
     close(context.layers[0][0], TEXTS[f"steps.{name}.cache_k.layer0"])
     close(context.layers[1][1], TEXTS[f"steps.{name}.cache_v.layer1"])
     network, markers = NETWORKS["text"], TEXTS.markers()
-    written = write(network, markers, [context], most=case["max_length"], ends={-1}, keep_logits=True)
+    written = write(network, markers, [context], max_tokens=case["max_length"], ends={-1}, keep_logits=True)
     assert written.fed[0] == TEXTS[f"outputs.{name}.token_ids"].tolist()
     close(written.logits[:, 0], TEXTS[f"outputs.{name}.logits"], 1e-4)
     stop = TEXTS.data["stop"][name]
-    short = write(network, markers, [context], most=case["max_length"], ends={stop["end_token_id"]})
+    short = write(network, markers, [context], max_tokens=case["max_length"], ends={stop["end_token_id"]})
     assert short.fed[0] == stop["returned_ids"]
 
 
@@ -169,6 +169,6 @@ def test_two_contexts_are_read_and_continued_as_one_batch() -> None:
     with torch.no_grad():
         contexts = read(network, markers, [empty_context(network)] * 2, requests)
     close(torch.cat([context.layers[0][0] for context in contexts]), TEXTS["steps.batch.cache_k.layer0"])
-    written = write(network, markers, contexts, most=batch["max_length"], ends={-1}, keep_logits=True)
+    written = write(network, markers, contexts, max_tokens=batch["max_length"], ends={-1}, keep_logits=True)
     assert torch.tensor(written.fed).T.tolist() == TEXTS["outputs.batch.token_ids"].tolist()
     close(written.logits, TEXTS["outputs.batch.logits"], 1e-4)

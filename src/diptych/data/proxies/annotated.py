@@ -91,7 +91,7 @@ class Pictures(abc.ABC):
         """Changes whenever the picture or its annotation does."""
 
 
-def view(found: Annotated, size: Size, id: str, stretch: bool = False) -> View:
+def view(annotated: Annotated, size: Size, id: str, stretch: bool = False) -> View:
     """A picture resized and cut to `size` (its short side fitted, the centre kept), its annotation with it.
 
     Args:
@@ -100,48 +100,48 @@ def view(found: Annotated, size: Size, id: str, stretch: bool = False) -> View:
     Raises:
         BadItem: a mask or a map is not of the picture's size, or a mask is empty.
     """
-    check(found, id)
-    width, height = found.image.size
-    box = (0.0, 0.0, float(width), float(height)) if stretch else crop_box(found.image.size, size)
+    check(annotated, id)
+    width, height = annotated.image.size
+    box = (0.0, 0.0, float(width), float(height)) if stretch else crop_box(annotated.image.size, size)
     shape = (size[1], size[0])
-    image = np.asarray(found.image.resize(shape, Image.Resampling.BICUBIC, box=box))
+    image = np.asarray(annotated.image.resize(shape, Image.Resampling.BICUBIC, box=box))
     depth = None
-    if found.depth is not None:
-        depth = np.asarray(Image.fromarray(found.depth).resize(shape, Image.Resampling.BILINEAR, box=box))
+    if annotated.depth is not None:
+        depth = np.asarray(Image.fromarray(annotated.depth).resize(shape, Image.Resampling.BILINEAR, box=box))
     scales = size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])
     return View(
         image=image,
-        segments=found.segments,
-        labels=resized_labels(stacked(found.segments, (height, width)), size, box),
-        boxes=tuple(_moved(extent(segment.mask), box, scales) for segment in found.segments),
+        segments=annotated.segments,
+        labels=resized_labels(stacked(annotated.segments, (height, width)), size, box),
+        boxes=tuple(_moved(extent(segment.mask), box, scales) for segment in annotated.segments),
         depth=depth,
     )
 
 
-def own_view(found: Annotated, id: str) -> View:
+def own_view(annotated: Annotated, id: str) -> View:
     """A picture as it is, at its own size. BadItem as of `view`."""
-    check(found, id)
-    image = np.asarray(found.image)
+    check(annotated, id)
+    image = np.asarray(annotated.image)
     return View(
         image=image,
-        segments=found.segments,
-        labels=stacked(found.segments, image.shape[:2]),
-        boxes=tuple(_moved(extent(segment.mask), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0)) for segment in found.segments),
-        depth=found.depth,
+        segments=annotated.segments,
+        labels=stacked(annotated.segments, image.shape[:2]),
+        boxes=tuple(_moved(extent(segment.mask), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0)) for segment in annotated.segments),
+        depth=annotated.depth,
     )
 
 
-def check(found: Annotated, id: str) -> None:
+def check(annotated: Annotated, id: str) -> None:
     """BadItem when a mask or a map is not of the picture's size, or a mask is empty."""
-    width, height = found.image.size
-    for number, segment in enumerate(found.segments):
+    width, height = annotated.image.size
+    for number, segment in enumerate(annotated.segments):
         if segment.mask.shape != (height, width):
             tall, wide = segment.mask.shape
             raise BadItem(id, f"mask of another size ({wide}x{tall} for a picture of {width}x{height})")
         if not segment.mask.any():
             raise BadItem(id, f"empty mask (segment {number}{', ' + segment.name if segment.name else ''})")
-    if found.depth is not None and found.depth.shape != (height, width):
-        tall, wide = found.depth.shape
+    if annotated.depth is not None and annotated.depth.shape != (height, width):
+        tall, wide = annotated.depth.shape
         raise BadItem(id, f"depth map of another size ({wide}x{tall} for a picture of {width}x{height})")
 
 
@@ -179,7 +179,7 @@ def extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _moved(
-    found: tuple[int, int, int, int], box: tuple[float, float, float, float], scales: tuple[float, float]
+    placed: tuple[int, int, int, int], box: tuple[float, float, float, float], scales: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = found
+    x0, y0, x1, y1 = placed
     return (x0 - box[0]) * scales[0], (y0 - box[1]) * scales[1], (x1 - box[0]) * scales[0], (y1 - box[1]) * scales[1]

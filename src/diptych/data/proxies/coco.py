@@ -126,7 +126,7 @@ class CocoPictures(Pictures):
         segments = (
             self._panoptic_segments(annotations[0], shape, id)
             if self.panoptic
-            else [self._instance(one, shape, id) for one in annotations]
+            else [self._instance(annotation, shape, id) for annotation in annotations]
         )
         plane = None if self.depth is None else self.depth.read(str(row["file_name"]), id)
         return Annotated(image=image, segments=tuple(segments), depth=plane)
@@ -147,18 +147,18 @@ class CocoPictures(Pictures):
         except UNREADABLE as error:
             raise BadItem(id, f"panoptic mask missing or unreadable ({path})") from error
         if colours.shape[:2] != shape:
-            found = f"{colours.shape[1]}x{colours.shape[0]} for a picture of {shape[1]}x{shape[0]}"
-            raise BadItem(id, f"mask of another size ({found})")
+            size = f"{colours.shape[1]}x{colours.shape[0]} for a picture of {shape[1]}x{shape[0]}"
+            raise BadItem(id, f"mask of another size ({size})")
         numbers = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
         segments: list[Segment] = []
-        for one in row["segments_info"]:
-            label = f"segment {one['id']}"
-            mask = numbers == one["id"]
+        for segment in row["segments_info"]:
+            label = f"segment {segment['id']}"
+            mask = numbers == segment["id"]
             if not mask.any():
                 raise BadItem(id, f"empty mask ({label})")
-            crowd = bool(one.get("iscrowd", 0))
-            segments.append(Segment(mask=mask, crowd=crowd, **self._category(one, id, label)))
-        unlisted = set(np.unique(numbers).tolist()) - {0} - {one["id"] for one in row["segments_info"]}
+            crowd = bool(segment.get("iscrowd", 0))
+            segments.append(Segment(mask=mask, crowd=crowd, **self._category(segment, id, label)))
+        unlisted = set(np.unique(numbers).tolist()) - {0} - {segment["id"] for segment in row["segments_info"]}
         if unlisted:
             raise BadItem(id, f"panoptic mask holds a segment that is not listed ({min(unlisted)})")
         return segments
@@ -169,8 +169,8 @@ class CocoPictures(Pictures):
         number = row.get("category_id")
         if not isinstance(number, int | str) or number not in self.categories:
             raise BadItem(id, f"unknown category ({number} of {label})")
-        found = self.categories[number]
-        return {"category": number, "name": str(found["name"]), "thing": bool(found.get("isthing", 1))}
+        category = self.categories[number]
+        return {"category": number, "name": str(category["name"]), "thing": bool(category.get("isthing", 1))}
 
     def sizes(self) -> Sequence[Size | None]:
         return [(row["height"], row["width"]) for row, _ in self.rows]
@@ -275,5 +275,7 @@ def rows_of(file: Path, key: str, value: Any) -> list[dict[str, Any]]:
 
 def _is_panoptic(row: Mapping[str, Any]) -> bool:
     infos = row.get("segments_info")
-    listed = isinstance(infos, list) and all(isinstance(one, dict) and isinstance(one.get("id"), int) for one in infos)
+    listed = isinstance(infos, list) and all(
+        isinstance(info, dict) and isinstance(info.get("id"), int) for info in infos
+    )
     return listed and isinstance(row.get("file_name"), str)

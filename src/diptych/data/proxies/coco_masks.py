@@ -29,7 +29,7 @@ def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bo
             given = "x".join(map(str, reversed(said))) if isinstance(said, list | tuple) else said
             raise BadItem(id, f"RLE of another size ({given} for a picture of {width}x{height}, {label})")
         counts = segmentation.get("counts")
-        if isinstance(counts, list) and not all(isinstance(one, int) and one >= 0 for one in counts):
+        if isinstance(counts, list) and not all(isinstance(count, int) and count >= 0 for count in counts):
             raise BadItem(id, f"RLE that cannot be read ({label})")
         runs = counts if isinstance(counts, list) else run_lengths(counts)
         if runs is None:
@@ -38,7 +38,7 @@ def decoded(segmentation: Any, size: Size, id: str, label: str) -> NDArray[np.bo
             raise BadItem(id, f"RLE of the wrong length ({sum(runs)} for {height * width} pixels, {label})")
         plain: Any = dict(segmentation)
         rle: Any = coco_mask.frPyObjects(plain, height, width) if isinstance(counts, list) else plain
-    elif isinstance(segmentation, list) and segmentation and all(isinstance(one, list) for one in segmentation):
+    elif isinstance(segmentation, list) and segmentation and all(isinstance(polygon, list) for polygon in segmentation):
         for polygon in segmentation:
             if len(polygon) < 6 or len(polygon) % 2:
                 raise BadItem(id, f"polygon of {len(polygon)} numbers ({label})")
@@ -87,4 +87,4 @@ def run_lengths(counts: Any) -> list[int] | None:
 
 def _numbers(values: Sequence[Any]) -> bool:
     """Whether all are finite numbers."""
-    return all(isinstance(one, int | float) and np.isfinite(one) for one in values)
+    return all(isinstance(value, int | float) and np.isfinite(value) for value in values)

@@ -134,8 +134,8 @@ def _specks(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _photons(image: Pixels, rng: np.random.Generator) -> Pixels:
-    most = uniform(rng, PHOTONS)
-    return to_pixels(rng.poisson(image * (most / 255)) * (255 / most))
+    peak = uniform(rng, PHOTONS)
+    return to_pixels(rng.poisson(image * (peak / 255)) * (255 / peak))
 
 
 NOISES: tuple[Noise, ...] = (_gaussian, _jpeg, _specks, _photons)

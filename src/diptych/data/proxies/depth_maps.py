@@ -53,8 +53,8 @@ def estimator(model: str | Path, device: str = "cpu") -> Estimator:
     def estimate(image: Image.Image) -> Plane:
         inputs = processor(images=image, return_tensors="pt").to(device)
         sizes = [(image.height, image.width)]
-        [found] = processor.post_process_depth_estimation(network(**inputs), target_sizes=sizes)
-        return found["predicted_depth"].float().cpu().numpy()
+        [depth] = processor.post_process_depth_estimation(network(**inputs), target_sizes=sizes)
+        return depth["predicted_depth"].float().cpu().numpy()
 
     return estimate
 

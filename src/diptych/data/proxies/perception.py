@@ -34,21 +34,21 @@ def category_colour(category: int) -> Colour:
 
 def drawn_colours(count: int, rng: np.random.Generator) -> list[Colour]:
     """Bright colours, unlike one another where so many can be."""
-    found: list[Colour] = []
-    while len(found) < count:
+    colours: list[Colour] = []
+    while len(colours) < count:
         tries = rng.random((16, 3))
         best: tuple[int, Colour] | None = None
         for hue, saturation, value in tries.tolist():
             levels = colorsys.hsv_to_rgb(hue, 0.45 + 0.55 * saturation, 0.5 + 0.5 * value)
             colour = (round(255 * levels[0]), round(255 * levels[1]), round(255 * levels[2]))
-            near = min((max(abs(a - b) for a, b in zip(colour, other, strict=True)) for other in found), default=255)
+            near = min((max(abs(a - b) for a, b in zip(colour, other, strict=True)) for other in colours), default=255)
             if best is None or near > best[0]:
                 best = (near, colour)
             if near >= _NEAR:
                 break
         assert best is not None
-        found.append(best[1])
-    return found
+        colours.append(best[1])
+    return colours
 
 
 def painted(view: View, colours: list[Colour]) -> Pixels:

@@ -87,9 +87,11 @@ class FolderPictures(Pictures):
 
     def load(self, index: int, size: Size, whole: bool = False) -> Annotated:
         path, id = self.paths[index], f"{self.name}/{self.paths[index]}"
-        least = size if self.depth is None and not whole else None  # a picture of reduced scale would not fit its map
+        smallest = (
+            size if self.depth is None and not whole else None
+        )  # a picture of reduced scale would not fit its map
         plane = None if self.depth is None else self.depth.read(path, id)
-        return Annotated(image=read_image(self.folder / path, id, least), depth=plane)
+        return Annotated(image=read_image(self.folder / path, id, smallest), depth=plane)
 
     def sizes(self) -> Sequence[Size | None]:
         return [_size(self.folder / path) for path in self.paths]
@@ -153,7 +155,7 @@ class PairPictures(Pictures):
 
     def _target(self, path: str) -> Path | None:
         stem = self.targets / Path(path).with_suffix("")
-        return next((found for suffix in TARGETS if (found := stem.parent / (stem.name + suffix)).is_file()), None)
+        return next((target for suffix in TARGETS if (target := stem.parent / (stem.name + suffix)).is_file()), None)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -201,8 +203,8 @@ class SomePictures(Pictures):
         return self.pictures.load(self.rows[index], size, whole)
 
     def sizes(self) -> Sequence[Size | None] | None:
-        found = self.pictures.sizes()
-        return None if found is None else [found[row] for row in self.rows]
+        sizes = self.pictures.sizes()
+        return None if sizes is None else [sizes[row] for row in self.rows]
 
     def stamp(self, index: int) -> str:
         return self.pictures.stamp(self.rows[index])
@@ -244,10 +246,10 @@ def annotated(scene: Scene, size: int) -> Annotated:
     segments = [
         Segment(
             mask=plane,
-            category=1 + SHAPES.index(found.shape) * len(COLOURS) + list(COLOURS).index(found.colour),
-            name=f"{found.colour} {found.shape}",
+            category=1 + SHAPES.index(obj.shape) * len(COLOURS) + list(COLOURS).index(obj.colour),
+            name=f"{obj.colour} {obj.shape}",
         )
-        for plane, found in zip(planes, scene.objects, strict=True)
+        for plane, obj in zip(planes, scene.objects, strict=True)
     ]
     ground = Segment(
         mask=np.logical_not(planes.any(axis=0)),

@@ -138,7 +138,7 @@ def shares(wanted: str | Mapping[str, float], where: str) -> dict[str, float]:
         UserError: an unknown name, a weight that is not above 0, or nothing.
     """
     weights = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
-    found: dict[str, float] = {}
+    by_proxy: dict[str, float] = {}
     if not weights:
         raise UserError(f"{where}: no proxy given. Choices: {', '.join([*PROXIES, *MIXTURES])}.")
     total = 0.0
@@ -151,5 +151,5 @@ def shares(wanted: str | Mapping[str, float], where: str) -> dict[str, float]:
     for name, weight in weights.items():
         parts = MIXTURES.get(name, {name: 1.0})
         for part, share in parts.items():
-            found[part] = found.get(part, 0.0) + weight / total * share / sum(parts.values())
-    return found
+            by_proxy[part] = by_proxy.get(part, 0.0) + weight / total * share / sum(parts.values())
+    return by_proxy

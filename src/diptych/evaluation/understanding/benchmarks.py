@@ -66,7 +66,7 @@ class Benchmark:
         Raises:
             UserError: a file is not there; the line says where it is published.
         """
-        found: list[Table] = []
+        tables: list[Table] = []
         for file in self.files:
             path = folder / file.name
             other = path.with_suffix(".parquet")
@@ -74,8 +74,8 @@ class Benchmark:
                 path = other
             if not path.is_file():
                 raise UserError(f"{self.name}: {path} is not there; it is published at {file.url}")
-            found.append(Table(path))
-        return found
+            tables.append(Table(path))
+        return tables
 
 
 def _kit(path: str, md5: str) -> DataFile:
@@ -169,9 +169,9 @@ def kept(rows: Sequence[Row], limit: int | None, together: Together | None) -> l
     groups: dict[Hashable, list[int]] = {}
     for at, row in enumerate(rows):
         groups.setdefault(at if together is None else together(row, at), []).append(at)
-    found: list[int] = []
+    positions: list[int] = []
     for group in groups.values():
-        if len(found) >= limit:
+        if len(positions) >= limit:
             break
-        found += group
-    return sorted(found)
+        positions += group
+    return sorted(positions)

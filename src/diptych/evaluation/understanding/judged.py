@@ -179,7 +179,7 @@ def _by_member(rows: Sequence[Row], values: Sequence[float], column: str) -> dic
     for row, value in zip(rows, values, strict=True):
         entries: Any = row.get(column) or []
         if isinstance(entries, str):
-            entries = [one.strip(" '\"") for one in entries.strip("[]").split(",")]
+            entries = [entry.strip(" '\"") for entry in entries.strip("[]").split(",")]
         for entry in dict.fromkeys(map(str, entries)):
             groups.setdefault(entry, []).append(value)
     return {name: mean(groups[name]) for name in sorted(groups)}

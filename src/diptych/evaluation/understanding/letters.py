@@ -48,10 +48,10 @@ def by_option(reply: str, choices: Choices, *, phrase: bool = True) -> str | Non
     if any(refusal in reply for refusal in _REFUSALS):
         return REFUSED
     words = reply.translate(_BREAKS).split()
-    found = [letter for letter in choices if letter in words]
-    if len(found) == 1 and words.index(found[0]) >= len(words) - _LAST_WORDS:
-        return found[0]
-    if not found and REFUSED in words:
+    letters = [letter for letter in choices if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST_WORDS:
+        return letters[0]
+    if not letters and REFUSED in words:
         return REFUSED
     match = _PHRASE.search(reply) if phrase else None
     letter = match.group(1).upper() if match else None
@@ -63,8 +63,8 @@ def by_text(reply: str, choices: Choices) -> str | None:
     if len(reply) > 2 * sum(len(text) for text in choices.values()):
         return None
     lowered = reply.lower()
-    found = [letter for letter, text in choices.items() if text.lower() in lowered]
-    return found[0] if len(found) == 1 else None
+    letters = [letter for letter, text in choices.items() if text.lower() in lowered]
+    return letters[0] if len(letters) == 1 else None
 
 
 def mmmu_letter(reply: str, choices: Choices) -> str | None:
@@ -78,9 +78,9 @@ def mmmu_letter(reply: str, choices: Choices) -> str | None:
         forms.append({letter: option.lower() for letter, option in choices.items()})
     for number, form in enumerate(forms):
         text = padded if number < 2 else padded.lower()
-        found = [letter for letter, mark in form.items() if mark in text]
-        if found:
-            return max(found, key=lambda letter, form=form, text=text: text.rfind(form[letter]))
+        letters = [letter for letter, mark in form.items() if mark in text]
+        if letters:
+            return max(letters, key=lambda letter, form=form, text=text: text.rfind(form[letter]))
     return None
 
 

@@ -46,7 +46,7 @@ def accuracy(rows: Sequence[Row], replies: Replies, *, reader: Reader = kit_lett
     """Share of right letters, over all rows and by `split`, `category` and `l2-category`."""
     read, values = read_letters(rows, replies, reader)
     figures = {
-        column: found for column in ("split", "category", "l2-category") if (found := by_column(rows, values, column))
+        column: means for column in ("split", "category", "l2-category") if (means := by_column(rows, values, column))
     }
     return Scored(
         convention=f"accuracy; {_READ_BY}",
@@ -131,15 +131,15 @@ def _abilities(rows: Sequence[Row], values: Sequence[float]) -> dict[str, dict[s
     """By split: `Overall`, abilities and categories; None where a split has no such question."""
     groups = positions_by(rows, "split") or {ONE_SPLIT: list(range(len(rows)))}
     names = {column: sorted(positions_by(rows, column)) for column in ("l2-category", "category")}
-    found: dict[str, dict[str, float | None]] = {}
+    means: dict[str, dict[str, float | None]] = {}
     for split, group in groups.items():
         part, earned = [rows[at] for at in group], [values[at] for at in group]
         table: dict[str, float | None] = {"Overall": mean(earned)}
         for column, entries in names.items():
             shares = by_column(part, earned, column)
             table |= {ABILITIES.get(entry, entry): shares.get(entry) for entry in entries}
-        found[split] = table
-    return found
+        means[split] = table
+    return means
 
 
 def pairs(rows: Sequence[Row], replies: Replies, *, reader: Reader = kit_letter) -> Scored:

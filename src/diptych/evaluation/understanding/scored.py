@@ -78,12 +78,12 @@ class Scored:
 
     def earned(self, rows: Sequence[Row]) -> list[tuple[list[int], str, float | None]]:
         """Of each unit: its rows, its category, and what it is worth; None where the judge failed."""
-        found: list[tuple[list[int], str, float | None]] = []
+        points: list[tuple[list[int], str, float | None]] = []
         for unit in self.units or [(at,) for at in range(len(rows))]:
             lost = any(at in self.failed for at in unit)
             name = str(rows[unit[0]].get(self.label) or "all")
-            found.append((list(unit), name, None if lost else self.worth([self.values[at] for at in unit])))
-        return found
+            points.append((list(unit), name, None if lost else self.worth([self.values[at] for at in unit])))
+        return points
 
     @property
     def unread(self) -> int:

@@ -68,10 +68,10 @@ class Table:
     def pictures(self, at: int) -> list[Image.Image]:
         """The pictures of row `at`, RGB and upright; UserError where one is missing or broken."""
         where = f"{self.path.name}, row {self.rows[at]['index']}"
-        found = _listed(self._picture(at), where)
-        if not found:
+        pictures = _listed(self._picture(at), where)
+        if not pictures:
             raise UserError(f"{where}: no picture")
-        return [self._decoded(one, where) for one in found]
+        return [self._decoded(picture, where) for picture in pictures]
 
     def _decoded(self, value: str | bytes, where: str) -> Image.Image:
         if isinstance(value, str) and len(value) <= LONGEST_INDEX:
@@ -197,4 +197,4 @@ def _listed(value: Any, where: str) -> list[str | bytes]:
             raise UserError(f"{where}: the list of pictures cannot be read") from error
     if isinstance(value, str | bytes):
         return [value]
-    return [one for each in value for one in _listed(each, where)]
+    return [entry for each in value for entry in _listed(each, where)]

@@ -40,8 +40,8 @@ class Understanding(ReplyTask):
         self.benchmark = benchmark
         self.name = benchmark.name
         self.profile = None if tools.profile == PLAIN else PROFILES[tools.profile]
-        own = benchmark.max_new_tokens if self.profile is None else self.profile.max_new_tokens
-        self.max_new_tokens = tools.max_new_tokens or own or benchmark.max_new_tokens
+        limit = benchmark.max_new_tokens if self.profile is None else self.profile.max_new_tokens
+        self.max_new_tokens = tools.max_new_tokens or limit or benchmark.max_new_tokens
 
     @cached_property
     def located(self) -> tuple[Path, dict[str, str]]:

@@ -69,7 +69,7 @@ def answers(value: Any) -> list[str]:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return [value]
     if isinstance(value, list | tuple):
-        return [str(one) for one in value]
+        return [str(answer) for answer in value]
     return [str(value)]
 
 
@@ -90,12 +90,12 @@ def anls_distances(reply: str, accepted: Sequence[str]) -> list[float]:
     The distance is of the texts lower-cased and with blanks collapsed, the length that of the texts as they came
     (upper-cased), as published: padding lowers the distance.
     """
-    found: list[float] = []
+    distances: list[float] = []
     for answer in accepted:
         length = max(len(answer.upper()), len(reply.upper()))
         distance = edit_distance(" ".join(answer.lower().split()), " ".join(reply.lower().split()))
-        found.append(distance / length if length else 0.0)
-    return found
+        distances.append(distance / length if length else 0.0)
+    return distances
 
 
 def anls(reply: str, accepted: Sequence[str]) -> float:
@@ -106,7 +106,7 @@ def anls(reply: str, accepted: Sequence[str]) -> float:
 
 def relaxed_accuracy(reply: str, answer: Any) -> float:
     """ChartQA's: numbers within 5% of the true one, other texts equal, case ignored; the best of several answers."""
-    return float(any(_relaxed(reply.strip(), one) for one in answers(answer)))
+    return float(any(_relaxed(reply.strip(), accepted) for accepted in answers(answer)))
 
 
 def _relaxed(reply: str, answer: str) -> bool:

@@ -72,7 +72,7 @@ def pope(rows: Sequence[Row], replies: Replies) -> Scored:
     yes nor no is wrong for accuracy and a no for the others. `script` is POPE's own way: F1 by category and its mean.
     """
     read, values = read_answers(rows, replies)
-    theirs: list[YesNo | None] = [None if reply is None else pope_script(reply) for reply in replies]
+    theirs: list[YesNo | None] = [None if answer is None else pope_script(answer) for answer in replies]
     groups: dict[str, list[int]] = {}
     for at, row in enumerate(rows):
         for name in str(row.get("category") or "all").split(","):
@@ -84,14 +84,14 @@ def pope(rows: Sequence[Row], replies: Replies) -> Scored:
     script = {name: _detection(rows, theirs, group) for name, group in groups.items()}
     counts = [
         (said and true, said, true)
-        for said, true in zip((one == "Yes" for one in read), (truth(row) == "Yes" for row in rows), strict=True)
+        for said, true in zip((answer == "Yes" for answer in read), (truth(row) == "Yes" for row in rows), strict=True)
     ]
     return Scored(
         convention=f"F1, a row counting once per category; {_READ_BY}",
         figures={**figures, "script": {**script, "average_f1": mean(part["f1"] for part in script.values())}},
         values=values,
         read=read,
-        counts=[[often[at] * count for count in one] for at, one in enumerate(counts)],
+        counts=[[often[at] * count for count in row] for at, row in enumerate(counts)],
         combine=_f1,
         by={name: [counts[at] for at in group] for name, group in groups.items()},
         total=None,
@@ -107,7 +107,7 @@ def _detection(rows: Sequence[Row], read: Sequence[YesNo | None], group: Sequenc
     """Accuracy, precision, recall and F1 of finding the yes among the rows of a group; 0 where undefined."""
     said = [read[at] == "Yes" for at in group]
     true = [truth(rows[at]) == "Yes" for at in group]
-    both = sum(one and other for one, other in zip(said, true, strict=True))
+    both = sum(said_yes and is_yes for said_yes, is_yes in zip(said, true, strict=True))
     precision = both / sum(said) if any(said) else 0.0
     recall = both / sum(true) if any(true) else 0.0
     return {
@@ -188,11 +188,11 @@ def _image_pairs(rows: Sequence[Row]) -> list[list[int]]:
 def _mme_figures(rows: Sequence[Row], values: Sequence[float], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     points: dict[str, float] = {}
     for category, at in positions_by(rows, "category").items():
-        both = [min(values[one] for one in pair) for pair in groups if rows[pair[0]]["category"] == category]
-        points[category] = 100 * (mean(values[one] for one in at) + mean(both))
-    strange = sorted(set(points) - set(PERCEPTION) - set(REASONING))
-    if strange:
-        raise UserError(f"MME has no category {strange[0]!r}. Categories: {', '.join(PERCEPTION + REASONING)}.")
+        both = [min(values[row] for row in pair) for pair in groups if rows[pair[0]]["category"] == category]
+        points[category] = 100 * (mean(values[row] for row in at) + mean(both))
+    unknown = sorted(set(points) - set(PERCEPTION) - set(REASONING))
+    if unknown:
+        raise UserError(f"MME has no category {unknown[0]!r}. Categories: {', '.join(PERCEPTION + REASONING)}.")
     perception, reasoning = (sum(points.get(name, 0.0) for name in part) for part in (PERCEPTION, REASONING))
     return {"perception": perception, "reasoning": reasoning, "category": points}
 
@@ -232,16 +232,16 @@ def _three(rows: Sequence[Row], values: Sequence[float], at: Sequence[int]) -> d
 def _rights(rows: Sequence[Row], values: Sequence[float], at: Sequence[int]) -> list[list[float]]:
     """Of these rows: for each question, each figure and each pair, whether all is right."""
     groups = [_sets(rows, at, fields).values() for fields in ((3, 4), (3, 5))]
-    return [[values[one] for one in at], *([min(values[one] for one in group) for group in part] for part in groups)]
+    return [[values[row] for row in at], *([min(values[row] for row in group) for group in part] for part in groups)]
 
 
 def _sets(rows: Sequence[Row], at: Sequence[int], fields: Sequence[int]) -> dict[tuple[str, ...], list[int]]:
     """Positions grouped by l2-category and these fields of the index."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    for one in at:
-        parts = str(rows[one]["index"]).rsplit("_", 4)
+    for row in at:
+        parts = str(rows[row]["index"]).rsplit("_", 4)
         if len(parts) != 5:
-            raise UserError(f"row {rows[one]['index']}: index must end in _visual_set_figure_question")
-        named = (str(rows[one]["l2-category"]), *(parts[field - 1] for field in fields))
-        groups.setdefault(named, []).append(one)
+            raise UserError(f"row {rows[row]['index']}: index must end in _visual_set_figure_question")
+        named = (str(rows[row]["l2-category"]), *(parts[field - 1] for field in fields))
+        groups.setdefault(named, []).append(row)
     return groups

@@ -195,12 +195,12 @@ def visible(layout: PackLayout, device: torch.device) -> Visible:
     split = spread(range(len(layout.splits)), layout.splits)
     mode = spread(layout.modes, layout.splits)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def may_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = split[query] == split[key]
         ahead = (query >= key) | (same & (mode[query] != Mode.CAUSAL))
         return (sample[query] == sample[key]) & ahead & ~((mode[key] == Mode.NOISE) & ~same)
 
-    return sees
+    return may_attend
 
 
 def flex_mask(layout: PackLayout, device: torch.device) -> Any:

@@ -169,9 +169,9 @@ class Processor(abc.ABC):
         shown: list[int] = []
         features: list[Tensor] = []
         for row in rows:
-            first, own = (0, 0) if row.vision is None else (once[id(row.vision)][0], len(row.vision.grids))
-            later = count + len(features) - own
-            shown += [(first if place < own else later) + place for place in row.shown]
+            first, shared = (0, 0) if row.vision is None else (once[id(row.vision)][0], len(row.vision.grids))
+            later = count + len(features) - shared
+            shown += [(first if place < shared else later) + place for place in row.shown]
             features += row.features
         return ModelInputs(
             sequences=self.pad([row.sequences for row in rows]),

@@ -94,9 +94,9 @@ def cast_to_files(system: System) -> None:
     for name, origin in origins.items():
         part = getattr(system, name, None)
         if isinstance(part, nn.Module) and isinstance(origin, dict) and origin.get("weights"):
-            found = file_format(locate(origin["weights"]) / (origin.get("subfolder") or ""))
-            if found is not None:
-                cast(part, found)
+            dtype = file_format(locate(origin["weights"]) / (origin.get("subfolder") or ""))
+            if dtype is not None:
+                cast(part, dtype)
 
 
 def file_format(folder: Path) -> torch.dtype | None:
@@ -106,9 +106,9 @@ def file_format(folder: Path) -> torch.dtype | None:
     said = config.get("dtype") or config.get("torch_dtype")
     if isinstance(said, str) and said in WEIGHT_FORMATS:
         return WEIGHT_FORMATS[said]
-    found = {entry.dtype for file in folder.glob("*.safetensors") for entry in entries(file)}
-    found &= {*WEIGHT_FORMATS.values()}
-    return found.pop() if len(found) == 1 else None
+    dtypes = {entry.dtype for file in folder.glob("*.safetensors") for entry in entries(file)}
+    dtypes &= {*WEIGHT_FORMATS.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -93,5 +93,5 @@ def release_format(system: ComposedSystem, part: str) -> torch.dtype | None:
         return None
     folder = locate(origin["weights"]) / (origin.get("subfolder") or "")
     stem = "model" if part == "backbone" else omnigen2_files.STEM
-    found = {entry.dtype for file in weight_files(folder, stem) for entry in entries(file)}
-    return found.pop() if len(found) == 1 else None
+    dtypes = {entry.dtype for file in weight_files(folder, stem) for entry in entries(file)}
+    return dtypes.pop() if len(dtypes) == 1 else None

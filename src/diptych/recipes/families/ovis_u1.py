@@ -153,8 +153,8 @@ class OvisU1(Family[ComposedSystem]):
         def write(temporary: Path) -> None:
             (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
             pixels = backbone.settings
-            told = {key: getattr(pixels, ours) for key, ours in PIXELS.items()}
-            (temporary / "preprocessor_config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
+            settings = {key: getattr(pixels, ours) for key, ours in PIXELS.items()}
+            (temporary / "preprocessor_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
             write_tensors(temporary, tensors())
             system.backbone.save_assets(temporary)
 

@@ -30,7 +30,7 @@ def write(
     markers: Markers,
     contexts: Sequence[Context],
     *,
-    most: int,
+    max_tokens: int,
     ends: Collection[int],
     choose: NextToken = likeliest,
     keep_logits: bool = False,
@@ -38,7 +38,7 @@ def write(
     """Continue contexts, by default greedily.
 
     A bos token is fed on each context's next rotary id, then each token that was found, until all rows have found one
-    of `ends` or `most` tokens were fed, the bos among them; the token found last is not fed.
+    of `ends` or `max_tokens` tokens were fed, the bos among them; the token found last is not fed.
     """
     state = condition(contexts)
     layers, mask, ids = state.layers, state.mask, state.starts
@@ -50,7 +50,7 @@ def write(
     fed: list[Tensor] = []
     logits: list[Tensor] = []
     none = torch.zeros(0, network.config.llm.hidden_size, dtype=network.dtype, device=device)
-    for step in range(most):
+    for step in range(max_tokens):
         # What was found is read by the rows that go on.
         fed.append(tokens)
         attention = RowAttention(len(going), 1, layers, mask=mask, keep=True)

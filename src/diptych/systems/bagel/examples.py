@@ -182,7 +182,7 @@ class Reader:
     def example(self, sample: Sample, config: BagelConfig, draws: Draws) -> Example:
         """A training sample with its drops drawn."""
         if sample.task == "understand":
-            return self._told(sample, config)
+            return self._conversation(sample, config)
         example = Example()
         parts = self.request(sample)
         count = images_in(parts)
@@ -208,7 +208,7 @@ class Reader:
         self.check(example.cost, config, sample.id, count)
         return example
 
-    def _told(self, sample: Sample, config: BagelConfig) -> Example:
+    def _conversation(self, sample: Sample, config: BagelConfig) -> Example:
         """A conversation: every assistant turn is learned, its images are read by the vision tower."""
         example = Example()
         images = iter(sample.context_images)

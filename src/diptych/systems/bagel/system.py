@@ -210,8 +210,8 @@ class BagelSystem(AssembledSystem):
             raise UserError(
                 f"a conversation leaves no room to answer in {room + max(c.position for c in contexts)} tokens"
             )
-        ends, most = {reader.markers.eos}, min(max_tokens + 1, room)
-        written = write(self.network, reader.markers, contexts, most=most, ends=ends, choose=choose)
+        ends, limit = {reader.markers.eos}, min(max_tokens + 1, room)
+        written = write(self.network, reader.markers, contexts, max_tokens=limit, ends=ends, choose=choose)
         fed = [row[1:] for row in written.fed]
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in fed]
 
