@@ -144,7 +144,7 @@ def tiny_model(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFac
         system = build_system(recipe.system)
         for parameter in system.named_parts()["decoder"].parameters():  # its last layer starts at zero
             torch.nn.init.normal_(parameter, std=0.2)
-        system.own(system.named_parts())
+        system.mark_trained(system.named_parts())
         save_model(system, recipe, folder / "model")
 
     return made_once(tmp_path_factory, "tiny", make) / "model"

@@ -51,7 +51,7 @@ def test_an_openuni_becomes_the_file_that_a_recipe_starts_from(tiny_plain: dict[
     }  # fmt: skip
     torch.manual_seed(5)
     system = build_system(parse(plain).system)
-    system.own(system.named_parts())
+    system.mark_trained(system.named_parts())
     save_model(system, parse(plain), tmp_path / "ours")
     assert main(["save", str(tmp_path / "ours"), str(tmp_path / "out"), "--layout", "published"]) == 0
     file = tmp_path / "out" / "model.safetensors"

@@ -100,7 +100,7 @@ def test_a_model_that_refers_to_a_release_holds_no_weights_of_it(release: Path, 
 
 def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     system = build()
-    system.own(system.named_parts())
+    system.mark_trained(system.named_parts())
     system.save_pretrained(tmp_path)
     again, _ = load_system(str(tmp_path))
     assert isinstance(again, BagelSystem)

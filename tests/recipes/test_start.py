@@ -41,7 +41,7 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     def make(folder: Path) -> None:
         for name in TRAINED:
             system, _ = load_system(name)
-            system.own(system.named_parts())
+            system.mark_trained(system.named_parts())
             place = folder / name.replace("/", "-")
             place.mkdir()
             system.save_pretrained(place, torch.bfloat16)

@@ -478,7 +478,7 @@ def test_saved_as_published_each_part_keeps_its_number_format(release: Path, tmp
 
 
 def test_saved_again_it_refers_to_the_release(release: Path, system: ComposedSystem, tmp_path: Path) -> None:
-    system.own(["decoder"])
+    system.mark_trained(["decoder"])
     with torch.no_grad():
         system.decoder.x_embedder.weight.add_(1)
     system.save_pretrained(tmp_path)

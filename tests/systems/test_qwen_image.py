@@ -131,7 +131,7 @@ def test_lora_trains_alone_on_images_and_pairs_and_is_saved_alone(system: Compos
     assert all(".lora_" in name for name in learned)
     assert all(parameter.grad is None for parameter in parts["decoder"].parameters())
 
-    system.own(["lora"])
+    system.mark_trained(["lora"])
     system.save_pretrained(tmp_path)
     saved = {name for name, _ in read_tensors(weight_files(tmp_path))}
     assert saved == {name for name, _ in system.named_parameters() if ".lora_" in name}

@@ -29,7 +29,7 @@ def saved(recipe: Recipe, folder: Path, owned: list[str]) -> System:
     system = build_system(recipe.system)
     for parameter in system.named_parts()["decoder"].parameters():
         torch.nn.init.normal_(parameter)
-    system.own(owned)
+    system.mark_trained(owned)
     save_model(system, recipe, folder)
     return system
 
@@ -95,7 +95,7 @@ def test_start_copies_every_weight(tiny_plain: dict[str, Any], tiny_model: Path,
     system, source = start(parse(tiny_plain)), load_system(str(tiny_model))[0]
     assert same(system, source)
     assert system.config()["backbone"]["weights"] is None
-    system.own(["decoder"])
+    system.mark_trained(["decoder"])
     save_model(system, parse(tiny_plain), tmp_path / "model")
     assert same(load_system(str(tmp_path / "model"))[0], source)
 

@@ -87,6 +87,7 @@ def read_lora(path: Path) -> dict[str, Update]:
             metadata: Mapping[str, str] = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+    # Keys into the two matrices of each layer and its alpha; any other key is refused.
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
@@ -105,6 +106,7 @@ def read_lora(path: Path) -> dict[str, Update]:
         raise UserError(f"{file}: holds no LoRA")
     for name in sorted(downs.keys() ^ ups.keys()):
         raise UserError(f"{file}: {name} has one of the two matrices alone")
+    # Pairs of one rank, with an alpha from the file, PEFT's configuration or the metadata.
     said = configured(config, file) if config is not None else of_metadata(metadata, file)
     updates: dict[str, Update] = {}
     for name, down in downs.items():

@@ -100,6 +100,7 @@ def write_tensors(
         shards.append((name, list(pending)))
         pending, size = {}, 0
 
+    # A shard is written once the next tensor would not fit.
     for name, tensor in tensors:
         tensor = cast(name, tensor.detach().to("cpu"), dtype).contiguous()
         if pending and size + tensor.nbytes > shard_bytes:
@@ -110,6 +111,7 @@ def write_tensors(
     if len(shards) == 1:
         os.replace(folder / shards[0][0], folder / f"{stem}.safetensors")
         return
+    # The number of shards is known now, and their names can say it.
     weight_map: dict[str, str] = {}
     for position, (name, keys) in enumerate(shards, start=1):
         final = f"{stem}-{position:05d}-of-{len(shards):05d}.safetensors"

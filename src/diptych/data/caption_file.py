@@ -106,6 +106,7 @@ def _joined(
     following, row_end, text_end = array("q"), array("q"), array("q")
     weight = array("d")
     blob = bytearray()
+    # All captions as one text, with their ends; rows of one key are a chain.
     for where, row in _rows(file, key, keys_of_text):
         named = lookup(row, key)
         if isinstance(named, bool) or not isinstance(named, str | int) or named == "":
@@ -126,6 +127,7 @@ def _joined(
             following[last[name]] = number
         first.setdefault(name, number)
         last[name] = number
+    # Each sample takes the first of its candidate keys that a row has; a row that two samples take is of neither.
     found = np.fromiter(
         (next((first[name] for name in candidates if name in first), _NONE) for candidates in keys()), np.int64
     )

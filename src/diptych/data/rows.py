@@ -138,6 +138,7 @@ def make_sample(
     text = row.text(draws)
     for words in (text, *(message.text for message in row.messages)):
         check_characters(words, id)
+    # Where its images lie; a digest of their bytes tells later whether prepared data are of the same ones.
     profiles: list[str] = []
     references = [*(() if row.target is None else (row.target,)), *row.context]
     files = [find(reference) for reference in references]

@@ -37,6 +37,7 @@ def header_sizes(identity: str, count: int, measure: Callable[[int], Size | None
     """
     folder = index_root() / "sizes" / identity
     parts = folder.with_name(f"{identity}.parts")
+    # Made before, by this process or another.
     if (index := stored(folder)) is not None and len(index["size"]) == count:
         shutil.rmtree(parts, ignore_errors=True)  # of a process that was killed at its end
         return index["size"]
@@ -53,6 +54,7 @@ def header_sizes(identity: str, count: int, measure: Callable[[int], Size | None
             ThreadPoolExecutor(_THREADS) as threads,
             progress_bar(f"indexing {name}", "image", total=count, delay=_QUIET_SECONDS) as bar,
         ):
+            # Block by block; those of a process that was stopped are read.
             for start in range(0, count, _BLOCK):
                 items = range(start, min(start + _BLOCK, count))
                 part = parts / f"{start}.npy"

@@ -83,12 +83,14 @@ class StreamPacker:
         budget = self.budget
         row: list[Place] = []
         length = 0
+        # One sample of each group that every row must have.
         for number, group in enumerate(self.groups):
             if group.mandatory:
                 place = self._take_fitting(number)
                 row.append(place)
                 length += self.cost(*place)
         passed = 0
+        # Then samples of the buffer while the row is short, else drawn ones, until it is as long as expected.
         while True:
             buffered = length < budget.prefer_buffer and bool(self.buffer)
             place = self.buffer.pop(0) if buffered else self._take(self._draw())
@@ -98,6 +100,7 @@ class StreamPacker:
                 passed += 1
                 self._check(passed)
                 continue
+            # One that does not fit waits in the buffer; where that is full, it is lost and ends the row.
             if length + cost > budget.max_row:
                 if not buffered and len(self.buffer) < budget.buffer:
                     self.buffer.append(place)

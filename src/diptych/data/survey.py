@@ -70,6 +70,7 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
+    # How the folder is read.
     source: Source
     if task in ("edit", "understand"):
         files = sorted(path for path in folder.glob("*.json*") if path.suffix in (".json", ".jsonl"))
@@ -94,6 +95,7 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
         reading = Reading(masks=LossMasks(missing="full_weight"))
         source = FolderSource(folder, task=source.task, reading=reading, name=source.name)
         masks = source.masked
+    # What is in it: sizes of all images, texts of some items, and what cannot be used.
     sizes = source.sizes()
     table = size_table([] if sizes is None else sizes)
     readable = (table > 0).all(axis=1)

@@ -209,6 +209,7 @@ def scan_to(path: Path, part: Path) -> None:
 def _merge(folder: Path, stamps: Sequence[Stamp], pieces: Sequence[_Piece]) -> Columns:
     """One index of all pieces, each of which is read as its turn comes."""
     metas = [piece.meta() for piece in pieces]
+    # Suffixes get one numbering over all pieces.
     suffixes = sorted({suffix for meta in metas for suffix in meta["suffixes"]})
     number = {suffix: place for place, suffix in enumerate(suffixes)}
     counts = [piece.column("count") for piece in pieces]
@@ -229,6 +230,7 @@ def _merge(folder: Path, stamps: Sequence[Stamp], pieces: Sequence[_Piece]) -> C
         for piece, meta in zip(pieces, metas, strict=True):
             yield np.array([number[suffix] for suffix in meta["suffixes"]] or [0], np.uint16)[piece.column("suffix")]
 
+    # Columns are streams, so that no more than a piece is in memory.
     columns: dict[str, Iterable[np.ndarray]] = {
         "first": itertools.chain([np.zeros(1, wide)], running(counts, wide)),
         "key_end": running(pieced("key_length"), np.uint64),

@@ -254,10 +254,12 @@ class WebDatasetSource(Source, Scored, Listed):
             where[sample[places]] = places
             return np.bincount(sample[places], minlength=stop - start), where
 
+        # Its image, and the sides of that.
         images = frozenset((self.columns["image"],)) if "image" in self.columns else IMAGE_SUFFIXES
         number, place = has(images)
         sides = np.stack([self._index["height"][members][place], self._index["width"][members][place]], axis=1)
         sides[number == 0] = 0
+        # The first thing that it lacks.
         reason = np.zeros(stop - start, np.uint8)
         described = has(("json",))[0] > 0
         if self.task == "understand":

@@ -141,6 +141,7 @@ def difference(
     a, b = read_scores(first, task), read_scores(second, task)
     weights = one.get("about", {}).get("overall_is", "categories")
     limits = one.get("about", {}).get("bounds", intervals.SHARE)
+    # Differences of the same items, with intervals over these.
     rows = paired(a, b, weights, None if limits is None else (limits[0], limits[1]))
     scale = 100 if task in PERCENT else one.get("about", {}).get("scale", 1)
     rows = {

@@ -64,6 +64,7 @@ def entry(
     counted = [row for row in bad if row["score"] is not None]
     whole = task.summary(every, items)
     scores = dict(whole.scores)
+    # Over several seeds: means, and how far the seeds lie apart.
     if len(rows) > 1:
         each = {seed: task.summary(some, items).scores for seed, some in rows.items()}
         values = [result["overall"] for result in each.values() if result["overall"] is not None]
@@ -72,6 +73,7 @@ def entry(
         scores["seeds"] = {str(seed): result["overall"] for seed, result in each.items()}
         scores["seed_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     expected = sum(len(item.files) or 1 for item in items) * len(rows)
+    # Whatever makes the result incomplete or not comparable is said.
     notes: list[str] = []
     if absent and task.kind == "questions":
         notes.append(f"{len(absent)} of {expected} questions have no reply and count as wrong")

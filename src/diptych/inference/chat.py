@@ -74,6 +74,7 @@ def written(system: System, history: Sequence[Message], images: Sequence[Tensor]
         nonlocal sent
         if stop.is_set():
             raise InterruptedError
+        # The next token, and what of the text can no longer change.
         chosen = likeliest(logits, step)
         ids.append(int(chosen[0]))
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).lstrip()
@@ -94,6 +95,7 @@ def written(system: System, history: Sequence[Message], images: Sequence[Tensor]
             pieces.put(error)
         pieces.put(None)
 
+    # Pieces are handed on as they come; leaving early stops the writer at its next token.
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     try:

@@ -74,12 +74,14 @@ def load(
         UserError: unreachable or unknown source, no such model there, pickled weights only, missing, unexpected or
             wrongly shaped keys.
     """
+    # A folder that holds no such model is refused before diffusers is asked.
     where = f"{source}/{subfolder}" if subfolder else str(source)
     if Path(source).exists() and not (Path(source) / (subfolder or "") / "config.json").is_file():
         raise UserError(f"{where}: no model here (no config.json)")
     folder = Path(source) / (subfolder or "")
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(f"{where}: pickled weights (*.bin) are not read; convert them to safetensors")
+    # A sharded start builds without memory and reads its own shards later.
     if active() is not None and folder.is_dir():
         return _deferred(architecture, folder, dtype or torch.float32)
     try:
@@ -97,6 +99,7 @@ def load(
         hint = "" if Path(source).exists() else " (check the name, and the connection to the hub)"
         raise UserError(f"{where}: cannot load {architecture.__name__}{hint}: {one_line(error)}") from error
 
+    # Every key of the file is in the model, and the reverse.
     model, report = cast(tuple[Model, dict[str, Any]], loaded)
     for problem in ("missing", "unexpected"):
         keys = sorted(report[f"{problem}_keys"])

@@ -55,6 +55,7 @@ def nearest(recipe: Recipe, stage: str, room: int, processes: int = 1) -> Neares
 
     chosen: list[Change] = []
     best: tuple[int, list[Change]] | None = None
+    # Add changes while they help; one of the same setting takes the place of the former.
     for change in changes:
         key = change[0].split("=")[0].split()[0]
         tried = [*(known for known in chosen if known[0].split("=")[0].split()[0] != key), change]
@@ -66,6 +67,7 @@ def nearest(recipe: Recipe, stage: str, room: int, processes: int = 1) -> Neares
             break
     if best is None:
         return None
+    # Drop those without which the step fits as well.
     size = best[0]
     for change in list(chosen[:-1]) if size <= room else ():
         fewer = [known for known in chosen if known is not change]

@@ -134,6 +134,7 @@ class Work:
         for name in options.stages:
             if name not in recipe.stages:
                 raise unknown("stage", name, recipe.stages, "--stage")
+        # The models that make the values, once for all stages.
         models = bool({"latents", "features", "states"} & set(options.kinds))
         system = start_weights(recipe) if models else None
         apply = stage_settings(system, list(recipe.stages.values())) if system else lambda position: None
@@ -142,6 +143,7 @@ class Work:
             system.eval()
         jobs: dict[Path, Job] = {}
         trained: list[str] = []
+        # A job for each source and kind; what a stage or one before it trains cannot be prepared.
         for position, (stage, spec) in enumerate(recipe.stages.items()):
             trained += spec.train
             if options.stages and stage not in options.stages:

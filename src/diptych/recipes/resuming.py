@@ -51,6 +51,7 @@ def claim(
     Raises:
         UserError: the folder holds a run and `resume` is off; nothing to resume; a recipe that changes what was done.
     """
+    # A new run wants an empty folder, a resumed one a recipe to compare with.
     path = folder / "recipe.yaml"
     saved = state.checkpoints(folder / "checkpoints") if folder.is_dir() else []
     if not resume:
@@ -69,6 +70,7 @@ def claim(
     changes = list(differences(strip(before), strip(plain)))
     if not changes:
         return bool(saved)
+    # What was changed may touch what is still to come, seen from the newest checkpoint.
     checkpoint = state.newest(folder / "checkpoints") if saved else None
     if checkpoint is None:
         raise UserError(refusal(folder, changes[0], "it has no checkpoint yet"))
@@ -86,6 +88,7 @@ def claim(
     old, new = parse(before).stages[stage], parse(plain).stages[stage]
     if new.steps < progress.step:
         raise UserError(f"--resume: stages.{stage}.steps: {new.steps:,}, but the run has made {progress.step:,} steps")
+    # Changes are told and recorded, and the folder's recipe is the new one.
     if not write:
         return True
     rows = [

@@ -79,16 +79,18 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
     check_batches(recipe, accelerator.num_processes)
     if recipe.run.sharded:
         check_strategy(accelerator.num_processes, recipe.run)
+    # The system without memory, then its weights, each process reading what it keeps.
     with deferred() as weights:
         system = start(recipe)
     check_parts(recipe, system)
     trained = [name for stage in recipe.stages.values() for name in stage.train]
-    system.own(dict.fromkeys(trained))
+    system.mark_trained(dict.fromkeys(trained))
     if recipe.run.compile == "regional":
         compile_regions(system, accelerator.device.type)
     recompute_activations(system, recipe.run.checkpointing)
     make_weights(system, weights, recipe, accelerator)
     check_finite(system, recipe.start or "the weights that the recipe's parts start from")
+    # Every stage is built before the first begins, so that a fault of the last is told now.
     apply = stage_settings(system, list(recipe.stages.values()))
     stages: list[loop.Stage] = []
     for position, (name, spec) in enumerate(recipe.stages.items()):
@@ -116,7 +118,7 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
         # No process of a sharded run has the whole system, nor a quantised one its weights; the last checkpoint does.
         if recipe.run.sharded or quantized_parts(recipe):
             system = from_checkpoint(state.checkpoints(folder / "checkpoints")[-1], str(folder))
-            system.own(dict.fromkeys(trained))
+            system.mark_trained(dict.fromkeys(trained))
         save_model(system, recipe, folder / "model")
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()

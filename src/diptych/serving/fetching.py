@@ -36,6 +36,7 @@ def fetch_picture(url: str, hosts: Sequence[str], where: str) -> bytes:
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     if not path.isascii() or not path.isprintable() or " " in path:
         raise bad(where, "the address must be of ASCII characters without spaces; escape others", "invalid_image_url")
+    # The address that was checked is the one that is connected to.
     end = time.monotonic() + SECONDS
     address = public_address(host, port, where)
     connection = http.client.HTTPConnection(host, port)
@@ -43,6 +44,7 @@ def fetch_picture(url: str, hosts: Sequence[str], where: str) -> bytes:
     try:
         line = connection.sock = connected(address, port, host if parts.scheme == "https" else None)
         connection.request("GET", path, headers={"Accept": "image/*"})
+        # So many bytes, and so many seconds, whatever the other side sends.
         with connection.getresponse() as answer:
             status = answer.status
             while status == 200 and len(data) <= MOST_BYTES:

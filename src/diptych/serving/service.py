@@ -160,6 +160,7 @@ class Service:
                 raise bad("model", f"{call.model} {what}", "unsupported_task")
             check_size(engine, settings)
             check_scales(engine, call.scales)
+            # Each picture has noise of its own seed, whatever it is batched with.
             seed = secrets.randbelow(1 << 31) if call.seed is None else call.seed
             seeds = [seed + place for place in range(call.n)]
             keys = list(call.noise) if call.noise is not None else [key(each, 0, 0) for each in seeds]
@@ -172,6 +173,7 @@ class Service:
             except UserError as error:
                 raise bad("image", str(error)) from error
 
+            # A job for the scheduler; its events come while it draws.
             costs = self.models.costs(call.model)
             area = settings.size[0] * settings.size[1] / (engine.sampling.size[0] * engine.sampling.size[1])
 

@@ -134,7 +134,7 @@ class System(nn.Module, abc.ABC):
         """What rebuilds this system: plain JSON values, without weights or machine paths."""
 
     @abc.abstractmethod
-    def own(self, parts: Iterable[str]) -> None:
+    def mark_trained(self, parts: Iterable[str]) -> None:
         """Say that these parts will be trained: weights that they were read from no longer stand for them."""
 
     @abc.abstractmethod
@@ -261,7 +261,7 @@ class AssembledSystem(System):
     def config(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, "kind": self.kind, **asdict(self.settings), **self.origins}
 
-    def own(self, parts: Iterable[str]) -> None:
+    def mark_trained(self, parts: Iterable[str]) -> None:
         modules = self.named_parts()
         for name in parts:
             if name == "lora":

@@ -236,6 +236,7 @@ class ComposedSystem(AssembledSystem):
     def losses(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
         inputs: ConditionedInputs = batch.inputs
         terms: dict[str, Tensor] = {}
+        # Drawn samples: the flow loss (and alignment), named by task.
         if inputs.requests is not None and inputs.targets is not None:
             rows = [row for row, task in enumerate(batch.tasks) if task != "understand"]
             condition = self.condition(inputs.requests)
@@ -250,6 +251,7 @@ class ComposedSystem(AssembledSystem):
                     places = [row for row, row_task in enumerate(inputs.drawn) if row_task == task]
                     if places:
                         terms[f"{name}.{task}"] = rows_of(value, places)
+        # Conversations: cross-entropy of the answers.
         if inputs.answers is not None:
             config = self.options
             cut_to = self.backbone.max_length if config.too_long == "cut" else None

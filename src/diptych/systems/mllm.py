@@ -80,7 +80,7 @@ class MLLMSystem(System):
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, **self.origins}
 
-    def own(self, parts: Iterable[str]) -> None:
+    def mark_trained(self, parts: Iterable[str]) -> None:
         self.origins["backbone"] = {**self.origins["backbone"], "weights": None}
 
     def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:

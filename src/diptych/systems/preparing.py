@@ -129,11 +129,13 @@ class ConditionedPreparer(Preparer):
             )
         if sample.task == "understand":
             return prepare_answer(self.processor, sample, whole=self.config.too_long == "error")
+        # What the MLLM reads, and what the decoder is to draw.
         request, target = self.request(sample, draws), self._target(sample)
         height, width = self._pixels(sample, target)
         sizes = ((height, width),)
         if self.scales is not None:
             sizes = self.scales.sizes(height, width, self.grid, self.image_step)
+        # How many elements each loss of the sample stands for.
         tokens = [float(self.grid.tokens(*size)) for size in sizes]
         masked = tokens
         if sample.loss_mask is not None:  # the elements that count, by their weights

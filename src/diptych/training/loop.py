@@ -223,20 +223,25 @@ def train_stage(
             follow(config.optimizer.lr * factor(config.schedule, progress.step - 1, config.steps), bar)
             save()
         for step in steps:
+            # Draws and rate are functions of the step's number, never of what came before.
             torch.manual_seed(key(run.seed, config.name, step.number, rank))
             rate = config.optimizer.lr * factor(config.schedule, step.number, config.steps)
             set_rate(optimizers, rate)
+            # The processes agree: counts for the loss, passes to run, whether to stop.
             plan = agree(step, system, config.balance, stopped(), saver.status())
             saver.advance(plan.saving)
+            # Gradients, their norm, and whether they are numbers.
             terms = backward(model, plan, config, accelerator)
             norm = clip(list(parameters.values()), config.max_grad_norm)
             outcomes.append(Outcome(step=step, terms=terms, norm=norm))
             skip = torch.maximum(skip, not_usable(outcomes[-1], accelerator))
+            # The update; a step whose gradients are no numbers leaves weights and averages as they are.
             whole = False  # an error within the next lines leaves weights of no step
             apply_update(optimizers, skip)
             if ema:
                 ema.update(skip)
 
+            # What is logged, drawn, scored and saved after it.
             progress.step, progress.total, progress.pending = progress.step + 1, progress.total + 1, True
             whole = True
             ends = progress.step == config.steps

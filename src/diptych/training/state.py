@@ -250,6 +250,7 @@ def load_weights(checkpoint: Path, parameters: dict[str, nn.Parameter], *, avera
 def load(checkpoint: Path, train_state: TrainState) -> None:
     """Weights, optimiser state and averages as they were saved, strictly; any number of processes may have done so."""
     load_weights(checkpoint, train_state.weights)
+    # The optimiser's state by parameter; a checkpoint that lacks some of it is refused.
     stored, progress = Stored(checkpoint, "optimizer"), read_progress(checkpoint)
     entries: dict[str, dict[str, str]] = {}
     for name in stored.chunks:
@@ -264,6 +265,7 @@ def load(checkpoint: Path, train_state: TrainState) -> None:
         raise UserError(f"{checkpoint}: the optimiser's state has {stored_count} of {wanted} tensors{which}")
     if unknown := sorted(set(entries) - set(train_state.parameters)):
         raise UserError(f"{checkpoint}: the optimiser's state is of {unknown[0]}, which this stage does not train")
+    # Each parameter's entries, cut to this process's shard.
     for optimizer in train_state.optimizers:
         owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in train_state.parameters.items():
@@ -275,6 +277,7 @@ def load(checkpoint: Path, train_state: TrainState) -> None:
                     else stored.read(key, count if entry == COUNTER else parameter)
                     for entry, key in entries.get(name, {}).items()
                 }
+    # The averages.
     if train_state.ema is not None:
         averages = Stored(checkpoint, "ema")
         _same_names(checkpoint, set(averages.chunks), set(train_state.ema.average))

@@ -117,9 +117,11 @@ def backward(model: nn.Module, plan: Plan, config: StageConfig, accelerator: Acc
     values: dict[str, list[Tensor]] = {}
     for number, part in enumerate(step.passes):
         batch = part.batch.to(accelerator.device)
+        # Gradients are exchanged in the last pass alone.
         with nullcontext() if number + 1 == len(step.passes) else accelerator.no_sync(model):
             with precision(accelerator):
                 terms = model(batch, Draws(part.keys, accelerator.device))
+            # Each value counts by its part of the step's mean, and by the stage's weight of its term.
             weighted: list[Tensor] = []
             for name, losses in terms.items():
                 counts = scales[family_of(name)] * upload(
@@ -129,6 +131,7 @@ def backward(model: nn.Module, plan: Plan, config: StageConfig, accelerator: Acc
                 weighted.append(factor * (losses.float() * counts).sum())
             with attention(accelerator):
                 accelerator.backward(torch.stack(weighted).sum())
+        # Samples that were borrowed to keep the processes in step are in no report.
         for name, losses in terms.items():
             if task_of(name) not in batch.borrowed:
                 values.setdefault(name, []).append(losses.detach().float())

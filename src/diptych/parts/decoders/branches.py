@@ -68,6 +68,7 @@ def cheapest(rows: Sequence[Lengths], image: int, cost: Cost) -> list[list[int]]
     for end in range(1, len(order) + 1):
         ways = ((best[start][0] + cost.of([rows[r] for r in order[start:end]], image), start) for start in range(end))
         best.append(min(ways))
+    # Back from the end, where each last group begins.
     groups: list[list[int]] = []
     end = len(order)
     while end:

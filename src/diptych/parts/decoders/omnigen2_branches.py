@@ -127,6 +127,7 @@ class OmniGen2Branches(DecoderBranches):
         texts: list[Tensor] = []
         images: list[list[int]] = []
         turns: list[Tensor] = []
+        # Rows of all branches: the request's text, its references, and the noise last in rotary positions.
         for branch, number in enumerate(wanted):
             condition = self.conditions[number]
             layout = decoder.layout(list(x), condition)
@@ -140,6 +141,7 @@ class OmniGen2Branches(DecoderBranches):
                 texts.append(condition.tokens[request, : sizes[0]])
                 images.append(used)
                 turns.append(torch.cat([target, text, *references]))
+        # Rows that cost the least together share a batch.
         count = len(next(iter(noise.values())))
         lengths = [(len(turn) - count,) for turn in turns]
         groups = [
@@ -152,6 +154,7 @@ class OmniGen2Branches(DecoderBranches):
             )
             for group in cheapest(lengths, count, cost_of(decoder, len(decoder.layers)))
         ]
+        # References by size, so that those of one size are refined together.
         read = sorted({number for row in images for number in row})
         sizes = sorted({len(self.embedded[number]) for number in read})
         by_size = [[number for number in read if len(self.embedded[number]) == size] for size in sizes]

@@ -187,6 +187,7 @@ class Reader:
         parts = self.request(sample)
         count = images_in(parts)
         chances = iter(draws.uniform("drop", 2 * len(parts))[0].tolist())
+        # The request: texts, and images as latents of the autoencoder and as tokens of the vision tower. Each may drop.
         for part in parts:
             first, second = next(chances), next(chances)
             if isinstance(part, str):
@@ -196,6 +197,7 @@ class Reader:
                 image = self.fit(part, config.latent_size, self.image_step)
                 self._add_latent(example, image, drop=first < config.cfg_dropout_vae)
             self._add_vision(example, part, vision_size(config, True), count, second < config.cfg_dropout_vit)
+        # The image to be drawn, noised.
         target = sample.image if sample.latent is None else sample.latent
         if target is None:
             raise UserError(f"{sample.id}: task {sample.task!r} needs a target image")
