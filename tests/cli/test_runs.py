@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +207,34 @@ def test_a_killed_quick_start_can_be_replaced(tmp_path: Path) -> None:
     (folder / "model" / "my.docx").unlink()
     clear(folder)
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_index_of_a_recipe_reads_each_source_its_own_way(
+    tiny_plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns of edits and the caption's key are the recipe's; a path alone could not say them."""
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(2):
+            members = {"input.png": picture.getvalue(), "edited.png": picture.getvalue(), "json": b'{"ask": "blue"}'}
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    shards = {"kind": "webdataset", "path": str(tmp_path / "0.tar")}
+    columns = {"image": "edited.png", "source": "input.png", "instruction": "ask"}
+    sources = tiny_plain["stages"]["mix"]["data"]["sources"]
+    sources |= {"edits": {**shards, "task": "edit", "columns": columns}}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("# A recipe.\n# not run\n" + yaml.safe_dump(tiny_plain))
+    assert main(("index", str(recipe))) == 0
+    assert "mix/edits: 2 items, task edit\n  0 images with an unreadable header" in capsys.readouterr().out
+    assert main(("index", str(tmp_path / "0.tar"), "--task", "edit")) == 2
+    assert main(("index", str(recipe), "--task", "edit")) == 2
+    assert "--task goes with paths" in capsys.readouterr().err
+    assert main(("index", str(tmp_path / "0.tar"), "--set", "seed=1")) == 2
+    del sources["edits"]
+    recipe.write_text("# A recipe.\n# not run\n" + yaml.safe_dump(tiny_plain))
+    assert main(("index", str(recipe))) == 2
+    assert "nothing to index" in capsys.readouterr().err

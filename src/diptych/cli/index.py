@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diptych.data.source import Source
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="PATH", nargs="+", help="tar shards (a path, pattern or URL), a folder, a .jsonl or a .parquet"
+        "path",
+        metavar="PATH",
+        nargs="+",
+        help="tar shards (a path, pattern or URL), a folder, a .jsonl, a .parquet; or a recipe (.yaml): its sources",
     )
-    parser.add_argument(
-        "--task", default="image", help="what the samples are for: image (when not given), text_to_image, ..."
-    )
+    parser.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="change the recipe")
+    parser.add_argument("--task", help="what the samples are for: image (when not given), text_to_image, ...")
     parser.add_argument("--processes", type=int, help="processes that read tar shards; all processors when not given")
 
 
@@ -32,8 +37,14 @@ def run(args: argparse.Namespace) -> int:
         os.environ["DIPTYCH_INDEX_PROCESSES"] = str(args.processes)
     if "" in args.path:
         raise UserError("a PATH is empty; name tar shards, a folder, a .jsonl or a .parquet")
-    for path in args.path:
-        source = index(path, args.task)
+    recipes = [path for path in args.path if path.lower().endswith((".yaml", ".yml"))]
+    if recipes and args.task is not None:
+        raise UserError(f"--task goes with paths; {recipes[0]} says itself what its sources are for")
+    if args.set and not recipes:
+        raise UserError("--set goes with a recipe (.yaml)")
+    for source in itertools.chain.from_iterable(
+        of_recipe(path, args.set) if path in recipes else [index(path, args.task or "image")] for path in args.path
+    ):
         sizes = source.sizes()
         print(source.describe())
         if sizes is not None:
@@ -41,6 +52,23 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {unreadable:,} images with an unreadable header")
     print(f"kept in {index_root()}")
     return 0
+
+
+def of_recipe(path: str, overrides: list[str]) -> Iterator[Source]:
+    """The sources of a recipe that read files, with their own captions, columns and splits; each once."""
+    from diptych.core.errors import UserError
+    from diptych.recipes.recipe import FILE_SOURCES, load
+    from diptych.recipes.sources import base_source
+
+    recipe, _ = load(path, overrides)
+    done: list[object] = []
+    for stage, spec in recipe.stages.items():
+        for name, source in spec.data.sources.items():
+            if source.kind in FILE_SOURCES and source not in done:
+                done.append(source)
+                yield base_source(f"{stage}/{name}", source, spec.data)
+    if not done:
+        raise UserError(f"{path}: nothing to index; none of its sources reads files of its own")
 
 
 def index(path: str, task: str) -> Source:
