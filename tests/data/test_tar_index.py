@@ -249,3 +249,13 @@ def test_members_as_columns_and_weighted_captions(tmp_path: Path) -> None:
         WebDatasetSource(path, task="edit")
     with pytest.raises(UserError, match=r"unknown column key 'imag'. Did you mean 'image'"):
         WebDatasetSource(path, columns={"imag": "png"})
+
+
+def test_more_endings_of_names_than_an_index_holds_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames such as clip.000001.jpg are one sample with an ending each."""
+    monkeypatch.setattr(tar_index, "_MOST_MEMBERS", 1)
+    monkeypatch.setenv("DIPTYCH_INDEX_PROCESSES", "1")
+    with pytest.raises(
+        UserError, match=r"\.tar: its names have \d endings, and one sample 2 members; a sample's name ends"
+    ):
+        WebDatasetSource(str(shards / "*.tar"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import shutil
 import tarfile
 import threading
@@ -155,6 +156,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data[first : last + 1])
             return
+        if "page" in self.path or "silent" in self.path:  # without a length, and then whole
+            name = "data-000.tar" if self.asked.count(self.path) > 1 else ""
+            whole = (Path(self.directory) / "data-000.tar").read_bytes()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(whole if name else b"<html>busy</html>" * 99 if "page" in self.path else whole[:1536])
+            return
         if "broken" in self.path:
             self.send_response(200)
             self.send_header("Content-Length", "5000")
@@ -220,6 +228,28 @@ def test_shards_of_any_store_of_fsspec(shards: Path, tmp_path: Path) -> None:
         WebDatasetSource("memory://bucket/none-*.tar", cache=tmp_path / "cache")
     with pytest.raises(UserError, match=r"memory://bucket/none.tar: no such file in the store"):
         WebDatasetSource("memory://bucket/none.tar", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["page", "silent"])
+def test_what_is_no_whole_shard_is_fetched_again(name: str, server: str, tmp_path: Path) -> None:
+    """A page of words, and half of a shard whose length was not said. Mutant: the copy stays."""
+    with pytest.raises(UserError, match=rf"/{name}.tar: what the store sent is no whole shard \(.*\); start again"):
+        WebDatasetSource(f"{server}/{name}.tar", cache=tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(WebDatasetSource(f"{server}/{name}.tar", cache=tmp_path / "cache")) == 1
+
+
+def test_a_shard_that_is_written_over_in_its_place_stops_the_run(tmp_path: Path) -> None:
+    """Mutant: looked at when it is opened alone."""
+    path = shard(tmp_path / "a.tar", {"a.png": picture("red"), "a.txt": b"red"})
+    source = WebDatasetSource(path)
+    assert source.load(0, DRAWS, (8, 8)).text == "red"
+    inode = path.stat().st_ino
+    shard(path, {"a.png": picture("blue"), "a.txt": b"red"})
+    assert path.stat().st_ino == inode
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(UserError, match=r"a.tar: the shard has changed since it was indexed; start again"):
+        source.load(0, DRAWS, (8, 8))
 
 
 def test_failed_downloads_leave_nothing(server: str, tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ class OpenShards:
         shard, offset, length = member
         opened = self._open.get(shard) or self._opened(shard)
         if not isinstance(opened, Remote):
-            return os.pread(opened, length, offset)
+            data = os.pread(opened, length, offset)
+            self._check(shard, opened)  # it may have been written over in its place
+            return data
         try:
             return opened.read(offset, length)
         except UserError as error:  # of the store, not of the sample
@@ -60,10 +62,14 @@ class OpenShards:
                 return remote
             raise ChangedShard(f"{path}: the shard cannot be opened any more ({error.strerror})") from error
         self._open[shard] = descriptor
+        self._check(shard, descriptor)
+        return descriptor
+
+    def _check(self, shard: int, descriptor: int) -> None:
+        path, size, time = self.stamps[shard]
         there = os.fstat(descriptor)
         if (there.st_size, there.st_mtime_ns) != (size, time):
             raise ChangedShard(f"{path}: the shard has changed since it was indexed; start again to index it anew")
-        return descriptor
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "_opening": None}

@@ -17,7 +17,8 @@ from diptych.core import web
 from diptych.core.errors import UserError
 from diptych.core.filenames import file_name
 from diptych.data import stores
-from diptych.data.tar_index import part_beside, scan_to
+from diptych.data.tar_index import keep_part, part_beside
+from diptych.data.tar_scan import scan
 
 MOST = 1_000_000
 """Shards that a pattern may name."""
@@ -65,10 +66,16 @@ def _copied(url: str, cache: Path) -> Path:
         return path
     part_beside(path).unlink(missing_ok=True)
     stores.copy(url, path)
-    limit = stores.limit()
-    if limit is not None:
-        scan_to(path, part_beside(path))
-        stores.make_room(cache, limit)
+    # What a store sent may be a page that says so, or half of a shard of a length that it did not tell.
+    try:
+        listing = scan(path)
+    except UserError as error:
+        path.unlink()
+        stores.note_of(path).unlink()
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{web.shown_url(url)}: what the store sent is no whole shard ({why}); start again") from error
+    keep_part(listing, path, part_beside(path))
+    stores.make_room(cache, stores.limit())
     return path
 
 

@@ -32,7 +32,7 @@ from diptych.core.files import write_file
 from diptych.core.progress import progress_bar
 from diptych.data.columns import Columns, digest, index_root, locked, store, stored, writing
 from diptych.data.stores import remote_of
-from diptych.data.tar_scan import scan
+from diptych.data.tar_scan import Listing, scan
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ _PROCESSES = "DIPTYCH_INDEX_PROCESSES"
 _SHARDS_A_PROCESS = 4
 """Fewer shards than this are not worth starting another process for."""
 _QUIET_SECONDS = 2.0
+_MOST_MEMBERS = 2**16 - 1
+"""Of a sample, and endings of names in a shard."""
 
 
 Stamp = tuple[str, int, int]
@@ -183,8 +185,22 @@ class _Taken(_Piece):
 
 def scan_to(path: Path, part: Path) -> None:
     """Scans a shard and stores its part; UserError as `scan`."""
-    listing = scan(path)
+    keep_part(scan(path), path, part)
+
+
+def keep_part(listing: Listing, path: Path, part: Path) -> None:
+    """Stores what a scan of a shard found.
+
+    Raises:
+        UserError: names with so many endings that they cannot be those of samples; or the part cannot be written.
+    """
     suffixes = sorted(set(listing.suffixes))
+    largest = max((b - a for a, b in itertools.pairwise(listing.starts)), default=0)
+    if max(len(suffixes), largest) > _MOST_MEMBERS:
+        raise UserError(
+            f"{path}: its names have {len(suffixes):,} endings, and one sample {largest:,} members; a sample's name "
+            "ends at its first dot (as in a.000001.jpg), so name the members otherwise and pack the shard again"
+        )
     number = {suffix: place for place, suffix in enumerate(suffixes)}
     keys = [key.encode() for key in listing.keys]
     again = np.zeros(len(keys), np.uint8)
