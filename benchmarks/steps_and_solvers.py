@@ -1,13 +1,14 @@
 """How far the pictures of each solver and number of steps lie from the converged ones: a table for each toy system.
 
     python benchmarks/steps_and_solvers.py [MODEL...] [--prompts 24] [--edits 24] [--steps 1,2,...]
-                                           [--solvers euler,...] [--converged 200] [--output FILE]
+                                           [--solvers euler,...] [--converged 200] [--no-expansion] [--output FILE]
 
 For the same noise: PSNR (dB, mean over pictures) and distance of features (mean distance of toyfeatures' 64 features,
 as a share of their spread over the converged pictures) to the pictures of Euler with 200 steps. For two seeds of each
 prompt: diversity, their mean distance in features, as a share of that of the converged pictures. ToyEval's share of
 right pictures; where the model edits, the share of right edits and of untouched pixels that stayed. `calls` counts the
-network's runs, as Heun takes two a step. The last line, and FILE, are JSON.
+network's runs, as Heun takes two a step. Prompts are expanded as the model's settings say, by the same seeds for every
+row, so that all rows draw the same texts. The last line, and FILE, are JSON.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ COLUMNS = ("psnr", "distance", "diversity", "toyeval", "edits", "preserved")
 class Bench:
     """A model, its prompts and edits, and the converged pictures."""
 
-    def __init__(self, engine: Engine, prompts: int, edits: int, converged: int) -> None:
+    def __init__(self, engine: Engine, prompts: int, edits: int, converged: int, expand: bool) -> None:
         self.engine = engine
+        self.given: dict[str, Any] = {} if expand else {"prompt_expansion": 0}
         self.prompts = choose(prompts)
         world = ToyWorld(SEED, engine.sampling.size[0])
         self.edits = [world.sample("edit", index) for index in range(edits)] if "edit" in engine.system.tasks else []
@@ -55,7 +57,7 @@ class Bench:
 
     def draw(self, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Pictures of all prompts, SEEDS each, and of all edits."""
-        options = {"prompt_expansion": 0, "batch_size": 64, **options}
+        options = {"batch_size": 64, **self.given, **options}
         texts = [prompt.text for prompt in self.prompts]
         drawn = torch.stack(self.engine.generate(texts, n=SEEDS, output_type="pt", **options))
         edited = torch.stack(self.engine.tensors(self.edits, n=1, seed=0, **options)) if self.edits else None
@@ -100,12 +102,13 @@ def main() -> None:
     parser.add_argument("--converged", type=int, default=200)
     parser.add_argument("--solvers", default=SOLVERS)
     parser.add_argument("--steps", default=STEPS)
+    parser.add_argument("--no-expansion", action="store_true", help="draw without the model's prompt expansion")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, list[dict[str, Any]]] = {}
     for name in options.models:
-        bench = Bench(load(name), options.prompts, options.edits, options.converged)
+        bench = Bench(load(name), options.prompts, options.edits, options.converged, not options.no_expansion)
         rows = results[name] = []
         print(f"\n{name}\n\n| solver | steps | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
         for solver in options.solvers.split(","):

@@ -21,7 +21,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "weight decay dropped": ("training/optimizers.py", "weight_decay=config.weight_decay", "weight_decay=0.0", NUMBERS),
     "betas ignored": ("training/optimizers.py", "betas=config.betas", "betas=(0.9, 0.999)", NUMBERS),
     "adjust_lr_fn dropped": ("training/optimizers.py", 'adjust_lr_fn="match_rms_adamw"', "adjust_lr_fn=None", NUMBERS),
-    "averages twice a step": ("training/loop.py", "ema.update()", "[ema.update(), ema.update()]", NUMBERS),
+    "averages twice a step": ("training/loop.py", "ema.update(skip)", "[ema.update(skip), ema.update(skip)]", NUMBERS),
     "validation without averages": ("training/loop.py", "with ema.applied() if ema else", "with", NUMBERS),
     "held-out loss in train mode": ("training/loop.py", "    system.eval()\n", "", NUMBERS),
     "dropout seed not per step": (
@@ -44,8 +44,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "BAGEL's training time shift ignored": (
         "systems/bagel/system.py",
-        "self.settings.flow.times(draws.take(rows), counts)",
-        "self.settings.flow.draw_times(draws.take(rows))",
+        "settings.flow.times(on_cpu, [len(tokens[number][-1]) for number in drawn])",
+        "settings.flow.draw_times(on_cpu)",
         SYSTEMS,
     ),
     "BAGEL's drops exchanged in losses": (

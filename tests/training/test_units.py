@@ -87,6 +87,18 @@ def test_ema_by_hand() -> None:
     assert parameter.item() == pytest.approx(expected)
 
 
+def test_a_skipped_step_leaves_the_averages() -> None:
+    """Mutant: `skip` ignored."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    ema = EMA({"w": parameter}, 0.5)
+    with torch.no_grad():
+        parameter.fill_(3.0)
+    ema.update(torch.tensor(1.0))
+    assert ema.average["w"].item() == 1.0
+    ema.update(torch.tensor(0.0))
+    assert ema.average["w"].item() != 1.0
+
+
 def test_ema_without_warm_up_by_hand() -> None:
     """BAGEL's release: the weights at the start keep d^n."""
     parameter = nn.Parameter(torch.tensor([0.0]))
