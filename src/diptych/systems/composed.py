@@ -47,7 +47,7 @@ from diptych.systems.meeting import check_parts
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Targets
 from diptych.systems.preparing import without as without_parts
 from diptych.systems.presets import ComposedConfig, Dropped, Preset
-from diptych.systems.states import States, chosen, joined_states
+from diptych.systems.states import States, chosen, joined_states, masked_mean
 
 if TYPE_CHECKING:
     from diptych.parts.conditioners.clip_text import ClipText
@@ -385,14 +385,6 @@ class ComposedSystem(AssembledSystem):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "kind": self.kind}
-
-
-def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean (B, D) of the real tokens (B, L, D)."""
-    if mask is None:
-        return tokens.mean(1)
-    weights = mask[..., None].to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def tasks_of(config: ComposedConfig, backbone: Backbone) -> tuple[Task, ...]:

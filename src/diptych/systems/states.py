@@ -124,3 +124,11 @@ def real_rows(states: States) -> Iterator[Tensor]:
     """The states (N, W) of each request without padding."""
     for values, mask in zip(*states, strict=True):
         yield values[mask]
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean (B, D) of the real tokens (B, L, D)."""
+    if mask is None:
+        return tokens.mean(1)
+    weights = mask[..., None].to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
