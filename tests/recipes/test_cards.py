@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,12 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Task
 from diptych.inference.placement import blocks
-from diptych.recipes import nearest as nearest_settings
 from diptych.recipes.build import build_system
 from diptych.recipes.cards import card_named, days
 from diptych.recipes.check import check_system
 from diptych.recipes.load import start
-from diptych.recipes.nearest import nearest
-from diptych.recipes.recipe import parse
+from diptych.recipes.nearest import Search, nearest
+from diptych.recipes.recipe import Recipe, parse
 from diptych.recipes.stand_in import lend_tokenizer, stand_in_samples
 from diptych.training.loop import freeze
 
@@ -144,11 +144,69 @@ def test_what_changes_no_result_is_tried_first(tiny_plain: dict[str, Any]) -> No
     assert check_system(parse(tiny_plain)).stages[0].memory.total == pytest.approx(other.needed, rel=0.01)
 
 
+def test_what_is_held_throughout_is_counted_and_not_traced(tiny_plain: dict[str, Any]) -> None:
+    """Mutants: another factor in `Search.holds`, a trace of what cannot fit, the first size instead of the largest."""
+    tiny_plain["stages"]["mix"] |= {"batch_size": 60, "micro_batch_size": 4, "ema_decay": 0.9}
+    tiny_plain["run"] |= {"sample_every": 1, "checkpointing": ["decoder"]}
+    for changes in ({}, {"frozen_weights": "bfloat16"}):
+        tiny_plain["run"] |= {**changes, "precision": "bf16"}
+        memory = check_system(parse(tiny_plain)).stages[0].memory
+        search = Search(parse(tiny_plain), "mix", 0, 1)
+        held = memory.weights + memory.gradients + memory.optimizer + memory.ema
+        assert search.holds([]) == pytest.approx(held, rel=0.01)
+        assert search.holds([]) <= held
+    shards = search.lasting()[-4]
+    assert shards.words == ("--processes 8", "run.strategy=fsdp", "run.sample_every=0", "stages.mix.batch_size=64")
+    assert search.holds([shards]) == pytest.approx(search.holds([]) / 8, rel=0.01)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """In place of traces: a step takes what it holds, and 0.1 MB a sample of a pass, half of that recomputed."""
+    traces = {"count": 0}
+
+    def check(recipe: Recipe, *, processes: int) -> Any:
+        traces["count"] += 1
+        search = Search(recipe, "mix", 0, processes)
+        spec = recipe.stages["mix"]
+        samples = min(spec.micro_batch_size or 10**9, spec.batch_size // processes)
+        total = search.holds([]) + 10**5 * samples // (2 if "decoder" in recipe.run.checkpointing else 1)
+        return SimpleNamespace(stages=[SimpleNamespace(memory=SimpleNamespace(total=total))])
+
+    monkeypatch.setattr("diptych.recipes.nearest.check_system", check)
+    return traces
+
+
+def test_what_cannot_fit_is_not_traced(tiny_plain: dict[str, Any], counted: dict[str, int]) -> None:
+    tiny_plain["stages"]["mix"] |= {"batch_size": 60, "micro_batch_size": 1}
+    tiny_plain["run"]["checkpointing"] = ["decoder"]
+    recipe = parse(tiny_plain)
+    held = Search(recipe, "mix", 0, 1).holds([])
+    found = nearest(recipe, "mix", 10**5 // 2 + held // 2)  # the sample alone fits; the weights do so in shards
+    assert found is not None
+    assert found.fits
+    assert found.words() == "--processes 8 --set run.strategy=fsdp stages.mix.batch_size=64"
+    assert counted["count"] == 1
+
+
+@pytest.mark.parametrize(("samples", "changes"), [(33, "decoder"), (32, "decoder"), (9, "=16"), (8, "=16"), (1, "=2")])
+def test_of_smaller_passes_the_largest_that_fits_is_found(
+    samples: int, changes: str, tiny_plain: dict[str, Any], counted: dict[str, int]
+) -> None:
+    """A pass takes 64 samples, 32 where its activations are computed again, and half as many at a time."""
+    tiny_plain["stages"]["mix"]["batch_size"] = 64
+    recipe = parse(tiny_plain)
+    found = nearest(recipe, "mix", Search(recipe, "mix", 0, 1).holds([]) + 10**5 * samples)
+    assert found is not None
+    assert found.fits
+    assert changes in found.words()
+    assert counted["count"] <= 6, "of eight settings"
+
+
 def test_a_card_that_nothing_fits_names_the_least(
     adapted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    candidates = nearest_settings.candidates
-    monkeypatch.setattr(nearest_settings, "candidates", lambda *given: candidates(*given)[:1])
+    monkeypatch.setattr(Search, "lasting", lambda search: [])
     file, out = tmp_path / "r.yaml", str(tmp_path / "sheets")
     file.write_text(yaml.safe_dump(adapted))
     options = ["check", str(file), "--preview", "-o", out]

@@ -1,32 +1,54 @@
-"""Settings near a recipe's own whose step a card holds: those that change no result first."""
+"""Settings near a recipe's own whose step a card holds: those that change no result first.
+
+A trace of a full-size step takes a minute, so that few are made. What a process holds throughout (weights, gradients,
+the optimiser's state, averages) is counted from the sizes of the parts alone: settings whose count does not fit are
+never traced, and of sizes that grow one after the other the largest that fits is found by halving.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diptych.core.errors import UserError
 from diptych.recipes.build import build_system
 from diptych.recipes.check import check_system
 from diptych.recipes.recipe import Part, Recipe, StageSpec
+from diptych.systems.base import System
+from diptych.training.loop import freeze
 
 PROCESSES = (8, 16, 32, 64)
 """Numbers of processes that are tried where a run may be sharded."""
+ROUNDED = 0.1
+"""Share of a batch by which it may change so that it divides among them."""
+DRAWN = {"sample_every": "0", "score_every": "0", "sample_clip": "null"}
+"""Settings of a run that has to be off where no process has the whole model, and the words that turn them off."""
+QUANTIZED = ("backbone", "decoder", "network")
+"""Parts that may be quantised."""
 
-Change = tuple[str, Callable[[Recipe], Recipe]]
-"""What one would write on the command line, and what it does."""
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """words: as on the command line. key: changes of one key replace each other. processes: how many it starts."""
+
+    words: tuple[str, ...]
+    key: str
+    apply: Callable[[Recipe], Recipe]
+    processes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nearest:
     """changes: as on the command line ("run.checkpointing=[decoder]", "--processes 8"). needed: bytes of a process
-    with them. fits: whether the card holds that; where nothing does, these need least."""
+    with them. fits: whether the card holds that; where nothing does, these need least. traced: how many settings were
+    traced to find them."""
 
     changes: tuple[str, ...]
     needed: int
     fits: bool
+    traced: int = 0
 
     def words(self) -> str:
         settings = [change for change in self.changes if not change.startswith("--")]
@@ -37,90 +59,202 @@ class Nearest:
 def nearest(recipe: Recipe, stage: str, room: int, processes: int = 1) -> Nearest | None:
     """Settings of one stage with which a process takes at most `room` bytes; None where no change is possible.
 
-    Changes are added in the order of their cost until the step fits; those before the last that are not needed are
-    dropped again.
+    What a process holds throughout is made to fit first, with as few changes as that takes; then what its passes need.
+    Where passes cannot be made small enough, more of the first kind follow.
     """
-    alone = replace(recipe, stages={stage: recipe.stages[stage]})
-    changes = candidates(alone, stage, processes)
-
-    def needed(chosen: list[Change]) -> int | None:
-        changed, count = alone, processes
-        try:
-            for name, apply in chosen:
-                changed = apply(changed)
-                count = int(name.split()[1]) if name.startswith("--processes") else count
-            return check_system(changed, processes=count).stages[0].memory.total
-        except UserError:  # settings that do not go together
-            return None
-
-    chosen: list[Change] = []
-    best: tuple[int, list[Change]] | None = None
-    # Add changes while they help; one of the same setting takes the place of the former.
-    for change in changes:
-        key = change[0].split("=")[0].split()[0]
-        tried = [*(known for known in chosen if known[0].split("=")[0].split()[0] != key), change]
-        size = needed(tried)
-        if size is None or (best is not None and size >= best[0]):
+    search = Search(replace(recipe, stages={stage: recipe.stages[stage]}), stage, room, processes)
+    lasting, passing = search.lasting(), search.passing()
+    for count in range(len(lasting) + 1):
+        held = search.together(lasting[:count])
+        if search.holds(held) > room and count < len(lasting):
             continue
-        chosen, best = tried, (size, tried)
-        if size <= room:
-            break
-    if best is None:
+        for change in held[:-1]:  # what later ones made needless
+            fewer = [other for other in held if other is not change]
+            held = fewer if search.holds(fewer) <= room else held
+        found = search.fitted(held, passing)
+        if found is not None:
+            return search.result(found, fits=True)
+    if search.least is None:
+        search.needs(search.together([*lasting, *(options[-1] for options in passing)]))
+    return None if search.least is None else search.result(search.least[1], fits=False)
+
+
+@dataclass
+class Search:
+    """What was traced so far, for one stage and one card. least: the settings that need least of those traced."""
+
+    recipe: Recipe
+    stage: str
+    room: int
+    processes: int
+    traced: dict[tuple[str, ...], int | None] = field(default_factory=dict[tuple[str, ...], int | None])
+    least: tuple[int, list[Change]] | None = None
+
+    def __post_init__(self) -> None:
+        self.system: System = build_system(self.recipe.system, meta=True)
+        freeze(self.system, self.recipe.stages[self.stage].train)
+        inside = {id(p) for unit in self.system.shard_units() for p in unit.parameters() if p.ndim == 2}
+        learned = [p for p in self.system.parameters() if p.requires_grad]
+        self.learned = sum(p.numel() for p in learned)
+        self.matrices = sum(p.numel() for p in learned if id(p) in inside)
+        self.frozen = sum(p.numel() for p in self.system.parameters()) - self.learned
+
+    # What settings take
+
+    def applied(self, chosen: Sequence[Change]) -> tuple[Recipe, int]:
+        """The recipe with these changes, and its processes."""
+        recipe, processes = self.recipe, self.processes
+        for change in chosen:
+            recipe, processes = change.apply(recipe), change.processes or processes
+        return recipe, processes
+
+    def holds(self, chosen: Sequence[Change]) -> int:
+        """Bytes that a process holds throughout, at least: weights, gradients, the optimiser's state and averages."""
+        recipe, processes = self.applied(chosen)
+        spec, run = recipe.stages[self.stage], recipe.run
+        shards = processes // (run.replicas or 1) if run.sharded else 1
+        each = 2.0 if run.frozen_weights == "bfloat16" else 4.0
+        each = 0.5 if any(part.quantize != "none" for part in parts_of(recipe)) else each  # of all, at the least
+        moments = {"adamw8bit": 2 * self.learned, "muon": 8 * self.learned - 4 * self.matrices}
+        learned = 8 * self.learned + moments.get(spec.optimizer.kind, 8 * self.learned)
+        learned += 4 * self.learned * (bool(spec.ema_decay) + (processes > 1 and not run.sharded))  # DDP's buckets
+        return int((self.frozen * each + learned) / max(1, shards))
+
+    def needs(self, chosen: Sequence[Change]) -> int | None:
+        """Bytes of a process at the worst moment of a step; None for settings that do not go together."""
+        words = tuple(word for change in chosen for word in change.words)
+        if words not in self.traced:
+            recipe, processes = self.applied(chosen)
+            try:
+                size = check_system(recipe, processes=processes).stages[0].memory.total
+            except UserError:
+                size = None
+            self.traced[words] = size
+            if size is not None and chosen and (self.least is None or size < self.least[0]):
+                self.least = size, list(chosen)
+        return self.traced[words]
+
+    def fits(self, chosen: Sequence[Change]) -> bool:
+        size = self.needs(chosen)
+        return size is not None and size <= self.room
+
+    def fitted(self, held: list[Change], passing: Sequence[Sequence[Change]]) -> list[Change] | None:
+        """Changes of `held` and as few of the others as make the step fit; None where they do not."""
+        if self.holds(held) > self.room:
+            return None
+        if held and self.fits(held):
+            return held
+        chosen = held
+        for options in passing:
+            if not self.fits([*chosen, options[-1]]):  # the strongest
+                chosen = chosen if self.needs([*chosen, options[-1]]) is None else [*chosen, options[-1]]
+                continue
+            low, high = 0, len(options) - 1  # the weakest that fits
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self.fits([*chosen, options[middle]]) else (middle + 1, high)
+            chosen = [*chosen, options[high]]
+            for change in chosen[len(held) : -1]:
+                fewer = [other for other in chosen if other is not change]
+                chosen = fewer if self.fits(fewer) else chosen
+            return chosen
         return None
-    # Drop those without which the step fits as well.
-    size = best[0]
-    for change in list(chosen[:-1]) if size <= room else ():
-        fewer = [known for known in chosen if known is not change]
-        without = needed(fewer)
-        if without is not None and without <= room:
-            chosen, size = fewer, without
-    return Nearest(changes=tuple(name for name, _ in chosen), needed=size, fits=size <= room)
 
+    def result(self, chosen: list[Change], *, fits: bool) -> Nearest:
+        size = self.needs(chosen)
+        assert size is not None, "these were traced"
+        words = tuple(word for change in chosen for word in change.words)
+        return Nearest(changes=words, needed=size, fits=fits, traced=len(self.traced))
 
-def candidates(recipe: Recipe, stage: str, processes: int) -> list[Change]:
-    """Changes in the order of their cost: smaller passes and recomputed activations give the same result and take
-    time; half precision changes rounding; more processes cost cards; quantised frozen weights cost quality."""
-    spec, run = recipe.stages[stage], recipe.run
-    changes: list[Change] = []
-    # 1. Activations are computed again.
-    names = blocks_of(recipe)
-    if set(names) - set(run.checkpointing):
-        changes.append((f"run.checkpointing=[{','.join(names)}]", on_run(checkpointing=tuple(names))))
-    # 2. Passes of fewer samples.
-    size = min(spec.micro_batch_size or spec.batch_size, -(-spec.batch_size // processes))
-    while size > 1:
-        size = -(-size // 2)
-        changes.append((f"stages.{stage}.micro_batch_size={size}", on_stage(stage, micro_batch_size=size)))
-    # 3. bfloat16, of what does not learn too.
-    if run.precision == "fp32":
-        changes.append(("run.precision=bf16", on_run(precision="bf16")))
-    if run.frozen_weights != "bfloat16":
-        changes.append(("run.frozen_weights=bfloat16", on_run(frozen_weights="bfloat16")))
-    # 4. Quantised weights under adapters.
-    if spec.train == ("lora",) and not (run.sharded and processes > 1):
-        for name in ("backbone", "decoder", "network"):
-            part = getattr(recipe.system, name, None)
-            if isinstance(part, Part) and part.quantize == "none":
-                changes.append((f"system.{name}.quantize=nf4", on_part(name, quantize="nf4")))
-    # 5. Shards, and more of them.
-    quantized = any(isinstance(x, Part) and x.quantize != "none" for x in vars(recipe.system).values())
-    if not quantized and not spec.data.cache:
-        if not run.sharded:
-            changes.append(("run.strategy=fsdp", on_run(strategy="fsdp", sample_every=0, score_every=0)))
+    # Changes in the order of their cost
+
+    def passing(self) -> list[list[Change]]:
+        """Those that make passes smaller, of each kind the weakest first: activations that are computed again and
+        passes of fewer samples give the same result and take time; half precision changes rounding."""
+        spec, run = self.recipe.stages[self.stage], self.recipe.run
+        kinds: list[list[Change]] = []
+        names = blocks_of(self.system)
+        if set(names) - set(run.checkpointing):
+            again = (f"run.checkpointing=[{','.join(names)}]",)
+            kinds.append([Change(words=again, key="checkpointing", apply=on_run(checkpointing=tuple(names)))])
+        size, sizes = min(spec.micro_batch_size or spec.batch_size, -(-spec.batch_size // self.processes)), list[int]()
+        while size > 1:
+            size = -(-size // 2)
+            sizes.append(size)
+        smaller = [
+            Change(
+                words=(f"stages.{self.stage}.micro_batch_size={size}",),
+                key="micro_batch_size",
+                apply=on_stage(self.stage, micro_batch_size=size),
+            )
+            for size in sizes
+        ]
+        kinds += [smaller] if smaller else []
+        if run.precision == "fp32":
+            kinds.append([Change(words=("run.precision=bf16",), key="precision", apply=on_run(precision="bf16"))])
+        return kinds
+
+    def lasting(self) -> list[Change]:
+        """Those that make what a process holds smaller: bfloat16 of what does not learn, quantised weights under
+        adapters, which cost quality, and shards over more processes, which cost cards."""
+        spec, run = self.recipe.stages[self.stage], self.recipe.run
+        changes: list[Change] = []
+        if run.frozen_weights != "bfloat16" and self.frozen:
+            words = (*(("run.precision=bf16",) if run.precision == "fp32" else ()), "run.frozen_weights=bfloat16")
+            halved = on_run(precision="bf16", frozen_weights="bfloat16")
+            changes.append(Change(words=words, key="frozen_weights", apply=halved))
+        quantized = any(part.quantize != "none" for part in parts_of(self.recipe))
+        if spec.train == ("lora",) and not (run.sharded and self.processes > 1):
+            for name in QUANTIZED:
+                part = getattr(self.recipe.system, name, None)
+                if isinstance(part, Part) and part.quantize == "none":
+                    words = (f"system.{name}.quantize=nf4",)
+                    changes.append(Change(words=words, key=f"quantize {name}", apply=on_part(name, quantize="nf4")))
+        if quantized or spec.data.cache:  # which no shards go with
+            return changes
+        words = ("run.strategy=fsdp", *(f"run.{name}={no}" for name, no in DRAWN.items() if getattr(run, name)))
+        shards = on_run(strategy="fsdp", sample_every=0, score_every=0, sample_clip=None)  # no process could draw
+        if not run.sharded and self.processes > 1:
+            changes.append(Change(words=words, key="shards", apply=shards))
         for count in PROCESSES:
-            if count > processes and spec.batch_size % count == 0:
-                changes.append((f"--processes {count}", lambda recipe: recipe))
-    return changes
+            batch = divisible(spec.batch_size, count)
+            if count <= self.processes or batch is None:
+                continue
+            sized = (f"stages.{self.stage}.batch_size={batch}",) if batch != spec.batch_size else ()
+
+            def apply(recipe: Recipe, batch: int = batch) -> Recipe:
+                return on_stage(self.stage, batch_size=batch)(recipe if recipe.run.sharded else shards(recipe))
+
+            several = (f"--processes {count}", *(() if run.sharded else words), *sized)
+            changes.append(Change(words=several, key="shards", apply=apply, processes=count))
+        return changes
+
+    def together(self, changes: Sequence[Change]) -> list[Change]:
+        """Of each key the last; without quantised weights where the run is sharded."""
+        last = {change.key: change for change in changes}
+        if "shards" in last:
+            last = {key: change for key, change in last.items() if not key.startswith("quantize")}
+        return list(last.values())
 
 
-def blocks_of(recipe: Recipe) -> list[str]:
+def divisible(batch: int, processes: int) -> int | None:
+    """The batch nearest to this one that divides among the processes; None where that is another batch altogether."""
+    below, above = batch // processes * processes, -(-batch // processes) * processes
+    near = above if above - batch <= batch - below or not below else below
+    return near if abs(near - batch) <= ROUNDED * batch else None
+
+
+def parts_of(recipe: Recipe) -> list[Part]:
+    """The parts of a recipe's system that are described as such."""
+    return [part for part in vars(recipe.system).values() if isinstance(part, Part)]
+
+
+def blocks_of(system: System) -> list[str]:
     """Parts that learn, or that gradients pass, and whose blocks can be recomputed."""
-    system = build_system(recipe.system, meta=True)
     inside = {id(p) for unit in system.shard_units() for p in unit.parameters()}
-    parts = system.named_parts()
     return [
         name
-        for name, part in parts.items()
+        for name, part in system.named_parts().items()
         if name not in ("lora", "autoencoder") and any(id(p) in inside for p in part.parameters())
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -54,13 +54,18 @@ class Recomputed:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(CACHE)
-        if not torch.is_grad_enabled() or not (cache is None or isinstance(cache, NothingKept)):
+        if not torch.is_grad_enabled() or keeps_cache(kwargs):
             return self.forward(*args, **kwargs)
         # Backward passes leave the modes that change functions, such as `attention.WrittenOut`: they are entered again.
         modes = _get_current_function_mode_stack()
         contexts = lambda: (nullcontext(), entered(modes))  # noqa: E731
         return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def keeps_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a block that is called with these writes into a cache."""
+    cache = kwargs.get(CACHE)
+    return not (cache is None or isinstance(cache, NothingKept))
 
 
 @contextmanager

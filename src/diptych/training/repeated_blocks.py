@@ -8,6 +8,7 @@ is kept.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from diptych.training.flops import FlopCounter
 from diptych.training.memory import AllocationTracker
-from diptych.training.recompute import CACHE, Recomputed
+from diptych.training.recompute import Recomputed, keeps_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,8 @@ class RepeatedBlocks:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], parts: Mapping[str, nn.Module], *, merge: bool) -> None:
-        groups: dict[Any, list[nn.Module]] = {}
-        for block in blocks:
-            shapes = tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
-            groups.setdefault((type(block), shapes), []).append(block)
-        self.groups = list(groups.values())
+        # Those that follow each other: equal blocks of another stack are given tensors of other shapes.
+        self.groups = [list(group) for _, group in itertools.groupby(blocks, key=kind_of)]
         self.merged: set[int] = set()
         owner = {id(p): name for name, part in parts.items() for p in part.parameters()}
         for group in self.groups:
@@ -82,6 +80,11 @@ class RepeatedBlocks:
         finally:
             for block, forward in before:
                 block.forward = forward
+
+
+def kind_of(block: nn.Module) -> Any:
+    """What equal blocks have in common."""
+    return type(block), tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
 
 
 def merge_weights(block: nn.Module, owner: Mapping[int, str]) -> None:
@@ -119,7 +122,7 @@ class _Repeated:
         given, structure = tree_flatten((args, kwargs))
         signature = (torch.is_grad_enabled(), str(structure), tuple(_signature(value) for value in given))
         result = self.results.get(signature)
-        if kwargs.get(CACHE) is not None and not self.merged:
+        if keeps_cache(kwargs) and not self.merged:
             return self.forward(*args, **kwargs)
         if result is None and self.merged:
             raise UnequalBlocksError
