@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.set and not recipes:
         raise UserError("--set goes with a recipe (.yaml)")
     for source in itertools.chain.from_iterable(
-        of_recipe(path, args.set) if path in recipes else [index(path, args.task or "image")] for path in args.path
+        of_recipe(path, args.set) if path in recipes else [index(path, "image" if args.task is None else args.task)]
+        for path in args.path
     ):
         sizes = source.sizes()
         print(source.describe())
