@@ -88,7 +88,7 @@ def test_made_once_and_mapped(shards: Path, scanned: list[str]) -> None:
         assert read(source) == EXPECTED
         assert dict(source.dropped) == {f"{first.name}/2.tar/9000": "no image"}
         sizes = source.sizes()
-        assert isinstance(sizes, np.memmap)
+        assert isinstance(sizes.base, np.memmap)
         assert sizes.tolist() == [list(SIZES[number % 3]) for number in range(40)]
     assert len(scanned) == 4
 
