@@ -81,6 +81,10 @@ def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
     assert (stage.optimizer.lr, stage.schedule.warmup, stage.schedule.end) == (1e-3, 37, 0.1)
     assert len(recipe.sample_prompts) == 4
     assert recipe.run.precision == "fp32"
+    # What the model wrote before each image is of what it had learned: "a frog" became a red cross.
+    assert load("toy/omnigen2")[0].sampling.prompt_expansion > 0
+    assert recipe.sampling.prompt_expansion == 0
+    assert recipe.sampling.steps == 25
 
 
 def test_edits_are_drawn_while_they_are_learned(pictures: Path, tmp_path: Path) -> None:

@@ -50,6 +50,16 @@ def test_a_generator_draws_the_seeds(engine: Engine) -> None:
         engine.generate(PROMPTS, seed=3, generator=generator)
 
 
+def test_what_is_no_image_is_said(engine: Engine) -> None:
+    for wrong in (3, None, [3], object()):
+        with pytest.raises(UserError, match="an image is a Pillow image, a path, bytes, an array or a tensor, not"):
+            engine.edit(wrong, "three")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_where_it_is_and_in_which_format(engine: Engine) -> None:
+    assert (engine.device, engine.dtype) == (torch.device("cpu"), torch.float32)
+
+
 def test_forms_of_output(engine: Engine) -> None:
     picture, array, tensor = (engine.generate("two", output_type=form)[0] for form in ("pil", "np", "pt"))
     assert np.array_equal(np.asarray(picture), array)

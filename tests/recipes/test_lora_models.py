@@ -19,7 +19,10 @@ from diptych.core.errors import UserError
 from diptych.inference.engine import Engine
 from diptych.parts.lora import add_lora
 from diptych.recipes import lora
+from diptych.recipes.from_model import with_system
 from diptych.recipes.load import load_system
+from diptych.recipes.recipe import parse
+from diptych.recipes.run import train_recipe
 from diptych.systems.base import AssembledSystem
 
 TARGETS = {"toy/omnigen2": ("to_q", "to_out.0"), "toy/bagel": ("und.q_proj", "gen.q_proj"), "toy/iomm": ("qkv",)}
@@ -84,6 +87,31 @@ def test_a_lora_is_added_with_its_scale_and_merged_to_the_same_picture(name: str
     torch.testing.assert_close(draw(again), wanted, atol=1e-4, rtol=0)
     _, left = lora.extract(name, str(tmp_path / "merged"), tmp_path / "smaller", 1)
     assert 0.1 < left < 1
+
+
+def test_a_run_is_a_lora_of_the_model_that_it_started_from(tmp_path: Path) -> None:
+    """Its folder may be named where a file of adapters may: added, it draws what the run's model draws."""
+    plain: dict[str, Any] = with_system(
+        {
+            "start": "toy/omnigen2",
+            "system": {"decoder": {"lora": {"rank": 2, "alpha": 3, "targets": ["to_q"]}}},
+            "stages": {"tune": {"train": ["lora"], "steps": 2, "batch_size": 2, "optimizer": {"lr": 0.5}, "data": {}}},
+            "run": {"device": "cpu", "tensorboard": False},
+        }
+    )
+    pairs = {"kind": "toyworld", "task": "text_to_image", "count": 4}
+    plain["stages"]["tune"]["data"] = {"size": 32, "sources": {"pairs": pairs}}
+    train_recipe(parse(plain), plain, tmp_path / "run")
+    run = diptych.load(str(tmp_path / "run"), device="cpu")
+    base = draw(diptych.load("toy/omnigen2", device="cpu"))
+    wanted = draw(run)
+    assert (wanted - base).abs().max() > 0.05
+    for name in (tmp_path / "run", tmp_path / "run" / "model"):
+        torch.testing.assert_close(draw(diptych.load("toy/omnigen2", lora=str(name), device="cpu")), wanted)
+    with pytest.raises(UserError, match="toy/iomm: was trained without LoRA"):
+        diptych.load("toy/omnigen2", lora="toy/iomm", device="cpu")
+    with pytest.raises(UserError, match="run: this model has no layer"):
+        diptych.load("toy/iomm", lora=str(tmp_path / "run"), device="cpu")
 
 
 def test_trained_and_added_updates_are_merged_together(folder: Path) -> None:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if look.side:
         print(f"  sizes: {look.side} px on the side at the median, 95% up to {look.aspect:.2f} times as long as wide")
     if look.texts:
-        scripts = ", ".join(script.capitalize() for script in look.scripts) or "none"
+        scripts = ", ".join(script if script == "CJK" else script.capitalize() for script in look.scripts) or "none"
         print(f"  texts: {sum(map(len, look.texts)) / len(look.texts):.0f} characters on average; letters: {scripts}")
     print(f"  {reason}")
     write_text(output, text)

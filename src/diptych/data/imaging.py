@@ -243,8 +243,9 @@ def from_pil(image: AnyImage) -> Tensor:
 
 
 def image_list(images: AnyImage | Sequence[AnyImage | Sequence[AnyImage]]) -> list[AnyImage]:
-    """One image as a list; of a sequence, its images and those of the sequences in it, in order."""
-    if isinstance(images, AnyImage):
+    """One image as a list; of a sequence, its images and those of the sequences in it, in order. What is neither stays
+    as it is, for `as_image` to refuse."""
+    if isinstance(images, AnyImage) or not isinstance(images, Sequence):
         return [images]
     return [image for entry in images for image in image_list(entry)]
 

@@ -68,6 +68,16 @@ class Engine:
         self.placement: Placement | None = None  # how it was loaded
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.system.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of most of its weights."""
+        return weight_format(self.system)
+
+    @property
     def computes_in(self) -> torch.dtype | None:
         """The number format of most weights, in which inputs are cast beside them; None for float32."""
         return None if (dtype := weight_format(self.system)) == torch.float32 else dtype

@@ -65,7 +65,8 @@ def scaled(given: Given) -> tuple[str, float]:
 
 
 def read_for(system: System, name: str) -> Layers:
-    """The updates of a file, a folder or a hub id for a system's layers.
+    """The updates of a file, a folder or a hub id for a system's layers; of a run or a saved model those that it was
+    trained with.
 
     Raises:
         UserError: no LoRA, or one with a layer that the system has not, or has of another size.
@@ -76,9 +77,11 @@ def read_for(system: System, name: str) -> Layers:
     modules = homes(system)
     table = {part: linear_layers(module) for part, module in modules.items()}
     layers: Layers = {}
-    for folder in folders or [place]:
-        of_part = folder.name if folders else None
-        for key, (down, up, alpha) in read_lora(folder).items():
+    updates = [(folder.name, read_lora(folder)) for folder in folders]
+    if not folders and place.is_dir() and any((place / inner / "config.json").is_file() for inner in ("", "model")):
+        updates = [(part, plain(each)) for part, each in of_saved(place, name).items()]
+    for of_part, entries in updates or [(None, read_lora(place))]:
+        for key, (down, up, alpha) in entries.items():
             part, layer = find_layer(key, table, of_part, name)
             weight = table[part][layer]
             if (weight.out_features, weight.in_features) != (up.shape[0], down.shape[1]):
@@ -88,6 +91,21 @@ def read_for(system: System, name: str) -> Layers:
                 )
             layers.setdefault(part, {})[layer] = Factors(down=down, up=up, alpha=alpha)
     return layers
+
+
+def of_saved(place: Path, name: str) -> Layers:
+    """The updates that the model of a folder was trained with; UserError where there are none."""
+    from diptych.recipes.load import load_system
+
+    layers = of_model(load_system(str(place))[0])
+    if not layers:
+        raise UserError(f"{name}: was trained without LoRA")
+    return layers
+
+
+def plain(layers: Mapping[str, Factors]) -> dict[str, Update]:
+    """Updates as files hold them."""
+    return {name: (each.down, each.up, each.alpha) for name, each in layers.items()}
 
 
 def find_layer(
@@ -222,14 +240,13 @@ def write(system: System, layers: Layers, folder: Path, format: str) -> list[Pat
         raise UserError(
             f"comfyui names the layers of a {type(decoder).__name__} otherwise than its release does; write diffusers"
         )
-    plain: dict[str, dict[str, Update]] = {
-        part: {name: (each.down, each.up, each.alpha) for name, each in updates.items()}
-        for part, updates in layers.items()
-    }
     made: list[Path] = []
 
     def fill(temporary: Path) -> None:
-        made.extend(path.relative_to(temporary) for path in write_lora(temporary, plain, format))
+        made.extend(
+            path.relative_to(temporary)
+            for path in write_lora(temporary, {part: plain(each) for part, each in layers.items()}, format)
+        )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_folder(folder, fill)

@@ -58,6 +58,7 @@ class Settings:
     owner: the part of the system that gets adapters. targets: last names of the layers that do. side: of images, in
     pixels. micro_batch_size: samples of a pass. quantize: parts whose frozen weights are in nf4. optimizer: its kind.
     preset: the recipe that rank, quantize and optimizer are of. trigger: the word that stands before each caption.
+    expands: whether the model writes prompts out before it draws, by what it has learned so far.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Settings:
     optimizer: str = "adamw"
     preset: str = ""
     trigger: str = ""
+    expands: bool = False
 
 
 def new_recipe(
@@ -111,7 +113,8 @@ def new_recipe(
         micro_batch_size=min(BATCH, look.items),
         large=large,
     )
-    settings = replace(settings, trigger=trigger)
+    expands = bool(drafted.get("sampling", {}).get("prompt_expansion")) and look.task != "understand"
+    settings = replace(settings, trigger=trigger, expands=expands)
     if card is not None:
         settings, reason = fitting(with_preset(settings, drafted, card), look, card)
     return text(settings, look, home), look, reason
@@ -246,6 +249,10 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
         f"        mine: {_flow(source)}",
         f"run: {_flow(run)}",
     ]
+    if settings.expands:
+        lines.append(
+            "sampling: {prompt_expansion: 0}  # captions as they stand; the model would write them out by its past"
+        )
     if look.task == "text_to_image" and captions:
         lines += [
             "sample_prompts:  # drawn into samples/ while it learns",
