@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from diptych.core import stopping
 from diptych.core.errors import UserError, nearest, unknown
+from diptych.core.leaving import leave_quickly
 from diptych.core.printable import printable_streams
 
 COMMANDS = {
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     full disk, no permission, no memory). 70: a fault of Diptych. 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    leave_quickly()
     with printable_streams(), stopping.ending_on_sigterm():
         try:
             return dispatch(arguments)

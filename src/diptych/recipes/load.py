@@ -16,6 +16,7 @@ from diptych.checkpoints.finite import check_finite
 from diptych.checkpoints.tensors import LORA, PICKLES, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, attributed_to, unknown
+from diptych.core.leaving import leave_quickly
 from diptych.core.schema import read
 from diptych.inference.placement import Offload, Quantization, cast, number_format, quantize
 from diptych.inference.sampling import Sampling
@@ -69,6 +70,7 @@ def load(
         UserError: files that are not readable or do not fit, a device or format that is not there, or a model that
             no choice fits into `fit`.
     """
+    leave_quickly()
     placing: Any = {"quantize": quantize, "offload": offload, "tile": tile, "fit": fit, "lora": lora}
     return Model.from_pretrained(model, device=device, dtype=dtype, **placing)
 
