@@ -220,6 +220,19 @@ def test_a_card_that_nothing_fits_names_the_least(
     said = capsys.readouterr().out
     assert "on one h100 at 40% of 67 TFLOP/s" in said
     assert "warning" not in said
+    assert main([*options, "--card", "0.5GB"]) == 0
+    said = capsys.readouterr().out
+    assert "are missing, and the driver alone takes more" in said
+    assert "it takes" not in said
+
+
+def test_no_word_is_said_twice(tiny_plain: dict[str, Any], counted: dict[str, int]) -> None:
+    recipe = parse(tiny_plain)
+    least = nearest(recipe, "mix", 1)
+    assert least is not None
+    assert not least.fits
+    assert {"run.precision=bf16", "run.frozen_weights=bfloat16"} <= set(least.changes)
+    assert len(set(least.changes)) == len(least.changes)
 
 
 @pytest.mark.parametrize(

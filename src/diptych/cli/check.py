@@ -146,10 +146,13 @@ def work_lines(
         lines.append(line)
     if card is None or (missing := shortfall(card, stage.memory.total)) == 0:
         return lines
+    room = f"of {amount(card.room)} beside the driver" if card.room > 0 else "and the driver alone takes more"
     lines.append(
         f"warning: stage {stage.name}: {amount(stage.memory.total)} do not fit {card.name}: {amount(missing)} are "
-        f"missing, of {amount(card.room)} beside the driver"
+        f"missing, {room}"
     )
+    if card.room <= 0:
+        return lines
     other = nearest(recipe, stage.name, card.room, processes)
     if other is not None:
         start = "with" if other.fits else "nothing that was tried fits; the least is with"

@@ -163,7 +163,7 @@ class Search:
     def result(self, chosen: list[Change], *, fits: bool) -> Nearest:
         size = self.needs(chosen)
         assert size is not None, "these were traced"
-        words = tuple(word for change in chosen for word in change.words)
+        words = tuple(dict.fromkeys(word for change in chosen for word in change.words))
         return Nearest(changes=words, needed=size, fits=fits, traced=len(self.traced))
 
     # Changes in the order of their cost
