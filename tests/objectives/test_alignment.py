@@ -30,6 +30,13 @@ def test_tokens_are_row_by_row_and_keep_their_place() -> None:
     torch.testing.assert_close(half.mean(), rows.mean())
 
 
+def test_a_coarser_cell_reads_all_that_it_covers() -> None:
+    """Six columns to two, by a triangle of three columns to each side: the first counts 2/3 of 2/3 + 1 + 2/3 + 1/3.
+    Mutant: no antialiasing, by which a cell would read its middle column alone."""
+    spike = torch.tensor([1.0, 0, 0, 0, 0, 0]).view(1, 1, 1, 6).expand(1, 1, 6, 6)
+    torch.testing.assert_close(resample(spike, 2, 2)[0, :, 0], torch.tensor([0.25, 0.0, 0.25, 0.0]))
+
+
 def test_the_term_is_minus_the_cosine_of_each_sample() -> None:
     torch.manual_seed(0)
     features = torch.randn(3, 5, 7)
