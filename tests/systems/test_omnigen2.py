@@ -593,3 +593,19 @@ def test_training_as_the_released_sgt_does(system: ComposedSystem) -> None:
     batch = preparer.collate([preparer.prepare(edit, Draws([3]))])
     losses = cut.losses(batch, Draws([3]))
     assert losses["flow.edit"].isfinite().all()
+
+
+@torch.no_grad()
+def test_images_of_unlike_sizes_have_the_losses_that_each_has_alone(system: ComposedSystem) -> None:
+    """Sizes alternate, so that groups of one size are no neighbours. Mutants: losses in the order of the groups, noise
+    by the place in a group."""
+    samples = [
+        replace(PAIR, id=str(number), image=picture(8, width, number), text=TEXTS[number])
+        for number, width in enumerate((8, 16, 8))
+    ]
+    draws = Draws([11, 12, 13])
+    together = system.losses(system.prepare(Batch(tuple(samples)), draws), draws)["flow.text_to_image"]
+    for number, sample in enumerate(samples):
+        draw = draws.take([number])
+        alone = system.losses(system.prepare(Batch((sample,)), draw), draw)["flow.text_to_image"]
+        torch.testing.assert_close(together[number], alone[0], rtol=1e-4, atol=1e-5)

@@ -163,6 +163,24 @@ def test_hieraquery_s_shared_time_is_shifted_by_the_last_scale() -> None:
         torch.testing.assert_close(found[f"flow_{name}.text_to_image"], expected, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_hieraquery_s_own_times_are_drawn_for_each_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant: one draw of the time for all scales where they do not share it."""
+    system = system_of("toy/hieraquery", shared_timestep=False, cfg_dropout=0.0)
+    drawn: list[torch.Tensor] = []
+    times = flow_matching.FlowMatching.times
+
+    def noted(self: flow_matching.FlowMatching, *args: Any) -> torch.Tensor:
+        drawn.append(times(self, *args))
+        return drawn[-1]
+
+    monkeypatch.setattr(flow_matching.FlowMatching, "times", noted)
+    draws = Draws([5, 6])
+    system.losses(system.prepare(samples("text_to_image"), draws), draws)
+    assert len(drawn) == len(system.scales) > 1
+    assert len({tuple(t.tolist()) for t in drawn}) == len(drawn)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
