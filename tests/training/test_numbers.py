@@ -15,11 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diptych.core.prepared import PreparedBatch
+from diptych.data.loader import Pass, Step
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import train_recipe
-from diptych.training.config import OptimizerConfig
+from diptych.training.config import Balance, OptimizerConfig
 from diptych.training.metrics import read_metrics
 from diptych.training.optimizers import build_optimizers
+from diptych.training.step import family_scales, own_counts
 
 Run = Callable[..., list[dict[str, Any]]]
 HUGE = 1e4
@@ -222,3 +225,23 @@ def test_muon_s_momentum() -> None:
             optimizer.step()
         weights.append(block.weight.detach().clone())
     assert not torch.allclose(weights[0], weights[1], atol=1e-3)
+
+
+def test_what_a_value_counts_by_in_each_balance() -> None:
+    """By hand: two images of 4 and 16 tokens. Mutant: `tokens` counts samples."""
+    batch = PreparedBatch(
+        ids=("a", "b"),
+        tasks=("image", "image"),
+        inputs=None,
+        counts={"flow.image": [4.0, 16.0]},
+        weights={"flow.image": [1.0, 1.0]},
+    )
+    step = Step(number=0, passes=(Pass(batch=batch, keys=(1, 2)),))
+    expected: list[tuple[Balance, tuple[int, float], float]] = [
+        ("samples", (2, 2.0), 0.5),
+        ("terms", (2, 2.0), 0.5),
+        ("tokens", (2, 20.0), 0.05),
+    ]
+    for balance, counted, scale in expected:
+        assert own_counts(step, balance) == {"flow": counted}
+        assert family_scales(step, balance, [own_counts(step, balance)])["flow"] == pytest.approx(scale)
