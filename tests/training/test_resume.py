@@ -137,7 +137,7 @@ def test_killed_at_the_end_of_a_stage(unbroken: Path, tiny_plain: dict[str, Any]
         pass
 
     def die(position: int, *_: object) -> None:
-        if position == 1:
+        if position == 1 and (folder / "checkpoints").exists():  # the stages are built with their settings, too
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
