@@ -19,12 +19,13 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.data import loader
 from diptych.parts.backbones.internvl import InternVL
+from diptych.recipes.check import check_data, check_system
 from diptych.recipes.load import stage_settings
 from diptych.recipes.plain import load_plain
 from diptych.recipes.prepare import Options, prepare
 from diptych.recipes.prepared import refuse_mixed_states
 from diptych.recipes.recipe import parse
-from diptych.recipes.run import build_stage
+from diptych.recipes.run import build_stage, train_recipe
 from diptych.recipes.start import start_weights
 from diptych.training import loop
 
@@ -330,3 +331,18 @@ def merged(plain: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     for name, value in change.items():
         plain[name] = merged(plain.get(name, {}), value) if isinstance(value, dict) else value
     return plain
+
+
+def test_weights_of_a_half_precision_file(plain: dict[str, Any], tiny_mllm: Path, tmp_path: Path) -> None:
+    """An MLLM in bfloat16, whose frozen weights stay in it: job, check and run have the same ones. Mutant: the job, or
+    the check, reads them as float32."""
+    InternVL.from_pretrained(tiny_mllm).save_pretrained(tmp_path / "half", torch.bfloat16)
+    plain["system"]["backbone"]["weights"] = str(tmp_path / "half")
+    plain["run"] |= {"precision": "bf16"}
+    plain["stages"]["mix"]["steps"] = 1
+    root = tmp_path / "out"
+    prepare(options(plain, root, kinds=("latents", "states")))
+    read = reading(plain, root)
+    recipe = parse(read)
+    assert check_data(recipe, check_system(recipe), "mix").faults == []
+    assert train_recipe(recipe, read, tmp_path / "run")

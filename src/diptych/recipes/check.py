@@ -22,11 +22,12 @@ from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
 from diptych.recipes.estimate import Memory, MemoryPlan, Work, world_of
-from diptych.recipes.load import check_quantized, start
+from diptych.recipes.load import check_quantized, quantized_parts
 from diptych.recipes.prepared import prepared_lines
 from diptych.recipes.recipe import Part, Recipe, StageSpec
 from diptych.recipes.run import build_stage, check_batches, check_parts, check_sizes, stage_settings
 from diptych.recipes.sources import build_data, build_source
+from diptych.recipes.start import start_weights
 from diptych.systems.base import System
 from diptych.training.loop import freeze
 from diptych.training.optimizers import trainable
@@ -186,7 +187,7 @@ def check_data(
     """
     spec = recipe.stages[name]
     small = model.parameters <= SMALL
-    system = start(recipe) if small else build.build_system(recipe.system, meta=True)
+    system = start_weights(recipe, quantized=False) if small else build.build_system(recipe.system, meta=True)
     preparer = system.preparer() if small else None  # a tokenizer comes with the weights, which stay where they are
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch_size, SHEET_SAMPLES)
@@ -238,7 +239,10 @@ def check_data(
         except UserError as error:
             faults.append(str(error))
     sheet = report.sheet(samples) if samples else None
-    seconds = measure(recipe, system, name) if small and not faults else None
+    # A stage whose prepared data are of quantised weights is not timed: these weights are not there.
+    prepared = any(source.prepared is not None for source in spec.data.sources.values())
+    timed = small and not faults and not (prepared and quantized_parts(recipe))
+    seconds = measure(recipe, system, name) if timed else None
     return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds, faults=faults)
 
 

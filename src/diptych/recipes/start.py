@@ -67,14 +67,14 @@ def make_weights(system: System, weights: DeferredWeights, recipe: Recipe, accel
         quantize_frozen(system, recipe)
 
 
-def start_weights(recipe: Recipe) -> System:
+def start_weights(recipe: Recipe, *, quantized: bool = True) -> System:
     """The system that a recipe starts from, whole, on the CPU, each weight in the number format that it has in
-    training."""
+    training; without `quantized`, quantised parts as they are before."""
     with deferred() as weights:
         system = start(recipe)
     plan, formats = described(system, weights, recipe)
     plan.fill(torch.device("cpu"), dtype=formats)
-    if quantized_parts(recipe):
+    if quantized and quantized_parts(recipe):
         quantize_frozen(system, recipe)
     return system.requires_grad_(False)
 
