@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import multiprocessing
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -275,9 +276,11 @@ def test_loader_gives_the_same_for_any_number_of_workers() -> None:
 
 def test_loader_raises_a_workers_user_error_plainly() -> None:
     mixture = Mixture([(Numbers(3, bad=range(3)), 1.0)], seed=1, batch=2, size=1)
+    others = set(multiprocessing.active_children())
     with pytest.raises(UserError) as caught:
         list(loader.steps(mixture, Texts(), 0, 4, workers=1))
     assert "Traceback" not in str(caught.value)
+    assert set(multiprocessing.active_children()) <= others  # or the interpreter would wait for them, while the error is kept
     assert list(loader.steps(Mixture([(Numbers(3), 1.0)], seed=1, batch=2, size=1), Texts(), 4, 4, workers=1)) == []
 
 

@@ -94,18 +94,23 @@ def steps(
         pin_memory=pin,
     )
     loaded = iter(loader)
-    while True:
-        try:
-            sent = next(loaded, None)
-        except RuntimeError as error:
-            raise _ended(error, workers) from error
-        if sent is None:
-            return
-        drawn = sent.drawn
-        if isinstance(drawn, Exception):
-            raise drawn
-        mixture.record(drawn)
-        yield map_tensors(drawn.made[0], torch.from_numpy, np.ndarray)  # those that are pinned are tensors already
+    try:
+        while True:
+            try:
+                sent = next(loaded, None)
+            except RuntimeError as error:
+                raise _ended(error, workers) from error
+            if sent is None:
+                return
+            drawn = sent.drawn
+            if isinstance(drawn, Exception):
+                raise drawn
+            mixture.record(drawn)
+            yield map_tensors(drawn.made[0], torch.from_numpy, np.ndarray)  # those that are pinned are tensors already
+    finally:
+        # Its workers end with it. An error that somebody keeps would keep it too, through its traceback, and workers
+        # that wait for work at the end of the interpreter are waited for, since they ignore SIGTERM.
+        del loaded
 
 
 def pinned(step: Step) -> Step:
