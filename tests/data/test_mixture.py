@@ -280,9 +280,8 @@ def test_loader_raises_a_workers_user_error_plainly() -> None:
     with pytest.raises(UserError) as caught:
         list(loader.steps(mixture, Texts(), 0, 4, workers=1))
     assert "Traceback" not in str(caught.value)
-    assert (
-        set(multiprocessing.active_children()) <= others
-    )  # or the interpreter would wait for them, while the error is kept
+    # Or the interpreter would wait for its worker as long as somebody keeps the error.
+    assert set(multiprocessing.active_children()) <= others
     assert list(loader.steps(Mixture([(Numbers(3), 1.0)], seed=1, batch=2, size=1), Texts(), 4, 4, workers=1)) == []
 
 
