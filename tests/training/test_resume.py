@@ -57,15 +57,20 @@ def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> bool:
 
 
 def signalled(
-    plain: dict[str, Any], folder: Path, step: int, number: signal.Signals, *options: str
+    plain: dict[str, Any], folder: Path, step: int, number: signal.Signals, *options: str, saved: int = 0
 ) -> tuple[int | None, str]:
-    """The same in a process of its own, which gets a signal once the metrics reach a step: its code, what it said."""
+    """The same in a process of its own, which gets a signal once the metrics reach a step, and a checkpoint one too:
+    its code, what it said."""
     recipe, path, said = folder.with_suffix(".yaml"), folder / "metrics.jsonl", folder.with_suffix(".said")
     recipe.write_text(yaml.safe_dump(plain, sort_keys=False))
     process = warm.command("train", str(recipe), "--out", str(folder), *options, output=said)
     until = time.monotonic() + 120
     with warm.ended(process):
-        while not (path.exists() and any(row["step"] >= step for row in read_metrics(path))):
+        while not (
+            path.exists()
+            and any(row["step"] >= step for row in read_metrics(path))
+            and max([int(made.name[5:]) for made in state.checkpoints(folder / "checkpoints")], default=0) >= saved
+        ):
             assert process.is_alive(), said.read_text()
             assert time.monotonic() < until, "the run does not get on"
             time.sleep(0.002)
@@ -97,8 +102,8 @@ def unbroken(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 def test_killed_twice(unbroken: Path, tiny_plain: dict[str, Any], tmp_path: Path) -> None:
     plain, folder = two_stages(tiny_plain), tmp_path / "run"
-    for step, options in ((6, ()), (FIRST + 5, ("--resume",))):
-        code, _ = signalled(plain, folder, step, signal.SIGKILL, *options)
+    for step, saved, options in ((6, 0, ()), (FIRST + 5, FIRST + 3, ("--resume",))):
+        code, _ = signalled(plain, folder, step, signal.SIGKILL, *options, saved=saved)
         assert code == -signal.SIGKILL, "the run ended before it could be killed"
         assert not (folder / "model").exists()
     assert 0 < state.read_progress(state.checkpoints(folder / "checkpoints")[-1]).step < SECOND

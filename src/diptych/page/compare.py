@@ -67,7 +67,7 @@ class CompareTab:
                 with gr.Row():
                     self.draw = gr.Button("Draw the grid", variant="primary", elem_id="grid-go")
                     self.halt = gr.Button("Stop")
-                self.status = gr.HTML(note(""), elem_id="grid-status")
+                self.grid_status = gr.HTML(note(""), elem_id="grid-status")
                 self.grid = gr.Gallery(label="Grid", columns=3, height="auto", object_fit="contain", format="png",
                                        elem_id="grid-gallery")  # fmt: skip
         self._wire()
@@ -83,8 +83,8 @@ class CompareTab:
         run = self.go.click(spoken(self._compare, 3), [*shared, self.one, self.two], outputs, **options)
         self.stop.click(lambda: note("Stopped."), None, self.status, cancels=[run], api_visibility="private")
         chosen = [self.model, self.across, self.columns, self.down, self.rows]
-        grid = self.draw.click(spoken(self._grid, 2), [*shared, *chosen], [self.status, self.grid], **options)
-        self.halt.click(lambda: note("Stopped."), None, self.status, cancels=[grid], api_visibility="private")
+        grid = self.draw.click(spoken(self._grid, 2), [*shared, *chosen], [self.grid_status, self.grid], **options)
+        self.halt.click(lambda: note("Stopped."), None, self.grid_status, cancels=[grid], api_visibility="private")
 
     async def _compare(self, prompt: str, seeds: str, steps: str, guidance: str, first: str, second: str) -> Updates:
         given = plain(steps, guidance)
