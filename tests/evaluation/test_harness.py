@@ -311,6 +311,7 @@ def test_a_judge_that_is_down_stops_and_goes_on(
         evaluate(None, ["wise_legacy"], output=tmp_path / "o", images=wise_pictures, tools=Tools(data=tools.data))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_loses_and_repeats_nothing(
     judge_server: Server, wise_data: Path, wise_pictures: Path, tmp_path: Path
 ) -> None:

@@ -230,6 +230,7 @@ def test_one_fault_of_each_kind(bench: Bench) -> None:
     assert not lost, "\n".join(lost)
 
 
+@pytest.mark.slow
 def test_a_full_and_a_read_only_file_system(bench: Bench) -> None:
     lost = bench.full("eval", 0.5) + bench.read_only("train", bench.undisturbed("train")[1] // 2)
     assert not lost, "\n".join(lost)

@@ -128,6 +128,7 @@ def test_the_cheapest_choice_that_fits_is_taken_and_holds() -> None:
     assert {c.dtype for c in candidates(engine, Placement(dtype=torch.float32))} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_number_that_does() -> None:
     with pytest.raises(UserError, match=r"fit 1MB: toy/iomm does not fit; .*one image at a time") as told:
         diptych.load("toy/iomm", device="cpu", fit="1MB")

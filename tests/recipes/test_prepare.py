@@ -314,6 +314,7 @@ def test_killed_anywhere_it_goes_on(plain: dict[str, Any], tmp_path: Path, monke
     assert contents(root) == contents(whole)
 
 
+@pytest.mark.slow
 def test_sigkill_anywhere_loses_and_repeats_nothing(plain: dict[str, Any], tmp_path: Path) -> None:
     """Three processes, each killed at another place, and one that ends what they began. Mutants: a shard that is cut is
     taken for whole; a shard that is there is made again."""

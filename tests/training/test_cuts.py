@@ -45,6 +45,7 @@ def test_processes_change_nothing(whole: Steps, tmp_path: Path) -> None:
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-6), (name, balance)
 
 
+@pytest.mark.slow
 def test_balances_differ(whole: Steps) -> None:
     """Mutant: `balance` ignored. Logged means are those of the terms; what is learned from differs."""
     norms = [whole["bagel", balance]["grad_norm"] for balance in BALANCES]

@@ -126,6 +126,7 @@ def test_two_processes_are_one(strategy: str, together: Path, tiny_plain: dict[s
         assert apart.square().mean().sqrt() < 1e-4, file  # both optimisers blow up rounding where gradients vanish
 
 
+@pytest.mark.slow
 def test_tasks_mixed_within_a_step_are_sharded_too(together: Path, tiny_mllm: Path, tmp_path: Path) -> None:
     """Passes of two processes that see different tasks, some without images: the losses and weights of one process."""
     plain = all_tasks(tiny_mllm)
@@ -145,6 +146,7 @@ def test_tasks_mixed_within_a_step_are_sharded_too(together: Path, tiny_mllm: Pa
     assert apart.square().mean().sqrt() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on(together: Path) -> None:
     whole, resumed = together / "fsdp", together / "fsdp-continued"
     assert read_metrics(whole / "metrics.jsonl") == read_metrics(resumed / "metrics.jsonl")
