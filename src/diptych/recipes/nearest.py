@@ -65,15 +65,15 @@ def nearest(recipe: Recipe, stage: str, room: int, processes: int = 1) -> Neares
     search = Search(replace(recipe, stages={stage: recipe.stages[stage]}), stage, room, processes)
     lasting, passing = search.lasting(), search.passing()
     for count in range(len(lasting) + 1):
-        held = search.together(lasting[:count])
-        if search.holds(held) > room and count < len(lasting):
+        smaller = search.together(lasting[:count])
+        if search.holds(smaller) > room and count < len(lasting):
             continue
-        for change in held[:-1]:  # what later ones made needless
-            fewer = [other for other in held if other is not change]
-            held = fewer if search.holds(fewer) <= room else held
-        found = search.fitted(held, passing)
-        if found is not None:
-            return search.result(found, fits=True)
+        for change in smaller[:-1]:  # what later ones made needless
+            fewer = [other for other in smaller if other is not change]
+            smaller = fewer if search.holds(fewer) <= room else smaller
+        settings = search.fitted(smaller, passing)
+        if settings is not None:
+            return search.result(settings, fits=True)
     if search.least is None:
         search.needs(search.together([*lasting, *(options[-1] for options in passing)]))
     return None if search.least is None else search.result(search.least[1], fits=False)
@@ -138,13 +138,13 @@ class Search:
         size = self.needs(chosen)
         return size is not None and size <= self.room
 
-    def fitted(self, held: list[Change], passing: Sequence[Sequence[Change]]) -> list[Change] | None:
-        """Changes of `held` and as few of the others as make the step fit; None where they do not."""
-        if self.holds(held) > self.room:
+    def fitted(self, base: list[Change], passing: Sequence[Sequence[Change]]) -> list[Change] | None:
+        """Changes of `base` and as few of the others as make the step fit; None where they do not."""
+        if self.holds(base) > self.room:
             return None
-        if held and self.fits(held):
-            return held
-        chosen = held
+        if base and self.fits(base):
+            return base
+        chosen = base
         for options in passing:
             if not self.fits([*chosen, options[-1]]):  # the strongest
                 chosen = chosen if self.needs([*chosen, options[-1]]) is None else [*chosen, options[-1]]
@@ -154,7 +154,7 @@ class Search:
                 middle = (low + high) // 2
                 low, high = (low, middle) if self.fits([*chosen, options[middle]]) else (middle + 1, high)
             chosen = [*chosen, options[high]]
-            for change in chosen[len(held) : -1]:
+            for change in chosen[len(base) : -1]:
                 fewer = [other for other in chosen if other is not change]
                 chosen = fewer if self.fits(fewer) else chosen
             return chosen

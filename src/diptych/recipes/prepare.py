@@ -37,7 +37,7 @@ from diptych.inference.placement import device_named
 from diptych.recipes.load import stage_settings
 from diptych.recipes.prepare_makers import Features, Latents, Maker, Score, Sizes, States
 from diptych.recipes.prepare_shards import make_shard
-from diptych.recipes.prepared import Needed
+from diptych.recipes.prepared import Needed, needed_by
 from diptych.recipes.recipe import FILE_SOURCES, DataSpec, SourceSpec, parse
 from diptych.recipes.sources import base_source
 from diptych.recipes.start import start_weights
@@ -142,14 +142,12 @@ class Work:
         if system is not None:
             system.eval()
         jobs: dict[Path, Job] = {}
-        trained: list[str] = []
         # A job for each source and kind; what a stage or one before it trains cannot be prepared.
         for position, (stage, spec) in enumerate(recipe.stages.items()):
-            trained += spec.train
             if options.stages and stage not in options.stages:
                 continue
             apply(position)
-            needed = None if system is None else Needed(system, spec.data, tuple(trained), recipe.run.precision)
+            needed = None if system is None else needed_by(recipe, stage, system)
             for name, source in spec.data.sources.items():
                 for job in self._source_jobs(
                     f"{stage}.data.sources.{name}", name, source, spec.data, system, needed, scorers

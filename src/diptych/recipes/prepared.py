@@ -28,7 +28,7 @@ from diptych.data.source import Listed, Source, size_table
 from diptych.data.variations import Variations
 from diptych.parts.autoencoders.base import Autoencoder
 from diptych.parts.backbones.base import Backbone
-from diptych.recipes.recipe import DataSpec, SourceSpec
+from diptych.recipes.recipe import DataSpec, Recipe, SourceSpec
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedSystem
 from diptych.systems.presets import ComposedConfig
@@ -196,6 +196,13 @@ class Needed:
         if "latents" not in sets or self.system.scales:
             return True
         return task == "image" and not {"features", "states"} & set(sets)
+
+
+def needed_by(recipe: Recipe, stage: str, system: System) -> Needed:
+    """What a stage needs of prepared data: it and the stages before it may have trained the models that made them."""
+    upto = list(recipe.stages).index(stage) + 1
+    trained = tuple(part for spec in list(recipe.stages.values())[:upto] for part in spec.train)
+    return Needed(system, recipe.stages[stage].data, trained, recipe.run.precision)
 
 
 def numbers_of(autoencoder: Autoencoder) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from diptych.inference.engine import Engine
 from diptych.recipes.bases import save_system
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
-from diptych.recipes.prepared import Needed, refuse_mixed_states
+from diptych.recipes.prepared import needed_by, refuse_mixed_states
 from diptych.recipes.recipe import DataSpec, Part, Recipe, StageSpec
 from diptych.recipes.resuming import claim
 from diptych.recipes.samples import check_drawn, sampler
@@ -216,9 +216,7 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         raise UserError(f"stages.{name}.data.cache: latents are made in the training process; set run.num_workers to 0")
     autoencoder = getattr(system, "autoencoder", None)
     step = system.image_step if images else 1
-    upto = list(recipe.stages).index(name) + 1
-    trained = tuple(part for stage in list(recipe.stages.values())[:upto] for part in stage.train)
-    needed = Needed(system, spec.data, trained, recipe.run.precision)
+    needed = needed_by(recipe, name, system)
     mixture, sources = build_data(spec.data, key(recipe.seed, name), spec.batch_size, step, autoencoder, needed)
     if recipe.run.sharded:
         refuse_mixed_states(spec.data, f"stages.{name}.data.sources")
