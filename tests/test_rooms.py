@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,15 @@ def test_depth_and_empty_inits() -> None:
             assert len(parts) <= 2, f"{path}: too deep"
         if path.name == "__init__.py" and len(parts) > 1 and parts[0] != "systems":
             assert not path.read_text().strip(), f"{path}: only the top __init__ has content"
+
+
+def test_the_root_holds_what_it_names() -> None:
+    """A command tried by hand in the checkout leaves its output there, and `git add` takes it along."""
+    root = ROOT.parents[1]
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\n")
+    allowed = {
+        *(".ci", ".dockerignore", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile"),
+        *("README.md", "benchmarks", "constraints.txt", "docs", "findings", "integrations", "mkdocs.yml"),
+        *("pyproject.toml", "src", "tests"),
+    }
+    assert {name.split("/")[0] for name in tracked if name} <= allowed
