@@ -95,10 +95,12 @@ def test_depth_and_empty_inits() -> None:
 def test_the_root_holds_what_it_names() -> None:
     """A command tried by hand in the checkout leaves its output there, and `git add` takes it along."""
     root = ROOT.parents[1]
-    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\n")
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    listing = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True)
     allowed = {
         *(".ci", ".dockerignore", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile"),
         *("README.md", "benchmarks", "constraints.txt", "docs", "findings", "integrations", "mkdocs.yml"),
         *("pyproject.toml", "src", "tests"),
     }
-    assert {name.split("/")[0] for name in tracked if name} <= allowed
+    assert {name.split("/")[0] for name in listing.stdout.splitlines()} <= allowed
