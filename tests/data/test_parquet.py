@@ -60,6 +60,20 @@ def test_image_feature_of_datasets(tmp_path: Path) -> None:
         source.load(1, DRAWS, (8, 8))
 
 
+def test_paths_without_bytes(tmp_path: Path) -> None:
+    """What `datasets` writes of pictures that it knows by path: relative to the given folder."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "red.png").write_bytes(picture("red"))
+    rows = [{"bytes": None, "path": "red.png"}, {"bytes": None, "path": "gone.png"}]
+    file = table(tmp_path / "rows.parquet", image=rows)
+    source = ParquetSource(file, task="image", folder=tmp_path / "pictures", cache=tmp_path / "cache")
+    image = source.load(0, DRAWS, (8, 8)).image
+    assert image is not None
+    assert image[0].min() == 1
+    with pytest.raises(BadItem, match=r"rows\.parquet:2.*gone\.png"):
+        source.load(1, DRAWS, (8, 8))
+
+
 def test_edit_and_conversation(tmp_path: Path) -> None:
     Image.new("RGB", (6, 6)).save(tmp_path / "x.png")
     talk = [[{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "red"}]]

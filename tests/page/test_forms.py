@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 
+from diptych import page
 from diptych.inference.provenance import png_info
 from diptych.page.compare import read_seeds, split
-from diptych.page.edit import painted
+from diptych.page.edit import background, painted
 from diptych.page.forms import values
 from diptych.page.gate import names_address
 from diptych.page.runs import framed, listed
@@ -54,6 +56,29 @@ def test_a_mask_keeps_what_was_not_painted() -> None:
     mask = painted([layer.resize((16, 8), Image.Resampling.NEAREST)], picture)
     assert mask is not None
     assert np.array_equal(mask, np.repeat([[0, 0, 1, 1, 1, 1, 1, 1]], 4, axis=0))
+
+
+def test_what_the_editor_shows_as_transparent_is_white() -> None:
+    """Gradio's editor gives RGBA, and `convert("RGB")` would show the colour that transparency hides."""
+    cut_out = Image.new("RGBA", (4, 2), (10, 200, 30, 0))
+    assert background({"background": cut_out}).getpixel((0, 0)) == (255, 255, 255)
+    for empty in (None, {"background": None}):
+        with pytest.raises(ApiError, match="choose one first"):
+            background(empty)
+
+
+def test_every_picture_of_the_page_is_shown_exactly() -> None:
+    """Gradio shows and saves lossy WebP unless it is told another format."""
+    shown = [
+        call
+        for path in Path(page.__file__).parent.glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) in ("gr.Image", "gr.Gallery", "gr.ImageEditor", "gr.ImageSlider")
+    ]
+    assert len(shown) >= 6
+    for call in shown:
+        assert "format='png'" in [ast.unparse(keyword) for keyword in call.keywords], ast.unparse(call)
 
 
 def test_the_shelf_keeps_settings_and_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def test_schedules() -> None:
     assert shares[6] == pytest.approx(0.55)
     assert shares[10] == pytest.approx(0.1)
     assert shares[2:] == sorted(shares[2:], reverse=True)
+    assert factor(cosine, 17, 11) == factor(cosine, 10, 11)  # other libraries' cosines rise again
 
 
 def test_weights_of_terms() -> None:

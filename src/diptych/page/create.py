@@ -39,6 +39,7 @@ class CreateTab:
                 with gr.Accordion("Settings of the picture", open=False):
                     self.about = gr.JSON(show_label=False, elem_id="create-about")
                 self.dropped = gr.Image(label="Restore settings: drop a saved picture here", type="filepath",
+                                        format="png",
                                         image_mode=None, sources=["upload", "clipboard"], height=140, buttons=[],
                                         elem_id="create-restore")  # fmt: skip
         self.paths = gr.State([])

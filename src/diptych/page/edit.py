@@ -9,6 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from diptych.data.imaging import as_image
 from diptych.page.drawing import drawn
 from diptych.page.events import Updates, spoken
 from diptych.page.forms import asked, choose_model, knobs, values
@@ -38,7 +39,7 @@ class EditTab:
                 self.model = choose_model(service, "edit-model", place=editing[0] if editing else 0)
                 with gr.Accordion("Further pictures that the instruction refers to", open=False):
                     self.more = gr.Gallery(label="Second, third, ...", type="filepath", columns=4, height=140,
-                                           interactive=True, sources=["upload", "clipboard"],
+                                           format="png", interactive=True, sources=["upload", "clipboard"],
                                            elem_id="edit-more")  # fmt: skip
                 self.knobs = knobs(edits=True)
                 with gr.Row():
@@ -77,9 +78,7 @@ class EditTab:
         self.again.click(lambda path: path or gr.skip(), self.chosen, self.editor, api_visibility="private")
 
     async def _edit(self, drawn_on: Any, instruction: str, model: str, more: Any, *given: Any) -> Updates:
-        if not drawn_on or drawn_on.get("background") is None:
-            raise bad("picture", "choose one first", "missing_parameter")
-        first: Image.Image = drawn_on["background"].convert("RGB")
+        first = background(drawn_on)
         others = [read_file(entry[0]) for entry in more or []]
         if len(others) >= MOST_IMAGES:
             raise bad("pictures", f"at most {MOST_IMAGES}, not {len(others) + 1}")
@@ -103,6 +102,17 @@ class EditTab:
         if not isinstance(place, int) or place >= len(paths):
             return "", None, gr.skip()
         return paths[place], described(paths[place]), (before, paths[place])
+
+
+def background(drawn_on: Any) -> Image.Image:
+    """The picture of the editor, read as every other: what is transparent becomes white (`data.imaging.as_image`).
+
+    Raises:
+        ApiError: none was chosen.
+    """
+    if not drawn_on or drawn_on.get("background") is None:
+        raise bad("picture", "choose one first", "missing_parameter")
+    return as_image(drawn_on["background"], "picture")
 
 
 def painted(layers: list[Image.Image], picture: Image.Image) -> np.ndarray | None:

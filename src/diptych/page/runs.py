@@ -37,7 +37,7 @@ class RunsTab:
         self.curves = gr.Image(label="Curves", type="filepath", format="png", interactive=False, visible=False,
                                buttons=["download", "fullscreen"], elem_id="runs-curves")  # fmt: skip
         self.samples = gr.Gallery(label="Samples, by step", columns=3, height="auto", object_fit="contain",
-                                  visible=False, elem_id="runs-samples")  # fmt: skip
+                                  format="png", visible=False, elem_id="runs-samples")  # fmt: skip
         self.report = gr.HTML(visible=False, elem_id="runs-report")
         outputs = [self.status, self.curves, self.samples, self.report]
         self.choice.change(
