@@ -111,3 +111,72 @@ def test_what_it_says_of_itself_and_where_it_is(tiny_model: Path) -> None:
         engine.to(dtype="bf16")
     with pytest.raises(UserError, match="device cuda:9: not available here"):
         engine.to("cuda:9")
+
+
+def test_seeds_of_any_type(engine: Engine) -> None:
+    """A number is the same seed whatever library it comes from."""
+    wanted = pixels(engine.generate("two", n=2, seed=[5, 6]))
+    for given in (np.array([5, 6]), torch.tensor([5, 6]), range(5, 7), (np.int64(5), torch.tensor(6))):
+        assert np.array_equal(pixels(engine.generate("two", n=2, seed=given)), wanted)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    alone = pixels(engine.generate("two", seed=5))
+    for one in (np.int64(5), torch.tensor(5)):
+        assert np.array_equal(pixels(engine.generate("two", seed=one)), alone)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def test_a_generator_for_each_image(engine: Engine) -> None:
+    made = [torch.Generator().manual_seed(seed) for seed in (4, 9)]
+    many = pixels(engine.generate(PROMPTS, generator=made))
+    alone = pixels(engine.generate(PROMPTS[1], generator=torch.Generator().manual_seed(9)))
+    assert np.abs(many[1] - alone[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"seed": "3"}, "seed must be a whole number, not '3'"),
+        ({"seed": 3.0}, r"seed must be a whole number, not 3\.0"),
+        ({"seed": True}, "seed must be a whole number, not True"),
+        ({"seed": ["a"]}, "seed 0 must be a whole number, not 'a'"),
+        ({"n": 2.0}, r"n must be a whole number, not 2\.0"),
+        ({"n": "2"}, "n must be a whole number, not '2'"),
+        ({"generator": 5}, "generator must be a torch.Generator, or a list of them, not 5"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
+        ({"prompt": None}, "the prompt must be a text, not None"),
+        ({"prompt": ["two", 5]}, "prompt 1 must be a text, not 5"),
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"guidance_scale": 2.0}, "unknown option 'guidance_scale'; it is cfg here"),
+        ({"num_inference_steps": 2}, "unknown option 'num_inference_steps'; it is steps here"),
+        ({"height": 32}, r"unknown option 'height'; it is size=\(height, width\) here"),
+    ],
+)
+def test_what_a_call_refuses(engine: Engine, call: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        engine.generate(**{"prompt": "two", **call})
+
+
+def test_words_and_images_in_the_wrong_order(engine: Engine) -> None:
+    picture = Image.new("RGB", (32, 32))
+    for call in (engine.edit, engine.ask):
+        with pytest.raises(UserError, match="must be a text, not"):
+            call("make it blue", picture)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        with pytest.raises(UserError, match="is empty"):
+            call(picture, " ")
+    with pytest.raises(UserError, match="1 images but 2 instructions"):
+        engine.edit(picture, ["make it blue", "make it red"])
+    chat = engine.chat()
+    with pytest.raises(UserError, match="the turn must be a text"):
+        chat.say(picture, "what is it?")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="max_new_tokens must be at least 1, not 0"):
+        engine.ask(picture, "what is it?", max_new_tokens=0)
+    with pytest.raises(UserError, match="max_new_tokens must be at least 1, not -1"):
+        engine.chat(max_new_tokens=-1)
+
+
+def test_names_devices_and_formats_as_objects(tiny_model: Path) -> None:
+    engine = load(tiny_model, device=torch.device("cpu"))
+    assert engine.name == str(tiny_model)
+    assert engine.to(torch.bfloat16).dtype == torch.bfloat16
+    for wrong in (None, 5):
+        with pytest.raises(UserError, match="a MODEL is the name of one or a folder, not"):
+            load(wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

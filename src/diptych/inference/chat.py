@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.core.errors import UserError
 from diptych.core.sample import IMAGE_PLACEHOLDER, Message
 from diptych.core.tokens import likeliest
 from diptych.data.imaging import AnyImage, as_image, to_tensor
+from diptych.inference.arguments import texts
 from diptych.systems.base import System
 
 
@@ -41,8 +41,7 @@ class Chat:
         Raises:
             UserError: no text, or a conversation that is longer than the model takes.
         """
-        if not text.strip():
-            raise UserError("the turn is empty")
+        texts(text, "turn")
         turn = Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + text)
         history = [*self.history, turn]
         shown = [*self.images, *(to_tensor(as_image(image)) for image in images)]

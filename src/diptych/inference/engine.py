@@ -20,6 +20,7 @@ from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, Batch, Message, Sample
 from diptych.core.tokens import drawn as drawn_token
 from diptych.data.imaging import AnyImage, from_pil, image_list, to_pil
+from diptych.inference.arguments import check_options, drawn_seeds, seeds, texts, whole
 from diptych.inference.caching import cached, threshold_of
 from diptych.inference.chat import Chat
 from diptych.inference.edit_sizes import edit_size
@@ -95,12 +96,17 @@ class Engine:
             f"{self.system.device}; {tasks}; {sampling})"
         )
 
-    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
-        """The same model on another device ("auto" for the best there is), or with weights of another number format.
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
+    ) -> Self:
+        """The same model on another device ("auto" for the best there is), or with weights of another number format
+        (alone, too: `to(torch.bfloat16)`).
 
         Raises:
             UserError: a device that is not there, or a format that it does not compute in.
         """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device if dtype is None else dtype
         if self.placement is not None and (self.placement.quantize != "none" or self.placement.offload != "none"):
             raise UserError(
                 f"{self.name}: was loaded with {self.placement.words()}; load it again to place it otherwise"
@@ -119,7 +125,7 @@ class Engine:
         *,
         n: int = 1,
         seed: int | Sequence[int] = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
         on_step: OnDrawingStep | None = None,
         expansions: list[str] | None = None,
@@ -134,15 +140,13 @@ class Engine:
         `expansions` is extended by the text that the model wrote before each image, where it was asked to.
 
         Args:
-            seed: one for all, or a list of seeds; see `tensors`. generator: draws the seeds of all images instead.
+            seed: one for all, or a list of seeds; see `tensors`. generator: draws the seeds of all images instead, or
+                a list of generators, each the seed of its image.
             on_step: called after every step, with a preview on demand.
             output_type: a list of pictures ("pil"), of arrays (H, W, 3) uint8 ("np"), or of tensors (3, H, W) in
                 [-1, 1] ("pt").
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        empty = [i for i, text in enumerate(prompts) if not text.strip()]
-        if empty:
-            raise UserError(f"prompt {empty[0]} is empty")
+        prompts = texts(prompt, "prompt")
         samples = [Sample(id=f"prompt {i}", task="text_to_image", text=text) for i, text in enumerate(prompts)]
         return self._drawn(samples, n, seed, generator, output_type, progress, on_step, expansions, options)
 
@@ -153,7 +157,7 @@ class Engine:
         *,
         n: int = 1,
         seed: int | Sequence[int] = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
         on_step: OnDrawingStep | None = None,
         output_type: OutputType = "pil",
@@ -162,17 +166,14 @@ class Engine:
         """Edited images. An image is what `diptych.data.imaging.as_image` takes: a Pillow image, a path, a file's
         bytes, an array or a tensor. One instruction goes with one image, or with several that it refers to; a list of
         instructions goes with a list of as many images (or lists of images). The other arguments are `generate`'s."""
-        if isinstance(instruction, str):
-            texts = [instruction]
-            groups = [image_list(image)]
-        else:
-            texts = list(instruction)
-            groups = [image_list(entry) for entry in ([image] if isinstance(image, AnyImage) else image)]
-        if len(groups) != len(texts):
-            raise UserError(f"{len(groups)} images but {len(texts)} instructions; give one instruction per image")
+        instructions = texts(instruction, "instruction")
+        several = not isinstance(instruction, str) and isinstance(image, Sequence) and not isinstance(image, AnyImage)
+        groups = [image_list(entry) for entry in image] if several else [image_list(image)]  # pyright: ignore[reportGeneralTypeIssues]
+        if len(groups) != len(instructions):
+            raise UserError(f"{len(groups)} images but {len(instructions)} instructions; give one image to each")
         samples = [
             Sample(id=f"edit {i}", task="edit", text=text, context_images=tuple(from_pil(picture) for picture in group))
-            for i, (group, text) in enumerate(zip(groups, texts, strict=True))
+            for i, (group, text) in enumerate(zip(groups, instructions, strict=True))
         ]
         return self._drawn(samples, n, seed, generator, output_type, progress, on_step, None, options)
 
@@ -181,7 +182,7 @@ class Engine:
         samples: Sequence[Sample],
         n: int,
         seed: int | Sequence[int],
-        generator: torch.Generator | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: OutputType,
         progress: Progress | None,
         on_step: OnDrawingStep | None,
@@ -191,10 +192,12 @@ class Engine:
         """Images of requests in the form that the caller wants."""
         if output_type not in get_args(OutputType):
             raise unknown("output_type", output_type, get_args(OutputType))
+        check_options(options)
+        n = whole(n, "n", minimum=1)
         if generator is not None:
-            if seed != 0:
+            if seeds(seed) != 0:
                 raise UserError("give a seed or a generator, not both")
-            seed = torch.randint(1 << 62, (len(samples) * max(n, 1),), generator=generator).tolist()
+            seed = drawn_seeds(generator, len(samples) * n)
         reports: dict[str, Any] = {"progress": progress, "on_step": on_step, "expansions": expansions}
         images = self.tensors(samples, n=n, seed=seed, **reports, **options)
         if output_type == "pt":
@@ -214,12 +217,13 @@ class Engine:
         """Answers. One question (with one image, several, or none) gives a string; a list of questions goes with a
         list of as many images, one each, and gives a list. With `think`, models that can write down their thoughts
         first."""
+        questions, longest = texts(question, "question"), whole(max_new_tokens, "max_new_tokens", minimum=1)
         if isinstance(question, str):
-            questions, groups = [question], [[] if image is None else image_list(image)]
+            groups = [[] if image is None else image_list(image)]
         else:
-            if image is None or isinstance(image, AnyImage) or len(image) != len(question):
-                raise UserError(f"{len(question)} questions need as many images")
-            questions, groups = list(question), [[picture] for picture in image]
+            if image is None or isinstance(image, AnyImage) or len(image) != len(questions):
+                raise UserError(f"{len(questions)} questions need as many images")
+            groups = [[picture] for picture in image]
         conversations = [
             [Message(role="user", text=f"{IMAGE_PLACEHOLDER}\n" * len(group) + text)]
             for text, group in zip(questions, groups, strict=True)
@@ -232,14 +236,14 @@ class Engine:
         step = self.sampling.batch_size
         for start in range(0, len(questions), step):
             rows = slice(start, start + step)
-            answers += self.system.generate_text(conversations[rows], tensors[rows], max_new_tokens=max_new_tokens)
+            answers += self.system.generate_text(conversations[rows], tensors[rows], max_new_tokens=longest)
         return answers[0] if isinstance(question, str) else answers
 
     def chat(self, *, max_new_tokens: int = 256) -> Chat:
         """A new conversation, which keeps its history: `chat.say("what is this?", image)`, or `chat.stream(...)`."""
         if "understand" not in self.system.tasks:
             raise UserError(f"{self.name}: this model answers no questions")
-        return Chat(self.system, max_new_tokens=max_new_tokens)
+        return Chat(self.system, max_new_tokens=whole(max_new_tokens, "max_new_tokens", minimum=1))
 
     @in_its_format
     def tensors(
@@ -268,8 +272,7 @@ class Engine:
             on_step: called after every step of the solver.
             expansions: extended by the text that the model wrote before each image, where it was asked to.
         """
-        if n < 1:
-            raise UserError(f"n must be at least 1, not {n}")
+        n = whole(n, "n", minimum=1)
         # Settings for these requests, and the size of each.
         edits = all(sample.task == "edit" for sample in samples)
         settings = self.settings(options, edits=edits)

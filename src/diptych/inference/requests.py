@@ -9,6 +9,7 @@ from typing import TypeVar
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.sample import Sample
+from diptych.inference.arguments import seeds
 from diptych.inference.guidance import Guidance
 from diptych.inference.scales import View
 from diptych.inference.solvers import Solver
@@ -27,16 +28,16 @@ def by_size(samples: Sequence[Sample]) -> dict[tuple[int, int], list[int]]:
 
 def noise_keys(seed: int | Sequence[int], places: Sequence[int], n: int) -> list[list[int]]:
     """The key of the noise of each of the n images of every request; see `Engine.tensors`."""
-    if isinstance(seed, int):
-        return [[key(seed, place, k) for k in range(n)] for place in places]
-    seeds = list(seed)
-    if len(seeds) == n and len(places) != 1:
-        seeds = seeds * len(places)
-    if len(seeds) != n * len(places):
+    given = seeds(seed)
+    if isinstance(given, int):
+        return [[key(given, place, k) for k in range(n)] for place in places]
+    if len(given) == n and len(places) != 1:
+        given = given * len(places)
+    if len(given) != n * len(places):
         raise UserError(
-            f"{len(seeds)} seeds for {len(places)} requests of {n} images; give one a request's image, or {n}"
+            f"{len(given)} seeds for {len(places)} requests of {n} images; give one a request's image, or {n}"
         )
-    return [[key(image_seed, 0, 0) for image_seed in seeds[row * n : (row + 1) * n]] for row in range(len(places))]
+    return [[key(image_seed, 0, 0) for image_seed in given[row * n : (row + 1) * n]] for row in range(len(places))]
 
 
 def count_steps(

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str,
+    model: str | Path,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = "auto",
     quantize: Quantization = "none",
     offload: Offload = "none",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.utils import validate_repo_id
 
 from diptych.core.errors import UserError
 from diptych.inference.engine import Engine
@@ -24,14 +28,30 @@ from diptych.inference.placement import (
 )
 from diptych.recipes.bases import save_system
 from diptych.recipes.fit import fitted, memory
-from diptych.recipes.names import shipped
+from diptych.recipes.model_card import CARD, model_card
+from diptych.recipes.names import model_name, shipped
 
 if TYPE_CHECKING:
     from diptych.recipes.lora import Given
 
 log = logging.getLogger(__name__)
 
-CARD = "README.md"
+
+@contextlib.contextmanager
+def pushing(repo_id: str) -> Iterator[None]:
+    """While the hub is asked: what it refuses as a UserError."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r}: no name of a repository (owner/name)") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"{repo_id}: the hub wants a token; run `hf auth login`, or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = "; the token of `hf auth login` may not write there" if status in (401, 403, 404) else ""
+        raise UserError(f"{repo_id}: the hub refused (status {status}){hint}") from error
+    except (OSError, HTTPError) as error:
+        raise UserError(f"{repo_id}: the hub cannot be reached ({type(error).__name__}); check the network") from error
 
 
 class Model(Engine):
@@ -47,9 +67,9 @@ class Model(Engine):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | Path,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = "auto",
         quantize: Quantization = "none",
         offload: Offload = "none",
@@ -62,7 +82,10 @@ class Model(Engine):
 
         # What is asked for, refused before anything is read.
         wanted = None if dtype in (None, "auto") else number_format(dtype)
-        place_at = Placement(device=device_named(device), dtype=wanted, quantize=quantize, offload=offload, tile=tile)
+        name = model_name(name)
+        place_at = Placement(
+            device=device_named(str(device)), dtype=wanted, quantize=quantize, offload=offload, tile=tile
+        )
         check_dtype(place_at.device, wanted)
         budget = None if fit is None else memory(fit)
         # The model, and where it goes.
@@ -99,6 +122,7 @@ class Model(Engine):
         Raises:
             UserError: a folder that exists and is not empty.
         """
+        card = self.card(data=data, scores=scores)
         if self.lora:
             raise UserError(f"{self.name}: has LoRA beside its weights ({self.lora[0]}); diptych lora merge saves both")
         if self.placement is not None and self.placement.quantize != "none":
@@ -113,7 +137,7 @@ class Model(Engine):
         self.system.keep_sampling(dataclasses.asdict(self.sampling))
 
         def write_card(temporary: Path) -> None:
-            (temporary / CARD).write_text(self.card(data=data, scores=scores), encoding="utf-8")
+            (temporary / CARD).write_text(card, encoding="utf-8")
 
         place.parent.mkdir(parents=True, exist_ok=True)
         save_system(self.system, place, None if dtype is None else number_format(dtype), write_card)
@@ -132,9 +156,14 @@ class Model(Engine):
         """Upload the model and its card to a hub repository, which is made where there is none; the commit's address.
 
         The token is the one that `hf auth login` left.
+
+        Raises:
+            UserError: a name that no repository can have, or a hub that is not reached or refuses.
         """
         import tempfile
 
+        with pushing(repo_id):
+            validate_repo_id(repo_id)
         for component in self.system.components:  # nobody else has the folders of this machine
             name = self.system.origins[component].get("weights")
             if name and name not in shipped() and Path(name).expanduser().is_dir():
@@ -142,49 +171,12 @@ class Model(Engine):
         with tempfile.TemporaryDirectory() as folder:
             place = self.save_pretrained(Path(folder) / "model", dtype=dtype, data=data, scores=scores)
             api = HfApi()
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            done = api.upload_folder(repo_id=repo_id, folder_path=place, commit_message=message)
+            with pushing(repo_id):
+                made = api.create_repo(repo_id, private=private, exist_ok=True)
+                done = api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
         return str(done.commit_url)
 
     def card(self, *, data: str = "", scores: Mapping[str, float] | None = None) -> str:
-        """The model card, Markdown with the metadata that the hub reads."""
-        bases = self.bases()
-        head = ["---", "library_name: diptych", "pipeline_tag: any-to-any"]
-        if bases:
-            head += ["base_model:", *(f"- {base}" for base in bases)]
-        head += ["tags:", "- diptych", f"- {self.system.kind}", "---", ""]
-        sampling = {name: value for name, value in dataclasses.asdict(self.sampling).items() if value not in ("", {})}
-        body = [
-            f"# {self.name}",
-            "",
-            f"A unified multimodal model of kind `{self.system.kind}`: {', '.join(self.system.tasks)}.",
-            "",
-            "```python",
-            "import diptych",
-            "",
-            'model = diptych.load("OWNER/NAME")  # this repository, or the folder',
-            'images = model.generate("a red circle left of a blue square")',
-            "```",
-            "",
-            "## Data",
-            "",
-            data or "Not stated.",
-            "",
-            "## Scores",
-            "",
-            *([f"- {name}: {value:g}" for name, value in scores.items()] if scores else ["Not stated."]),
-            "",
-            "## Sampling",
-            "",
-            *(f"- `{name}`: {value}" for name, value in sampling.items()),
-            "",
-        ]
-        return "\n".join(head + body)
-
-    def bases(self) -> list[str]:
-        """Hub ids of the models whose weights parts of this one are."""
-        origins: dict[str, Any] = getattr(self.system, "origins", {})
-        named = [origin.get("weights") for origin in origins.values() if isinstance(origin, dict)]
-        hub = [str(name) for name in named if name and str(name).count("/") == 1 and not Path(str(name)).exists()]
-        hub = [name.partition("@")[0] for name in hub]
-        return [name for name in dict.fromkeys(hub) if not name.startswith(("toy/", ".", "/", "~"))]
+        """The model card, Markdown with the metadata that the hub reads; what is not given is that of its run."""
+        system = self.system
+        return model_card(self.name, system.kind, system.tasks, system.origins, self.sampling, data, scores)

@@ -5,6 +5,7 @@ A hub id may end in "@" and a commit, branch or tag.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -22,6 +23,13 @@ PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "**/*.json
 def shipped() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(f"toy/{path.name}" for path in SHIPPED.glob("*") if (path / "config.json").is_file())
+
+
+def model_name(model: object) -> str:
+    """A MODEL's name as it was given, or as a path; UserError for anything else."""
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(f"a MODEL is the name of one or a folder, not {type(model).__name__}")
+    return str(os.fspath(model))
 
 
 def locate(name: str) -> Path:
