@@ -64,8 +64,8 @@ def pictures(folder: Path, task: Task) -> None:
 
 def recipe_of(folder: Path, model: str, task: Task, batch: int) -> dict[str, Any]:
     """What `diptych new` writes, as plain values, in one pass a step."""
-    text, _, _ = new_recipe(folder, model, task=task)
-    plain = with_system(yaml.safe_load(text))
+    plain = with_system(yaml.safe_load(new_recipe(folder, model, task=task).text))
+    plain["stages"]["tune"]["data"]["sources"]["mine"].pop("prepared", None)
     plain["stages"]["tune"] |= {"batch_size": batch, "micro_batch_size": batch, "steps": 10**6}
     plain["run"] = {"device": "cpu", "tensorboard": False}
     return plain

@@ -18,6 +18,7 @@ from diptych.core.errors import UserError
 from diptych.recipes import new
 from diptych.recipes.new import new_recipe
 from diptych.recipes.recipe import load
+from diptych.systems.composed import ComposedSystem
 
 PAGE = Path(__file__).parent.parent / "docs" / "your-pictures.md"
 SUBJECTS = {"an astronaut": skimage.data.astronaut, "coffee": skimage.data.coffee, "a cat": skimage.data.chelsea}
@@ -48,12 +49,15 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
         for line in block.splitlines()
     ]
-    assert [command[0] for command in commands] == ["new", "check", "train", "generate", "lora", "generate"]
+    assert [command[0] for command in commands] == ["new", "check", "prepare", "train", "generate", "lora", "generate"]
     short = {"train": ["--set", "stages.tune.steps=2", "run.sample_every=0"], "generate": ["--steps", "2"]}
     for command in commands:
         assert main([*command, *short.get(command[0], [])]) == 0, command
-    assert "path: pictures}" in Path("mine.yaml").read_text(), "relative to the recipe"
-    assert "60 usable for task text_to_image" in capsys.readouterr().out
+    assert "path: pictures, prepared: pictures.prepared}" in Path("mine.yaml").read_text(), "relative to the recipe"
+    out = capsys.readouterr().out
+    assert "60 usable for task text_to_image" in out
+    for command in commands[1:3]:
+        assert " ".join(["diptych", *command]) in out, "the page's commands are those that are printed"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     with Image.open("frog.png") as drawn, Image.open("again.png") as again:
         assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(again, dtype=int)).max() <= 1
@@ -63,13 +67,13 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_card_decides(pictures: Path) -> None:
     with pytest.raises(UserError, match=r"--card 1MB: not even one image of \d+ px a pass fits; that takes about"):
         new_recipe(pictures, "toy/iomm", card="1MB")
-    _, _, reason = new_recipe(pictures, "toy/iomm", card="10GB")
+    reason = new_recipe(pictures, "toy/iomm", card="10GB").reason
     assert reason.startswith("images of 32 px, 4 a pass")
 
 
 def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
     """No sources, prompts or stages of a base remain."""
-    text, look, _ = new_recipe(pictures, "toy/omnigen2")
+    text, look, *_ = new_recipe(pictures, "toy/omnigen2")
     (tmp_path / "mine.yaml").write_text(text)
     recipe, _ = load(str(tmp_path / "mine.yaml"))
     assert "base:" not in text
@@ -96,7 +100,7 @@ def test_edits_are_drawn_while_they_are_learned(pictures: Path, tmp_path: Path) 
         Image.new("RGB", (32, 32), "red").save(folder / name)
     rows = [{"source": name, "image": "0.png", "instruction": f"redder than {name}"} for name in names]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    text, _, _ = new_recipe(folder, "toy/omnigen2", task="edit", home=tmp_path)
+    text = new_recipe(folder, "toy/omnigen2", task="edit", home=tmp_path).text
     (tmp_path / "mine.yaml").write_text(text)
     recipe, _ = load(str(tmp_path / "mine.yaml"))
     assert [edit.text for edit in recipe.sample_edits] == [f"redder than {number}.png" for number in (0, 1, 3, 5)]
@@ -115,7 +119,7 @@ def test_loss_masks_are_noticed(pictures: Path, tmp_path: Path) -> None:
         with Image.open(image) as opened:
             Image.new("L", opened.size, 255).save(folder / f"{image.stem}.mask.png")
         missing = "error" if image == images[-1] else "full_weight"
-        text, look, _ = new_recipe(folder, "toy/iomm")
+        text, look, *_ = new_recipe(folder, "toy/iomm")
         assert (look.masks, look.items) == (place + 1, len(images))
         assert yaml.safe_load(text)["stages"]["tune"]["data"]["sources"]["mine"]["masks"] == {"missing": missing}
 
@@ -130,7 +134,7 @@ def test_nothing_is_overwritten(pictures: Path, capsys: pytest.CaptureFixture[st
 def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank and quantised parts are those of the library's recipe for the card; the step's size is counted elsewhere."""
     monkeypatch.setattr(new, "fitting", lambda settings, look, card: (settings, ""))
-    text, _, _ = new_recipe(pictures, "toy/omnigen2", trigger="sks")
+    text = new_recipe(pictures, "toy/omnigen2", trigger="sks").text
     plain = yaml.safe_load(text)
     assert plain["stages"]["tune"]["data"]["sources"]["mine"]["vary"] == {"trigger": "sks"}
     assert all(prompt.startswith("sks, ") for prompt in plain["sample_prompts"])
@@ -142,7 +146,7 @@ def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pyt
         ("80GB", 32, False, "adamw"),
         ("141GB", 32, False, "adamw"),
     ):
-        text, _, _ = new_recipe(pictures, "toy/omnigen2", card=card)
+        text = new_recipe(pictures, "toy/omnigen2", card=card).text
         system = yaml.safe_load(text)["system"]
         assert system["decoder"]["lora"]["rank"] == rank
         assert yaml.safe_load(text)["stages"]["tune"]["optimizer"]["kind"] == optimizer
@@ -151,3 +155,64 @@ def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pyt
         )
     with pytest.raises(UserError, match="--trigger sks: task image has no captions"):
         new_recipe(pictures, "toy/omnigen2", task="image", trigger="sks")
+
+
+def test_what_each_step_would_make_again_is_made_once(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`new` names what to prepare, `check` says before and after what it saves, and a run reads it."""
+    assert main(["new", "pictures", "--model", "toy/omnigen2", "--trigger", "zxv"]) == 0
+    prepare = ["prepare", "pictures.yaml", "--what", "states"]
+    assert " ".join(["diptych", *prepare]) in capsys.readouterr().out
+    check = ["check", "pictures.yaml", "--limit", "4"]
+    assert main(check) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"prepared states save \d+% of these operations", out)
+    assert "mine: states not prepared yet, in " in out
+    assert f"the run can begin after  {' '.join(['diptych', *prepare])}" in out
+    train = ["train", "pictures.yaml", "--out", "run", "--set", "stages.tune.steps=1", "run.sample_every=0"]
+    assert main(train) == 2
+    assert "no such folder of prepared data; make it with diptych prepare" in capsys.readouterr().err
+    assert main(prepare) == 0
+    assert main(check) == 0
+    out = capsys.readouterr().out
+    assert "prepared states of 60 items, whole" in out
+    assert "no fault: the run can begin\n" in out
+    read: list[object] = []
+    run = ComposedSystem.read
+    monkeypatch.setattr(ComposedSystem, "read", lambda self, *given: read.append(given) or run(self, *given))
+    assert main([*train, "stages.tune.data.held_out=0", "run.validate_every=0", "run.tensorboard=false"]) == 0
+    assert not read, "the MLLM does not run"
+
+
+def test_prepared_data_of_another_model_are_a_fault_that_check_lists(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in ("omnigen2", "iomm"):
+        assert main(["new", "pictures", "--model", f"toy/{model}", "--output", f"{model}.yaml"]) == 0
+    assert main(["prepare", "omnigen2.yaml", "--what", "states"]) == 0
+    capsys.readouterr()
+    assert main(["check", "iomm.yaml", "--limit", "4"]) == 2
+    said = capsys.readouterr()
+    assert "what the model will see: " in said.out, "the verdict comes last"
+    assert "its states were made otherwise" in said.err
+
+
+def test_a_model_without_such_states_keeps_its_latents(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BAGEL's are its language model's keys and values; and a grid of positions that ends takes no long images."""
+    made = new_recipe(pictures, "toy/bagel")
+    data = yaml.safe_load(made.text)["stages"]["tune"]["data"]
+    assert made.prepares == ()
+    assert "buckets" not in data
+    assert "cache" not in data, "its autoencoder is the pixels themselves"
+    monkeypatch.setattr(new, "useful_kinds", lambda *given: ("latents",))
+    data = yaml.safe_load(new_recipe(pictures, "toy/bagel").text)["stages"]["tune"]["data"]
+    assert data["cache"] == f"{pictures}.latents"
+    assert "prepared" not in data["sources"]["mine"]
+
+
+def test_small_pictures_are_told(pictures: Path) -> None:
+    Image.new("RGB", (5, 3)).save(pictures / "dot.png")
+    (pictures / "dot.txt").write_text("a dot")
+    reason = new_recipe(pictures, "toy/iomm").reason
+    assert reason.endswith("; 1 are enlarged to it more than twice, the smallest 5x3 (filters.min_side)")

@@ -54,3 +54,19 @@ def test_nothing_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "script"), [("один дом", "CYRILLIC"), ("123 !", ""), ("ひらがな", "HIRAGANA")])
 def test_scripts(text: str, script: str) -> None:
     assert script_of(text) == script
+
+
+def test_sizes_are_kept_whatever_the_limit(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index of sizes serves readers of any limit: a limit that was raised lets an image in."""
+    from diptych.data.folder import FolderSource
+    from diptych.data.reading import Reading
+
+    Image.new("RGB", (200, 100)).save(pictures / "large.png")
+    monkeypatch.setenv("DIPTYCH_MAX_PIXELS", "10000")
+    look = survey(pictures)
+    assert look.items == 10
+    assert list(look.dropped.values()) == [
+        "decompression bomb (more than 10,000 pixels; max_pixels of the data or DIPTYCH_MAX_PIXELS raises the limit)"
+    ]
+    sizes = FolderSource(pictures, reading=Reading(max_pixels=10**6)).sizes()
+    assert sizes.max() == 200

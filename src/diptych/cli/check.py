@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diptych.recipes.cards import Card
     from diptych.recipes.check import StageReport, SystemReport
-    from diptych.recipes.recipe import Recipe
+    from diptych.recipes.recipe import Recipe, StageSpec
 
 PREVIEW = 16
 """Items of each source that a preview reads."""
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    import shlex
     from pathlib import Path
 
     from transformers.utils import logging as transformers_logging
@@ -83,6 +84,7 @@ def _report(args: argparse.Namespace) -> int:
     else:
         output = Path(args.output).expanduser()
     faults: list[str] = []
+    unmade: dict[str, None] = {}
     for name in recipe.stages:
         with bars("item") as progress:
             data = check_data(recipe, report, name, limit=limit, progress=progress)
@@ -94,13 +96,18 @@ def _report(args: argparse.Namespace) -> int:
             write_file(sheet, lambda temporary, drawn=data.sheet: drawn.save(temporary, "PNG"))
             print(f"  what the model will see: {sheet}", flush=True)
         faults += data.faults
+        unmade |= dict.fromkeys(kind for kinds in data.unmade.values() for kind in kinds)
     print()
     if len(faults) == 1:
         raise UserError(faults[0])
     if faults:
         print("\n".join(f"fault: {fault}" for fault in faults), flush=True)
         raise UserError(f"{len(faults)} faults, listed above; a run would stop at the first")
-    print("no fault: the run can begin")
+    if unmade:
+        words = ["diptych", "prepare", args.recipe, "--what", *unmade, *(["--set", *args.set] if args.set else [])]
+        print(f"no fault: the run can begin after  {shlex.join(words)}")
+    else:
+        print("no fault: the run can begin")
     return 0
 
 
@@ -144,6 +151,10 @@ def work_lines(
             took = days(whole, processes, peak, utilisation)
             line += f", {duration(86400 * took)} on {cards} at {utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s"
         lines.append(line)
+        kinds = [kind for kind in kept_in(recipe.stages[stage.name]) if stage.work.saved([kind]) > 0]
+        if kinds:
+            each = [f"{kind} save {stage.work.saved([kind]) / stage.work.flops:.0%}" for kind in kinds]
+            lines.append(f"stage {stage.name}: prepared {' and '.join(each)} of these operations")
     if card is None or (missing := shortfall(card, stage.memory.total)) == 0:
         return lines
     room = f"of {amount(card.room)} beside the driver" if card.room > 0 else "and the driver alone takes more"
@@ -158,6 +169,19 @@ def work_lines(
         start = "with" if other.fits else "nothing that was tried fits; the least is with"
         lines.append(f"  {start} {other.words()} it takes {amount(other.needed)}")
     return lines
+
+
+def kept_in(stage: StageSpec) -> list[str]:
+    """Kinds of prepared data that save operations, where every source of a stage names a folder of such."""
+    from pathlib import Path
+
+    from diptych.data.prepared_files import sets_in
+
+    roots = [source.prepared for source in stage.data.sources.values()]
+    if not roots or None in roots:
+        return []
+    places = [Path(str(root)).expanduser() for root in roots]
+    return [kind for kind in ("latents", "states") if all(not p.is_dir() or sets_in(p, kind) for p in places)]
 
 
 def system_lines(report: SystemReport, strategy: str, processes: int = 1) -> list[str]:

@@ -22,6 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import shlex
     from pathlib import Path
 
     from diptych.core.errors import UserError
@@ -36,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: a recipe's name ends in .yaml")
     if output.exists():
         raise UserError(f"{output}: exists already; choose another name with --output")
-    text, look, reason = new_recipe(
-        folder, args.model, task=args.task, card=args.card, home=output.parent, trigger=args.trigger
-    )
+    made = new_recipe(folder, args.model, task=args.task, card=args.card, home=output.parent, trigger=args.trigger)
+    look = made.look
     print(f"{folder}: {look.items:,} usable for task {look.task}, {len(look.dropped):,} dropped")
     for why, count in Counter(look.dropped.values()).most_common(5):
         print(f"  dropped, {why}: {count:,}")
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if look.texts:
         scripts = ", ".join(script if script == "CJK" else script.capitalize() for script in look.scripts) or "none"
         print(f"  texts: {sum(map(len, look.texts)) / len(look.texts):.0f} characters on average; letters: {scripts}")
-    print(f"  {reason}")
-    write_text(output, text)
-    print(f"{output}\ntry: diptych check {output}\n     diptych train {output} --out runs/{output.stem}")
+    print(f"  {made.reason}")
+    write_text(output, made.text)
+    steps = made.steps(shlex.quote(str(output)), shlex.quote(output.stem))
+    print("\n".join([str(output), f"try: {steps[0]}", *(f"     {step}" for step in steps[1:])]))
     return 0

@@ -124,7 +124,7 @@ class FolderSource(Source, Listed):
 
     def _size(self, path: str) -> Size | None:
         try:
-            return self.reading.size(self.folder / path, self._id(path))
+            return self.reading.header_size(self.folder / path, self._id(path))
         except BadItem:
             return None
 

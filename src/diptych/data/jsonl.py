@@ -124,7 +124,7 @@ class JsonlSource(Source, Scored, Listed):
         if "width" in row and "height" in row:
             return row["height"], row["width"]
         try:
-            return self.reading.size(self.folder / row["image"], self._where(self._numbers[index]))
+            return self.reading.header_size(self.folder / row["image"], self._where(self._numbers[index]))
         except BadItem:
             return None
 

@@ -173,7 +173,7 @@ class ParquetSource(Source, Scored, Listed):
         id = f"{self.name}:{index + 1}"
         reference = self._row(index).get("image")
         try:
-            return None if reference is None else self.reading.size(self._file(reference, id), id)
+            return None if reference is None else self.reading.header_size(self._file(reference, id), id)
         except BadItem:
             return None
 

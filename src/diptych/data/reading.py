@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -55,6 +56,10 @@ class Reading:
     def size(self, data: bytes | Path, id: str) -> Size:
         """As `image_size`."""
         return image_size(data, id, self.max_pixels)
+
+    def header_size(self, data: bytes | Path, id: str) -> Size:
+        """What a file's header says, however large: indexes of sizes are kept for readers of any limit."""
+        return image_size(data, id, sys.maxsize)
 
     def mask(
         self, data: bytes | Path | None, id: str, target: bytes | Path, size: Size, fit_mode: FitMode

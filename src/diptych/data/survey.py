@@ -14,6 +14,7 @@ from diptych.core.errors import UserError
 from diptych.core.sample import Task
 from diptych.data.folder import UNREAD_MASK, FolderSource
 from diptych.data.image_metadata import NAMES
+from diptych.data.imaging import pixel_limit
 from diptych.data.jsonl import JsonlSource
 from diptych.data.loss_masks import LossMasks
 from diptych.data.reading import Reading
@@ -50,6 +51,11 @@ class Survey:
     def side(self) -> int:
         """Median side of a square of the images' areas, in pixels; 0 where no image says its size."""
         return int(np.median(np.sqrt(self.sizes.prod(axis=1)))) if len(self.sizes) else 0
+
+    def enlarged(self, side: int) -> np.ndarray:
+        """Sizes of the images that are enlarged more than twice to squares of `side`, the smallest first."""
+        small = self.sizes[4 * self.sizes.astype(np.int64).prod(axis=1) < side * side]
+        return small[np.argsort(small.astype(np.int64).prod(axis=1))]
 
     @property
     def aspect(self) -> float:
@@ -104,6 +110,11 @@ def survey(folder: Path, task: Task | None = None) -> Survey:
     broken |= {
         f"{source.name}: image {place + 1}": "unreadable header"
         for place in np.flatnonzero(~readable).tolist()
+        if place not in unusable
+    }
+    broken |= {
+        f"{source.name}: image {place + 1}": "decompression bomb"
+        for place in np.flatnonzero(table.astype(np.int64).prod(axis=1) > pixel_limit()).tolist()
         if place not in unusable
     }
     if len(unusable) == min(GLANCE, len(source)):

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
 from diptych.recipes.estimate import Memory, MemoryPlan, Work, world_of
 from diptych.recipes.load import check_quantized, quantized_parts
-from diptych.recipes.prepared import prepared_lines
-from diptych.recipes.recipe import Part, Recipe, StageSpec
+from diptych.recipes.prepared import needed_by, prepared_lines, useful_kinds
+from diptych.recipes.recipe import Part, Recipe, SourceSpec, StageSpec
 from diptych.recipes.run import build_stage, check_batches, check_parts, check_sizes, stage_settings
 from diptych.recipes.sources import build_data, build_source
 from diptych.recipes.start import start_weights
@@ -80,7 +81,8 @@ class SystemReport:
 @dataclass(frozen=True, kw_only=True)
 class DataCheck:
     """One stage's data. lines: what it holds, as text. sheet: pictures of its first samples, None where nothing can be
-    read. seconds: for the whole stage, None where no step was timed. faults: what a run would stop at."""
+    read. seconds: for the whole stage, None where no step was timed. faults: what a run would stop at. unmade: kinds
+    of data that are still to be prepared, by source."""
 
     stage: str
     report: report.DataReport
@@ -88,6 +90,7 @@ class DataCheck:
     sheet: Image.Image | None
     seconds: float | None = None
     faults: list[str] = field(default_factory=list[str])
+    unmade: dict[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
 
 
 def check_system(recipe: Recipe, *, processes: int = 1) -> SystemReport:
@@ -191,13 +194,14 @@ def check_data(
     preparer = system.preparer() if small else None  # a tokenizer comes with the weights, which stay where they are
     images = any(source.task != "understand" for source in spec.data.sources.values())
     few = min(spec.batch_size, SHEET_SAMPLES)
-    looked = replace(spec.data, cache=None)  # looking makes no latents
+    sources, unmade = without_unmade(recipe, name, system)
+    looked = replace(spec.data, cache=None, sources=sources)  # looking makes no latents
     faults: list[str] = []
     reports: list[report.SourceReport] = []
     samples: list[Sample] = []
     side = both_sides(spec.data.size)
     # Every source, whatever is wrong with the others.
-    for source_name, source_spec in spec.data.sources.items():
+    for source_name, source_spec in sources.items():
         try:
             source = build_source(source_name, source_spec, spec.data)
         except UserError as error:
@@ -227,7 +231,10 @@ def check_data(
     lines = data.lines()
     if preparer is None:
         lines.append("what the model refuses of a sample is not looked at: its tokenizer is read with its weights")
-    for source_name, source_spec in spec.data.sources.items():
+    for source_name, source_spec in sources.items():
+        where = spec.data.sources[source_name].prepared
+        if source_name in unmade:
+            lines.append(f"{source_name}: {' and '.join(unmade[source_name])} not prepared yet, in {where}")
         lines += prepared_lines(source_name, source_spec)
     # The mixture of them all, and its first step.
     if not faults:
@@ -240,10 +247,33 @@ def check_data(
             faults.append(str(error))
     sheet = report.sheet(samples) if samples else None
     # A stage whose prepared data are of quantised weights is not timed: these weights are not there.
-    prepared = any(source.prepared is not None for source in spec.data.sources.values())
+    prepared = any(source.prepared is not None for source in sources.values())
     timed = small and not faults and not (prepared and quantized_parts(recipe))
-    seconds = measure(recipe, system, name) if timed else None
-    return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds, faults=faults)
+    timed_recipe = replace(
+        recipe, stages={**recipe.stages, name: replace(spec, data=replace(spec.data, sources=sources))}
+    )
+    seconds = None
+    if timed:
+        try:
+            seconds = measure(timed_recipe, system, name)
+        except UserError as error:  # prepared data of other weights, for example
+            faults.append(str(error))
+    return DataCheck(stage=name, report=data, lines=lines, sheet=sheet, seconds=seconds, faults=faults, unmade=unmade)
+
+
+def without_unmade(
+    recipe: Recipe, name: str, system: System
+) -> tuple[dict[str, SourceSpec], dict[str, tuple[str, ...]]]:
+    """A stage's sources as they are read before `diptych prepare` has run, and which kinds of what is to be made."""
+    sources, unmade = dict(recipe.stages[name].data.sources), dict[str, tuple[str, ...]]()
+    for source, spec in sources.items():
+        if spec.prepared is None or Path(spec.prepared).expanduser().is_dir():
+            continue
+        kinds = useful_kinds(needed_by(recipe, name, system), spec.task, spec.vary)
+        if kinds:
+            sources[source] = replace(spec, prepared=None)
+            unmade[source] = kinds
+    return sources, unmade
 
 
 def first_samples(source: Source, size: tuple[int, int], count: int) -> list[Sample]:

@@ -7,9 +7,10 @@ are not there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from diptych.recipes.quantized_stand_in import QuantizedStandIn
 from diptych.recipes.recipe import Recipe, StageSpec
 from diptych.recipes.stand_in import ANSWER_TOKENS, PROMPT_TOKENS, lend_tokenizer, stand_in_samples, task_counts
 from diptych.systems.base import System
+from diptych.systems.composed import ComposedSystem
 from diptych.training.attention import WrittenOut
 from diptych.training.config import StageConfig
 from diptych.training.cuda_autocast import CudaAutocast
@@ -76,11 +78,42 @@ class Work:
     """What a sample takes, on average over a stage's tasks.
 
     tokens: latent and text tokens that are predicted. flops: floating-point operations forward and backward
-    (`training.flops`), where the texts are as long as a trace takes them to be.
+    (`training.flops`), where the texts are as long as a trace takes them to be. latents, states: those of them that
+    prepared latents and states would save.
     """
 
     tokens: float
     flops: float
+    latents: float = 0.0
+    states: float = 0.0
+
+    def saved(self, kinds: Sequence[str]) -> float:
+        """Operations that what is prepared saves."""
+        return sum({"latents": self.latents, "states": self.states}.get(kind, 0.0) for kind in kinds)
+
+
+@contextmanager
+def kept_apart(system: System, counter: FlopCounter) -> Iterator[dict[str, float]]:
+    """Meanwhile, what making targets' latents and the MLLM's states takes of what `counter` counts."""
+    kept = {"latents": 0.0, "states": 0.0}
+    methods = {"latents": "target_latents", "states": "read"} if isinstance(system, ComposedSystem) else {}
+
+    def counted(kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            before = counter.total
+            result = method(*args)
+            kept[kind] += counter.total - before
+            return result
+
+        return call
+
+    for kind, name in methods.items():
+        setattr(system, name, counted(kind, getattr(system, name)))
+    try:
+        yield kept
+    finally:
+        for name in methods.values():
+            delattr(system, name)
 
 
 def world_of(recipe: Recipe, processes: int) -> AbstractContextManager[None]:
@@ -128,7 +161,7 @@ class MemoryPlan:
 
     def stage(self, name: str, spec: StageSpec) -> tuple[Memory, Work | None]:
         """Of a stage whose trained parts are unfrozen and whose options are set; no `Work` where it is not traced."""
-        batches, flops = self._batches(spec), list[float]()
+        batches, flops = self._batches(spec), list[dict[str, float]]()
         with suppress(NothingLearnsError):  # which the look at the data says, with its reason
             step = self._traced(name, spec, batches, flops) if batches else None
             if step is not None:
@@ -157,7 +190,7 @@ class MemoryPlan:
         )
         return memory, None
 
-    def _work(self, spec: StageSpec, batches: list[PreparedBatch], flops: list[float]) -> Work:
+    def _work(self, spec: StageSpec, batches: list[PreparedBatch], flops: list[dict[str, float]]) -> Work:
         """A sample's share of the passes that were traced, each task counted by its sources' weights.
 
         A process of a sharded run borrows samples of tasks that it has none of: what these take belongs to its own.
@@ -172,14 +205,17 @@ class MemoryPlan:
                 family, _, task = term.rpartition(".")
                 if not family.startswith("align"):  # a second term on the tokens of the first
                     tokens[term] = sum(counts) / len(counts) * shares[task]
-        size, rest = self._pass_size(spec), sum(shares[task] for batch in batches[1:] for task in set(batch.tasks))
-        each = [flops[0] / size * (1 - rest)]
-        each += [
-            count / len(batch) * shares[batch.tasks[0]] for batch, count in zip(batches[1:], flops[1:], strict=True)
-        ]
-        return Work(tokens=sum(tokens.values()), flops=sum(each))
+        rest = sum(shares[task] for batch in batches[1:] for task in set(batch.tasks))
+        scales = [(1 - rest) / self._pass_size(spec), *(shares[batch.tasks[0]] / len(batch) for batch in batches[1:])]
 
-    def _traced(self, name: str, spec: StageSpec, batches: list[PreparedBatch], flops: list[float]) -> StepMemory:
+        def each(kind: str) -> float:
+            return sum(counts[kind] * scale for counts, scale in zip(flops, scales, strict=True))
+
+        return Work(tokens=sum(tokens.values()), flops=each("all"), latents=each("latents"), states=each("states"))
+
+    def _traced(
+        self, name: str, spec: StageSpec, batches: list[PreparedBatch], flops: list[dict[str, float]]
+    ) -> StepMemory:
         """flops: gets those of each batch."""
         inputs: list[Tensor] = []
         for batch in batches:
@@ -222,12 +258,18 @@ class MemoryPlan:
             return nullcontext()
         return WrittenOut() if self.recipe.run.device == "cpu" else CudaAutocast()
 
-    def _forward(self, batch: PreparedBatch, counter: FlopCounter, flops: list[float]) -> Callable[[], Tensor]:
+    def _forward(
+        self, batch: PreparedBatch, counter: FlopCounter, flops: list[dict[str, float]]
+    ) -> Callable[[], Tensor]:
         def forward() -> Tensor:
             before = counter.total
-            with counter, torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            with (
+                counter,
+                kept_apart(self.system, counter) as kept,
+                torch.autocast("cpu", torch.bfloat16, enabled=self.half),
+            ):
                 terms = self.system.losses(batch, Draws(list(range(len(batch))), "cpu"))
-            flops.append(counter.total - before)
+            flops.append({"all": counter.total - before, **kept})
             loss = torch.stack([values.float().sum() for values in terms.values()]).sum()
             if not loss.requires_grad:
                 raise NothingLearnsError

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    LocalTokenNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from diptych.core.errors import UserError

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
 
 from diptych.core.errors import UserError, attributed_to
 from diptych.core.sample import Task
+from diptych.data.buckets import buckets
 from diptych.data.source import ItemDraws
 from diptych.data.survey import Survey, survey
 from diptych.data.variations import Variations, varied_text
@@ -22,6 +24,7 @@ from diptych.recipes.check import check_system
 from diptych.recipes.fit import CONTEXT_BYTES, amount, memory
 from diptych.recipes.from_model import with_system
 from diptych.recipes.plain import load_plain, names
+from diptych.recipes.prepared import needed_by, useful_kinds
 from diptych.recipes.recipe import parse
 from diptych.systems.base import System
 
@@ -35,6 +38,8 @@ VISITS = 25
 """How often each picture is seen, as far as `STEPS` allows."""
 STEPS = (100, 4000)
 BATCH = 4
+RATIO = 2.0
+"""Longest side over shortest of the shapes that pictures may keep."""
 PROMPTS = 4
 """Captions of the folder that are drawn while training."""
 
@@ -58,7 +63,8 @@ class Settings:
     owner: the part of the system that gets adapters. targets: last names of the layers that do. side: of images, in
     pixels. micro_batch_size: samples of a pass. quantize: parts whose frozen weights are in nf4. optimizer: its kind.
     preset: the recipe that rank, quantize and optimizer are of. trigger: the word that stands before each caption.
-    expands: whether the model writes prompts out before it draws, by what it has learned so far.
+    expands: whether the model writes prompts out before it draws, by what it has learned so far. shapes: whether it
+    takes images twice as long as wide. cached: whether the run keeps the latents that it makes.
     """
 
     model: str
@@ -73,6 +79,23 @@ class Settings:
     preset: str = ""
     trigger: str = ""
     expands: bool = False
+    shapes: bool = True
+    cached: bool = False
+
+
+class NewRecipe(NamedTuple):
+    """text: of the recipe. look: at the folder. reason: how the size of the images was chosen. prepares: what of its
+    items is worth making once (`diptych prepare --what`), empty where nothing is. half: whether in bfloat16."""
+
+    text: str
+    look: Survey
+    reason: str
+    prepares: tuple[str, ...] = ()
+    half: bool = False
+
+    def steps(self, file: str, run: str) -> list[str]:
+        """The commands that follow, for the recipe as `file`."""
+        return steps_of(file, run, self.prepares, self.half)
 
 
 def new_recipe(
@@ -83,8 +106,8 @@ def new_recipe(
     card: str | None = None,
     home: Path | None = None,
     trigger: str = "",
-) -> tuple[str, Survey, str]:
-    """The text of a recipe, what lies in the folder, and how the size of the images was chosen.
+) -> NewRecipe:
+    """A recipe for a folder.
 
     Args:
         folder: pictures, with captions or without; for edits and conversations one JSONL file with its pictures.
@@ -114,10 +137,25 @@ def new_recipe(
         large=large,
     )
     expands = bool(drafted.get("sampling", {}).get("prompt_expansion")) and look.task != "understand"
-    settings = replace(settings, trigger=trigger, expands=expands)
+    settings = replace(settings, trigger=trigger, expands=expands, shapes=takes_shapes(system, side))
     if card is not None:
         settings, reason = fitting(with_preset(settings, drafted, card), look, card)
-    return text(settings, look, home), look, reason
+    small = look.enlarged(settings.side)
+    if len(small):
+        height, width = small[0].tolist()
+        reason += (
+            f"; {len(small):,} are enlarged to it more than twice, the smallest {width}x{height} (filters.min_side)"
+        )
+    prepares = kept_kinds(settings, look)
+    if prepares == ("latents",):  # which a run keeps by itself, as it makes them
+        settings, prepares = replace(settings, cached=True), ()
+    return NewRecipe(text(settings, look, home, prepares), look, reason, prepares, large)
+
+
+def kept_kinds(settings: Settings, look: Survey) -> tuple[str, ...]:
+    """What of the items stays the same in every visit, by what the recipe trains."""
+    recipe = parse(with_system(yaml.safe_load(text(settings, look))), settings.model)
+    return useful_kinds(needed_by(recipe, "tune", build_system(recipe.system, meta=True)), look.task)
 
 
 def image_side(drafted: dict[str, Any], system: System, look: Survey) -> tuple[int, str]:
@@ -130,6 +168,14 @@ def image_side(drafted: dict[str, Any], system: System, look: Survey) -> tuple[i
     step = system.image_step
     side = max(look.side // step, 1) * step
     return side, f"images of {side} px: most pictures are smaller than the model's own {model} px"
+
+
+def takes_shapes(system: System, side: int) -> bool:
+    """Whether a model takes every size of the buckets about a square of `side`."""
+    longest = system.longest_side
+    return side % system.image_step == 0 and (
+        longest is None or max(map(max, buckets(side, system.image_step, RATIO))) <= longest
+    )
 
 
 def adapted(system: System, task: Task) -> tuple[str, nn.Module]:
@@ -195,8 +241,8 @@ def fitting(settings: Settings, look: Survey, card: str) -> tuple[Settings, str]
     )
 
 
-def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
-    """The recipe as commented YAML."""
+def text(settings: Settings, look: Survey, home: Path | None = None, prepares: Sequence[str] = ()) -> str:
+    """The recipe as commented YAML. prepares: what `diptych prepare` makes of the items."""
     steps = min(max(look.items * VISITS // BATCH, STEPS[0]), STEPS[1])
     path = str(look.path.resolve())
     if home is not None:
@@ -206,8 +252,9 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
     vary = {"vary": {"trigger": settings.trigger}} if settings.trigger else {}
     missing = "error" if look.masks == look.items else "full_weight"
     masks = {"masks": {"missing": missing}} if look.masks else {}
-    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": path, **masks, **vary}
-    shapes = look.aspect > 1.1 and look.task != "understand"
+    kept = {"prepared": beside(path, look.kind, "prepared")} if prepares else {}
+    source: dict[str, Any] = {"kind": look.kind, "task": look.task, "path": path, **masks, **vary, **kept}
+    shapes = settings.shapes and look.aspect > 1.1 and look.task != "understand"
     run: dict[str, Any] = {"save_every": max(steps // 4, 1), "validate_every": max(steps // 4, 1)}
     if look.task in ("text_to_image", "edit"):
         run["sample_every"] = max(steps // 4, 1)
@@ -225,7 +272,8 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
     captions = list(dict.fromkeys(look.texts))[:: max(len(dict.fromkeys(look.texts)) // PROMPTS, 1)][:PROMPTS]
     lines = [
         f"# {settings.model}, tuned by low-rank adapters on {look.path.resolve().name}: {look.items:,} items.",
-        "# Written by `diptych new`. Look at it, then:  diptych check FILE;  diptych train FILE --out runs/mine",
+        "# Written by `diptych new`. Look at it, then:",
+        *(f"#   {step}" for step in steps_of("FILE", "mine", prepares, settings.large)),
         f"start: {_flow(settings.model)}  # the system, its prompts and its sampling are this model's",
         "seed: 0",
         "system:",
@@ -242,10 +290,20 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
         f"    schedule: {{kind: cosine, warmup: {min(100, steps // 10)}, end: 0.1}}",
         "    data:",
         f"      size: {settings.side}  # of the images, in pixels",
-        *(["      buckets: 2.0  # pictures keep their shapes, up to twice as long as wide"] if shapes else []),
+        *([f"      buckets: {RATIO}  # pictures keep their shapes, up to twice as long as wide"] if shapes else []),
         f"      held_out: {min(32, look.items // 10)}  # not learned; their loss tells when to stop",
         "      max_bad_fraction: 0.05  # of unreadable pictures, which are named and passed over",
+        *(
+            [f"      cache: {_flow(beside(path, look.kind, 'latents'))}  # latents of the images, once made"]
+            if settings.cached
+            else []
+        ),
         "      sources:",
+        *(
+            [f"        # {' and '.join(prepares)} are read from `prepared`, once diptych prepare has made them"]
+            if kept
+            else []
+        ),
         f"        mine: {_flow(source)}",
         f"run: {_flow(run)}",
     ]
@@ -266,6 +324,18 @@ def text(settings: Settings, look: Survey, home: Path | None = None) -> str:
             places = [os.path.relpath(place, home.resolve()) for place in places]
         lines.append(f"  - {_flow({'text': words, 'images': places})}")
     return "\n".join(lines) + "\n"
+
+
+def steps_of(file: str, run: str, prepares: Sequence[str], half: bool) -> list[str]:
+    """As `NewRecipe.steps`."""
+    format = " --dtype bfloat16" if half else ""
+    made = [f"diptych prepare {file} --what {' '.join(prepares)}{format}"] if prepares else []
+    return [f"diptych check {file}", *made, f"diptych train {file} --out runs/{run}"]
+
+
+def beside(path: str, kind: str, suffix: str) -> str:
+    """Where what is made of a source goes: a folder beside its own, or beside its file."""
+    return f"{path if kind == 'folder' else os.path.splitext(path)[0]}.{suffix}"
 
 
 def _flow(value: Any) -> str:

@@ -205,6 +205,17 @@ def needed_by(recipe: Recipe, stage: str, system: System) -> Needed:
     return Needed(system, recipe.stages[stage].data, trained, recipe.run.precision)
 
 
+def useful_kinds(needed: Needed, task: Task, vary: Variations | None = None) -> tuple[str, ...]:
+    """What of a task's items stays the same in every visit and is worth keeping; without reading weights."""
+    kinds: list[str] = []
+    autoencoder = getattr(needed.system, "autoencoder", None)
+    if task != "understand" and isinstance(autoencoder, Autoencoder) and any(True for _ in autoencoder.parameters()):
+        kinds.append("latents")  # of pixels themselves, nothing is saved
+    if needed.no_states(task, vary) is None:
+        kinds.append("states")
+    return tuple(kinds)
+
+
 def numbers_of(autoencoder: Autoencoder) -> dict[str, Any]:
     """What is beside its weights and configuration: scale and shift of the latents."""
     return {

@@ -341,10 +341,7 @@ def check_size(engine: Engine, settings: Sampling) -> None:
 
 def longest(engine: Engine) -> int:
     """The greatest side that a model makes, in pixels."""
-    system = engine.system
-    if isinstance(system, AssembledSystem) and system.decoder.longest is not None:
-        return system.decoder.longest * system.autoencoder.factor
-    return 1 << 14
+    return engine.system.longest_side or 1 << 14
 
 
 def nearest_size(engine: Engine, height: int, width: int) -> tuple[int, int]:

@@ -241,7 +241,7 @@ class AssembledSystem(System):
 
     @property
     def longest_side(self) -> int | None:
-        longest = self.decoder.longest  # where the decoder's grid of positions ends
+        longest = self.grid.longest  # where the grid of positions ends
         return None if longest is None else longest * self.autoencoder.factor
 
     def keep_sampling(self, sampling: Mapping[str, Any]) -> None:
