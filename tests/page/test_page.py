@@ -57,6 +57,16 @@ def words(page: Any, status: str, pattern: str) -> str:
     return line.inner_text()
 
 
+def settled(page: Any, selector: str) -> dict[str, float]:
+    """Where a part lies once it has lain there for half a second: a tool that opens moves what is beside it."""
+    part = page.locator(selector).first
+    box = None
+    while (now := part.bounding_box()) != box:
+        box = now
+        page.wait_for_timeout(500)
+    return now
+
+
 def choose(page: Any, part: str, name: str) -> None:
     """Choose from a list."""
     page.click(f"#{part} input")
@@ -136,7 +146,7 @@ def test_edit_a_sent_picture_with_a_brush_mask(visit: Any) -> None:
     visit.click("#create-send")
     visit.wait_for_function("document.querySelector('#edit-picture')?.innerText.includes('1000%')")
     visit.locator("#edit-picture button[aria-label='Brush']").first.click()
-    box = visit.locator("#edit-picture canvas").first.bounding_box()
+    box = settled(visit, "#edit-picture canvas")
     # A stroke through the upper left quarter of what is shown.
     x, y = box["x"] + box["width"] / 2 - 80, box["y"] + box["height"] / 2 - 80
     visit.mouse.move(x, y)
