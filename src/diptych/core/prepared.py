@@ -80,6 +80,10 @@ class Preparer(abc.ABC):
     def join(self, rows: Sequence[Prepared]) -> Any:
         """The inputs of several samples as those of one batch."""
 
+    def together(self, samples: Sequence[Sample], draws: Draws) -> PreparedBatch:
+        """Samples on the spot as the workers of a loader would prepare them."""
+        return self.collate([self.prepare(sample, draws.take([row])) for row, sample in enumerate(samples)])
+
     def collate(self, rows: Sequence[Prepared], borrowed: Sequence[Task] = ()) -> PreparedBatch:
         """Samples as one batch."""
         counts: dict[str, list[float]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diptych.core.errors import UserError, unknown
+from diptych.recipes.distilling import TERM
 from diptych.recipes.recipe import StageSpec
 from diptych.systems.base import System
 from diptych.training.step import weight
@@ -14,7 +15,9 @@ def loss_terms(system: System, spec: StageSpec) -> set[str]:
     """Names that a loss weight of the stage may have: terms ("flow.image") and families of them ("flow_4x4")."""
     tasks = {source.task for source in spec.data.sources.values()}
     families: set[str] = set()
-    if tasks - {"understand"}:
+    if spec.kind == "distill":
+        families |= {TERM, *(f"{TERM}_{name}" for name in system.scales)}
+    elif tasks - {"understand"}:
         families.add("flow")
         families |= {f"flow_{name}" for name in system.scales}
         if getattr(system, "projector", None) is not None:
@@ -32,7 +35,7 @@ def check_loss_weights(name: str, spec: StageSpec, system: System) -> None:
     for term in spec.loss_weights:
         if term not in known:
             raise unknown("loss term", term, known, f"stages.{name}.loss_weights")
-    whole = ("flow", "align") if system.scales else ()  # of several scales, each has terms of its own
+    whole = ("flow", "align", TERM) if system.scales else ()  # of several scales, each has terms of its own
     terms = {term for term in known if "." in term and term.split(".")[0] not in whole}
     if terms and all(weight(spec.loss_weights, term) == 0 for term in terms):
         raise UserError(f"stages.{name}.loss_weights: every term counts 0, so that nothing is learned")

@@ -26,6 +26,7 @@ from diptych.data.reading import CONTEXT_PIXELS
 from diptych.data.variations import Variations
 from diptych.inference.placement import Quantization
 from diptych.inference.sampling import Sampling
+from diptych.objectives.distillation import Distillation
 from diptych.recipes.legacy import refuse_old
 from diptych.recipes.plain import load_plain
 from diptych.systems.bagel.config import BagelConfig
@@ -256,12 +257,18 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """A stage; see `training.config.StageConfig`. settings: the system's options for this stage alone."""
+    """A stage; see `training.config.StageConfig`.
+
+    kind: what it learns from, its `data`, or what the model that the run starts from draws (`distill`; see
+    `recipes.distilling`). distill: how that is done. settings: the system's options for this stage alone.
+    """
 
     train: tuple[str, ...]
     steps: Count
     batch_size: Annotated[int, Interval(ge=1, le=2**20)]
     data: DataSpec
+    kind: Literal["data", "distill"] = "data"
+    distill: Distillation = field(default_factory=Distillation)
     micro_batch_size: Count | None = None
     loss_weights: dict[str, NotNegative] = field(default_factory=dict[str, float])
     balance: Balance = "samples"
@@ -271,6 +278,10 @@ class StageSpec:
     ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
     ema_warmup: bool = True
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if self.kind != "distill" and self.distill != Distillation():
+            raise UserError("distill: has no effect in a stage that learns from its data; set kind: distill")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.evaluation import evaluate
 from diptych.inference.engine import Engine
 from diptych.recipes.bases import save_system
+from diptych.recipes.distilling import check_distillation, objective_of, prepare_teachers
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
 from diptych.recipes.loss_terms import check_loss_weights
 from diptych.recipes.prepared import needed_by, refuse_mixed_states
@@ -43,6 +44,7 @@ from diptych.training import loop, state
 from diptych.training.config import RunConfig, StageConfig
 from diptych.training.launch import refuse_lonely_process
 from diptych.training.metrics import check_trackers
+from diptych.training.objective import OWN_LOSSES
 from diptych.training.parallel import check_strategy
 from diptych.training.recompute import recompute_activations
 from diptych.training.regions import compile_regions
@@ -110,7 +112,9 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
         on_sample=sampler(system, recipe, folder, str(accelerator.device)) if accelerator.is_main_process else None,
         on_score=scorer(system, recipe, folder) if accelerator.is_main_process else None,
     )
-    done = loop.train(system.to(accelerator.device), stages, run, accelerator)
+    system.to(accelerator.device)
+    prepare_teachers([stage.objective for stage in stages], system)
+    done = loop.train(system, stages, run, accelerator)
     for stage in stages:
         for item, reason in stage.data.skipped.items():
             announce(f"skipped {item}: {reason}")
@@ -178,6 +182,7 @@ def check_parts(recipe: Recipe, system: System) -> None:
             raise unknown("task", task, evaluate.names(), "run.score_tasks")
     check_trackers(recipe.run.trackers)
     check_drawn(recipe, system)
+    check_distillation(recipe)
     for field in dataclasses.fields(recipe.system):
         part = getattr(recipe.system, field.name)
         if isinstance(part, Part) and part.weights and part.tokenizer:
@@ -223,7 +228,10 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
     batches = (
         [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch_size or spec.batch_size)
     )
-    return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches)
+    objective = objective_of(recipe, spec) if spec.kind == "distill" else OWN_LOSSES
+    return loop.Stage(
+        config=StageConfig(name=name, **fields), data=mixture, held_out=batches, objective=objective
+    )
 
 
 def check_sizes(system: System, data: DataSpec) -> None:

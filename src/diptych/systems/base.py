@@ -57,9 +57,7 @@ class System(nn.Module, abc.ABC):
 
     def prepare(self, batch: Batch, draws: Draws) -> PreparedBatch:
         """Samples as the workers of a loader prepare them, on the system's device."""
-        preparer = self.preparer()
-        rows = [preparer.prepare(sample, draws.take([row])) for row, sample in enumerate(batch)]
-        return preparer.collate(rows).to(self.device)
+        return self.preparer().together(batch.samples, draws).to(self.device)
 
     @abc.abstractmethod
     def encode(self, batch: Batch, draws: Draws | None = None) -> Condition:

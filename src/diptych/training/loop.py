@@ -29,6 +29,7 @@ from diptych.training import state
 from diptych.training.config import Balance, RunConfig, StageConfig
 from diptych.training.ema import EMA
 from diptych.training.metrics import Drawn, Metrics
+from diptych.training.objective import OWN_LOSSES, Objective
 from diptych.training.optimizers import apply_update, build_optimizers, set_rate, trainable
 from diptych.training.parallel import clip, prepare
 from diptych.training.saving import Saver
@@ -53,11 +54,13 @@ COMPARED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage's configuration with its data; `held_out` are batches whose loss is measured but never trained on."""
+    """A stage's configuration with its data; `held_out` are batches whose loss is measured but never trained on, and
+    `objective` says what the loss is."""
 
     config: StageConfig
     data: Mixture
     held_out: Sequence[Batch] = ()
+    objective: Objective = OWN_LOSSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +123,9 @@ def train_stage(
     stopped: Callable[[], bool],
 ) -> bool:
     """One stage, from `progress.step`; ends with a checkpoint and then with the averaged weights in place."""
-    config, often = stage.config, run.config
+    config, often, objective = stage.config, run.config, stage.objective
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    model = prepare(system, accelerator)
+    model = prepare(system, accelerator, objective)
     parameters = trainable(system)
     optimizers = build_optimizers(config.optimizer, parameters, system.shard_units())
     ema = EMA(parameters, config.ema_decay, config.ema_warmup) if config.ema_decay else None
@@ -189,7 +192,7 @@ def train_stage(
             bar.set_postfix(shown, refresh=False)
         if due(progress.step, often.validate_every, ends) and stage.held_out:
             with ema.applied() if ema else nullcontext():
-                row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance)
+                row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance, objective)
             metrics.write(progress.total, config.name, row)
             set_modes(system, config.train)
         if due(progress.step, often.sample_every, ends) and run.on_sample:
@@ -207,7 +210,7 @@ def train_stage(
 
     steps = loader.steps(
         stage.data,
-        system.preparer(),
+        objective.preparer(system),
         progress.step,
         config.steps,
         micro_batch_size=config.micro_batch_size,
@@ -228,7 +231,7 @@ def train_stage(
             rate = config.optimizer.lr * factor(config.schedule, step.number, config.steps)
             set_rate(optimizers, rate)
             # The processes agree: counts for the loss, passes to run, whether to stop.
-            plan = agree(step, system, config.balance, stopped(), saver.status())
+            plan = agree(step, system, config.balance, stopped(), saver.status(), objective)
             saver.advance(plan.saving)
             # Gradients, their norm, and whether they are numbers.
             terms = backward(model, plan, config, accelerator)
@@ -323,7 +326,12 @@ def set_modes(system: System, parts: Sequence[str]) -> None:
 
 @torch.no_grad()
 def validate(
-    system: System, batches: Sequence[Batch], seed: int, accelerator: Accelerator, balance: Balance = "samples"
+    system: System,
+    batches: Sequence[Batch],
+    seed: int,
+    accelerator: Accelerator,
+    balance: Balance = "samples",
+    objective: Objective = OWN_LOSSES,
 ) -> dict[str, float]:
     """Mean held-out loss of each term, with the same draws every time; every process measures all of it.
 
@@ -332,13 +340,14 @@ def validate(
     sums: dict[str, list[Tensor]] = {}
     weights: dict[str, list[float]] = {}
     system.eval()
+    preparer = objective.preparer(system)
     place = 0
     for batch in batches:
         draws = Draws([key(seed, place + row) for row in range(len(batch))], accelerator.device)
         place += len(batch)
-        prepared = system.prepare(batch, draws)
+        prepared = preparer.together(batch.samples, draws).to(system.device)
         with precision(accelerator):
-            terms = system.losses(prepared, draws)
+            terms = objective.losses(system, prepared, draws)
         for name, values in terms.items():
             counts = counts_of(prepared, balance)[name]
             sums.setdefault(name, []).append(values.float() * torch.tensor(counts, device=values.device))

@@ -16,6 +16,7 @@ from diptych.core.errors import UserError
 from diptych.core.prepared import PreparedBatch
 from diptych.systems.base import System
 from diptych.training.config import RunConfig
+from diptych.training.objective import OWN_LOSSES, Objective
 from diptych.training.simulated import SimulatedProcess
 from diptych.training.step import LossStep
 from diptych.training.tensors import whole
@@ -89,10 +90,10 @@ def touch_everything(system: System) -> None:
     system.losses = losses
 
 
-def prepare(system: System, accelerator: Accelerator) -> nn.Module:
-    """The system's losses as a module to run forward and backward; wrappers of an earlier stage are let go."""
+def prepare(system: System, accelerator: Accelerator, objective: Objective = OWN_LOSSES) -> nn.Module:
+    """An objective's losses as a module to run forward and backward; wrappers of an earlier stage are let go."""
     accelerator.free_memory()
-    step = LossStep(system)
+    step = LossStep(system, objective)
     return step if isinstance(system, FSDPModule) else accelerator.prepare_model(step)
 
 

@@ -23,20 +23,21 @@ from diptych.systems.base import System
 from diptych.training.attention import WrittenOut
 from diptych.training.config import Balance, StageConfig
 from diptych.training.host_group import gather
+from diptych.training.objective import OWN_LOSSES, Objective
 
 NAMED = 8
 """Samples that an error names at most."""
 
 
 class LossStep(nn.Module):
-    """Gives a system's losses as a forward pass, which data-parallel wrappers need."""
+    """Gives the losses of an objective as a forward pass, which data-parallel wrappers need."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, objective: Objective = OWN_LOSSES) -> None:
         super().__init__()
-        self.system = system
+        self.system, self.objective = system, objective
 
     def forward(self, batch: PreparedBatch, draws: Draws) -> dict[str, Tensor]:
-        return self.system.losses(batch, draws)
+        return self.objective.losses(self.system, batch, draws)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,16 @@ class Plan:
     saving: tuple[str, ...] = ()
 
 
-def agree(step: Step, system: System, balance: Balance, stop: bool = False, saving: str = "idle") -> Plan:
+def agree(
+    step: Step,
+    system: System,
+    balance: Balance,
+    stop: bool = False,
+    saving: str = "idle",
+    objective: Objective = OWN_LOSSES,
+) -> Plan:
     """Agree with the other processes on a step, over the hosts."""
-    passes = tuple(system.passes(part.batch) for part in step.passes)
+    passes = tuple(objective.passes(system, part.batch) for part in step.passes)
     everyone = gather(Said(counts=own_counts(step, balance), passes=passes, stop=stop, saving=saving))
     sharded = isinstance(system, FSDPModule)  # otherwise no process waits for another within a pass
     largest = [max(row) if sharded else 0 for row in zip(*(said.passes for said in everyone), strict=True)]
