@@ -148,3 +148,21 @@ def tiny_model(_tiny_plain: dict[str, Any], tmp_path_factory: pytest.TempPathFac
         save_model(system, recipe, folder / "model")
 
     return made_once(tmp_path_factory, "tiny", make) / "model"
+
+
+@pytest.fixture
+def distilling_plain(tiny_plain: dict[str, Any], tiny_model: Path) -> dict[str, Any]:
+    """A recipe in which adapters on the tiny model learn in three steps what it draws in two, guided."""
+    plain = tiny_plain
+    plain["start"] = str(tiny_model)
+    plain["system"]["decoder"]["lora"] = {"rank": 2, "alpha": 2, "targets": ["qkv", "up"]}
+    plain["sampling"] = {"size": [32, 32], "steps": 1, "cfg": 1.0}
+    plain["run"] |= {"validate_every": 1}
+    [stage] = plain.pop("stages").values()
+    sources = {
+        "pairs": {"kind": "toyworld", "task": "text_to_image", "count": 16, "seed": 2},
+        "edits": {"kind": "toyworld", "task": "edit", "count": 16, "seed": 3},
+    }
+    distill = {"kind": "distill", "train": ["lora"], "optimizer": {"lr": 1e-2}, "ema_decay": 0.9}
+    plain["stages"] = {"distill": {**stage, **distill, "data": {"size": 32, "held_out": 2, "sources": sources}}}
+    return plain

@@ -205,8 +205,11 @@ def system_lines(report: SystemReport, strategy: str, processes: int = 1) -> lis
             f"{amount(memory.gradients)}, optimiser {amount(memory.optimizer)}, EMA {amount(memory.ema)}, "
             f"activations {'not traced' if memory.activations is None else amount(memory.activations)}"
             + (f", whole units of the shards {amount(memory.gathered)}" if memory.gathered else "")
-            + (f", DDP's buckets {amount(memory.buckets)}" if memory.buckets else ""),
+            + (f", DDP's buckets {amount(memory.buckets)}" if memory.buckets else "")
+            + (f", the teacher's weights {amount(memory.teacher)}" if memory.teacher else ""),
         ]
+        if stage.teacher is not None:
+            lines.append(f"  teacher: {stage.teacher}")
     if strategy != "auto" and processes == 1:
         lines += ["", "  (one process, which shards nothing; --processes N tells of each of N)"]
     return [*lines, f"  ({RULE})"]

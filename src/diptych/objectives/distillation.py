@@ -2,15 +2,15 @@
 
     noise -> the teacher's whole way, guidance included -> data;  x_t = (1 - t) data + t noise;  student: noise - data
 
-Sources: Liu et al. 2022, Rectified Flow (arXiv 2209.03003), Sec. 2.2, of which the lines are; Liu et al. 2023, InstaFlow
-(arXiv 2309.06380), Sec. 3, where the teacher is a guided text-to-image model and the loss at t = 1 is the distillation
-into one step; Lee et al. 2024 (arXiv 2405.20320), Sec. 4, which finds that one round of it does where times near the
-ends are learned more often. Here t = 1 has a share of the samples of its own, times below it are uniform, and the error
-is squared in the latents where those papers end with a perceptual one (LPIPS).
+Sources: Liu et al. 2022, Rectified Flow (arXiv 2209.03003), Sec. 2.2, of which the lines are; Liu et al. 2023,
+InstaFlow (2309.06380), Sec. 3, where the teacher is a guided text-to-image model and the loss at t = 1 is the
+distillation into one step; Lee et al. 2024 (2405.20320), who find that one round does where times near the ends are
+learned more often. Here t = 1 has a share of the samples of its own, times below it are uniform, and the error is
+squared in the latents where those papers end with a perceptual one (LPIPS).
 
 As the teacher's way is a function of the noise, the best velocity at t = 1 is exactly noise - data: one Euler step from
-there is the teacher's picture. At smaller t the student is a flow whose paths are straighter than the teacher's, so that
-any solver draws with it in any number of steps.
+there is the teacher's picture. At smaller t the student is a flow whose paths are straighter than the teacher's, so
+that any solver draws with it in any number of steps.
 
 Shapes: B batch, C channels, h and w latent sides.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diptych.core.draws import Draws
 from diptych.core.ranges import Share
-from diptych.objectives.flow_matching import SMALLEST_TIME, interpolate
+from diptych.objectives.flow_matching import SMALLEST_TIME, expand, interpolate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,11 @@ def distillation_times(draws: Draws, one_step: float) -> Tensor:
 
 
 def distillation_loss(student: Callable[[Tensor, Tensor], Tensor], noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
-    """Squared error of the student's velocity on the straight lines, a mean for each sample, (B,) in float32.
+    """Squared error of the data that one step of the student reaches from the straight lines, (B,) in float32.
+
+    A mean over the elements of each sample. It is t^2 times the error of the velocity, to which those papers give the
+    same weight at all times: networks that predict data, of which a velocity is (x - output) / t, would then learn the
+    small times alone.
 
     Args:
         student: x (B, C, h, w) and t (B,) to a velocity. noise: (B, C, h, w). data: what the teacher's whole way makes
@@ -58,5 +62,5 @@ def distillation_loss(student: Callable[[Tensor, Tensor], Tensor], noise: Tensor
     x = interpolate(data, noise, t)
     # 2. The student's velocity there is to be the line's, which is the same all along it.
     error = student(x, t).float() - (noise - data).float()
-    # 3. Its square, each sample by itself.
-    return error.square().flatten(1).mean(1)
+    # 3. One step from there to the data goes as far as t is, and so does the error.
+    return (expand(t, error) * error).square().flatten(1).mean(1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from diptych.checkpoints.tensors import LORA
 from diptych.core.errors import UserError, unknown
@@ -15,6 +17,8 @@ from diptych.parts.backbones.base import Backbone
 from diptych.parts.decoders.base import Decoder
 
 ADAPTER = "default"
+SECOND = ".lora_B."
+"""In the names of adapters' second factors."""
 
 
 def add_lora(
@@ -94,6 +98,26 @@ def inject(module: nn.Module, config: LoraConfig, adapter: str = ADAPTER) -> Non
     for name, parameter in module.named_parameters():
         if LORA in name and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """A module as it is without its adapters inside the block, which then take no time either."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True  # pyright: ignore[reportPrivateUsage]  # `enable_adapters` thaws them besides
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off  # pyright: ignore[reportPrivateUsage]
+
+
+def without_effect(values: Mapping[str, Tensor]) -> bool:
+    """Whether these weights are all of adapters that add nothing, as new ones do, whose second factor is zero."""
+    seconds = [value for name, value in values.items() if SECOND in name]
+    return all(LORA in name for name in values) and bool(seconds) and not any(bool(x.any()) for x in seconds)
 
 
 def lora_config(module: nn.Module, adapter: str = ADAPTER) -> LoraConfig | None:

@@ -22,6 +22,7 @@ from diptych.data.mixture import tolerated
 from diptych.data.source import BadItem, ItemDraws, Source
 from diptych.data.toyworld import ToyWorldSource
 from diptych.recipes import build
+from diptych.recipes.distilling import described, prepare_teachers
 from diptych.recipes.estimate import Memory, MemoryPlan, Work, world_of
 from diptych.recipes.load import check_quantized, quantized_parts
 from diptych.recipes.prepared import needed_by, prepared_lines, useful_kinds
@@ -54,7 +55,8 @@ class PartReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """trained: parameters that learn. seen: samples in all. work: of a sample, None where the step is not traced."""
+    """trained: parameters that learn. seen: samples in all. work: of a sample, None where the step is not traced.
+    teacher: of a stage of kind distill, in words."""
 
     name: str
     steps: int
@@ -62,6 +64,7 @@ class StageReport:
     trained: int
     memory: Memory
     work: Work | None = None
+    teacher: str | None = None
 
     @property
     def seen(self) -> int:
@@ -129,10 +132,18 @@ def _check_system(recipe: Recipe, processes: int, *, merge: bool = True) -> Syst
                 trained[part][name] = learns
         learned = sum(parameter.numel() for parameter in trainable(system).values())
         memory, work = plan.stage(name, spec)
-        report_ = StageReport(
-            name=name, steps=spec.steps, batch=spec.batch_size, trained=learned, memory=memory, work=work
+        teacher = described(recipe, spec) if spec.kind == "distill" else None
+        stages.append(
+            StageReport(
+                name=name,
+                steps=spec.steps,
+                batch=spec.batch_size,
+                trained=learned,
+                memory=memory,
+                work=work,
+                teacher=teacher,
+            )
         )
-        stages.append(report_)
     parts = [
         PartReport(
             name=name,
@@ -296,13 +307,14 @@ def measure(recipe: Recipe, system: System, name: str, steps: int = 2) -> float:
     stage_settings(system, list(recipe.stages.values()))(list(recipe.stages).index(name))
     stage = build_stage(name, replace(spec, batch_size=size, data=replace(spec.data, held_out=0)), recipe, system)
     freeze(system, spec.train)
+    prepare_teachers([stage.objective], system)
     clock = time.perf_counter()
-    for step in loader.steps(stage.data, system.preparer(), 0, steps + 1):
+    for step in loader.steps(stage.data, stage.objective.preparer(system), 0, steps + 1):
         if step.number == 1:
             clock = time.perf_counter()
         [alone] = step.passes
         with torch.autocast(device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-            terms = system.losses(alone.batch.to(device), Draws(list(alone.keys), device))
+            terms = stage.objective.losses(system, alone.batch.to(device), Draws(list(alone.keys), device))
         total = sum(values.sum() for values in terms.values())
         assert isinstance(total, torch.Tensor)
         if not total.requires_grad:

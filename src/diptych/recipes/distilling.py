@@ -1,7 +1,7 @@
 """Stages of `kind: distill`: the model that a run starts from draws, guided and in many steps, and is learned in one.
 
 The teacher is no second model. It is the system with the values that its learning parameters had when the run began,
-which are kept once and put in their place while the teacher draws; with adapters alone that learn, it is the system
+which are kept once and put in their place while the teacher draws; where new adapters alone learn, it is the system
 without them. `objectives.distillation` is the method.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,22 @@ from torch import Tensor, nn
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError, unknown
-from diptych.core.prepared import Prepared, PreparedBatch, Preparer
-from diptych.core.sample import Batch, Sample
+from diptych.core.prepared import Prepared, PreparedBatch, Preparer, map_tensors
+from diptych.core.sample import Batch, Sample, Task
 from diptych.core.schema import read
 from diptych.inference.engine import ENCODED, Engine
-from diptych.inference.guidance import guided
+from diptych.inference.guidance import Branch, guided
 from diptych.inference.sampling import Sampling
 from diptych.inference.scales import View, views
 from diptych.objectives.distillation import distillation_loss, distillation_times
+from diptych.parts.lora import without_adapters, without_effect
 from diptych.recipes.from_model import system_of
 from diptych.recipes.recipe import Part, Recipe, StageSpec
 from diptych.systems.base import System
 from diptych.training.objective import Objective
 
 TERM = "distill"
-TASKS = ("text_to_image", "edit")
+TASKS: tuple[Task, ...] = ("text_to_image", "edit")
 """What a teacher draws."""
 SETTINGS = (
     "steps", "solver", "cfg", "image_cfg", "guidance", "cfg_range", "negative", "timestep_shift", "shift_terminal",
@@ -56,20 +57,24 @@ class Teaching:
 
 
 class TeacherWeights:
-    """The values of some parameters as they are now, to be put back in their place for a while."""
+    """The values of some parameters as they are now, to be put back in their place for a while.
+
+    Of adapters that add nothing yet none are kept: they are left out of the passes instead.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(parameters)
-        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self.bare = without_effect(parameters)
+        self.parameters = {} if self.bare else dict(parameters)
+        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @contextmanager
     def applied(self, system: System) -> Iterator[None]:
-        """The kept values in place of today's inside the block, without gradients and in eval mode."""
+        """The system of then inside the block, without gradients and in eval mode."""
         learning = [module for module in system.modules() if module.training]
         system.eval()
         self._exchange()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_adapters(system) if self.bare else nullcontext():
                 yield
         finally:
             self._exchange()
@@ -95,7 +100,8 @@ class DistillationObjective(Objective):
     one_step: float
     teaching: Teaching
     parts: tuple[str, ...]
-    weights: TeacherWeights | None = field(default=None)
+    weights: TeacherWeights | None = None
+    reads: bool | None = None
 
     def preparer(self, system: System) -> RequestPreparer:
         families = tuple(f"{TERM}_{name}" for name in system.scales) or (TERM,)
@@ -111,33 +117,34 @@ class DistillationObjective(Objective):
         # 1. The teacher's pictures of all requests, before the student keeps anything for its backward pass.
         assert self.weights is not None, "`remember` comes before training"
         drawn: dict[tuple[int, int | None], tuple[View, Tensor, Tensor]] = {}
+        read: list[Condition] = []  # by the teacher, of each group
         with self.weights.applied(system):
             engine = Engine(system, self.teaching.draw)
             for number, ((_, size), rows) in enumerate(groups.items()):
                 some, own = requests.take(rows), draws.take(rows)
-                for view, teacher in self._teachers(engine, some, size):
+                conditions = self._conditions(engine, some)
+                read.append(conditions["full"])
+                for view, teacher in self._teachers(engine, some, size, conditions):
                     noise = own.normal(view.noise, *view.shape)  # (B, C, h, w)
                     drawn[number, view.index] = (view, noise, teacher(noise))
         # 2. The student's velocities on the lines between them.
         values: dict[str, dict[int, Tensor]] = {}
         for number, rows in enumerate(groups.values()):
             some, own = requests.take(rows), draws.take(rows)
-            condition = system.encode(some)
+            condition = system.encode(some) if self._reads(system, some) else read[number]
             t = distillation_times(own, self.one_step)
             for (place, index), (view, noise, data) in drawn.items():
                 if place != number:
                     continue
 
-                def student(x: Tensor, at: Tensor, seen: Condition = view.of(condition)) -> Tensor:
-                    return system.velocity(x, at, seen)
-
                 family = TERM if index is None else f"{TERM}_{system.scales[index]}"
-                loss = distillation_loss(student, noise, data, t)
+                velocity = partial(system.velocity, condition=view.of(condition))
+                loss = distillation_loss(velocity, noise, data, t)
                 values.setdefault(family, {}).update(zip(rows, loss, strict=True))
         terms: dict[str, Tensor] = {}
         for family, by_row in values.items():
             for task in TASKS:
-                if places := requests.rows(task):  # type: ignore[arg-type]
+                if places := requests.rows(task):
                     terms[f"{family}.{task}"] = torch.stack([by_row[row] for row in places])
         return terms
 
@@ -146,20 +153,36 @@ class DistillationObjective(Objective):
         learning = {id(p) for name in self.parts for p in system.named_parts()[name].parameters()}
         self.weights = TeacherWeights({name: p for name, p in system.named_parameters() if id(p) in learning})
 
+    def _reads(self, system: System, batch: Batch) -> bool:
+        """Whether what learns has a part in the condition, so that the student reads requests by itself."""
+        if self.reads is None:
+            with torch.enable_grad():
+                condition = system.encode(batch.take([0]))
+            found: list[bool] = []
+            map_tensors(condition, lambda tensor: found.append(tensor.requires_grad))
+            self.reads = any(found)
+        return self.reads
+
+    def _conditions(self, engine: Engine, batch: Batch) -> dict[Branch, Condition]:
+        """What the teacher's decoder sees of requests of one task and size, for each branch of its guidance."""
+        settings, system = self.teaching.of(batch), engine.system
+        conditions: dict[Branch, Condition] = {}
+        for branch in sorted(settings.guide().branches(batch), key=ENCODED.index):
+            alike = branch == "null"  # for all requests of a size
+            some = batch.take([0]) if alike else batch
+            condition = system.encode(engine.version(branch, some, settings.negative))
+            conditions[branch] = condition.take([0] * len(batch)) if alike else condition
+        return conditions
+
     def _teachers(
-        self, engine: Engine, batch: Batch, size: tuple[int, int]
+        self, engine: Engine, batch: Batch, size: tuple[int, int], conditions: Mapping[Branch, Condition]
     ) -> Iterator[tuple[View, Callable[[Tensor], Tensor]]]:
-        """What draws each scale of requests of one task and size, as `Engine.tensors` does; conditions are made once."""
-        settings = self.teaching.of(batch)
-        plans = [(view, *engine.plan(view, settings)) for view in views(engine.system, size, "all")]
-        branches = plans[0][2].branches(batch)
-        conditions = {
-            branch: engine.system.encode(engine.version(branch, batch, settings.negative))
-            for branch in sorted(branches, key=ENCODED.index)
-        }
-        for view, solver, guidance in plans:
-            seen = [view.of(conditions[branch]) for branch in branches]
-            velocity = guided(engine.system.branches(seen), branches, guidance)
+        """What draws each scale of requests of one task and size, as `Engine.tensors` does."""
+        for view in views(engine.system, size, "all"):
+            solver, guidance = engine.plan(view, self.teaching.of(batch))
+            names = guidance.branches(batch)
+            compared = engine.system.branches([view.of(conditions[name]) for name in names])
+            velocity = guided(compared, names, guidance)
             yield view, lambda noise, solver=solver, velocity=velocity: solver.solve(velocity, noise)
 
 
@@ -260,8 +283,8 @@ def check_distillation(recipe: Recipe) -> None:
         )
     if recipe.run.sharded:
         raise UserError(
-            f"run.strategy: {recipe.run.strategy!r} does not go with a stage of kind distill, whose teacher has weights "
-            "of its own; use 'auto'"
+            f"run.strategy: {recipe.run.strategy!r} does not go with a stage of kind distill, whose teacher has "
+            "weights of its own; use 'auto'"
         )
     for name in distilling:
         check_stage(name, recipe, stages[name])
@@ -317,24 +340,24 @@ def check_student(recipe: Recipe) -> None:
     recipe.sampling.solver_at(64)
 
 
-def calls_of(sampling: Sampling, batch: Batch) -> int:
+def calls_of(sampling: Sampling, task: Task) -> int:
     """Runs of the network for one picture: steps times branches of guidance."""
-    solver = sampling.solver_at(64)
-    steps = 2 * sampling.steps - 1 if sampling.solver == "heun" else len(solver.times)
-    return steps * len(sampling.guide().branches(batch))
+    request = Batch((Sample(id=task, task=task),))
+    steps = 2 * sampling.steps - 1 if sampling.solver == "heun" else len(sampling.solver_at(64).times)
+    return steps * len(sampling.guide().branches(request))
 
 
 def described(recipe: Recipe, spec: StageSpec) -> str:
     """A stage's teacher in words, for `diptych check`."""
     settings = teaching(recipe, spec)
     texts: list[str] = []
-    for task, sampling in (("text_to_image", settings.draw), ("edit", settings.edit)):
+    for task in TASKS:
         if any(source.task == task for source in spec.data.sources.values()):
-            one = Batch((Sample(id=task, task=task, text="x"),))  # type: ignore[arg-type]
+            sampling = settings.edit if task == "edit" else settings.draw
             scales = f"cfg {sampling.cfg:g}" + (f", image_cfg {sampling.image_cfg:g}" if task == "edit" else "")
             texts.append(
-                f"{task}: {sampling.steps} steps of {sampling.solver}, {scales}, {calls_of(sampling, one)} runs of the "
-                "network a sample"
+                f"{task} in {sampling.steps} steps of {sampling.solver}, {scales}, {calls_of(sampling, task)} runs of "
+                "the network a sample"
             )
     return f"{teacher_name(recipe)}; {'; '.join(texts)}"
 

@@ -19,6 +19,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.prepared import Prepared, PreparedBatch, map_tensors
 from diptych.core.sample import Task
+from diptych.recipes.distilling import calls_of, teaching
 from diptych.recipes.load import quantize_frozen
 from diptych.recipes.quantized_stand_in import QuantizedStandIn
 from diptych.recipes.recipe import Recipe, StageSpec
@@ -56,6 +57,7 @@ class Memory:
 
     weights, gradients, optimizer, ema: of this process's share where the run is sharded. gathered: whole weights of the
     units that a sharded process puts together, at that moment. buckets: gradients once more, as DDP sends them.
+    teacher: weights that a stage of kind distill keeps of the start.
     activations: all else; None where the system takes no samples such as a trace needs.
     """
 
@@ -66,10 +68,13 @@ class Memory:
     activations: int | None
     gathered: int = 0
     buckets: int = 0
+    teacher: int = 0
 
     @property
     def total(self) -> int:
-        parts = (self.weights, self.gradients, self.optimizer, self.ema, self.gathered, self.buckets)
+        parts = (
+            self.weights, self.gradients, self.optimizer, self.ema, self.gathered, self.buckets, self.teacher,
+        )  # fmt: skip
         return sum(parts) + (self.activations or 0)
 
 
@@ -78,8 +83,8 @@ class Work:
     """What a sample takes, on average over a stage's tasks.
 
     tokens: latent and text tokens that are predicted. flops: floating-point operations forward and backward
-    (`training.flops`), where the texts are as long as a trace takes them to be. latents, states: those of them that
-    prepared latents and states would save.
+    (`training.flops`), where the texts are as long as a trace takes them to be; each run of a teacher counts as a
+    forward pass without the MLLM. latents, states: those of them that prepared latents and states would save.
     """
 
     tokens: float
@@ -173,6 +178,7 @@ class MemoryPlan:
                     activations=step.activations,
                     gathered=step.gathered,
                     buckets=step.gradients if self.processes > 1 and not self.sharded else 0,
+                    teacher=self._teacher(spec),
                 )
                 return memory, self._work(spec, batches, flops)
         learned = list(trainable(self.system).values())
@@ -187,8 +193,17 @@ class MemoryPlan:
             ema=4 * count // share if spec.ema_decay else 0,
             activations=None,
             buckets=4 * count if self.processes > 1 and not self.sharded else 0,
+            teacher=self._teacher(spec),
         )
         return memory, None
+
+    def _teacher(self, spec: StageSpec) -> int:
+        """Bytes of the weights that a teacher keeps: of all that any stage trains, in float32; of new adapters none."""
+        parts = self.system.named_parts()
+        names = {name for stage in self.recipe.stages.values() for name in stage.train}
+        if spec.kind != "distill" or names == {"lora"}:
+            return 0
+        return 4 * sum(p.numel() for p in {p for name in names for p in parts[name].parameters()})
 
     def _work(self, spec: StageSpec, batches: list[PreparedBatch], flops: list[dict[str, float]]) -> Work:
         """A sample's share of the passes that were traced, each task counted by its sources' weights.
@@ -236,7 +251,7 @@ class MemoryPlan:
             return trace_step(
                 self.system,
                 config,
-                [self._forward(batch, counter, flops) for batch in batches],
+                [self._forward(batch, counter, flops, self._calls(spec, batch)) for batch in batches],
                 blocks=blocks,
                 inputs=inputs,
                 accumulates=self._passes(spec) > len(batches),
@@ -258,10 +273,20 @@ class MemoryPlan:
             return nullcontext()
         return WrittenOut() if self.recipe.run.device == "cpu" else CudaAutocast()
 
+    def _calls(self, spec: StageSpec, batch: PreparedBatch) -> float:
+        """Runs of the network by which a teacher draws a sample, on average over a batch; 0 without a teacher."""
+        if spec.kind != "distill":
+            return 0.0
+        settings = teaching(self.recipe, spec)
+        counts = [calls_of(settings.edit if task == "edit" else settings.draw, task) for task in batch.tasks]
+        return sum(counts) / len(counts)
+
     def _forward(
-        self, batch: PreparedBatch, counter: FlopCounter, flops: list[dict[str, float]]
+        self, batch: PreparedBatch, counter: FlopCounter, flops: list[dict[str, float]], calls: float
     ) -> Callable[[], Tensor]:
-        def forward() -> Tensor:
+        """calls: further forward passes, without gradients, that a teacher takes before."""
+
+        def losses() -> tuple[dict[str, Tensor], dict[str, float]]:
             before = counter.total
             with (
                 counter,
@@ -269,7 +294,16 @@ class MemoryPlan:
                 torch.autocast("cpu", torch.bfloat16, enabled=self.half),
             ):
                 terms = self.system.losses(batch, Draws(list(range(len(batch))), "cpu"))
-            flops.append({"all": counter.total - before, **kept})
+            return terms, {"all": counter.total - before, **kept}
+
+        def forward() -> Tensor:
+            teacher = 0.0
+            if calls:
+                with torch.no_grad():
+                    counts = losses()[1]
+                teacher = calls * (2 * counts["all"] - sum(counts.values()))  # the MLLM reads a request once
+            terms, counts = losses()
+            flops.append({**counts, "all": counts["all"] + teacher})
             loss = torch.stack([values.float().sum() for values in terms.values()]).sum()
             if not loss.requires_grad:
                 raise NothingLearnsError

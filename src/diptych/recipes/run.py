@@ -229,9 +229,7 @@ def build_stage(name: str, spec: StageSpec, recipe: Recipe, system: System) -> l
         [] if not spec.data.held_out else held_out_batches(sources, spec.data, spec.micro_batch_size or spec.batch_size)
     )
     objective = objective_of(recipe, spec) if spec.kind == "distill" else OWN_LOSSES
-    return loop.Stage(
-        config=StageConfig(name=name, **fields), data=mixture, held_out=batches, objective=objective
-    )
+    return loop.Stage(config=StageConfig(name=name, **fields), data=mixture, held_out=batches, objective=objective)
 
 
 def check_sizes(system: System, data: DataSpec) -> None:

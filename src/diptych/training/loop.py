@@ -192,7 +192,9 @@ def train_stage(
             bar.set_postfix(shown, refresh=False)
         if due(progress.step, often.validate_every, ends) and stage.held_out:
             with ema.applied() if ema else nullcontext():
-                row = validate(system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance, objective)
+                row = validate(
+                    system, stage.held_out, key(run.seed, "held out"), accelerator, config.balance, objective
+                )
             metrics.write(progress.total, config.name, row)
             set_modes(system, config.train)
         if due(progress.step, often.sample_every, ends) and run.on_sample:
