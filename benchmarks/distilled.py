@@ -7,7 +7,7 @@ Of two noises for each prompt and one for each edit: PSNR (dB, mean over picture
 distance of toyfeatures' 64 features, as a share of their spread) to the teacher's converged pictures, Euler with
 `--converged` steps and the teacher's guidance; diversity, the mean distance in features between the two pictures of a
 prompt; ToyEval's share of right pictures; the share of right edits, and of untouched pixels that stayed. Texts are
-expanded by the same seeds in every row. Behind +-: 1.96 standard errors, over prompts or edits. The last line, and FILE,
+expanded by the same seeds in every row. Behind +-: 1.96 standard errors, over prompts or edits. The last line and FILE
 are JSON.
 """
 
