@@ -297,13 +297,15 @@ class MemoryPlan:
             return terms, {"all": counter.total - before, **kept}
 
         def forward() -> Tensor:
-            teacher = 0.0
+            teacher: dict[str, float] = {}
             if calls:
                 with torch.no_grad():
-                    counts = losses()[1]
-                teacher = calls * (2 * counts["all"] - sum(counts.values()))  # the MLLM reads a request once
+                    teacher = losses()[1]
             terms, counts = losses()
-            flops.append({**counts, "all": counts["all"] + teacher})
+            if calls:  # the MLLM reads a request once, and nothing prepared is used
+                decoder = teacher["all"] - teacher["latents"] - teacher["states"]
+                counts = {"all": counts["all"] + calls * decoder, "latents": 0.0, "states": 0.0}
+            flops.append(counts)
             loss = torch.stack([values.float().sum() for values in terms.values()]).sum()
             if not loss.requires_grad:
                 raise NothingLearnsError
