@@ -142,3 +142,31 @@ def test_a_text_file_of_prompts(tiny_model: Path, capsys: pytest.CaptureFixture[
     told = capsys.readouterr()
     assert told.out.splitlines() == ["made/a-red-circle.png", "made/two.png"]
     assert "4/4" in told.err or "step" in told.err, "the bar counts steps"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("generate", ["--size", "33"], "size 33x33 is not divisible by"),
+        ("generate", ["--scales", "4x4"], "this model makes images at one scale"),
+        ("generate", ["--prompt-expansion", "4"], "this model cannot expand prompts"),
+        ("edit", ["--size", "33"], "size 33x33 is not divisible by"),
+    ],
+)
+def test_what_this_model_does_not_take_is_refused_before_its_weights_are_read(
+    command: str,
+    options: list[str],
+    message: str,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGB", (32, 32)).save("in.png")
+
+    def loaded(*given: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("diptych.recipes.load.load_system", loaded)
+    words = ["two"] if command == "generate" else ["in.png", "bluer"]
+    assert main([command, str(tiny_model), *words, *options, "-o", "a.png"]) == 2
+    assert message in capsys.readouterr().err

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from diptych.cli.main import main
+from diptych.cli.train import example
 from diptych.core.errors import UserError
 from diptych.recipes import train as training
 from diptych.recipes.quickstart_folder import MARKER, check_room, clear, marked
@@ -238,3 +239,13 @@ def test_index_of_a_recipe_reads_each_source_its_own_way(
     recipe.write_text("# A recipe.\n# not run\n" + yaml.safe_dump(tiny_plain))
     assert main(("index", str(recipe))) == 2
     assert "nothing to index" in capsys.readouterr().err
+
+
+def test_what_to_try_is_of_the_run(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sample_prompts: [zxv a frog]")
+    assert example(tmp_path) == f"diptych generate {tmp_path} 'zxv a frog'"
+    recipe.write_text("sample_edits: [{text: bluer, images: [/in.png]}]")
+    assert example(tmp_path) == f"diptych edit {tmp_path} /in.png bluer"
+    recipe.write_text("seed: 0")
+    assert example(tmp_path) == f'diptych generate {tmp_path} "a red circle"'

@@ -54,7 +54,7 @@ def test_parity_with_torch_fidelity() -> None:
     for name, shape in shapes.items():
         pictures = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         with torch.no_grad():
-            torch.testing.assert_close(network(pictures), expected[name], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(network(pictures), expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_weights_come_in_safely(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from diptych.recipes.check import check_system
 from diptych.recipes.families import bagel as family
 from diptych.recipes.load import load_system
 from diptych.recipes.recipe import load
+from diptych.recipes.tokenizers import read_tokenizer
 from diptych.systems.bagel.network import BagelNetwork
 from diptych.systems.bagel.system import BagelSystem
 
@@ -236,3 +237,13 @@ def names_of_a_larger_model() -> set[str]:
         found |= {name.replace(".layers.0.", f".layers.{n}.") for n in range(layers)} if ".layers.0." in name else set()
         found |= set() if ".layers." in name else {name}
     return found
+
+
+def test_a_configuration_of_its_own_type_is_no_reason_to_warn(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer().save_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bagel", "architectures": ["Bagel"]}))
+    read = read_tokenizer(tmp_path)
+    assert read.get_vocab() == tokenizer().get_vocab()
+    assert capfd.readouterr().err == ""

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from diptych.core.errors import UserError
     from diptych.inference.provenance import facts
     from diptych.inference.scales import scale_names
+    from diptych.recipes.asked_early import refuse_early
 
     # What is asked for, refused before the model is loaded.
     if args.n < 1:
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     sources = [options.read_picture(path) for path in (args.image, *args.also)]
 
     # The model, and its images.
+    refuse_early(args.model, [settings], edits=True)
     engine = options.open_model(args)
     names = scale_names(engine.system, args.scales or "last")
     places = pictures.by_scale(files, names)

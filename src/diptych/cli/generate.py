@@ -76,8 +76,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.server is not None:
         return _asked_of_server(args, lines, counts, places, settings)
+    from diptych.recipes.asked_early import refuse_early
 
     # The model, and its images in batches of the same settings.
+    refuse_early(args.model, [{**settings, **line.options} for line in lines])
     engine = options.open_model(args)
     names = scale_names(engine.system, args.scales or "last")
     jobs = [

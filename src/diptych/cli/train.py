@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -48,5 +52,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped and saved; continue with: {shlex.join(words)}")
         return stopping.exit_code()
     print(f"done: {folder / 'model'}")
-    print(f'try: diptych generate {shlex.quote(str(folder))} "a red circle"')
+    print(f"try: {example(folder)}")
     return 0
+
+
+def example(folder: Path) -> str:
+    """A command that uses what a run made: with a prompt or an edit of its recipe, where it has some."""
+    import shlex
+
+    from diptych.core.reading import read_yaml
+
+    recipe: Any = read_yaml(folder / "recipe.yaml")
+    if recipe.get("sample_prompts"):
+        return shlex.join(["diptych", "generate", str(folder), recipe["sample_prompts"][0]])
+    if recipe.get("sample_edits"):
+        edit = recipe["sample_edits"][0]
+        return shlex.join(["diptych", "edit", str(folder), edit["images"][0], edit["text"]])
+    return f'diptych generate {shlex.quote(str(folder))} "a red circle"'

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from diptych.checkpoints import bagel
 from diptych.checkpoints.deferred import placed, to_be_loaded
@@ -27,6 +26,7 @@ from diptych.parts.lora import add_lora
 from diptych.recipes.names import is_local, locate, locate_configs
 from diptych.recipes.published import published_config, sizes_file
 from diptych.recipes.recipe import BagelSpec, Part
+from diptych.recipes.tokenizers import read_tokenizer
 from diptych.systems.bagel.config import BagelConfig
 from diptych.systems.bagel.network import BagelNetwork, NetworkConfig
 from diptych.systems.bagel.system import BagelSystem
@@ -79,7 +79,7 @@ def _network(
     part = spec.network
     if part.weights and not meta:
         folder = locate(part.weights)
-        return load_network(folder), AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return load_network(folder), read_tokenizer(folder)
     config: NetworkConfig = read(NetworkConfig, part.config or published_sizes(part.weights), "network.config")
     with to_be_loaded() if assets is not None and not meta else placed(meta):
         network = BagelNetwork(config)

@@ -8,8 +8,6 @@ import functools
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
-
 from diptych.checkpoints.deferred import placed
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
 from diptych.core.errors import UserError, attributed_to
@@ -37,6 +35,7 @@ from diptych.recipes.recipe import (
     SystemSpec,
 )
 from diptych.recipes.tables import choose
+from diptych.recipes.tokenizers import read_tokenizer
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedSystem
 from diptych.systems.mllm import MLLMSystem
@@ -353,10 +352,10 @@ def build_tokenizer(name: str | None, vocabulary: int, assets: Path | None) -> A
     if name == "toyworld":
         return train_tokenizer(toy_texts(), vocab_size=vocabulary)
     if name:
-        return AutoTokenizer.from_pretrained(str(check_model_files(locate(name))), trust_remote_code=False)
+        return read_tokenizer(check_model_files(locate(name)))
     if assets is None:
         raise UserError("backbone: random weights need a `tokenizer` (a folder, or 'toyworld')")
-    return AutoTokenizer.from_pretrained(str(check_model_files(assets)), trust_remote_code=False)
+    return read_tokenizer(check_model_files(assets))
 
 
 @functools.cache

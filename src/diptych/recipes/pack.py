@@ -78,7 +78,9 @@ def export(system: System, folder: Path, dtype: torch.dtype | None = None) -> bo
     """
     adapters = [name for name in own_tensors(system) if LORA in name]
     if adapters:
-        raise UserError(f"{folder}: a published layout has no place for adapters ({adapters[0]}); merge them first")
+        raise UserError(
+            f"{folder}: a published layout has no place for adapters ({adapters[0]}); diptych lora merge adds them"
+        )
     for family in families():
         if family.holds(system):
             family.to_release(system, folder, dtype=dtype)

@@ -52,7 +52,7 @@ class Bagel(Family[BagelSystem]):
         if system.config()["autoencoder"]["kind"] != "flux":
             raise UserError(f"{folder}: BAGEL's layout holds a 'flux' autoencoder, this system has another")
         if "lora" in system.named_parts():
-            raise UserError(f"{folder}: BAGEL's layout has no place for LoRA adapters; merge them first")
+            raise UserError(f"{folder}: BAGEL's layout has no place for LoRA adapters; diptych lora merge adds them")
         refuse_existing(folder)
         autoencoder: Any = system.autoencoder
         model = autoencoder.model
