@@ -43,6 +43,8 @@ CASES: dict[str, Case] = {
     "sd3": _case("256 tokens, prompts 77/77, against diffusers", "pipelines.sd3"),
     "bagel-draw": _case("256 tokens, a prompt of 200 tokens", "bagel.guided", kind="prompt of 200"),
     "bagel-edit": _case("an edit with 1,000 context tokens, both guidances", "bagel.guided", kind="edit of 1000"),
+    "openuni-step": _case("a training step of OpenUni at small width", "query_steps.openuni"),
+    "metaquery-step": _case("a training step of MetaQuery at small width", "query_steps.metaquery"),
     "answers": _case("64 questions about 8 images of 32 px, toy Ovis-U1", "understanding.questions"),
     "answers-128": _case("64 questions about 8 images of 128 px, toy Ovis-U1", "understanding.questions", side=128),
 }

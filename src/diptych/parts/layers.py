@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diptych.core.host import upload
 from diptych.core.positions import time_waves
+from diptych.parts.written_backward import made_again, rms_norm, silu_times
 
 WAVES = 256
 """Sinusoids that a time becomes before its MLP."""
@@ -25,19 +26,21 @@ WAVES = 256
 class RMSNorm(nn.RMSNorm):
     """RMS norm over the last axis; its weight follows the input's dtype, so that autocast keeps the fused kernel."""
 
+    eps: float  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
     def times(self, x: Tensor, scale: Tensor) -> Tensor:
         """The norm of x (B, T, W) times `scale` (B, 1, W), in one pass over memory fewer."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * (self.weight * scale).to(x.dtype)
+        return rms_norm(x, None, self.eps) * (self.weight * scale).to(x.dtype)
 
     def gated(self, x: Tensor, gate: Tensor, added: Tensor) -> Tensor:
         """x (B, T, W) + `gate` (B, 1, W) times the norm of `added` (B, T, W)."""
-        normed = F.rms_norm(added, added.shape[-1:], eps=self.eps)
+        normed = rms_norm(added, None, self.eps)
         return torch.addcmul(x, (self.weight * gate).to(x.dtype), normed)
 
 
@@ -75,7 +78,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.linears
-        return down(self.activation(up(x)))
+        return made_again(down, self.activation, up(x))
 
 
 class GatedMLP(nn.Module):
@@ -101,7 +104,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self._modules[name] for name in self.names)
-        return down(F.silu(gate(x)) * up(x))  # type: ignore[misc]
+        return made_again(down, silu_times, gate(x), up(x))  # type: ignore[misc,arg-type]
 
 
 class TimeEmbedding(MLP):

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from diptych.core.errors import UserError
 from diptych.core.rope import line_rotation, rotate_halves
 from diptych.parts.layers import RMSNorm
+from diptych.parts.written_backward import made_again, silu_times
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries (T, H, d), keys (T, K, d), values (T, K, d)) to attended values (T, H, d)."""
@@ -93,7 +93,7 @@ class Expert(nn.Module):
         """Tokens (N, D) after what attention gave them, (N, H, d), and the MLP."""
         x = x + self.o_proj(attended.flatten(1))
         h = self.post_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + made_again(self.down_proj, silu_times, self.gate_proj(h), self.up_proj(h))
 
 
 class MoTLayer(nn.Module):

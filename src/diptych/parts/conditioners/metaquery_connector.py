@@ -10,18 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.core.errors import UserError
 from diptych.core.rope import line_rotation, rotate_halves
 from diptych.parts.conditioners.base import Connector
 from diptych.parts.layers import Attention, GatedMLP, RMSNorm, gelu
+from diptych.parts.written_backward import rms_norm
 
 EPS = 1e-6
 INIT = 0.014
 """Standard deviation of the matrices at the start, that of the release's configuration."""
 THETA = 10_000.0
+TINY = 1e-26
+"""Keeps the norm of a vector of zeros from dividing by 0, and moves no other."""
 Turn = tuple[Tensor, Tensor]
 SANA_NORM = 5.5**0.5
 """Where the last norm's scale starts for SANA, whose text embeddings have about this deviation; 1 for others."""
@@ -35,7 +37,7 @@ class UnitNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(heads, 1, head))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * self.gamma.squeeze(1) * x.shape[-1] ** 0.5  # (B, N, H, K)
+        return rms_norm(x, self.gamma.squeeze(1), TINY)  # (B, N, H, K)
 
 
 class QueryAttention(Attention):
