@@ -51,6 +51,16 @@ def test_decoder_of_a_saved_model() -> None:
     assert all(value.is_meta for value in build.build_decoder(part, 128, True)[0].state_dict().values())
 
 
+def test_conditioner_of_a_saved_model() -> None:
+    """Its queries are those that were learned. Mutant: they start as the words of `init_text` once more."""
+    backbone, _ = build.build_backbone(Part(kind="internvl", weights="toy/mllm"), False, None)
+    part = Part(kind="residual_query_adapter", weights="toy/iomm")
+    conditioner, _ = build.build_conditioner(part, backbone, False)
+    saved = dict(read_tensors(weight_files(locate("toy/iomm"))))
+    for name, value in conditioner.state_dict().items():
+        assert torch.equal(value, saved[f"conditioner.{name}"].float()), name
+
+
 @pytest.mark.parametrize(
     ("part", "line"),
     [

@@ -14,7 +14,7 @@ from diptych.core.draws import Draws
 from diptych.core.errors import UserError
 from diptych.core.sample import Batch, Sample
 from diptych.inference.sampling import Sampling
-from diptych.objectives.distillation import Distillation
+from diptych.objectives.distillation import ROUNDING, Distillation
 from diptych.objectives.flow_matching import SMALLEST_TIME
 from diptych.recipes import build
 from diptych.recipes.check import StageReport, check_system
@@ -88,7 +88,9 @@ def by_hand(teacher: System, student: System, batch: Batch, one_step: float) -> 
                 condition = scale_of(student, student.encode(Batch((sample,))), k)
                 v = student.velocity((1 - t) * data + t * noise, torch.tensor([t]), condition)
             family = "distill" if k is None else f"distill_{name}"
-            values.setdefault(f"{family}.{sample.task}", []).append(float((t * (v - noise + data)).square().mean()))
+            error = (t * (v - noise + data)).double()
+            huber = float(((error**2 + ROUNDING**2).sqrt() - ROUNDING).mean())
+            values.setdefault(f"{family}.{sample.task}", []).append(huber)
     return values
 
 

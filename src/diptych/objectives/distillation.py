@@ -5,8 +5,9 @@
 Sources: Liu et al. 2022, Rectified Flow (arXiv 2209.03003), Sec. 2.2, of which the lines are; Liu et al. 2023,
 InstaFlow (2309.06380), Sec. 3, where the teacher is a guided text-to-image model and the loss at t = 1 is the
 distillation into one step; Lee et al. 2024 (2405.20320), who find that one round does where times near the ends are
-learned more often. Here t = 1 has a share of the samples of its own, times below it are uniform, and the error is
-squared in the latents where those papers end with a perceptual one (LPIPS).
+learned more often. Here t = 1 has a share of the samples of its own and times below it are uniform. The error is the
+pseudo-Huber one, element by element, as in consistency distillation of latent models (Luo et al. 2023, LCM,
+2310.04378), where those papers take squares and then a perceptual distance (LPIPS).
 
 As the teacher's way is a function of the noise, the best velocity at t = 1 is exactly noise - data: one Euler step from
 there is the teacher's picture. At smaller t the student is a flow whose paths are straighter than the teacher's, so
@@ -28,6 +29,9 @@ from diptych.core.draws import Draws
 from diptych.core.ranges import Share
 from diptych.objectives.flow_matching import SMALLEST_TIME, expand, interpolate
 
+ROUNDING = 0.03
+"""Errors below it count by their squares, in units of the latents."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
@@ -48,11 +52,11 @@ def distillation_times(draws: Draws, one_step: float) -> Tensor:
 
 
 def distillation_loss(student: Callable[[Tensor, Tensor], Tensor], noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
-    """Squared error of the data that one step of the student reaches from the straight lines, (B,) in float32.
+    """How far the data that one step of the student reaches are from the teacher's, for lines of a batch, (B,) in
+    float32: a pseudo-Huber error, a mean over the elements of each sample.
 
-    A mean over the elements of each sample. It is t^2 times the error of the velocity, to which those papers give the
-    same weight at all times: networks that predict data, of which a velocity is (x - output) / t, would then learn the
-    small times alone.
+    Where the student cannot tell yet what a noise becomes, a squared error makes it draw the mean of what may be, a
+    blur, and an absolute one the median, which has edges.
 
     Args:
         student: x (B, C, h, w) and t (B,) to a velocity. noise: (B, C, h, w). data: what the teacher's whole way makes
@@ -62,5 +66,8 @@ def distillation_loss(student: Callable[[Tensor, Tensor], Tensor], noise: Tensor
     x = interpolate(data, noise, t)
     # 2. The student's velocity there is to be the line's, which is the same all along it.
     error = student(x, t).float() - (noise - data).float()
-    # 3. One step from there to the data goes as far as t is, and so does the error.
-    return (expand(t, error) * error).square().flatten(1).mean(1)
+    # 3. One step from there to the data goes as far as t is, and so does the error. Where the velocity's own counted,
+    #    networks that predict data, of which a velocity is (x - output) / t, would learn the small times alone.
+    error = expand(t, error) * error
+    # 4. Absolute, but smooth around 0.
+    return ((error.square() + ROUNDING**2).sqrt() - ROUNDING).flatten(1).mean(1)

@@ -230,7 +230,7 @@ def plain_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
 def build_conditioner(part: Part, backbone: Backbone, meta: bool) -> tuple[Conditioner, dict[str, Any]]:
     """A conditioner for an MLLM."""
     conditioner, origin = build_part("conditioner", part, CONDITIONERS, Conditioner, {"width": backbone.width}, meta)
-    if not meta:
+    if not meta and part.weights is None:
         conditioner.start(backbone)
     return conditioner, origin
 
