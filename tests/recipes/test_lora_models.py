@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
 import diptych
+import tiny_sizes
 from diptych.checkpoints.lora_files import FORMATS
 from diptych.cli.main import main
 from diptych.core.errors import UserError
 from diptych.inference.engine import Engine
+from diptych.parts.decoders.sana import Sana
 from diptych.parts.lora import add_lora
 from diptych.recipes import lora
 from diptych.recipes.from_model import with_system
@@ -247,3 +249,14 @@ def test_formats_and_homes() -> None:
     system, _ = load_system("toy/iomm")
     assert isinstance(system, AssembledSystem)
     assert list(lora.homes(system)) == ["decoder", "llm"]
+
+
+def test_a_format_without_names_for_a_decoder_says_which_have_some() -> None:
+    assert lora.unnamed(Sana.from_config(tiny_sizes.SANA)) == {
+        "comfyui": "names the layers of a Sana otherwise than its release does"
+    }
+    ovis: Any = load_system("toy/ovis-u1")[0]
+    assert lora.unnamed(ovis.decoder).keys() == {"diffusers", "comfyui"}
+    layers: Any = {"decoder": {}}
+    with pytest.raises(UserError, match="diffusers has no decoder of kind OvisU1Decoder; write one of peft, kohya"):
+        lora.write(ovis, layers, Path("never"), "diffusers")

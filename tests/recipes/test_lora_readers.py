@@ -28,6 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapte
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import tiny_sizes
 from diptych.checkpoints.lora_files import DIFFUSERS_WEIGHTS, METADATA, Update, read_lora, write_lora
@@ -40,6 +41,7 @@ from diptych.parts.decoders.sana import Sana
 from diptych.parts.decoders.sd3 import SD3
 from diptych.parts.lora import adapted_module, add_lora, linear_layers
 from diptych.recipes.load import load_system
+from diptych.recipes.lora import homes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -258,6 +260,34 @@ def test_peft_reads_our_folder(name: str, tmp_path: Path) -> None:
     found = [key for key, child in theirs.base_model.model.named_modules() if hasattr(child, "lora_A")]
     assert sorted(found) == sorted(own), "nothing is left over"
     assert set(own) <= set(linear_layers(module))
+
+
+@pytest.mark.parametrize("name", ["toy/bagel", "toy/ovis-u1", "toy/omnigen2", "toy/iomm"])
+def test_peft_reads_our_folder_for_a_language_model(name: str, tmp_path: Path) -> None:
+    """Each layer gives the same, no other layer is adapted, and the whole model where it takes tokens by itself."""
+    module = homes(load_system(name)[0])["llm"].eval()
+    plain: Any = copy.deepcopy(module)
+    torch.manual_seed(1)
+    own: dict[str, Update] = {}
+    for layer, linear in linear_layers(module).items():
+        if layer.endswith(("q_proj", "v_proj")):
+            down, up = torch.randn(RANK, linear.in_features) / 9, torch.randn(linear.out_features, RANK)
+            own[layer] = (down, up, ALPHA)
+    assert own
+    write_lora(tmp_path, {"llm": own}, "peft")
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    attach(module, {layer: [(Factors(down=down, up=up, alpha=alpha), 1.0)] for layer, (down, up, alpha) in own.items()})
+    inside: Any = theirs.base_model.model
+    with torch.no_grad():
+        for layer in own:
+            x = torch.randn(2, inside.get_submodule(layer).base_layer.in_features)
+            torch.testing.assert_close(inside.get_submodule(layer)(x), module.get_submodule(layer)(x))
+        if isinstance(module, PreTrainedModel):
+            ids = torch.arange(2, 12)[None]
+            wanted = module(ids)[0]
+            torch.testing.assert_close(theirs(ids)[0], wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    adapted_layers = [key for key, child in inside.named_modules() if hasattr(child, "lora_A")]
+    assert sorted(adapted_layers) == sorted(own), "nothing is left over"
 
 
 def comfyui_targets(decoder: nn.Module) -> dict[str, str]:

@@ -229,17 +229,26 @@ def extract(base: str, tuned: str, folder: Path, rank: int, format: str = "peft"
     return write(before, layers, folder, format), max(left)
 
 
+def unnamed(decoder: object) -> dict[str, str]:
+    """The formats whose readers have no names for a decoder's layers, each with the reason."""
+    kind, closed = type(decoder).__name__, dict[str, str]()
+    if not isinstance(decoder, PublishedDecoder):
+        closed["diffusers"] = f"has no decoder of kind {kind}"
+    if not isinstance(decoder, OmniGen2 | QwenImage | ZImage):
+        known = isinstance(decoder, PublishedDecoder)
+        how = f"names the layers of a {kind} otherwise than its release does"
+        closed["comfyui"] = how if known else f"has no decoder of kind {kind}"
+    return closed
+
+
 def write(system: System, layers: Layers, folder: Path, format: str) -> list[Path]:
     """Updates of a system's layers in a format, under the names that the format's readers have for these."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder")
     decoder = system.decoder if isinstance(system, AssembledSystem) and "decoder" in layers else None
-    if decoder is not None and format == "diffusers" and not isinstance(decoder, PublishedDecoder):
-        raise UserError(f"diffusers has no decoder of kind {type(decoder).__name__}; write peft, comfyui or kohya")
-    if decoder is not None and format == "comfyui" and not isinstance(decoder, OmniGen2 | QwenImage | ZImage):
-        raise UserError(
-            f"comfyui names the layers of a {type(decoder).__name__} otherwise than its release does; write diffusers"
-        )
+    if decoder is not None and format in (closed := unnamed(decoder)):
+        others = ", ".join(name for name in FORMATS if name not in closed)
+        raise UserError(f"{format} {closed[format]}; write one of {others}")
     made: list[Path] = []
 
     def fill(temporary: Path) -> None:
