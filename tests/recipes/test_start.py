@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+import diptych
 from diptych.core.errors import UserError
 from diptych.recipes.load import load_system
 from diptych.recipes.plain import load_plain
@@ -82,6 +83,50 @@ def test_weights_of_a_bfloat16_model_move(name: str, halved: dict[str, Path], tm
             total += int(ordinary.sum())
     assert total > 1000
     assert moved > 0.7 * total
+
+
+FEW = {
+    "toy/bagel": ("connector", "understand"),
+    "toy/omnigen2": ("projector", "understand"),
+    "toy/ovis-u1": ("vision", "understand"),
+    "toy/iomm": ("projector", "understand"),
+}
+"""A small part beside larger frozen ones of the same component, and what it learns from."""
+
+
+@pytest.mark.parametrize("name", list(FEW))
+def test_a_saved_model_keeps_what_little_of_it_moved(name: str, halved: dict[str, Path], tmp_path: Path) -> None:
+    """Trained weights are float32 beside frozen ones in bfloat16, and are loaded as they were saved. Mutant: the whole
+    part in the format of most of its weights."""
+    from diptych.recipes.from_model import with_system
+
+    before, _ = load_system(str(halved[name]))
+    part, task = FEW[name]
+    plain = with_system(tuned(halved[name], [part]))
+    plain["stages"]["tune"]["data"]["sources"]["pairs"]["task"] = task
+    plain["run"]["precision"] = "bf16"
+    assert train_recipe(parse(plain), plain, tmp_path / "run")
+    after, _ = load_system(str(tmp_path / "run"))
+    was, now = dict(before.named_parts()[part].named_parameters()), dict(after.named_parts()[part].named_parameters())
+    moved = torch.cat([(now[key].float() - was[key].float()).flatten() for key in was if was[key].ndim == 2])
+    assert (moved != 0).float().mean() > 0.7
+    images = diptych.load(str(tmp_path / "run"), device="cpu").generate("a red circle", steps=1, prompt_expansion=0)
+    assert len(images) == 1
+
+
+def test_a_plain_mllm_keeps_what_moved(tmp_path: Path) -> None:
+    """The same in the layout of transformers, whose configuration names one format for all."""
+    from diptych.recipes.from_model import with_system
+
+    half = tmp_path / "half"
+    load_system("toy/mllm")[0].save_pretrained(half, torch.bfloat16)
+    plain = with_system(tuned(half, ["projector"]))
+    plain["stages"]["tune"]["data"]["sources"]["pairs"]["task"] = "understand"
+    plain["run"]["precision"] = "bf16"
+    assert train_recipe(parse(plain), plain, tmp_path / "run")
+    was, now = (load_system(str(place))[0].named_parts()["projector"] for place in (half, tmp_path / "run"))
+    moved = torch.cat([(b - a.float()).flatten() for a, b in zip(was.parameters(), now.parameters(), strict=True)])
+    assert (moved != 0).float().mean() > 0.7
 
 
 def test_adapters_on_a_bfloat16_model_are_float32(halved: dict[str, Path], tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def weight_format(module: nn.Module) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
+def widest_format(module: nn.Module) -> torch.dtype:
+    """The number format that holds all of a module's weights: float32 where some learned in it beside frozen ones of
+    fewer bits. Quantised weights and adapters do not count."""
+    formats = {
+        p.dtype for name, p in module.named_parameters() if p.dtype in WEIGHT_FORMATS.values() and LORA not in name
+    }
+    return formats.pop() if len(formats) == 1 else torch.float32
+
+
 def write_tensors(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor]],

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import LORA, own_tensors, weight_format, write_tensors
+from diptych.checkpoints.tensors import LORA, own_tensors, widest_format, write_tensors
 from diptych.core.condition import Condition
 from diptych.core.draws import Draws
 from diptych.core.errors import UserError
@@ -290,7 +290,7 @@ def formats(system: nn.Module, dtype: torch.dtype | None = None) -> str | dict[s
     if dtype is not None:
         return str(dtype).removeprefix("torch.")
     parts = {name: part for name, part in system.named_children() if any(True for _ in part.parameters())}
-    names = {name: str(weight_format(part)).removeprefix("torch.") for name, part in parts.items()}
+    names = {name: str(widest_format(part)).removeprefix("torch.") for name, part in parts.items()}
     return names if len({*names.values()}) > 1 else next(iter(names.values()), "float32")
 
 

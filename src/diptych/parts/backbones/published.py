@@ -175,8 +175,11 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
         weights = {name: cast[x.data_ptr()] for name, x in weights.items()}
     with without_bars():
         model.save_pretrained(folder, state_dict=weights)
-    if dtype is not None:  # transformers records the format of the model that it was given, not that of the weights
-        record_dtype(folder / "config.json", str(dtype).removeprefix("torch."))
+    # transformers records the format of the model's first weight. Where some learned, and so are float32 beside frozen
+    # ones, all are loaded as these.
+    formats = {x.dtype for x in weights.values() if x.is_floating_point()}
+    widest = dtype or (formats.pop() if len(formats) == 1 else torch.float32)
+    record_dtype(folder / "config.json", str(widest).removeprefix("torch."))
 
 
 def record_dtype(file: Path, dtype: Any) -> None:
