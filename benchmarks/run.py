@@ -1,10 +1,12 @@
 """Named cases, this tree against another revision and against installed peers, in alternating runs.
 
-    python benchmarks/run.py [NAME...] [--against REV] [--repeats 7] [--threads 1] [--list]
+    python benchmarks/run.py [NAME...] [--against REV] [--repeats 7] [--threads 1] [--memory] [--list]
 
 REV is a revision of this repository or a folder that holds one. Every tree runs in a process of its own that stays;
 they take turns, one run at a time, so that what else the machine does falls on all of them. Ratios are of medians of
-user CPU time (of wall time with --clock wall): above 1 means that this tree is faster. The last line is JSON.
+user CPU time (of wall time with --clock wall): above 1 means that this tree is faster. --memory measures peak memory
+instead, each way in a process of its own that runs it three times: how far its resident set rises above its level
+before. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Worker:
         return json.loads(line)
 
     def run(self, way: str) -> dict[str, float]:
-        """Seconds of one run, {"wall": ..., "cpu": ...}."""
+        """Seconds of one run, and how far memory has risen since the first, {"wall": ..., "cpu": ..., "mib": ...}."""
         assert self.process.stdin is not None
         self.process.stdin.write(way + "\n")
         self.process.stdin.flush()
@@ -102,6 +104,22 @@ def measure(name: str, against: Path | None, repeats: int, threads: int) -> dict
     }
 
 
+def peaks(name: str, against: Path | None, threads: int) -> dict[str, float]:
+    """MiB of every way of a case, the rise of its process in three runs."""
+    trees: list[tuple[str, Path, str]] = []
+    first = Worker(ROOT, name, threads)
+    trees += [(way, ROOT, way) for way in first.ways]
+    first.close()
+    if against is not None:
+        trees.append(("against", against, "ours"))
+    found: dict[str, float] = {}
+    for way, tree, call in trees:
+        worker = Worker(tree, name, threads)
+        found[way] = [worker.run(call)["mib"] for _ in range(3)][-1]
+        worker.close()
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases; all by default")
@@ -109,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="which ratios the table shows")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args(arguments)
     if options.list:
@@ -122,6 +141,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if load > BUSY:
         print(f"warning: the machine is busy (load {load:.1f}); ratios are rougher", file=sys.stderr)
     results: dict[str, Any] = {}
+    if options.memory:
+        print(f"{'case':<28}{'way':<12}{'MiB':>9}{'ratio':>8}")
+        with tree_of(options.against) as against:
+            for name in options.names or list(CASES):
+                results[name] = peaks(name, against, options.threads)
+                for way, mib in results[name].items():
+                    print(f"{name:<28}{way:<12}{mib:>9.0f}{mib / results[name]['ours']:>8.2f}", flush=True)
+        about = {"benchmark": "run", "measure": "memory", "against": options.against, **machine("cpu")}
+        print(json.dumps({**about, "threads": options.threads, "results": results}))
+        return
     print(f"{'case':<28}{'way':<12}{'cpu s':>9}{'least':>9}{'wall s':>9}{'least':>9}{'ratio':>8}")
     with tree_of(options.against) as against:
         for name in options.names or list(CASES):

@@ -13,6 +13,7 @@ import time
 import torch
 
 from cases import CASES
+from measure import Peak
 
 
 def main() -> None:
@@ -23,11 +24,12 @@ def main() -> None:
     torch.manual_seed(0)
     ways = CASES[name].make()
     print(json.dumps(sorted(ways)), file=answers, flush=True)
+    memory = Peak("cpu")
     for line in sys.stdin:
         way = ways[line.strip()]
         cpu, wall = os.times().user, time.perf_counter()
         way()
-        seconds = {"wall": time.perf_counter() - wall, "cpu": os.times().user - cpu}
+        seconds = {"wall": time.perf_counter() - wall, "cpu": os.times().user - cpu, "mib": memory.rise() / 2**20}
         print(json.dumps(seconds), file=answers, flush=True)
 
 

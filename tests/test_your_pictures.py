@@ -88,7 +88,7 @@ def test_the_recipe_is_whole(pictures: Path, tmp_path: Path) -> None:
     # What the model wrote before each image is of what it had learned: "a frog" became a red cross.
     assert load("toy/omnigen2")[0].sampling.prompt_expansion > 0
     assert recipe.sampling.prompt_expansion == 0
-    assert recipe.sampling.steps == 25
+    assert recipe.sampling.steps == load("toy/omnigen2")[0].sampling.steps == 8
 
 
 def test_edits_are_drawn_while_they_are_learned(pictures: Path, tmp_path: Path) -> None:

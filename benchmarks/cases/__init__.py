@@ -45,6 +45,7 @@ CASES: dict[str, Case] = {
     "bagel-edit": _case("an edit with 1,000 context tokens, both guidances", "bagel.guided", kind="edit of 1000"),
     "openuni-step": _case("a training step of OpenUni at small width", "query_steps.openuni"),
     "metaquery-step": _case("a training step of MetaQuery at small width", "query_steps.metaquery"),
+    "compiled": _case("an MMDiT of width 512, forward and backward, against run.compile: regional", "compiled.mmdit"),
     "answers": _case("64 questions about 8 images of 32 px, toy Ovis-U1", "understanding.questions"),
     "answers-128": _case("64 questions about 8 images of 128 px, toy Ovis-U1", "understanding.questions", side=128),
 }

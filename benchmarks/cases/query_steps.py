@@ -1,7 +1,8 @@
 """Training steps of OpenUni and MetaQuery at small width: a frozen MLLM, learned queries, a connector, SANA.
 
-`plain` is the same computation written with transformers and diffusers alone, as the releases' loops have it: prompt
-and queries run through the MLLM in one pass, and the step ends with clipping and torch's default AdamW.
+`recomputed` is ours with `run.checkpointing: [decoder]`, which both recipes have; `plain` is the same computation
+written with transformers and diffusers alone, as the releases' loops have it: prompt and queries run through the MLLM
+in one pass, and the step ends with clipping and torch's default AdamW.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ from diptych.training.config import OptimizerConfig
 from diptych.training.loop import freeze
 from diptych.training.optimizers import build_optimizers
 from diptych.training.parallel import clip
+
+try:
+    from diptych.training.recompute import recompute_activations
+except ModuleNotFoundError:  # older revisions, of which `recomputed` is not asked
+
+    def recompute_activations(system: Any, parts: Any) -> None: ...
+
 
 BATCH, QUERIES, SIDE = 4, 256, 16
 PROMPT = "a red circle left of a blue square and a green cross above a pink triangle on a gray background. " * 3
@@ -83,7 +91,8 @@ def openuni() -> Ways:
     plain["autoencoder"] = {"kind": "pixel"}
     sizes: Any = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
     made: Any = SiglipVisionConfig(**sizes, num_hidden_layers=6)
-    return {"ours": ours(plain), "plain": written_out(width, layers, SiglipEncoder(made), width, 512, (384, 6))}
+    plainly = written_out(width, layers, SiglipEncoder(made), width, 512, (384, 6))
+    return {"ours": ours(plain), "recomputed": ours(plain, recompute=True), "plain": plainly}
 
 
 def metaquery() -> Ways:
@@ -95,7 +104,8 @@ def metaquery() -> Ways:
     plain["autoencoder"] = {"kind": "pixel"}
     sizes = {**language(width, 24), "intermediate_size": 4 * width, "num_key_value_heads": width // 64}
     encoder = Bidirectional(Qwen2Config(**sizes))
-    return {"ours": ours(plain), "plain": written_out(width, layers, encoder, width, 384, (384, 6))}
+    plainly = written_out(width, layers, encoder, width, 384, (384, 6))
+    return {"ours": ours(plain), "recomputed": ours(plain, recompute=True), "plain": plainly}
 
 
 class Bidirectional(nn.Module):
@@ -111,8 +121,11 @@ class Bidirectional(nn.Module):
         return self.model(inputs_embeds=inputs_embeds, attention_mask=everything, use_cache=False)
 
 
-def ours(plain: dict[str, Any]) -> Callable[[], Any]:
+def ours(plain: dict[str, Any], recompute: bool = False) -> Callable[[], Any]:
+    """recompute: with `run.checkpointing: [decoder]`, which both recipes have."""
     system = built(plain).train()
+    if recompute:
+        recompute_activations(system, ["decoder"])
     freeze(system, TRAIN)
     parameters = {name: p for name, p in system.named_parameters() if p.requires_grad}
     optimizers = build_optimizers(OptimizerConfig(**ADAMW), parameters, system.shard_units())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def test_configs_of_version_1_are_read(name: str, tmp_path: Path) -> None:
     shipped, shipped_sampling = load_system(f"toy/{name}")
     assert isinstance(system, AssembledSystem)
     assert isinstance(shipped, AssembledSystem)
-    assert (system.settings, sampling) == (shipped.settings, shipped_sampling)
+    assert system.settings == shipped.settings
+    assert sampling == replace(shipped_sampling, steps=25), "their steps, which the shipped ones took from 25 to 8"
 
     config = json.loads(json.dumps(system.config()))
     assert config["format_version"] == FORMAT_VERSION

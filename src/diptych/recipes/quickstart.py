@@ -39,7 +39,7 @@ MODEL = "toy/iomm-pretrained"
 RECIPE = "toy/quickstart"
 SEED = 0
 IMAGES_PER_PROMPT = 1
-SAMPLER_STEPS = 16
+SAMPLER_STEPS = 8
 SHOWN_PROMPTS, SHOWN_IMAGES = 12, 3
 EXAMPLES_SEED = 900_003
 """Of the scenes that are asked about and edited; training uses others."""
