@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from PIL import Image
 
 from diptych.cli.main import main
 from diptych.core.errors import UserError
+from diptych.core.sample import Task
 from diptych.recipes import new
+from diptych.recipes.build import build_system
 from diptych.recipes.new import new_recipe
 from diptych.recipes.recipe import load
+from diptych.recipes.run import check_parts, check_sizes
 from diptych.systems.composed import ComposedSystem
 
 PAGE = Path(__file__).parent.parent / "docs" / "your-pictures.md"
@@ -31,8 +35,8 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     chance = np.random.default_rng(0)
-    for number, (subject, read) in enumerate(list(SUBJECTS.items()) * 20):
-        picture = Image.fromarray(np.asarray(read())).convert("RGB")
+    photographs = {subject: Image.fromarray(np.asarray(read())).convert("RGB") for subject, read in SUBJECTS.items()}
+    for number, (subject, picture) in enumerate(list(photographs.items()) * 20):
         left, top = (int(value) for value in chance.integers(0, 100, 2))
         picture.crop((left, top, left + 200, top + 150)).resize((64, 48 + number % 3 * 16)).save(
             folder / f"{number}.png"
@@ -216,3 +220,23 @@ def test_small_pictures_are_told(pictures: Path) -> None:
     (pictures / "dot.txt").write_text("a dot")
     reason = new_recipe(pictures, "toy/iomm").reason
     assert reason.endswith("; 1 are enlarged to it more than twice, the smallest 5x3 (filters.min_side)")
+
+
+@pytest.mark.parametrize("model", ["toy/iomm", "toy/omnigen2", "toy/ovis-u1", "toy/bagel", "toy/hieraquery"])
+@pytest.mark.parametrize("task", ["text_to_image", "edit", "understand"])
+def test_every_model_takes_the_recipe_of_every_task(model: str, task: Task, pictures: Path, tmp_path: Path) -> None:
+    """The layers that are named get adapters, and every size is one that the model makes."""
+    rows: list[dict[str, Any]] = [
+        {"source": f"{n}.png", "image": f"{n + 1}.png", "instruction": f"redder than {n}"} for n in range(4)
+    ]
+    if task == "understand":
+        messages = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "red"}]
+        rows = [{"images": [f"{n}.png"], "messages": messages} for n in range(4)]
+    if task != "text_to_image":
+        (pictures / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(new_recipe(pictures, model, task=task).text)
+    recipe, _ = load(str(tmp_path / "mine.yaml"))
+    system = build_system(recipe.system, meta=True)
+    check_parts(recipe, system)
+    if task != "understand":
+        check_sizes(system, recipe.stages["tune"].data)

@@ -15,8 +15,18 @@ def differences(a: Any, b: Any, place: Place = ()) -> Iterator[tuple[Place, Any,
         a, b = a or {}, b or {}
         for name in sorted({*a, *b}):
             yield from differences(a.get(name), b.get(name), (*place, str(name)))
-    elif a != b:
+    elif a != b and not same_number(a, b):
         yield place, a, b
+
+
+def same_number(a: Any, b: Any) -> bool:
+    """Whether two values are one number, of which YAML reads a spelling such as 1e-4 as text."""
+    if isinstance(a, bool) or isinstance(b, bool) or not all(isinstance(x, int | float | str) for x in (a, b)):
+        return False
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return False
 
 
 def difference(a: Any, b: Any) -> str:

@@ -19,6 +19,7 @@ from diptych.data.buckets import buckets
 from diptych.data.source import ItemDraws
 from diptych.data.survey import Survey, survey
 from diptych.data.variations import Variations, varied_text
+from diptych.parts.lora import adaptable
 from diptych.recipes.build import build_system
 from diptych.recipes.check import check_system
 from diptych.recipes.fit import CONTEXT_BYTES, amount, memory
@@ -172,10 +173,13 @@ def image_side(drafted: dict[str, Any], system: System, look: Survey) -> tuple[i
 
 def takes_shapes(system: System, side: int) -> bool:
     """Whether a model takes every size of the buckets about a square of `side`."""
-    longest = system.longest_side
-    return side % system.image_step == 0 and (
-        longest is None or max(map(max, buckets(side, system.image_step, RATIO))) <= longest
-    )
+    try:
+        for size in buckets(side, system.image_step, RATIO):
+            system.latent_shape(*size)
+            system.scale_sizes(*size)
+    except UserError:
+        return False
+    return True
 
 
 def adapted(system: System, task: Task) -> tuple[str, nn.Module]:
@@ -191,9 +195,9 @@ def attention_layers(part: nn.Module, *, generates: bool) -> tuple[str, ...]:
     """Last names of the linear layers of attention, as targets of adapters; of BAGEL those of one of its experts."""
     leaves: set[str] = set()
     expert = "gen" if generates else "und"
-    for name, module in part.named_modules():
+    for name in adaptable(part):
         *path, last = re.sub(r"\.(?=\d+$)", "#", name).split(".")
-        if not isinstance(module, nn.Linear) or not ATTENTION.fullmatch(last) or not any(map(str.isdigit, path)):
+        if not ATTENTION.fullmatch(last) or not any(map(str.isdigit, path)):
             continue
         if path[-1] in ("gen", "und"):
             leaves |= {f"{expert}.{last}"}
