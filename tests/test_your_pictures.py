@@ -53,14 +53,24 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
         for line in block.splitlines()
     ]
-    assert [command[0] for command in commands] == ["new", "check", "prepare", "train", "generate", "lora", "generate"]
+    assert [command[0] for command in commands] == [
+        "new",
+        "check",
+        "train",
+        "generate",
+        "new",
+        "prepare",
+        "lora",
+        "generate",
+    ]
     short = {"train": ["--set", "stages.tune.steps=2", "run.sample_every=0"], "generate": ["--steps", "2"]}
     for command in commands:
         assert main([*command, *short.get(command[0], [])]) == 0, command
-    assert "path: pictures, prepared: pictures.prepared}" in Path("mine.yaml").read_text(), "relative to the recipe"
+    assert "path: pictures}" in Path("mine.yaml").read_text(), "relative to the recipe"
+    assert "path: pictures, prepared: pictures.prepared}" in Path("fast.yaml").read_text()
     out = capsys.readouterr().out
     assert "60 usable for task text_to_image" in out
-    for command in commands[1:3]:
+    for command in (commands[1], commands[2], commands[5]):
         assert " ".join(["diptych", *command]) in out, "the page's commands are those that are printed"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     with Image.open("frog.png") as drawn, Image.open("again.png") as again:
@@ -143,6 +153,7 @@ def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pyt
     assert plain["stages"]["tune"]["data"]["sources"]["mine"]["vary"] == {"trigger": "sks"}
     assert all(prompt.startswith("sks, ") for prompt in plain["sample_prompts"])
     monkeypatch.setattr(new, "LARGE", 1)
+    assert "prepared" not in text
     for card, rank, quantized, optimizer in (
         ("11GB", 16, True, "adamw8bit"),
         ("24GB", 32, False, "adamw8bit"),
@@ -151,6 +162,8 @@ def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pyt
         ("141GB", 32, False, "adamw"),
     ):
         text = new_recipe(pictures, "toy/omnigen2", card=card).text
+        source = yaml.safe_load(text)["stages"]["tune"]["data"]["sources"]["mine"]
+        assert source["prepared"] == f"{pictures}.prepared"
         system = yaml.safe_load(text)["system"]
         assert system["decoder"]["lora"]["rank"] == rank
         assert yaml.safe_load(text)["stages"]["tune"]["optimizer"]["kind"] == optimizer
@@ -161,11 +174,12 @@ def test_a_trigger_and_a_card_for_a_large_model(pictures: Path, monkeypatch: pyt
         new_recipe(pictures, "toy/omnigen2", task="image", trigger="sks")
 
 
+@pytest.mark.slow
 def test_what_each_step_would_make_again_is_made_once(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`new` names what to prepare, `check` says before and after what it saves, and a run reads it."""
-    assert main(["new", "pictures", "--model", "toy/omnigen2", "--trigger", "zxv"]) == 0
+    assert main(["new", "pictures", "--model", "toy/omnigen2", "--trigger", "zxv", "--prepare"]) == 0
     prepare = ["prepare", "pictures.yaml", "--what", "states"]
     assert " ".join(["diptych", *prepare]) in capsys.readouterr().out
     check = ["check", "pictures.yaml", "--limit", "4"]
@@ -193,7 +207,7 @@ def test_prepared_data_of_another_model_are_a_fault_that_check_lists(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for model in ("omnigen2", "iomm"):
-        assert main(["new", "pictures", "--model", f"toy/{model}", "--output", f"{model}.yaml"]) == 0
+        assert main(["new", "pictures", "--model", f"toy/{model}", "--output", f"{model}.yaml", "--prepare"]) == 0
     assert main(["prepare", "omnigen2.yaml", "--what", "states"]) == 0
     capsys.readouterr()
     assert main(["check", "iomm.yaml", "--limit", "4"]) == 2
@@ -209,8 +223,10 @@ def test_a_model_without_such_states_keeps_its_latents(pictures: Path, monkeypat
     assert made.prepares == ()
     assert "buckets" not in data
     assert "cache" not in data, "its autoencoder is the pixels themselves"
+    with pytest.raises(UserError, match="--prepare: nothing of task text_to_image stays the same"):
+        new_recipe(pictures, "toy/bagel", prepare=True)
     monkeypatch.setattr(new, "useful_kinds", lambda *given: ("latents",))
-    data = yaml.safe_load(new_recipe(pictures, "toy/bagel").text)["stages"]["tune"]["data"]
+    data = yaml.safe_load(new_recipe(pictures, "toy/bagel", prepare=True).text)["stages"]["tune"]["data"]
     assert data["cache"] == f"{pictures}.latents"
     assert "prepared" not in data["sources"]["mine"]
 

@@ -18,6 +18,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trigger", metavar="WORD", default="", help="stands before each caption that does not hold it"
     )
+    parser.add_argument(
+        "--prepare",
+        action=argparse.BooleanOptionalAction,
+        help="read what diptych prepare makes once, instead of making it in each step (for models that are no toys)",
+    )
     parser.add_argument("-o", "--output", "--out", metavar="FILE", help="the recipe (FOLDER's name with .yaml)")
 
 
@@ -37,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: a recipe's name ends in .yaml")
     if output.exists():
         raise UserError(f"{output}: exists already; choose another name with --output")
-    made = new_recipe(folder, args.model, task=args.task, card=args.card, home=output.parent, trigger=args.trigger)
+    asked = {"task": args.task, "card": args.card, "trigger": args.trigger, "prepare": args.prepare}
+    made = new_recipe(folder, args.model, home=output.parent, **asked)
     look = made.look
     print(f"{folder}: {look.items:,} usable for task {look.task}, {len(look.dropped):,} dropped")
     for why, count in Counter(look.dropped.values()).most_common(5):

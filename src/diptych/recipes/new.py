@@ -107,6 +107,7 @@ def new_recipe(
     card: str | None = None,
     home: Path | None = None,
     trigger: str = "",
+    prepare: bool | None = None,
 ) -> NewRecipe:
     """A recipe for a folder.
 
@@ -115,6 +116,7 @@ def new_recipe(
         task: what is to be learned; by default drawing from captions where there are any, else from images alone.
         card: memory of the device that is to hold a step ("24GB"); None for the size of model and pictures.
         trigger: a word that stands before each caption, "" for none.
+        prepare: whether it reads what `diptych prepare` makes; None for models that are no toys.
         home: folder that the recipe will lie in, to which its path is relative; None for an absolute one.
 
     Raises:
@@ -148,6 +150,10 @@ def new_recipe(
             f"; {len(small):,} are enlarged to it more than twice, the smallest {width}x{height} (filters.min_side)"
         )
     prepares = kept_kinds(settings, look)
+    if prepare and not prepares:
+        raise UserError(f"--prepare: nothing of task {look.task} stays the same in every step of this model")
+    if prepare is False or (prepare is None and not large):
+        prepares = ()
     if prepares == ("latents",):  # which a run keeps by itself, as it makes them
         settings, prepares = replace(settings, cached=True), ()
     return NewRecipe(text(settings, look, home, prepares), look, reason, prepares, large)
@@ -274,10 +280,10 @@ def text(settings: Settings, look: Survey, home: Path | None = None, prepares: S
     quantized = [f"    quantize: nf4{words}"] if settings.owner in settings.quantize else []
     quantized += [f"  {part}: {{quantize: nf4}}" for part in others]
     captions = list(dict.fromkeys(look.texts))[:: max(len(dict.fromkeys(look.texts)) // PROMPTS, 1)][:PROMPTS]
+    then = ";  ".join(steps_of("FILE", "mine", prepares, settings.large))
     lines = [
         f"# {settings.model}, tuned by low-rank adapters on {look.path.resolve().name}: {look.items:,} items.",
-        "# Written by `diptych new`. Look at it, then:",
-        *(f"#   {step}" for step in steps_of("FILE", "mine", prepares, settings.large)),
+        f"# Written by `diptych new`. Look at it, then:  {then}",
         f"start: {_flow(settings.model)}  # the system, its prompts and its sampling are this model's",
         "seed: 0",
         "system:",
