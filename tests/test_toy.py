@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from diptych.evaluation.evaluate import run
 from diptych.recipes.load import load
 from diptych.recipes.names import locate
 
 IOMM = ("toy/mllm", "toy/iomm-pretrained", "toy/iomm")
-LIMITS = {"toy/bagel": 8e6, "toy/omnigen2": 8e6, "toy/hieraquery": 6e6, "toy/ovis-u1": 10e6}
+ONE_STEP = "toy/iomm-1step"
+LIMITS = {"toy/bagel": 8e6, "toy/omnigen2": 8e6, "toy/hieraquery": 6e6, "toy/ovis-u1": 10e6, ONE_STEP: 1.5e6}
 """Most bytes of the other systems."""
 SHIPPED = (*IOMM, *LIMITS)
 
@@ -22,6 +24,28 @@ def test_pictures_follow_held_out_captions() -> None:
     assert all(row["expansion"] for row in found.rows)
     alone = run(engine, "toyeval", n=1, limit=36, seed=5, steps=12, prompt_expansion=0)
     assert alone.scores["overall"] < found.scores["overall"] - 0.2, "what the page says of captions by themselves"
+
+
+def test_one_step_draws_what_its_teacher_draws() -> None:
+    """Of the same noise and text, in one step without guidance; nearer than the teacher's own first step. Mutants:
+    other adapters; another conditioner under them."""
+    teacher, student = load("toy/iomm"), load(ONE_STEP)
+    assert (student.sampling.steps, student.sampling.cfg, student.sampling.image_cfg) == (1, 1.0, 1.0)
+    texts = [
+        "a red circle at the top left on a white background",
+        "a blue cross at the bottom right on a navy background",
+    ]
+    wanted, first, made = (
+        torch.stack(engine.generate(texts, n=2, output_type="pt", prompt_expansion=0, **options))
+        for engine, options in ((teacher, {"steps": 12}), (teacher, {"steps": 1}), (student, {}))
+    )
+    assert float((made - wanted).square().mean()) < 0.5 * float((first - wanted).square().mean())
+    ours, theirs = student.system.state_dict(), teacher.system.state_dict()
+    for name, value in theirs.items():
+        assert torch.equal(
+            ours.get(name, ours.get(".base_layer.".join(name.rsplit(".", 1)), value.new_empty(0))), value
+        )
+    assert run(student, "toyeval", n=1, limit=18, seed=5).scores["overall"] >= 0.85
 
 
 def test_bagel_answers_draws_and_edits() -> None:
