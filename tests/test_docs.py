@@ -139,6 +139,7 @@ def test_toy_page_has_the_recipes_budgets() -> None:
             "toy/mllm",
             "toy/iomm_pretrain_image",
             "toy/iomm_finetune_mix",
+            "toy/iomm_distill",
             "toy/bagel",
             "toy/omnigen2",
             "toy/hieraquery",
