@@ -256,3 +256,16 @@ def test_every_model_takes_the_recipe_of_every_task(model: str, task: Task, pict
     check_parts(recipe, system)
     if task != "understand":
         check_sizes(system, recipe.stages["tune"].data)
+
+
+def test_adapters_that_a_model_has_learn_on(pictures: Path, tmp_path: Path) -> None:
+    """Of another rank they could not be those of the model."""
+    plain = yaml.safe_load(new_recipe(pictures, "toy/iomm").text)
+    plain["system"]["decoder"]["lora"] = {"rank": 2, "alpha": 6.0, "targets": ["qkv"]}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(plain))
+    short = ["--set", "stages.tune.steps=1", "run.sample_every=0", "run.validate_every=0", "run.tensorboard=false"]
+    assert main(["train", "first.yaml", "--out", "first", *short]) == 0
+    (tmp_path / "second.yaml").write_text(new_recipe(pictures, "first").text)
+    lora = yaml.safe_load((tmp_path / "second.yaml").read_text())["system"]["decoder"]["lora"]
+    assert (lora["rank"], lora["alpha"], lora["targets"]) == (2, 6.0, ["qkv"])
+    assert main(["train", "second.yaml", "--out", "second", *short]) == 0

@@ -64,7 +64,8 @@ class Settings:
     owner: the part of the system that gets adapters. targets: last names of the layers that do. side: of images, in
     pixels. micro_batch_size: samples of a pass. quantize: parts whose frozen weights are in nf4. optimizer: its kind.
     preset: the recipe that rank, quantize and optimizer are of. trigger: the word that stands before each caption.
-    expands: whether the model writes prompts out before it draws, by what it has learned so far. shapes: whether it
+    expands: whether the model writes prompts out before it draws, by what it has learned so far. adapters: those that
+    the model has already and that learn on, as YAML in one line; "" for new ones. shapes: whether it
     takes images twice as long as wide. cached: whether the run keeps the latents that it makes.
     """
 
@@ -80,6 +81,7 @@ class Settings:
     preset: str = ""
     trigger: str = ""
     expands: bool = False
+    adapters: str = ""
     shapes: bool = True
     cached: bool = False
 
@@ -140,7 +142,9 @@ def new_recipe(
         large=large,
     )
     expands = bool(drafted.get("sampling", {}).get("prompt_expansion")) and look.task != "understand"
+    given = (drafted["system"].get(owner) or {}).get("lora")
     settings = replace(settings, trigger=trigger, expands=expands, shapes=takes_shapes(system, side))
+    settings = replace(settings, adapters=_flow(given) if given else "")
     if card is not None:
         settings, reason = fitting(with_preset(settings, drafted, card), look, card)
     small = look.enlarged(settings.side)
@@ -288,7 +292,9 @@ def text(settings: Settings, look: Survey, home: Path | None = None, prepares: S
         "seed: 0",
         "system:",
         f"  {settings.owner}:",
-        f"    lora: {_flow(lora)}  # more rank learns more, and forgets more",
+        f"    lora: {settings.adapters}  # which the model has, and which learn on"
+        if settings.adapters
+        else f"    lora: {_flow(lora)}  # more rank learns more, and forgets more",
         *quantized,
         "stages:",
         "  tune:",
