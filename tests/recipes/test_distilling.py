@@ -19,7 +19,7 @@ from diptych.objectives.flow_matching import SMALLEST_TIME
 from diptych.recipes import build
 from diptych.recipes.check import StageReport, check_system
 from diptych.recipes.distilling import DistillationObjective, Teaching, calls_of, prepare_teachers, teaching
-from diptych.recipes.load import load, load_system
+from diptych.recipes.load import load, load_system, start
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import check_parts, train_recipe
 from diptych.systems.base import System
@@ -130,6 +130,35 @@ def tiny(distilling_plain: dict[str, Any], **stage: Any) -> dict[str, Any]:
     plain = copy.deepcopy(distilling_plain)
     plain["stages"]["distill"] |= stage
     return plain
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_adapters_are_no_part_of_their_teacher(used: bool, distilling_plain: dict[str, Any]) -> None:
+    """New ones are left out of its passes, and used ones stand there as they were at the start. Mutants: the teacher
+    with the student's adapters; used adapters left out."""
+    system = start(parse(distilling_plain))
+    freeze(system, ("lora",))
+    generator = torch.Generator().manual_seed(0)
+
+    def move() -> None:
+        with torch.no_grad():
+            for p in system.named_parts()["lora"].parameters():
+                p.add_(0.5 * torch.randn(p.shape, generator=generator))
+
+    if used:
+        move()
+    teacher, made = copy.deepcopy(system).eval(), objective(("lora",))
+    prepare_teachers([made], system)
+    assert made.weights is not None
+    assert made.weights.bare is not used
+    move()
+    batch = requests()
+    terms = made.losses(system, prepared(system, made, batch), Draws(KEYS))
+    expected = by_hand(teacher, copy.deepcopy(system).eval(), batch, ONE_STEP)
+    for name, values in expected.items():
+        assert terms[name].tolist() == pytest.approx(values, rel=1e-3, abs=1e-5), name
+    theirs = by_hand(system.eval(), copy.deepcopy(system).eval(), batch, ONE_STEP)
+    assert theirs["distill.edit"] != pytest.approx(expected["distill.edit"], rel=1e-2)
 
 
 def run(plain: dict[str, Any], folder: Path, resume: bool = False) -> list[dict[str, Any]]:
