@@ -93,6 +93,10 @@ def test_metadata_of_an_imagefolder(photos: Path) -> None:
         FolderSource(photos, task="text_to_image", text="short").load(1, DRAWS, (8, 8))
     assert len(FolderSource(photos)) == 3
     assert not FolderSource(photos).dropped
+    with pytest.raises(
+        UserError, match=r"text names keys of a metadata\.jsonl or metadata\.csv, and task image reads no"
+    ):
+        FolderSource(photos, task="image", text="short")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,11 @@ def test_a_broken_font_is_passed_over(tmp_path: Path) -> None:
     assert code_points(tmp_path / "broken.ttf") == frozenset()
 
 
-def test_wide_letters_take_two_places() -> None:
+def test_code_points_are_wrapped_by_their_length(font: Path) -> None:
+    assert wrapped("川" * 5, 12) == ["\\u5ddd\\u5ddd"] * 2 + ["\\u5ddd"]
+
+
+def test_wide_letters_take_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(letters, "lettering", lambda text, size: (text, None))
     assert wrapped("海" * 10, 10) == ["海" * 5] * 2
     assert wrapped("a b c", 10) == ["a b c"]

@@ -153,6 +153,10 @@ def test_pictures_keep_their_size_on_a_sheet() -> None:
         ({"sample_edits": [{"text": " ", "images": ["a.png"]}]}, "an edit needs text and images"),
         ({"run": {"sample_clip": "x"}}, "sample_clip scores pictures that are drawn, and sample_every is 0"),
         ({"run": {"sample_every": 1, "sample_clip": "no/where"}}, r"run\.sample_clip no/where: the commit to take"),
+        (
+            {"run": {"sample_every": 1, "sample_clip": str(Path(__file__).parent)}},
+            r"run\.sample_clip .*: could not be loaded: its config\.json",
+        ),
         ({"run": {"trackers": ["wandb", "wandb"]}}, "trackers names one twice"),
         ({"run": {"trackers": ["comet"]}}, r"run\.trackers\[0\]: .*wandb"),
     ],

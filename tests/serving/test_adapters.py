@@ -108,11 +108,25 @@ def test_unlike_adapters_share_weights_and_no_step(adapters: Path) -> None:
         ("a b=/", "must be NAME=PATH"),
         ("toy/other:style=/", "unknown model 'toy/other'"),
         ("style=/no/such/place", "is not there"),
+        ("style=/no/such/place:0.5", "place is not there"),
+        ("style=/tmp:half", "the scale after the colon is a number, not 'half'"),
     ],
 )
 def test_adapters_of_the_command_are_checked(given: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_adapters([given], ["toy/iomm", "toy/ovis-u1"])
+
+
+def test_an_adapter_has_its_scale(adapters: Path) -> None:
+    base = diptych.load("toy/iomm", device="cpu")
+    text = f"{adapters / 'style'}:0.4"
+    assert read_adapters([f"faint={text}"], ["toy/iomm"]) == {"toy/iomm": {"faint": text}}
+    image, whole = (
+        with_adapter(base, "faint", each).generate(PROMPT, seed=[3], **OPTIONS)[0] for each in (text, text[:-4])
+    )
+    wanted = diptych.load("toy/iomm", device="cpu", lora=text).generate(PROMPT, seed=[3], **OPTIONS)[0]
+    assert np.abs(levels(image) - levels(wanted)).max() <= 1
+    assert np.abs(levels(image) - levels(whole)).max() > 5
 
 
 def test_adapters_of_the_command_go_to_their_models(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         _, values = recipe.load(args.name, args.set)
     for line in recipes.header(args.name):
         print(f"# {line}".rstrip())
-    print(yaml.safe_dump(values, sort_keys=False), end="")
+    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
     return 0
 
 

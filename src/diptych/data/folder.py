@@ -77,6 +77,9 @@ class FolderSource(Source, Listed):
             reason = _counted(self.dropped) if self.dropped or not _files(self.folder) else "only other files"
             raise UserError(f"{self.folder}: no image found ({reason}).")
         self._check_masks()
+        if text is not None and not self._metadata:
+            why = "there is none in use here" if self.task == "text_to_image" else f"task {self.task} reads no captions"
+            raise UserError(f"{self.name}: text names keys of a {' or '.join(NAMES)}, and {why}; leave it out")
 
     def __len__(self) -> int:
         return len(self.paths)

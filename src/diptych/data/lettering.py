@@ -12,6 +12,7 @@ from PIL import ImageFont
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 LAST_LATIN = 0x24F
 """Pillow's own font has the letters up to here."""
+_ANY_SIZE = 11
 
 
 def lettering(text: str, size: int) -> tuple[str, Font]:
@@ -58,6 +59,9 @@ def code_points(path: Path) -> frozenset[int]:
 
 
 def wrapped(text: str, letters: int) -> list[str]:
-    """Lines of at most so many narrow letters; letters of East Asian writing are twice as wide."""
+    """Lines of at most so many narrow letters; letters of East Asian writing are twice as wide. A line that is written
+    in code points is as long as these, and is broken again."""
     wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return textwrap.wrap(text, max(letters // 2 if wide else letters, 4))
+    lines = textwrap.wrap(text, max(letters // 2 if wide else letters, 4))
+    drawn = ((line, lettering(line, _ANY_SIZE)[0]) for line in lines)
+    return [part for line, coded in drawn for part in ([line] if coded == line else textwrap.wrap(coded, letters))]

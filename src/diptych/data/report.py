@@ -158,7 +158,8 @@ def _cell(sample: Sample, width: int) -> Image.Image:
     strip = _strip(sample, inner)
     text = sample.text or "\n".join(f"{message.role}: {message.text}" for message in sample.messages)
     letters = max(8, inner // 6)
-    lines = [sample.id if len(sample.id) <= letters else "..." + sample.id[3 - letters :]]
+    name, _ = lettering(sample.id, _LETTERS)
+    lines = [name if len(name) <= letters else "..." + name[3 - letters :]]
     for paragraph in text.splitlines():
         lines += wrapped(paragraph, letters) or [""]
     if len(lines) > _LINES:

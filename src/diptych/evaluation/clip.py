@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diptych.core.errors import UserError
 from diptych.evaluation.download import pinned_model
-from diptych.evaluation.scorers import load_scorer
+from diptych.evaluation.scorers import load_scorer, unreadable
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def check_clip(name: str, option: str) -> None:
+    """UserError for a CLIP model that could not be loaded, as far as that is seen without loading it: its name, and of
+    a folder its configuration and the files of weights."""
+    place, commit = pinned_model(name, option)
+    if commit is None and Path(place).is_dir():
+        why = unreadable(Path(place), "clip")
+        if why is not None:
+            raise UserError(f"{option} {name}: could not be loaded: {why}")
 
 
 class Clip:

@@ -32,6 +32,19 @@ def load_scorer(
         raise UserError(f"{what}: could not be loaded: {reason(Path(place), error, dtype is not None)}") from error
 
 
+def unreadable(folder: Path, model_type: str) -> str | None:
+    """Why a folder holds no model of this type of transformers, without reading its weights; None where it does."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if isinstance(config, dict) and config.get("model_type") != model_type:
+        return f"its config.json is not of a model of type {model_type!r}"
+    if isinstance(config, dict) and list(folder.glob("*.safetensors")):
+        return None
+    return reason(folder, OSError(), weights=True)
+
+
 def reason(folder: Path, error: Exception, weights: bool) -> str:
     """Why, in one sentence; what is wrong with the folder where that can be seen."""
     try:

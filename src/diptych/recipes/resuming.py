@@ -103,7 +103,7 @@ def claim(
     file = folder / CHANGES
     text = read_text(file) if file.is_file() else ""
     write_text(file, text + "".join(json.dumps(row) + "\n" for row in rows))
-    write_text(path, yaml.safe_dump(plain, sort_keys=False))
+    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     return True
 
 

@@ -101,7 +101,7 @@ def _train(recipe: Recipe, plain: dict[str, Any], folder: Path, resumed: bool, a
     if accelerator.is_main_process:
         make_folder(folder)
         if not resumed:
-            write_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False))
+            write_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     run = loop.Run(
         folder=folder,
         config=recipe.run,

@@ -14,8 +14,7 @@ from diptych.core.sample import Sample
 from diptych.data.imaging import as_image, to_pil, to_tensor
 from diptych.data.report import sheet
 from diptych.evaluation import clipscore
-from diptych.evaluation.clip import Clip
-from diptych.evaluation.download import pinned_model
+from diptych.evaluation.clip import Clip, check_clip
 from diptych.inference.engine import Engine
 from diptych.recipes.recipe import Recipe, SampleEdit
 from diptych.systems.base import System
@@ -49,7 +48,7 @@ def check_drawn(recipe: Recipe, system: System) -> None:
     if recipe.run.sample_clip is not None:
         if not recipe.sample_prompts:
             raise UserError("run.sample_clip scores sample_prompts, and there are none")
-        pinned_model(recipe.run.sample_clip, "run.sample_clip")
+        check_clip(recipe.run.sample_clip, "run.sample_clip")
 
 
 @dataclass

@@ -22,8 +22,8 @@ MAX_ADAPTERS = 64
 
 @dataclass
 class Adapters:
-    """The adapters of a server. known: path by name, by the model that they are for. folder: from which requests may
-    load further ones, None for none."""
+    """The adapters of a server. known: path, with a scale after a colon or without, by name, by the model that they are
+    for. folder: from which requests may load further ones, None for none."""
 
     known: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     folder: Path | None = None
@@ -59,10 +59,12 @@ class Adapters:
 
 
 def read_adapters(given: list[str], models: list[str]) -> dict[str, dict[str, str]]:
-    """Adapters that the command names: `NAME=PATH` for the first model, `MODEL:NAME=PATH` for another.
+    """Adapters that the command names: `NAME=PATH` for the first model, `MODEL:NAME=PATH` for another; a path may end
+    in a scale, `PATH:SCALE`.
 
     Raises:
-        UserError: another form, a model that is not served, a name that is given twice, or no such file.
+        UserError: another form, a model that is not served, a name that is given twice, no such file, or a scale that
+            is no number.
     """
     known: dict[str, dict[str, str]] = {}
     for text in given:
@@ -73,16 +75,22 @@ def read_adapters(given: list[str], models: list[str]) -> dict[str, dict[str, st
             raise UserError(f"--adapter {text}: must be NAME=PATH or MODEL:NAME=PATH, the name of letters and digits")
         if model not in models:
             raise unknown("model", model, models, f"--adapter {text}")
-        if not Path(path).expanduser().exists():
-            raise UserError(f"--adapter {text}: {path} is not there")
+        place, _ = path_and_scale(path)
+        if not Path(place).expanduser().exists():
+            raise UserError(f"--adapter {text}: {place} is not there")
         if name in known.setdefault(model, {}):
             raise UserError(f"--adapter {text}: {model} has an adapter {name!r} already")
         known[model][name] = path
     return known
 
 
+def path_and_scale(text: str) -> tuple[str, float]:
+    """`PATH:SCALE` as both; a path that exists with its colon is a path."""
+    return (text, 1.0) if Path(text).expanduser().exists() else lora.scaled(text)
+
+
 def with_adapter(engine: Engine, name: str, path: str) -> Engine:
-    """A model with an adapter beside its weights, which it shares with the model.
+    """A model with an adapter beside its weights, which it shares with the model; the path may end in a scale.
 
     Raises:
         UserError: a file that is no LoRA, or one of another model.
@@ -90,7 +98,7 @@ def with_adapter(engine: Engine, name: str, path: str) -> Engine:
     system = engine.system
     shared = {id(tensor): tensor for tensor in (*system.parameters(), *system.buffers())}
     copied = copy.deepcopy(system, dict(shared))
-    lora.add(copied, [(path, 1.0)])
+    lora.add(copied, [path_and_scale(path)])
     made = Engine(copied.to(system.device), engine.sampling, f"{engine.name}:{name}")
     made.placement = engine.placement
     return made
