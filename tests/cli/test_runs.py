@@ -120,6 +120,8 @@ def test_recipes(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("hieraquery/ablation/") and len(line) <= 120 for line in lines)
     assert main(["recipes", "iomm/b_pretrain_imaje"]) == 2
     assert "iomm/b_pretrain_image" in capsys.readouterr().err
+    assert main(["recipes", "tiny.yaml", "--set", "sample_prompts=[一個の円]"]) == 0
+    assert "- 一個の円" in capsys.readouterr().out
     assert main(["recipes", "tiny.yaml", "--set", "seed=9"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("# A tiny recipe.\n# not run\n")
