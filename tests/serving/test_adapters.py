@@ -69,8 +69,10 @@ def test_an_adapter_is_loaded_by_name_from_the_folder(locked: Running, adapters:
         for model in ("toy/mllm", "toy/iomm:style", "toy/none"):
             with pytest.raises(refused):
                 client.post("/adapters", body={"name": "ink", "model": model}, cast_to=object)
-        for _ in range(2):
-            made = client.post("/adapters", body={"name": "ink", "model": "toy/iomm"}, cast_to=object)
+        first, made = (
+            client.post("/adapters", body={"name": "ink", "model": "toy/iomm"}, cast_to=object) for _ in range(2)
+        )
+        assert made == first
         assert made["id"] == "toy/iomm:ink"
         assert "toy/iomm:ink" in [row.id for row in client.models.list().data]
         image = asked(client, "toy/iomm:ink")
@@ -127,6 +129,18 @@ def test_an_adapter_has_its_scale(adapters: Path) -> None:
     wanted = diptych.load("toy/iomm", device="cpu", lora=text).generate(PROMPT, seed=[3], **OPTIONS)[0]
     assert np.abs(levels(image) - levels(wanted)).max() <= 1
     assert np.abs(levels(image) - levels(whole)).max() > 5
+
+
+def test_several_go_by_one_name(adapters: Path) -> None:
+    base = diptych.load("toy/iomm", device="cpu")
+    given = [f"{adapters / 'style'}:0.4", f"{adapters / 'ink'}:0.3"]
+    both = read_adapters([f"both={','.join(given)}"], ["toy/iomm"])["toy/iomm"]["both"]
+    image = with_adapter(base, "both", both).generate(PROMPT, seed=[3], **OPTIONS)[0]
+    wanted = diptych.load("toy/iomm", device="cpu", lora=given).generate(PROMPT, seed=[3], **OPTIONS)[0]
+    assert np.abs(levels(image) - levels(wanted)).max() <= 1
+    assert np.abs(levels(image) - levels(alone(adapters / "style"))).max() > 5
+    with pytest.raises(UserError, match="an empty path is not there"):
+        read_adapters([f"both={given[0]},"], ["toy/iomm"])
 
 
 def test_adapters_of_the_command_go_to_their_models(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=float, metavar="MB", help="that they may take (half of what is free at start)")
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait (256)")
     parser.add_argument(
-        "--adapter", metavar="NAME=PATH[:SCALE]", action="append", default=[],
+        "--adapter", metavar="NAME=PATH[:SCALE],...", action="append", default=[],
         help="LoRA that requests choose as MODEL:NAME, of the first model; MODEL:NAME=PATH for another",
     )  # fmt: skip
     parser.add_argument("--adapters", metavar="FOLDER", help="from which requests with the key may load further LoRA")

@@ -22,8 +22,8 @@ MAX_ADAPTERS = 64
 
 @dataclass
 class Adapters:
-    """The adapters of a server. known: path, with a scale after a colon or without, by name, by the model that they are
-    for. folder: from which requests may load further ones, None for none."""
+    """The adapters of a server. known: a path with or without its scale, or several (`read_adapters`), by name, by the
+    model that they are for. folder: from which requests may load further ones, None for none."""
 
     known: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     folder: Path | None = None
@@ -60,7 +60,7 @@ class Adapters:
 
 def read_adapters(given: list[str], models: list[str]) -> dict[str, dict[str, str]]:
     """Adapters that the command names: `NAME=PATH` for the first model, `MODEL:NAME=PATH` for another; a path may end
-    in a scale, `PATH:SCALE`.
+    in a scale, `PATH:SCALE`, and several go by one name with commas between them.
 
     Raises:
         UserError: another form, a model that is not served, a name that is given twice, no such file, or a scale that
@@ -75,22 +75,26 @@ def read_adapters(given: list[str], models: list[str]) -> dict[str, dict[str, st
             raise UserError(f"--adapter {text}: must be NAME=PATH or MODEL:NAME=PATH, the name of letters and digits")
         if model not in models:
             raise unknown("model", model, models, f"--adapter {text}")
-        place, _ = path_and_scale(path)
-        if not Path(place).expanduser().exists():
-            raise UserError(f"--adapter {text}: {place} is not there")
+        for place, _ in paths_and_scales(path):
+            if not place or not Path(place).expanduser().exists():
+                raise UserError(f"--adapter {text}: {place or 'an empty path'} is not there")
         if name in known.setdefault(model, {}):
             raise UserError(f"--adapter {text}: {model} has an adapter {name!r} already")
         known[model][name] = path
     return known
 
 
-def path_and_scale(text: str) -> tuple[str, float]:
-    """`PATH:SCALE` as both; a path that exists with its colon is a path."""
-    return (text, 1.0) if Path(text).expanduser().exists() else lora.scaled(text)
+def paths_and_scales(text: str) -> list[tuple[str, float]]:
+    """`PATH:SCALE,PATH:SCALE,...` as pairs; a path that exists with its commas and its colon is a path."""
+    if text and Path(text).expanduser().exists():
+        return [(text, 1.0)]
+    before, comma, after = text.partition(",")
+    return paths_and_scales(before) + paths_and_scales(after) if comma else [lora.scaled(text)]
 
 
 def with_adapter(engine: Engine, name: str, path: str) -> Engine:
-    """A model with an adapter beside its weights, which it shares with the model; the path may end in a scale.
+    """A model with an adapter beside its weights, which it shares with the model; the path may end in a scale, and
+    be followed by others (`read_adapters`).
 
     Raises:
         UserError: a file that is no LoRA, or one of another model.
@@ -98,7 +102,7 @@ def with_adapter(engine: Engine, name: str, path: str) -> Engine:
     system = engine.system
     shared = {id(tensor): tensor for tensor in (*system.parameters(), *system.buffers())}
     copied = copy.deepcopy(system, dict(shared))
-    lora.add(copied, [path_and_scale(path)])
+    lora.add(copied, paths_and_scales(path))
     made = Engine(copied.to(system.device), engine.sampling, f"{engine.name}:{name}")
     made.placement = engine.placement
     return made
