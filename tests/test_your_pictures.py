@@ -203,6 +203,7 @@ def test_what_each_step_would_make_again_is_made_once(
     assert not read, "the MLLM does not run"
 
 
+@pytest.mark.slow
 def test_prepared_data_of_another_model_are_a_fault_that_check_lists(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,7 @@ def test_geneval_from_prompts_to_results(
     assert any("--limit 2" in warning for warning in result.warnings)
 
 
+@pytest.mark.slow
 def test_rewritten_prompts_are_read_and_named(
     engine: Engine, geneval_data: Path, tiny_eyes: tuple[str, str], tmp_path: Path
 ) -> None:

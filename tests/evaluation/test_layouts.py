@@ -162,6 +162,7 @@ def test_figures_beside_the_score_are_means_over_seeds(
     assert first != second
 
 
+@pytest.mark.slow
 def test_two_processes_make_and_score_what_one_does(
     tiny_model: Path, data: Path, tiny_eyes: tuple[str, str], tmp_path: Path
 ) -> None:

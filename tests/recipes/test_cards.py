@@ -203,6 +203,7 @@ def test_of_smaller_passes_the_largest_that_fits_is_found(
     assert counted["count"] <= 6, "of eight settings"
 
 
+@pytest.mark.slow
 def test_a_card_that_nothing_fits_names_the_least(
     adapted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_what_does_not_fit_is_refused_with_the_number_that_does() -> None:
     assert isinstance(model.generate("a red circle", steps=1)[0].size, tuple)
 
 
+@pytest.mark.slow
 def test_fit_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     out = str(tmp_path / "a.png")
     given = ["generate", "toy/iomm", "a red circle", "--steps", "1", "--prompt-expansion", "0", "-o", out]
