@@ -133,3 +133,15 @@ def test_a_run_that_is_not_there_is_no_hub_id(tmp_path: Path, tiny_recipe: Path)
         locate("runs/min")
     with pytest.raises(UserError, match=r"work/min: no such folder. Did you mean 'work/mine'"):
         locate("work/min")
+
+
+def test_repeats_of_the_only_source(tiny_plain: dict[str, Any]) -> None:
+    sources = tiny_plain["stages"]["mix"]["data"]["sources"]
+    name, source = next(iter(sources.items()))
+    one = {**source, "repeats": 3}
+    one.pop("weight", None)
+    tiny_plain["stages"]["mix"]["data"]["sources"] = {name: one}
+    (line,) = remarks(parse(tiny_plain))
+    assert f"stages.mix.data.sources.{name}: repeats of 3 change nothing" in line
+    tiny_plain["stages"]["mix"]["data"]["sources"] = {name: one, "more": one}
+    assert remarks(parse(tiny_plain)) == []
