@@ -2,10 +2,8 @@
 
 There torch computes both from single operations. Autograd then keeps a normed copy beside each input, and SiLU's output
 beside its input, and walks each of these operations backwards. Written out, the backward pass keeps the inputs alone
-and takes about half the time; results are those of the operations. On other devices, in other number formats and while
-torch compiles, torch's own kernels stay.
-
-T tokens, W width.
+and takes about half the time (docs/performance.md, "The training step"); results are those of the operations. On other
+devices, in other number formats and while torch compiles, torch's own kernels stay. W is the width.
 """
 
 from __future__ import annotations

@@ -116,28 +116,26 @@ class DistillationObjective(Objective):
             groups.setdefault((sample.task == "edit", size_of(sample)), []).append(row)
         # 1. The teacher's pictures of all requests, before the student keeps anything for its backward pass.
         assert self.weights is not None, "`remember` comes before training"
-        drawn: dict[tuple[int, int | None], tuple[View, Tensor, Tensor]] = {}
-        read: list[Condition] = []  # by the teacher, of each group
+        pictures: list[list[tuple[View, Tensor, Tensor]]] = []  # of each group: every scale's noise and data
+        encoded: list[Condition] = []  # by the teacher, of each group
         with self.weights.applied(system):
             engine = Engine(system, self.teaching.draw)
-            for number, ((_, size), rows) in enumerate(groups.items()):
-                some, own = requests.take(rows), draws.take(rows)
-                conditions = self._conditions(engine, some)
-                read.append(conditions["full"])
-                for view, teacher in self._teachers(engine, some, size, conditions):
-                    noise = own.normal(view.noise, *view.shape)  # (B, C, h, w)
-                    drawn[number, view.index] = (view, noise, teacher(noise))
+            for (_, size), rows in groups.items():
+                group, group_draws = requests.take(rows), draws.take(rows)
+                conditions = self._conditions(engine, group)
+                encoded.append(conditions["full"])
+                pictures.append([])
+                for view, teacher in self._teachers(engine, group, size, conditions):
+                    noise = group_draws.normal(view.noise, *view.shape)  # (B, C, h, w)
+                    pictures[-1].append((view, noise, teacher(noise)))
         # 2. The student's velocities on the lines between them.
         values: dict[str, dict[int, Tensor]] = {}
-        for number, rows in enumerate(groups.values()):
-            some, own = requests.take(rows), draws.take(rows)
-            condition = system.encode(some) if self._reads(system, some) else read[number]
-            t = distillation_times(own, self.one_step)
-            for (place, index), (view, noise, data) in drawn.items():
-                if place != number:
-                    continue
-
-                family = TERM if index is None else f"{TERM}_{system.scales[index]}"
+        for rows, known, drawn in zip(groups.values(), encoded, pictures, strict=True):
+            group, group_draws = requests.take(rows), draws.take(rows)
+            condition = system.encode(group) if self._reads(system, group) else known
+            t = distillation_times(group_draws, self.one_step)
+            for view, noise, data in drawn:
+                family = TERM if view.index is None else f"{TERM}_{system.scales[view.index]}"
                 velocity = partial(system.velocity, condition=view.of(condition))
                 loss = distillation_loss(velocity, noise, data, t)
                 values.setdefault(family, {}).update(zip(rows, loss, strict=True))
@@ -158,9 +156,9 @@ class DistillationObjective(Objective):
         if self.reads is None:
             with torch.enable_grad():
                 condition = system.encode(batch.take([0]))
-            found: list[bool] = []
-            map_tensors(condition, lambda tensor: found.append(tensor.requires_grad))
-            self.reads = any(found)
+            learning: list[bool] = []
+            map_tensors(condition, lambda tensor: learning.append(tensor.requires_grad))
+            self.reads = any(learning)
         return self.reads
 
     def _conditions(self, engine: Engine, batch: Batch) -> dict[Branch, Condition]:
@@ -168,10 +166,10 @@ class DistillationObjective(Objective):
         settings, system = self.teaching.of(batch), engine.system
         conditions: dict[Branch, Condition] = {}
         for branch in sorted(settings.guide().branches(batch), key=ENCODED.index):
-            alike = branch == "null"  # for all requests of a size
-            some = batch.take([0]) if alike else batch
-            condition = system.encode(engine.version(branch, some, settings.negative))
-            conditions[branch] = condition.take([0] * len(batch)) if alike else condition
+            shared = branch == "null"  # by all requests of a size
+            requests = batch.take([0]) if shared else batch
+            condition = system.encode(engine.version(branch, requests, settings.negative))
+            conditions[branch] = condition.take([0] * len(batch)) if shared else condition
         return conditions
 
     def _teachers(
