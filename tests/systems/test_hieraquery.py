@@ -22,7 +22,7 @@ from diptych.recipes.build import build_system
 from diptych.recipes.load import load
 from diptych.recipes.recipe import parse
 from diptych.recipes.run import check_sizes, train_recipe
-from diptych.systems import scaled
+from diptych.systems import aligning, scaled
 from diptych.systems.composed import ComposedSystem
 from diptych.systems.grids import resample
 from diptych.training.step import weight
@@ -54,7 +54,8 @@ def scale_latents(system: ComposedSystem, batch: Batch) -> list[Tensor]:
 
 
 def image_features(system: ComposedSystem, batch: Batch) -> list[Tensor]:
-    return scaled.image_features(system, system.prepare(batch, Draws(range(len(batch)))).inputs.targets)
+    inputs = system.prepare(batch, Draws(range(len(batch)))).inputs
+    return aligning.read_images(system.backbone, inputs.requests, inputs.targets)[1]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, refuse_pickle, swap_prefix
+from diptych.checkpoints.tensors import (
+    load_into,
+    own_tensors,
+    read_tensors,
+    refuse_pickle,
+    released_tensors,
+    swap_prefix,
+)
 from diptych.core.errors import UserError
 
 KEYS: tuple[tuple[str, str], ...] = (
@@ -39,7 +46,7 @@ OTHER_KEYS: tuple[tuple[str, str], ...] = (
 
 TABLE = "backbone.model.model.language_model.embed_tokens.weight"
 QUERIES, STARTS, ENDS = "conditioner.queries.0", "conditioner.starts", "conditioner.ends"
-OPTIONAL = ("backbone", "decoder", "autoencoder")
+OPTIONAL = ("backbone", "decoder", "autoencoder", "projector")
 """Parts that a checkpoint may leave out as a whole: they have weights of their own."""
 
 
@@ -107,4 +114,4 @@ def load_metaquery(system: nn.Module, file: Path) -> None:
 
 def metaquery_tensors(system: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a hieraquery system of MetaQuery's parts under MetaQuery's key names."""
-    return to_published(own_tensors(system).items())
+    return to_published(released_tensors(system).items())

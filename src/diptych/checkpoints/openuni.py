@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, refuse_pickle, swap_prefix
+from diptych.checkpoints.tensors import load_into, read_tensors, refuse_pickle, released_tensors, swap_prefix
 from diptych.core.errors import UserError
 
 KEYS: tuple[tuple[str, str], ...] = (
@@ -51,7 +51,7 @@ VISION_LAYER: tuple[tuple[str, str], ...] = (
 
 FUSED = "attn.qkv."
 PARTS = ("attention.q_proj.", "attention.k_proj.", "attention.v_proj.")
-OPTIONAL = ("backbone", "decoder", "autoencoder")
+OPTIONAL = ("backbone", "decoder", "autoencoder", "projector")
 """Parts that a checkpoint may leave out as a whole: frozen ones, which have weights of their own."""
 
 _OURS = re.compile(r"^(backbone\.model\.model\.vision_tower\.encoder\.layer\.\d+\.)(.*)$")
@@ -121,4 +121,4 @@ def load_openuni(system: nn.Module, file: Path) -> None:
 
 def openuni_tensors(system: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a composed system under OpenUni's key names."""
-    return to_published(own_tensors(system).items())
+    return to_published(released_tensors(system).items())

@@ -40,6 +40,9 @@ WEIGHT_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 """Formats that models compute in, by the names that configurations use."""
 LORA = ".lora_"
 """In the names of adapters' parameters."""
+PROJECTOR = "projector."
+"""What names of a system's weights for representation alignment begin with: they are for training alone, and no release
+has them."""
 FORMATS = {dtype: name for name, dtype in DTYPES.items()}
 CHECKSUMS = "xxh3_64"
 """In a file's metadata: a JSON mapping from the names of its tensors to the checksums of their bytes."""
@@ -64,6 +67,11 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor
     return tensors
+
+
+def released_tensors(system: nn.Module) -> dict[str, Tensor]:
+    """`own_tensors` of a system that a release has a place for."""
+    return {name: tensor for name, tensor in own_tensors(system).items() if not name.startswith(PROJECTOR)}
 
 
 def weight_format(module: nn.Module) -> torch.dtype:

@@ -1,12 +1,15 @@
-"""Multi-scale representation alignment: a decoder's states held against a visual encoder's features.
+"""Representation alignment: a decoder's states held against a visual encoder's features of the clean image.
 
-Source: HieraQuery, Sec. 3.2, after REPA (Yu et al. 2024, arXiv 2410.06940).
+Source: REPA (Yu et al. 2024, arXiv 2410.06940), Sec. 3; at several scales HieraQuery, Sec. 3.2.
 
 B batch, N image tokens = rows * columns in row-major order, D width of the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +24,13 @@ def resample(features: Tensor, rows: int, columns: int) -> Tensor:
             features.float(), size=(rows, columns), mode="bilinear", align_corners=False, antialias=True
         )
     return features.flatten(2).transpose(1, 2)
+
+
+def resample_each(features: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """`resample` of features (D, r, c) of several images, whose grids may differ; (B, rows * columns, D)."""
+    if len({feature.shape for feature in features}) == 1:
+        return resample(torch.stack(list(features)), rows, columns)
+    return torch.cat([resample(feature[None], rows, columns) for feature in features])
 
 
 def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:

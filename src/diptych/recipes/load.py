@@ -13,7 +13,7 @@ from torch import nn
 
 from diptych.checkpoints.deferred import active, deferred
 from diptych.checkpoints.finite import check_finite
-from diptych.checkpoints.tensors import LORA, PICKLES, load_into, read_tensors, weight_files
+from diptych.checkpoints.tensors import LORA, PICKLES, PROJECTOR, load_into, read_tensors, weight_files
 from diptych.core.draws import key
 from diptych.core.errors import UserError, attributed_to, unknown
 from diptych.core.leaving import leave_quickly
@@ -325,9 +325,12 @@ def own_others(system: System, source: System) -> None:
 
 
 def copy_weights(system: System, source: System, name: str) -> None:
-    """Every weight of `source` into `system`, strictly; adapters of `system` stay as they are where it has none."""
+    """Every weight of `source` into `system`, strictly; adapters and an alignment's projector of `system` stay as they
+    are where it has none, and its projector is left out where `system` has none."""
     tensors = source.state_dict()
+    if getattr(system, "projector", None) is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
     adapted = {name.replace(BASE_LAYER, "."): name for name in system.state_dict() if BASE_LAYER in name}
     rename = {} if any(BASE_LAYER in name for name in tensors) else adapted
-    optional = {name for name in system.state_dict() if LORA in name} - tensors.keys()
+    optional = {name for name in system.state_dict() if LORA in name or name.startswith(PROJECTOR)} - tensors.keys()
     load_into(system, iter(tensors.items()), name, optional=lambda key: key in optional, rename=rename)

@@ -29,6 +29,12 @@ def loss_terms(system: System, spec: StageSpec) -> set[str]:
     return families | terms
 
 
+def aligns(system: System, spec: StageSpec) -> bool:
+    """Whether an alignment's term counts in a stage."""
+    terms = [term for term in loss_terms(system, spec) if term.startswith("align") and "." in term]
+    return any(weight(spec.loss_weights, term) != 0 for term in terms)
+
+
 def check_loss_weights(name: str, spec: StageSpec, system: System) -> None:
     """UserError for a weight of a term that the stage does not have, or where all weights are 0."""
     known = loss_terms(system, spec)

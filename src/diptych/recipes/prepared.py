@@ -193,7 +193,9 @@ class Needed:
 
     def pixels(self, task: Task, sets: Mapping[str, PreparedSet]) -> bool:
         """Whether targets have to be decoded although their latents are known."""
-        if "latents" not in sets or self.system.scales:
+        settings: Any = getattr(self.system, "options", None)
+        aligned = getattr(settings, "alignment", None) is not None and not (task == "image" and "features" in sets)
+        if "latents" not in sets or self.system.scales or aligned:
             return True
         return task == "image" and not {"features", "states"} & set(sets)
 

@@ -32,7 +32,7 @@ from diptych.inference.engine import Engine
 from diptych.recipes.bases import save_system
 from diptych.recipes.distilling import check_distillation, objective_of, prepare_teachers
 from diptych.recipes.load import from_checkpoint, quantized_parts, stage_settings, start
-from diptych.recipes.loss_terms import check_loss_weights
+from diptych.recipes.loss_terms import aligns, check_loss_weights
 from diptych.recipes.prepared import needed_by, refuse_mixed_states
 from diptych.recipes.recipe import DataSpec, Part, Recipe, StageSpec
 from diptych.recipes.resuming import claim
@@ -196,6 +196,12 @@ def check_parts(recipe: Recipe, system: System) -> None:
         raise UserError(
             f"stages.{first}.train: mask_mode 'mask_token' hides image tokens behind a learned vector, and no stage "
             "trains it, so that it would stay zero; add mask_token to train, or set mask_mode: zero"
+        )
+    learns_by = [name for name, stage in recipe.stages.items() if aligns(system, stage)]
+    if learns_by and recipe.start is None and "alignment" not in trained:
+        raise UserError(
+            f"stages.{learns_by[0]}.train: system.alignment compares through a projector, and no stage trains it; add "
+            "alignment to train, or set system.alignment: null"
         )
     for name, stage in recipe.stages.items():
         for part in stage.train:

@@ -39,7 +39,7 @@ from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.projector import AlignmentProjector
-from diptych.systems import conversation, scaled
+from diptych.systems import aligning, conversation, scaled
 from diptych.systems.base import AssembledSystem, trains, with_adapters_apart
 from diptych.systems.branches import BranchVelocities
 from diptych.systems.grids import Scales, canvas_size
@@ -103,7 +103,7 @@ class ComposedSystem(AssembledSystem):
         self.pooled = None
         if width is not None and not given:
             self.pooled = nn.Sequential(nn.Linear(inner, width), nn.SiLU(), nn.Linear(width, width))
-        self.projector: AlignmentProjector | None = scaled.projector(decoder, backbone, config)
+        self.projector: AlignmentProjector | None = aligning.build_projector(decoder, backbone, config)
 
     @property
     def options(self) -> ComposedConfig:
@@ -239,13 +239,16 @@ class ComposedSystem(AssembledSystem):
         # Drawn samples: the flow loss (and alignment), named by task.
         if inputs.requests is not None and inputs.targets is not None:
             rows = [row for row, task in enumerate(batch.tasks) if task != "understand"]
-            condition = self.condition(inputs.requests)
+            requests, features = inputs.requests, list[Tensor]()
+            if self.projector is not None:
+                requests, features = aligning.read_images(self.backbone, requests, inputs.targets)
+            condition = self.condition(requests)
             if self.scales:
-                values = scaled.losses(self, condition, inputs.targets, draws.take(rows), inputs.names)
+                values = scaled.losses(self, condition, inputs.targets, draws.take(rows), inputs.names, features)
             else:
                 data = self.target_latents(inputs.targets, inputs.names)
                 weights = inputs.targets.weights[0].each() if inputs.targets.weights else None
-                values = {"flow": self.flow_losses(condition, data, draws.take(rows), inputs.names, weights)}
+                values = self.flow_losses(condition, data, draws.take(rows), inputs.names, weights, features)
             for name, value in values.items():
                 for task in self.tasks:
                     places = [row for row, row_task in enumerate(inputs.drawn) if row_task == task]
@@ -268,12 +271,13 @@ class ComposedSystem(AssembledSystem):
         draws: Draws,
         names: Sequence[str] = (),
         weights: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Squared velocity error of each sample, (B,).
+        features: Sequence[Tensor] = (),
+    ) -> dict[str, Tensor]:
+        """Values (B,): `flow`, the squared velocity error of each sample, and with alignment `align`.
 
         Args:
             condition: of `condition`. data: latents, each (C, h, w). names: of the samples, for errors. weights: of
-                loss masks, each (1, h, w).
+                loss masks, each (1, h, w). features: with alignment, of each image to make, each (D, r, c).
         """
         flow = self.options.flow
         self.decoder.check(data, condition, names)
@@ -282,13 +286,18 @@ class ComposedSystem(AssembledSystem):
         noise = [draws.take(rows).normal("noise", *stack.shape[1:]) for rows, stack in clean.items()]
         times = [rows_of(t, rows) for rows, _ in clean.items()]
         noisy = [interpolate(x, n, at) for (_, x), n, at in zip(clean.items(), noise, times, strict=True)]
-        output = self.decoder.denoise(clean.like(noisy).each(), t, condition)
-        losses: list[Tensor] = []
+        layer = None if self.options.alignment is None else self.options.alignment.layer
+        output = self.decoder.denoise_training(clean.like(noisy).each(), t, condition, layer=layer)
+        losses: dict[str, list[Tensor]] = {"flow": []}
         for (rows, x), n, at, when in zip(clean.items(), noise, noisy, times, strict=True):
-            made = torch.stack([output[row] for row in rows])
+            made = torch.stack([output.outputs[row] for row in rows])
             weighted = None if weights is None else torch.stack([weights[row] for row in rows])
-            losses.append(flow.loss(made, x, n, at, when, weighted))
-        return torch.stack(clean.like(losses).each())
+            losses["flow"].append(flow.loss(made, x, n, at, when, weighted))
+            if self.projector is not None:
+                states, wanted = ([each[row] for row in rows] for each in (output.states, features))
+                grid = (side // self.decoder.patch for side in x.shape[-2:])
+                losses.setdefault("align", []).append(aligning.alignment(self.projector, states, wanted, *grid))
+        return {name: torch.stack(clean.like(values).each()) for name, values in losses.items()}
 
     def target_latents(self, targets: Targets, names: Sequence[str]) -> list[Tensor]:
         """Latents of the images to make, each (C, h, w); those of a cache where samples bring them."""

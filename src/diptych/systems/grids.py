@@ -55,15 +55,11 @@ class LatentGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """The scales of an image, coarse before fine: sides of the grids of queries, and how smaller images are rounded.
-
-    features: whether the MLLM looks at the target too, for alignment.
-    """
+    """The scales of an image, coarse before fine: sides of the grids of queries, and how smaller images are rounded."""
 
     names: tuple[str, ...]
     sides: tuple[int, ...]
     smart: bool
-    features: bool = False
 
     def sizes(self, height: int, width: int, grid: LatentGrid, step: int) -> tuple[Size, ...]:
         """(height, width) in pixels of each scale of an image; UserError where one does not divide.

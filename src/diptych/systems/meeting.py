@@ -65,6 +65,15 @@ def check_parts(system: ComposedSystem, config: ComposedConfig) -> None:
             config.reference_latents and not decoder.reads_context,
             f"reference_latents: the decoder {name} reads no context images; leave it out",
         ),
+        (
+            config.alignment is not None and not backbone.processor.sees_images,
+            f"alignment: {model} sees no images",
+        ),
+        (
+            config.alignment is not None and not decoder.hidden,
+            f"alignment: {name} gives no states of its blocks; use mmdit, ovis_u1, omnigen2, sd3 or sana, or leave it "
+            "out",
+        ),
         *pooled_complaints(system),
         *scale_complaints(system, config),
     ]
@@ -105,7 +114,7 @@ def scale_complaints(system: ComposedSystem, config: ComposedConfig) -> list[tup
     """Of a system with several scales."""
     if not isinstance(config, HieraConfig):
         return []
-    conditioner, decoder, backbone = system.conditioner, system.decoder, system.backbone
+    conditioner, decoder = system.conditioner, system.decoder
     return [
         (
             not isinstance(conditioner, HierarchicalQueries),
@@ -114,10 +123,6 @@ def scale_complaints(system: ComposedSystem, config: ComposedConfig) -> list[tup
         (
             not isinstance(decoder, PackingDecoder),
             f"the decoder {type(decoder).__name__} takes one image at a time; use mmdit, sd3 or sana",
-        ),
-        (
-            config.alignment is not None and not backbone.processor.sees_images,
-            f"alignment: {type(backbone).__name__} sees no images",
         ),
         (
             system.refiner is not None or config.layers != 1 or config.mllm_images == "dropped",

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 class Request:
     """One request for an image. keep: (1, L) bool, image tokens that training does not hide. references: context images
     whose latents the decoder reads, each (3, H, W). words: of the text, for a pooler. states: (N, W) of the MLLM, where
-    they were prepared; it then reads nothing. shown: sizes of the images that it is shown."""
+    they were prepared; it then reads nothing. shown: sizes of the images that it is shown. reads_target: whether it
+    reads the very image to make, and nothing else."""
 
     inputs: ModelInputs
     keep: Tensor | None
@@ -44,18 +45,20 @@ class Request:
     words: Tensor | None
     states: Tensor | None = None
     shown: tuple[Size, ...] = ()
+    reads_target: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """The image to make. image: (3, H, W), or its latent (C, h, w) from a cache. smaller: the images of the smaller
-    scales. features: the image as the MLLM's vision tower reads it, with rows and columns of its tokens. weights: of
-    the loss mask, (1, h, w) at each scale, as the losses are ordered; none where there is no mask."""
+    scales. features: for alignment, the image as the MLLM's vision tower reads it, or its vision tokens (N, D) where
+    they are known; None where the request reads the same image. grid: rows and columns of its tokens. weights: of the
+    loss mask, (1, h, w) at each scale, as the losses are ordered; none where there is no mask."""
 
     image: Tensor
     cached: bool
     smaller: tuple[Tensor, ...] = ()
-    features: VisionInputs | None = None
+    features: VisionInputs | Tensor | None = None
     grid: Size = (0, 0)
     weights: tuple[Tensor, ...] = ()
 
@@ -75,15 +78,19 @@ class Requests:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """Their images. images, latents: of the samples `drawn` and `cached`. smaller: by scale. grids: of the features.
-    weights: of the loss masks by scale, ones for samples without one; none where no sample has one."""
+    """Their images. images, latents: of the samples `drawn` and `cached`. smaller: by scale. features: images for the
+    vision tower that no request shows it. known: vision tokens of others. places: of each sample, where its vision
+    tokens are among those of the requests, then of `features`, then `known`. grids: of these tokens. weights: of the
+    loss masks by scale, ones for samples without one; none where no sample has one."""
 
     images: SizeGroups
     latents: SizeGroups
     cached: tuple[bool, ...]
     smaller: tuple[SizeGroups, ...]
-    features: VisionInputs | None
-    grids: tuple[Size, ...]
+    features: VisionInputs | None = None
+    known: tuple[Tensor, ...] = ()
+    places: tuple[int, ...] = ()
+    grids: tuple[Size, ...] = ()
     weights: tuple[SizeGroups, ...] = ()
 
 
@@ -130,7 +137,10 @@ class ConditionedPreparer(Preparer):
         if sample.task == "understand":
             return prepare_answer(self.processor, sample, whole=self.config.too_long == "error")
         # What the MLLM reads, and what the decoder is to draw.
-        request, target = self.request(sample, draws), self._target(sample)
+        request = self.request(sample, draws)
+        target = self._target(sample)
+        if self.config.alignment is not None:
+            target = self._with_features(target, sample, read=request.reads_target)
         height, width = self._pixels(sample, target)
         sizes = ((height, width),)
         if self.scales is not None:
@@ -145,8 +155,9 @@ class ConditionedPreparer(Preparer):
         counts = {"flow": masked[0]}
         if self.scales is not None:
             counts = {f"flow_{name}": number for name, number in zip(self.scales.names, masked, strict=True)}
-            if self.scales.features:
-                counts |= {f"align_{name}": number for name, number in zip(self.scales.names, tokens, strict=True)}
+        if self.config.alignment is not None:
+            families = ["align"] if self.scales is None else [f"align_{name}" for name in self.scales.names]
+            counts |= dict(zip(families, tokens, strict=True))
         weights: dict[str, float] = {}
         if self.config.flow.weighting == "element":
             weights = {family: tokens * self.grid.patch**2 * self.grid.channels for family, tokens in counts.items()}
@@ -156,11 +167,12 @@ class ConditionedPreparer(Preparer):
         drawn = [row for row in rows if row.task != "understand"]
         answers = [row.inputs for row in rows if row.task == "understand"]
         targets: list[Target] = [row.inputs[1] for row in drawn]
+        requests = self.requests([row.inputs[0] for row in drawn]) if drawn else None
         return ConditionedInputs(
             drawn=tuple(row.task for row in drawn),
             names=tuple(row.id for row in drawn),
-            requests=self.requests([row.inputs[0] for row in drawn]) if drawn else None,
-            targets=self._targets(targets) if drawn else None,
+            requests=requests,
+            targets=None if requests is None else self._targets(targets, [row.inputs[0] for row in drawn], requests),
             answers=self.processor.collate(answers) if answers else None,
         )
 
@@ -212,6 +224,7 @@ class ConditionedPreparer(Preparer):
             words=None if self.pooler is None else self.pooler(without_placeholders(asked.text)),
             states=states,
             shown=sizes,
+            reads_target=asked.task == "image" and states is None,
         )
 
     def requests(self, rows: Sequence[Request]) -> Requests:
@@ -346,21 +359,44 @@ class ConditionedPreparer(Preparer):
         if self.scales is None:
             return made
         sizes = self.scales.sizes(sample.image.shape[1], sample.image.shape[2], self.grid, self.image_step)
-        made = replace(made, smaller=tuple(resample(sample.image, size) for size in sizes[:-1]))
-        if not self.scales.features:
-            return made
-        return replace(
-            made, features=self.processor.pixels([sample.image]), grid=self.processor.vision_grid(sample.image)
-        )
+        return replace(made, smaller=tuple(resample(sample.image, size) for size in sizes[:-1]))
 
-    def _targets(self, rows: Sequence[Target]) -> Targets:
-        features = [row.features for row in rows if row.features is not None]
+    def _with_features(self, target: Target, sample: Sample, *, read: bool) -> Target:
+        """A target with what alignment compares the decoder's states with.
+
+        Args:
+            read: whether the request shows the MLLM this very image.
+        """
+        known = sample.features[0] if sample.task == "image" and sample.features else None
+        if sample.task == "image" and (read or known is not None):
+            (image,) = self._shown(sample)
+            return replace(target, features=None if read else known, grid=self.processor.vision_grid(image))
+        if sample.image is None:
+            raise UserError(f"{sample.id}: alignment looks at the target image, but there is its latent alone")
+        image = self._readable(sample.image, sample)
+        return replace(target, features=self.processor.pixels([image]), grid=self.processor.vision_grid(image))
+
+    def _targets(self, rows: Sequence[Target], asked: Sequence[Request], requests: Requests) -> Targets:
+        # Vision tokens stand in this order: those of the requests, those of other images, those that are known.
+        features = [row.features for row in rows if isinstance(row.features, VisionInputs)]
+        known = [row.features for row in rows if isinstance(row.features, Tensor)]
+        read = 0 if requests.inputs is None else requests.inputs.images
+        shown = iter(() if requests.inputs is None else requests.inputs.shown)
+        new, old = iter(range(read, read + len(features))), iter(range(read + len(features), len(rows) + read))
+        places: list[int] = []
+        for target, request in zip(rows, asked, strict=True):
+            mine = [next(shown) for _ in request.inputs.shown] if request.states is None else []
+            if self.config.alignment is not None:
+                own = mine[0] if target.features is None else next(old if isinstance(target.features, Tensor) else new)
+                places.append(own)
         return Targets(
             images=size_groups([row.image for row in rows if not row.cached]),
             latents=size_groups([row.image for row in rows if row.cached]),
             cached=tuple(row.cached for row in rows),
             smaller=tuple(size_groups(list(images)) for images in zip(*(row.smaller for row in rows), strict=True)),
             features=join_inputs(features) if features else None,
+            known=tuple(known),
+            places=tuple(places),
             grids=tuple(row.grid for row in rows),
             weights=self._weights(rows),
         )

@@ -43,6 +43,18 @@ class ConditionDropout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Representation alignment (REPA, Yu et al. 2024, arXiv 2410.06940; HieraQuery, Sec. 3.2, at several scales).
+
+    layer: the decoder's block whose states are aligned, from 1 (REPA: 8 of 28 blocks; HieraQuery names none, and 8 for
+    SD3 and 10 for SANA are ours). hidden: inner width of the projector.
+    """
+
+    layer: int
+    hidden: Count = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComposedConfig:
     """What a system of an MLLM, a conditioner, a connector and a decoder does with them.
 
@@ -70,6 +82,7 @@ class ComposedConfig:
     pack: tokens of a row into which texts are packed in training, 0 for padded rows.
     too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut`: to their first
         tokens in training, prompts to their last.
+    alignment: of the decoder's states to the MLLM's vision features of the image to make; None for none.
     """
 
     prompts: Prompts = field(default_factory=Prompts)
@@ -92,6 +105,7 @@ class ComposedConfig:
     blank: bool = False
     pack: NotNegativeInt = 0
     too_long: Literal["error", "cut"] = "error"
+    alignment: Alignment | None = None
 
     def __post_init__(self) -> None:
         if self.condition == "queries" and self.max_states is not None:
@@ -121,15 +135,6 @@ def check_shares(first: str, a: float, second: str, b: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment:
-    """Multi-scale representation alignment. layer: the decoder's block whose states are aligned, from 1 (the paper
-    names none; 8 for SD3 and 10 for SANA are ours). hidden: inner width of the projector."""
-
-    layer: int
-    hidden: int = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
 class HieraConfig(ComposedConfig):
     """HieraQuery (Sec. 3): queries at several scales, an image of its own resolution from each.
 
@@ -138,14 +143,12 @@ class HieraConfig(ComposedConfig):
     scale_rounding: the images of the smaller scales: `exact` shares s_k / s_K of the last one's sides, or `smart`,
     rounded to whole patches (Qwen2.5-VL's smart resize; for aspect-ratio buckets with fine steps).
     shared_timestep: one time for all scales of a sample, which packs them into one pass; otherwise each has its own.
-    alignment: None for none.
     """
 
     condition: Literal["all", "queries"] = "queries"
     scale_condition: Literal["own", "cumulative"] = "own"
     scale_rounding: Literal["exact", "smart"] = "exact"
     shared_timestep: bool = True
-    alignment: Alignment | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,6 +191,7 @@ class OmniGen2Settings:
     second, as in sampling, by `root`), and that images count by the elements of their latents.
     cfg_dropout: share of training samples whose prompt is dropped; cfg_dropout_images: share of those whose reference
     images go too.
+    alignment: as of `ComposedConfig`.
     """
 
     prompt: str = "{text}"
@@ -204,6 +208,7 @@ class OmniGen2Settings:
     flow: FlowMatching = field(default_factory=lambda: FlowMatching(timestep_shift="flux", weighting="element"))
     cfg_dropout: Share = 1e-4
     cfg_dropout_images: Share = 0.5
+    alignment: Alignment | None = None
 
     def common(self) -> ComposedConfig:
         """Every option."""
@@ -229,6 +234,7 @@ class OmniGen2Settings:
             reference_latents=self.reference_latents,
             max_pixels=self.max_pixels,
             max_states=self.max_states,
+            alignment=self.alignment,
         )
 
 
@@ -265,6 +271,7 @@ class OvisU1Config:
     pack: tokens of a row into which texts are packed in training, 0 for padded rows.
     too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut` as the reference
     cuts them: to their first tokens in training, prompts to their last.
+    alignment: as of `ComposedConfig`.
     """
 
     prompts: OvisPrompts = field(default_factory=OvisPrompts)
@@ -279,6 +286,7 @@ class OvisU1Config:
     flow: FlowMatching = field(default_factory=FlowMatching)
     pack: NotNegativeInt = 0
     too_long: Literal["error", "cut"] = "error"
+    alignment: Alignment | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "canvas_pixels", tuple(self.canvas_pixels))
@@ -303,6 +311,7 @@ class OvisU1Config:
             blank=self.blank,
             pack=self.pack,
             too_long=self.too_long,
+            alignment=self.alignment,
         )
 
 

@@ -18,11 +18,9 @@ from torch import Tensor
 from diptych.core.condition import ScaleConditions, TokenCondition
 from diptych.core.draws import Draws
 from diptych.core.prepared import SizeGroups
-from diptych.objectives.alignment import alignment_loss, resample
+from diptych.objectives.alignment import alignment_loss, resample_each
 from diptych.objectives.flow_matching import interpolate
-from diptych.parts.backbones.base import Backbone
-from diptych.parts.decoders.packing import Packed, check_layer
-from diptych.parts.decoders.projector import AlignmentProjector
+from diptych.parts.decoders.packing import Packed
 from diptych.systems.grids import Scales
 from diptych.systems.preparing import Targets
 from diptych.systems.presets import ComposedConfig, HieraConfig
@@ -39,16 +37,7 @@ def scales(config: ComposedConfig, conditioner: Any) -> Scales | None:
         names=conditioner.names,
         sides=conditioner.scales,
         smart=config.scale_rounding == "smart",
-        features=config.alignment is not None,
     )
-
-
-def projector(decoder: Any, backbone: Backbone, config: ComposedConfig) -> AlignmentProjector | None:
-    """The projector of the alignment that a configuration asks for, for the states of a `PackingDecoder`."""
-    if not isinstance(config, HieraConfig) or config.alignment is None:
-        return None
-    check_layer(decoder, config.alignment.layer)
-    return AlignmentProjector(decoder.hidden, backbone.width, config.alignment.hidden)
 
 
 def options(system: ComposedSystem) -> HieraConfig:
@@ -67,9 +56,18 @@ def conditions(system: ComposedSystem, states: Tensor) -> ScaleConditions:
 
 
 def losses(
-    system: ComposedSystem, condition: ScaleConditions, targets: Targets, draws: Draws, names: Sequence[str]
+    system: ComposedSystem,
+    condition: ScaleConditions,
+    targets: Targets,
+    draws: Draws,
+    names: Sequence[str],
+    features: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
-    """Values (B,) of `flow_SCALE`, and with alignment of `align_SCALE`, for each scale."""
+    """Values (B,) of `flow_SCALE`, and with alignment of `align_SCALE`, for each scale.
+
+    Args:
+        features: with alignment, of the MLLM of each image to make, each (D, rows, columns).
+    """
     config = options(system)
     data = scale_latents(system, targets, names)
     noise = [draws.normal(f"noise.{name}", *x.shape[1:]) for name, x in zip(system.scales, data, strict=True)]
@@ -87,10 +85,9 @@ def losses(
         values[f"flow_{name}"] = flow.loss(packed.outputs[k], data[k], noise[k], xs[k], t[k], weights)
     if system.projector is not None:
         # Minus cosine between the decoder's states and the MLLM's features of the whole image.
-        features = image_features(system, targets)
         for name, state, x in zip(system.scales, packed.states, xs, strict=True):
             rows, columns = x.shape[-2] // system.decoder.patch, x.shape[-1] // system.decoder.patch
-            wanted = torch.cat([resample(image[None], rows, columns) for image in features])  # (B, N_k, D)
+            wanted = resample_each(features, rows, columns)  # (B, N_k, D)
             values[f"align_{name}"] = alignment_loss(system.projector(state), wanted)
     return values
 
@@ -113,16 +110,6 @@ def decode(
     return Packed([made.outputs[0] for made in each], [state for made in each for state in made.states])
 
 
-@torch.no_grad()
-def image_features(system: ComposedSystem, targets: Targets) -> list[Tensor]:
-    """Vision tokens of each target image as the MLLM reads them, (D, rows, columns) each."""
-    assert targets.features is not None, "prepared for alignment"
-    tokens = system.backbone.vision_features(targets.features)
-    return [x.T.unflatten(1, grid) for x, grid in zip(tokens, targets.grids, strict=True)]
-
-
 def whole(images: SizeGroups) -> Targets:
     """Images alone as targets."""
-    return Targets(
-        images=images, latents=SizeGroups(), cached=(False,) * len(images), smaller=(), features=None, grids=()
-    )
+    return Targets(images=images, latents=SizeGroups(), cached=(False,) * len(images), smaller=())

@@ -90,6 +90,11 @@ class ModelInputs:
     shown: tuple[int, ...] = ()
     features: tuple[Tensor, ...] = ()
 
+    @property
+    def images(self) -> int:
+        """Images in `vision` and `features`."""
+        return (0 if self.vision is None else len(self.vision.grids)) + len(self.features)
+
     def to(self, device: torch.device | str) -> ModelInputs:
         """The same inputs on `device`."""
         vision = None if self.vision is None else self.vision.to(device)

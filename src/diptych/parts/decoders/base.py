@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,15 @@ from torch import Tensor, nn
 from diptych.core.condition import TokenCondition
 from diptych.parts.decoders.branches import DecoderBranches, GroupedBranches, cost_of
 from diptych.parts.part import Part
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """outputs: of each sample, (C, h, w). states: image tokens of each sample after the block that was asked for,
+    (N, W), row-major; empty when none was."""
+
+    outputs: list[Tensor]
+    states: list[Tensor]
 
 
 class Decoder(Part, abc.ABC):
@@ -35,6 +45,8 @@ class Decoder(Part, abc.ABC):
     """Whether it reads latents of context images beside the noise."""
     max_context: int | None = None
     """Largest number of context images of a sample; None for any."""
+    hidden: int = 0
+    """W, the width of its image tokens' states; 0 where `denoise_training` cannot give them."""
     ragged: bool = False
     """Whether the images of a batch may have different sizes."""
 
@@ -62,6 +74,18 @@ class Decoder(Part, abc.ABC):
         """
         return list(self(torch.stack(list(x)), t, condition).unbind())
 
+    def denoise_training(
+        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+    ) -> Denoised:
+        """As `denoise`, with what training alone asks for.
+
+        Args:
+            layer: block after which the states of the image tokens are wanted, from 1 to `depth`; only where `hidden`
+                is not 0.
+        """
+        assert layer is None, f"{type(self).__name__} gives no states"
+        return Denoised(self.denoise(x, t, condition), [])
+
     def branches(self, conditions: Sequence[TokenCondition]) -> DecoderBranches:
         """Several conditions of the same requests (guidance's branches), each of `refine`, for the steps of a sampler.
 
@@ -75,6 +99,11 @@ class Decoder(Part, abc.ABC):
     def tokens(self, latents: Tensor) -> int:
         """Image tokens of a latent (..., C, h, w)."""
         return latents.shape[-2] * latents.shape[-1] // self.patch**2
+
+    @property
+    def depth(self) -> int:
+        """Blocks that the image tokens pass, one after the other."""
+        return len(self.shard_units())
 
     @abc.abstractmethod
     def shard_units(self) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from diptych.core.patchify import patchify, unpatchify
 from diptych.core.ranges import Count, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
 from diptych.parts import layers
+from diptych.parts.decoders.base import Denoised
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.packing import Packed, PackingDecoder, Segments, check_layer
 from diptych.parts.layers import MLP, RMSNorm, TimeEmbedding, init_xavier
@@ -204,6 +205,19 @@ class MMDiT(PackingDecoder):
         nn.init.zeros_(self.final.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
+        return self._denoise(x, t, condition, None)[0]
+
+    def denoise_training(
+        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+    ) -> Denoised:
+        check_layer(self, layer)
+        outputs, states = self._denoise(torch.stack(list(x)), t, condition, layer)
+        return Denoised(list(outputs.unbind()), [] if states is None else list(states.unbind()))
+
+    def _denoise(
+        self, x: Tensor, t: Tensor, condition: TokenCondition, layer: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of `forward`, and the image tokens (B, N, W) after block `layer` where one is given."""
         tokens, mask = fit(self, x, condition)
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         length = tokens.shape[1]
@@ -215,8 +229,8 @@ class MMDiT(PackingDecoder):
         time = self._time(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, rows, columns, x.device)  # (1, T, K / 2)
 
-        joint, _ = self._blocks(image, text, time, turn, mask, None)
-        return unpatchify(self._out(joint[:, length:], time), self.patch, "cpq", rows, columns)
+        joint, states = self._blocks(image, text, time, turn, mask, layer)
+        return unpatchify(self._out(joint[:, length:], time), self.patch, "cpq", rows, columns), states
 
     def pack(
         self, xs: Sequence[Tensor], t: Tensor, conditions: Sequence[TokenCondition], layer: int | None = None

@@ -31,7 +31,7 @@ from diptych.core.patchify import patchify, unpatchify
 from diptych.core.positions import time_waves
 from diptych.core.rope import rotate, rotation
 from diptych.parts import layers
-from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.base import Decoder, Denoised
 from diptych.parts.decoders.branches import DecoderBranches
 from diptych.parts.decoders.omnigen2_layout import Grid, Layout, real
 from diptych.parts.layers import MLP, WAVES, GatedMLP, RMSNorm, init_xavier
@@ -209,6 +209,7 @@ class OmniGen2(Decoder):
         self.config = config
         width, token = config.hidden_size, config.in_channels * config.patch_size**2
         self.channels = config.in_channels
+        self.hidden = width
         self.condition_width = config.text_feat_dim
         self.patch = config.patch_size
         self.reads_context, self.max_context, self.ragged = True, MOST_REFERENCES, True
@@ -277,6 +278,11 @@ class OmniGen2(Decoder):
             UserError: latents with another number of channels or of sides that do not divide into patches, more than
                 five reference images, or a sequence beyond the model's positions.
         """
+        return self.denoise_training(x, t, condition).outputs
+
+    def denoise_training(
+        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+    ) -> Denoised:
         references = condition.context_latents or ((),) * len(x)
         layout = self.layout(x, condition)
         turns = self.turns(layout, t.device)  # each (T, K / 2)
@@ -291,13 +297,22 @@ class OmniGen2(Decoder):
             torch.cat([text[:length], *(next(images) for _ in refs), made])
             for text, length, refs, made in zip(condition.tokens, layout.text, references, target, strict=True)
         ]  # each (T, W)
-        joint = self._refined(self.layers, pad_sequence(rows, batch_first=True), turns, time)
-        tails = [row[-sizes[-1] :] for row, sizes in zip(joint, layout.sizes, strict=True)]
+        joint, seen = self._joint(pad_sequence(rows, batch_first=True), turns, time, layer)
+        tails, states = (
+            [row[-sizes[-1] :] for row, sizes in zip(made, layout.sizes, strict=True)] if made else []
+            for made in (joint, seen)
+        )
         out = self.norm_out(pad_sequence(tails, batch_first=True), time)  # (B, N, C patch^2)
-        return [
+        outputs = [
             -unpatchify(tokens[None, : rows * columns], self.patch, "pqc", rows, columns)[0].to(latent.dtype)
             for tokens, (rows, columns), latent in zip(out, layout.targets, x, strict=True)
         ]
+        return Denoised(outputs, states)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the joint sequence; those of the refiners are none of them."""
+        return len(self.layers)
 
     def branches(self, conditions: Sequence[TokenCondition]) -> DecoderBranches:
         from diptych.parts.decoders.omnigen2_branches import OmniGen2Branches
@@ -332,6 +347,19 @@ class OmniGen2(Decoder):
         for block in blocks:
             x = block(x, turn, mask, time)
         return [row[:length] for row, length in zip(x, lengths, strict=True)]
+
+    def _joint(
+        self, x: Tensor, turns: Sequence[Tensor], time: Tensor, layer: int | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Joint sequences (B, T, W) through `layers`: each row's real tokens, (its length, W), and those after block
+        `layer` where one is given."""
+        lengths, states = [len(turn) for turn in turns], x[:0]
+        turn, mask = pad_sequence(list(turns), batch_first=True), _keys(real(lengths, x.device))
+        for number, block in enumerate(self.layers, start=1):
+            x = block(x, turn, mask, time)
+            states = x if number == layer else states
+        made, seen = ([row[:length] for row, length in zip(each, lengths, strict=False)] for each in (x, states))
+        return made, seen
 
     def image_tokens(self, latents: Sequence[Tensor]) -> Tensor:
         """Latents, each (C, h, w), as padded patches (len, N, C patch^2), channel fastest."""

@@ -24,7 +24,7 @@ from diptych.core.host import upload
 from diptych.core.patchify import patchify, unpatchify
 from diptych.core.ranges import Count, NotNegativeInt, Positive, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
-from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.base import Decoder, Denoised
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.mmdit import (
     KEPT_ROTATIONS,
@@ -131,6 +131,7 @@ class OvisU1Decoder(Decoder):
         self.config = config
         self.channels = config.channels
         self.condition_width = width
+        self.hidden = width
         self.patch = config.patch
         self.pooled_width = config.pooled_width or width
         self.reads_context = True
@@ -167,6 +168,18 @@ class OvisU1Decoder(Decoder):
         nn.init.zeros_(self.final.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
+        return self._denoise(x, t, condition, None)[0]
+
+    def denoise_training(
+        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+    ) -> Denoised:
+        outputs, states = self._denoise(torch.stack(list(x)), t, condition, layer)
+        return Denoised(list(outputs.unbind()), [] if states is None else list(states.unbind()))
+
+    def _denoise(
+        self, x: Tensor, t: Tensor, condition: TokenCondition, layer: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of `forward`, and the image tokens (B, N, W) after block `layer` where one is given."""
         text, mask = fit(self, x, condition, reads_context=True)
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         length, count = text.shape[1], rows * columns
@@ -178,15 +191,18 @@ class OvisU1Decoder(Decoder):
         vector = self._vector(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, (rows, columns), sides, x.device)  # (B or 1, T, K / 2)
 
-        for block in self.double_blocks:
+        states: Tensor | None = None
+        for number, block in enumerate(self.double_blocks, start=1):
             image, text = block(image, text, vector, turn, mask)
+            states = image[:, :count] if number == layer else states
         joint = torch.cat([text, image], dim=1)  # (B, T, W)
-        for block in self.single_blocks:
+        for number, block in enumerate(self.single_blocks, start=len(self.double_blocks) + 1):
             joint = block(joint, vector, turn, mask)
+            states = joint[:, length : length + count] if number == layer else states
 
         shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
         out = self.final(modulate(joint[:, length : length + count], shift, scale))  # (B, N, C patch^2)
-        return unpatchify(out, self.patch, "cpq", rows, columns)
+        return unpatchify(out, self.patch, "cpq", rows, columns), states
 
     def shard_units(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
-from diptych.parts.decoders.base import Decoder
+from diptych.parts.decoders.base import Decoder, Denoised
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,8 @@ class Packed:
 class PackingDecoder(Decoder):
     """A decoder that takes several views of each sample in one pass.
 
-    The views share the sample's time and pooled vector, and see nothing of each other.
-
-    hidden: W.
+    The views share the sample's time and pooled vector, and see nothing of each other. `hidden` is W.
     """
-
-    hidden: int
 
     @abc.abstractmethod
     def pack(
@@ -50,6 +46,14 @@ class PackingDecoder(Decoder):
         Raises:
             UserError: shapes that this decoder does not take, or a layer that it does not have.
         """
+
+    def denoise_training(
+        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+    ) -> Denoised:
+        if layer is None:
+            return super().denoise_training(x, t, condition)
+        packed = self.pack([torch.stack(list(x))], t, [condition], layer)
+        return Denoised(list(packed.outputs[0].unbind()), list(packed.states[0].unbind()))
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,6 @@ class Segments:
 
 def check_layer(decoder: Decoder, layer: int | None) -> None:
     """UserError for a layer that a decoder does not have."""
-    blocks = len(decoder.shard_units())
+    blocks = decoder.depth
     if layer is not None and not 1 <= layer <= blocks:
         raise UserError(f"alignment: layer {layer} of {type(decoder).__name__}, which has {blocks} (1 to {blocks})")

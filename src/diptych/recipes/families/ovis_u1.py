@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diptych.checkpoints.ovis_config import is_ovis, read_config, write_config
 from diptych.checkpoints.ovis_u1 import to_ours, to_published
-from diptych.checkpoints.tensors import load_into, own_tensors, read_tensors, weight_files, write_tensors
+from diptych.checkpoints.tensors import load_into, read_tensors, released_tensors, weight_files, write_tensors
 from diptych.core.errors import UserError
 from diptych.core.files import write_folder
 from diptych.core.schema import read
@@ -142,7 +142,7 @@ class OvisU1(Family[ComposedSystem]):
         dtypes = published.get("dtypes", {})
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in to_published(own_tensors(system).items()):
+            for name, tensor in to_published(released_tensors(system).items()):
                 given = dtypes.get(prefix(name))
                 kept = dtype or (getattr(torch, given) if given else tensor.dtype)
                 kept = kept if tensor.is_floating_point() else tensor.dtype
