@@ -39,6 +39,7 @@ from diptych.recipes.recipe import (
     StageSpec,
 )
 from diptych.recipes.study import RunSpec, StudySpec, TaskSpec
+from diptych.recipes.study_claims import BenchSpec, ClaimSpec
 from diptych.systems.prompts import Prompts
 from diptych.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 
@@ -64,6 +65,8 @@ SECTIONS: dict[str, type] = {
     "### The study": StudySpec,
     "### Its runs": RunSpec,
     "### Its tasks": TaskSpec,
+    "### Its claims": ClaimSpec,
+    "### Its bench": BenchSpec,
 }
 """Headings of docs/recipes.md and what their first table describes."""
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from diptych.cli.main import main
-from diptych.recipes import study_run
+from diptych.evaluation import evaluate
+from diptych.recipes import study_estimate, study_run
+from diptych.recipes.load import load
 
 
 def test_study(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,9 +27,9 @@ def test_study(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("s.yaml").write_text(yaml.safe_dump(plain))
     with monkeypatch.context() as patched:
         patched.setattr(study_run, "train_recipe", lambda *args, **options: False)
-        assert main(["study", "s.yaml", "--seeds", "2", "--limit", "6", "--set", "seeds=[0]"]) == 130
+        assert main(["study", "s.yaml", "--seeds", "2", "--limit", "6", "--no-estimate", "--set", "seeds=[0]"]) == 130
     command = capsys.readouterr().out.removeprefix("stopped and saved; continue with: diptych ")
-    assert command == "study s.yaml --out runs/s --seeds 2 --limit 6 --set 'seeds=[0]'\n"
+    assert command == "study s.yaml --out runs/s --seeds 2 --limit 6 --no-estimate --set 'seeds=[0]'\n"
     assert main(shlex.split(command)) == 0
     said = capsys.readouterr().out
     assert "| only | " in said
@@ -40,3 +44,43 @@ def test_study_lists_and_complains(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--limit", "3"]) == 2
     assert main(["study", "toy_iom"]) == 2
     assert "Did you mean 'toy_iomm'?" in capsys.readouterr().err
+
+
+def test_plan_says_what_would_be_run_and_for_how_long(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = {
+        "title": "Tiny",
+        "tasks": {"toyeval": {"n": 1, "steps": 1}, "toyvqa": {"limit": 500}},
+        "stages": {"mix": {"steps": 1000}},
+        "runs": {
+            "first": {"recipe": "tiny.yaml", "report": False},
+            "second": {"recipe": "tiny.yaml", "start": "first"},
+        },
+    }
+    Path("s.yaml").write_text(yaml.safe_dump(plain))
+    assert main(["study", "s.yaml", "--plan", "--no-estimate", "--seeds", "0", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Tiny: 4 runs, 0 claims",
+        "first: tiny.yaml, 1,000 x 4; seeds 0 1; not scored",
+        "second: tiny.yaml, 1,000 x 4 + 1,000 x 4; seeds 0 1; toyeval, toyvqa",
+    ]
+    timed: list[tuple[str, int]] = []
+    monkeypatch.setattr(study_estimate, "measure", lambda recipe, system, name: 3600.0)
+    monkeypatch.setattr(study_estimate, "_scoring", lambda engine, task, options: timed.append((task, 1)) or 900.0)
+    assert main(["study", "s.yaml", "--plan", "--seeds", "0", "1", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[3:5] == ["first: 1.00 h (training 1.00), 2 seeds", "second: 1.50 h (training 1.00), 2 seeds"]
+    assert said[5].startswith("estimate: 5.0 h of one run at a time, 2.5 h with --jobs 2; from 2 timed steps of every")
+    assert len(timed) == 2, "seeds of one recipe are timed once"
+    assert not Path("runs").exists()
+
+
+def test_an_estimate_counts_all_items(tiny_model: Path) -> None:
+    engine = load(str(tiny_model))
+    asked: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "run", lambda engine, task, **options: asked.append(options) or time.sleep(0.01))
+        seconds = study_estimate._scoring(engine, "toyvqa", {"limit": 1000})
+    assert asked == [{"limit": 12}]
+    assert seconds > 1000 / 12 * 0.01

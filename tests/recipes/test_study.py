@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import warm
+from diptych.cli.main import main
+from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.recipes import clock, study, study_results
-from diptych.recipes.study import StudySpec, asked, load, plan
+from diptych.recipes.sources import build_data
+from diptych.recipes.study import Planned, StudySpec, asked, load, plan
 from diptych.recipes.study_run import run_study
 from diptych.reports import study as reports
 from diptych.training import loop
@@ -102,6 +106,7 @@ def test_a_stopped_study_goes_on_exactly(
 
     evaluated = Path("parts/0/second/eval/results.json").stat().st_mtime_ns
     assert run_study(tiny_study, Path("parts"), say=said.append) == found
+    assert json.loads(Path("parts/results.json").read_text()) == found
     assert len(calls) == 4
     assert Path("parts/0/second/eval/results.json").stat().st_mtime_ns == evaluated
     fewer = load("study.yaml", limit=2)
@@ -116,8 +121,8 @@ def test_a_stopped_study_goes_on_exactly(
     assert "| ratio | tuning | toyeval |" in text
     assert "| 2 x 4 + 2 x 2 | 12      |" in text
     results = json.loads(Path("parts/results.json").read_text())
-    assert results["runs"]["second"]["seeds"]["0"]["tasks"]["toyeval"]["images"] == 2
-    assert results["runs"]["second"]["training_seconds"] > 0
+    assert results["runs"]["second"]["seeds"]["0"]["tasks"]["toyeval"]["figures"]["images"] == 2
+    assert results["times"]["training_seconds"]["second"]["0"] > 0
 
     with pytest.raises(UserError, match=r"holds a run of another recipe \(stages.mix.steps: 2 there, 3 here\)"):
         run_study(load("study.yaml", ["stages.mix.steps=3"]), Path("parts"))
@@ -132,18 +137,19 @@ def test_table_has_every_seed_and_their_spread(tiny_study: StudySpec) -> None:
     for run, overall in ((runs[1], 0.25), (runs[3], 0.75)):
         scores = {"overall": overall, "interval": [overall - 0.25, overall], "counting": {"score": overall}}
         found = {"tasks": {"toyeval": scores}, "asked": asked(tiny_study), "hardware": "abacus", "versions": {"x": "1"}}
+        found["seconds"] = 1.0
         (run.folder / "eval").mkdir(parents=True)
         (run.folder / "eval" / "results.json").write_text(json.dumps(found))
-    found = study_results.collect(tiny_study, runs)
+    found = study_results.judged(study_results.collect(tiny_study, runs))
     row = found["runs"]["second"]["tasks"]["toyeval"]
     assert (row["mean"], row["lowest"], row["highest"], row["interval"]) == (0.5, 0.25, 0.75, [0.25, 0.5])
     assert row["deviation"] == pytest.approx(0.3536, abs=1e-4)
     assert reports.table(found, "toyeval")[1] == [
-        *("0.5", "mix", "0.500", "0.250-0.500", "0.250 0.750 (sd 0.354)", "2 x 4 + 2 x 2", "12", "-")
+        *("0.5", "mix", "0.500", "0.250-0.500", "0.250 0.750 (sd 0.354)", "2 x 4 + 2 x 2", "12")
     ]
     assert found["complete"]
     assert found["hardware"] == ["abacus"]
-    other = study_results.collect(load("study.yaml", limit=3), runs)
+    other = study_results.judged(study_results.collect(load("study.yaml", limit=3), runs))
     assert not other["complete"]
     assert reports.table(other, "toyeval")[1][2] == "-"
     assert reports.category_table(other, "toyeval") == []
@@ -192,6 +198,42 @@ def test_studies_of_the_package_can_be_planned(monkeypatch: pytest.MonkeyPatch) 
         load("toy_iom")
 
 
+def order(run: Planned, stage: str) -> list[tuple[str, int]]:
+    """(source, item) of every slot of a step of a stage's data."""
+    spec = run.recipe.stages[stage].data
+    mixture, _ = build_data(spec, key(run.recipe.seed, stage), 16, 8)
+    names = list(spec.sources)
+    return [(names[place], item) for place, item in mixture.draw(5).tried]
+
+
+def test_rows_of_a_seed_see_the_same_items_in_the_same_order(tiny_study: StudySpec) -> None:
+    """The draws are of seed, stage, and place of a source. So a source that a row does without has weight 0; taken
+    away, the next would move to its place, and its items would come in another order."""
+    weights = {"even": (0.5, 0.5), "more": (0.25, 0.75), "pairs": (0.0, 1.0)}
+    sources = "stages.mix.data.sources"
+    runs: dict[str, Any] = {
+        name: {"recipe": "tiny.yaml", "set": [f"{sources}.pictures.weight={a}", f"{sources}.pairs.weight={b}"]}
+        for name, (a, b) in weights.items()
+    }
+    removed = {"stages": {"mix": {"data": {"sources": {"pictures": None}}}}}
+    Path("removed.yaml").write_text("# Pairs alone.\n" + yaml.safe_dump({"base": "tiny.yaml", **removed}))
+    runs["without"] = {"recipe": "removed.yaml"}
+    Path("order.yaml").write_text(yaml.safe_dump({**PLAIN, "runs": runs}))
+    planned = {(run.name, run.seed): run for run in plan(load("order.yaml"), (0, 1), Path("out"))}
+    drawn = {at: order(run, "mix") for at, run in planned.items()}
+    assert {name for name, _ in drawn["even", 0]} == {"pictures", "pairs"}
+    for row in ("even", "more"):
+        both = [
+            (mine, all_pairs)
+            for mine, all_pairs in zip(drawn[row, 0], drawn["pairs", 0], strict=True)
+            if mine[0] == "pairs"
+        ]
+        assert len(both) >= 4
+        assert all(mine == all_pairs for mine, all_pairs in both)
+    assert drawn["even", 0] != drawn["even", 1]
+    assert [item for _, item in drawn["without", 0]] != [item for _, item in drawn["pairs", 0]]
+
+
 def test_a_model_that_is_there_stands_for_a_run(tiny_study: StudySpec, tiny_model: Path) -> None:
     changes = ["runs.first.report=true", "stages.mix.steps=1", f"runs.first.model={tiny_model}"]
     wanted = load("study.yaml", changes)
@@ -237,3 +279,30 @@ def test_several_runs_at_once(tiny_study: StudySpec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"first, seed 0: failed with exit code 2; see .*first.log"):
         run_study(load("broken.yaml"), Path("broken"), jobs=2)
     assert "gone" in Path("broken/0/first.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_study_gives_the_same_files(tiny_study: StudySpec, tmp_path: Path) -> None:
+    """Three seeds, killed twice by SIGKILL, in a training and while it was scored; all but the times is the same."""
+    claim = {"text": "t", "source": "s", "paper": "p", "task": "toyeval", "threshold": 0.1, "row": "second"}
+    plain = {**PLAIN, "seeds": [0, 1, 2], "claims": {"gain": {**claim, "over": ["first"]}}}
+    plain["runs"] = {**PLAIN["runs"], "first": {"recipe": "tiny.yaml"}}
+    Path("study.yaml").write_text(yaml.safe_dump(plain))
+    words = ("study", "study.yaml", "--no-estimate", "--out")
+    for there in ("parts/1/first/checkpoints/step-00000001", "parts/1/second/model/config.json"):
+        process = warm.command(*words, "parts", output=tmp_path / "said")
+        with warm.ended(process):
+            until = time.monotonic() + 120
+            while not Path(there).exists() and process.is_alive() and time.monotonic() < until:
+                time.sleep(0.005)
+            assert process.is_alive(), (tmp_path / "said").read_text()
+            process.kill()
+    assert not Path("parts/2/second/model").exists()
+    for out in ("parts", "whole"):
+        assert main([*words, out]) == 0
+    figures = [json.loads(Path(out, "results.json").read_text()) for out in ("whole", "parts")]
+    assert all(each.pop("times") for each in figures)
+    assert json.dumps(figures[0]) == json.dumps(figures[1])
+    tables = [Path(out, "table.md").read_text().split("## Times")[0] for out in ("whole", "parts")]
+    assert tables[0] == tables[1]
+    assert "cannot be told" in tables[0] or "does not hold" in tables[0]

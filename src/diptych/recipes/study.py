@@ -24,6 +24,7 @@ from diptych.recipes.names import locate
 from diptych.recipes.plain import load_plain, merge, set_value
 from diptych.recipes.recipe import Recipe, parse
 from diptych.recipes.run import check_parts
+from diptych.recipes.study_claims import BenchSpec, ClaimSpec, check_claim
 
 STUDIES = Path(__file__).parent / "studies"
 RUNS = Path("runs")
@@ -44,9 +45,10 @@ class TaskSpec:
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One run. set: changes to its recipe. start: an earlier run whose model it starts from; the recipe's own start
-    when None. model: one that is there already (shipped name, run folder, saved folder), which stands for the run; its
-    recipe is then not trained. report: whether it is scored and stands in the table. labels: its entries in the table's
-    columns."""
+    when None. model: one that is there already (shipped name, run folder, saved folder), which stands for the run;
+    its recipe is then not trained. report: whether it is scored and stands in the table. labels: its entries in the
+    table's columns. tasks: those of the study's that it is scored on; None for all. seeds: in place of the study's,
+    such as more of them for a row that much depends on; the run that it starts from needs them too."""
 
     recipe: str
     set: tuple[str, ...] = ()
@@ -54,6 +56,8 @@ class RunSpec:
     model: str | None = None
     report: bool = True
     labels: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
+    tasks: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,8 @@ class StudySpec:
     text: a paragraph under the table's title. curve: labels whose runs are also drawn as lines, the one with a number
     for the horizontal axis and the one that names a line (HieraQuery's Fig. 5(b)). seeds: used where the command names
     none. stages: values of the stages of these names in every run that has them (the one place for steps and batch).
-    set: changes to every run's recipe.
+    set: changes to every run's recipe. claims: what papers say, by names of ours, each with the rows that decide it.
+    bench: what the study demands of itself, so that differences can show.
     """
 
     title: str
@@ -74,6 +79,8 @@ class StudySpec:
     seeds: tuple[int, ...] = (0,)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     set: tuple[str, ...] = ()
+    claims: dict[str, ClaimSpec] = field(default_factory=dict[str, ClaimSpec])
+    bench: BenchSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +177,27 @@ def _check(study: StudySpec, name: str) -> None:
             raise UserError(f"{name}: runs.{run}: its name becomes a folder; use letters, digits, '_', '.' and '-'")
         if spec.start is not None and spec.start not in earlier:
             raise unknown("earlier run", spec.start, earlier, f"{name}: runs.{run}.start")
+        if spec.seeds is not None:
+            _check_seeds(spec.seeds, f"{name}: runs.{run}.seeds")
+        for task in spec.tasks or ():
+            if task not in study.tasks:
+                raise unknown("task", task, study.tasks, f"{name}: runs.{run}.tasks")
+        if spec.tasks is not None and (not spec.report or not spec.tasks):
+            raise UserError(f"{name}: runs.{run}.tasks: {'names none' if spec.report else 'it is not reported'}")
         earlier.append(run)
+    scored = {run: tuple(asked(study, spec)) for run, spec in study.runs.items() if spec.report}
+    for claim, stated in study.claims.items():
+        check_claim(stated, scored, f"{name}: claims.{claim}")
+    if study.bench is not None:
+        if study.bench.row not in scored:
+            raise unknown("row", study.bench.row, scored, f"{name}: bench")
+        if study.bench.task not in scored[study.bench.row]:
+            raise unknown("task", study.bench.task, scored[study.bench.row], f"{name}: bench")
+
+
+def _check_seeds(seeds: Sequence[int], where: str) -> None:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"{where} {list(seeds)}: give at least one, and each once")
 
 
 def _check_curve(study: StudySpec, name: str) -> None:
@@ -187,18 +214,23 @@ def _check_curve(study: StudySpec, name: str) -> None:
             raise UserError(f"{name}: curve: label {along!r} is {each[along]!r}, not a number")
 
 
-def plan(study: StudySpec, seeds: Sequence[int], out: Path) -> list[Planned]:
+def plan(study: StudySpec, seeds: Sequence[int] | None, out: Path) -> list[Planned]:
     """Every run of every seed, in the order in which they can be performed; nothing is written.
 
-    Each recipe is parsed, and each system built on the meta device, so that mistakes show before the first run.
+    seeds: of every run; None for the study's and the runs' own. Each recipe is parsed, and each system built on the
+    meta device, so that mistakes show before the first run.
     """
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds {list(seeds)}: give at least one, and each once")
+    _check_seeds(study.seeds if seeds is None else seeds, "seeds")
+    wanted = {name: (spec.seeds or study.seeds) if seeds is None else seeds for name, spec in study.runs.items()}
     planned: list[Planned] = []
     seen: set[str] = set()
-    for seed in seeds:
+    for seed in sorted({seed for each in wanted.values() for seed in each}) if seeds is None else seeds:
         of_seed: dict[str, Planned] = {}
         for name, spec in study.runs.items():
+            if seed not in wanted[name]:
+                continue
+            if spec.start is not None and spec.start not in of_seed:
+                raise UserError(f"runs.{name}.seeds: run {spec.start}, from which it starts, has no seed {seed}")
             of_seed[name] = run = _plan_run(study, name, spec, seed, out, of_seed)
             seen |= set(run.recipe.stages)
             planned.append(run)
@@ -244,11 +276,13 @@ def _plan_run(
     )
 
 
-def asked(study: StudySpec) -> dict[str, dict[str, Any]]:
-    """What each benchmark is told, without what is left to the model or the benchmark."""
+def asked(study: StudySpec, run: RunSpec | None = None) -> dict[str, dict[str, Any]]:
+    """The options of each benchmark, or of those that a run is scored on, without what is left to the model or the
+    benchmark."""
     return {
         task: {key: value for key, value in dataclasses.asdict(spec).items() if value is not None}
         for task, spec in study.tasks.items()
+        if run is None or run.tasks is None or task in run.tasks
     }
 
 

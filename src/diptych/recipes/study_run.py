@@ -32,6 +32,7 @@ from diptych.recipes.quickstart import hardware
 from diptych.recipes.resuming import strip
 from diptych.recipes.run import train_recipe
 from diptych.recipes.study import Planned, StudySpec, asked, plan
+from diptych.recipes.study_estimate import estimate, lines
 
 GIVEN = "given.json"
 STOPPED = 3
@@ -48,6 +49,7 @@ def run_study(
     *,
     seeds: Sequence[int] | None = None,
     jobs: int = 1,
+    timed: bool = False,
     say: Say = lambda line: None,
     progress: Told | None = None,
 ) -> dict[str, Any] | None:
@@ -59,6 +61,7 @@ def run_study(
     Args:
         seeds: instead of the study's own.
         jobs: runs at a time, each in a process of its own when there are several.
+        timed: whether an estimate of the hours that are left is said first (`study_estimate`).
         say: told what happens next. progress: told (what is scored, images done, images in all).
 
     Returns:
@@ -71,27 +74,36 @@ def run_study(
         raise UserError(f"jobs must be at least 1, not {jobs}")
     if environment.number("WORLD_SIZE", 1, minimum=1) > 1:
         raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
-    runs = plan(study, study.seeds if seeds is None else seeds, out)
-    tasks = asked(study)
+    runs = plan(study, seeds, out)
+    tasks = {name: asked(study, spec) for name, spec in study.runs.items()}
     with only_writer(out, "diptych study"):
         if holds_others(out):
             raise UserError(f"{out}: holds something other than a study; choose another --out")
         for run in runs:
             check_same(run)
         make_folder(out)
-        write_text(out / "study.json", json.dumps({"title": study.title, "tasks": tasks}, indent=1) + "\n")
-        waiting = [run for run in runs if not (trained(run) and scored(run, tasks))]
+        write_text(out / "study.json", json.dumps({"title": study.title, "tasks": asked(study)}, indent=1) + "\n")
+        waiting = [run for run in runs if not (trained(run) and scored(run, tasks[run.name]))]
         if len(waiting) < len(runs):
             say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+        if timed and waiting:
+            seconds_left = estimate(waiting, tasks, threads=threads_of(jobs), cache=out)
+            for line in lines(waiting, seconds_left, jobs):
+                say(line)
         if jobs == 1:
             for run in waiting:
                 say(f"run {runs.index(run) + 1} of {len(runs)}: {run.title}")
-                if not perform(run, tasks, say=say, progress=progress):
+                if not perform(run, tasks[run.name], say=say, progress=progress):
                     return None
                 study_results.write(study, runs, out)
         elif not at_once(waiting, tasks, jobs, say, lambda: study_results.write(study, runs, out)):
             return None
         return study_results.write(study, runs, out, draw=True)
+
+
+def threads_of(jobs: int) -> int:
+    """Threads of each of so many runs at a time; PyTorch's own number of one by itself."""
+    return torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
 
 
 def holds_others(out: Path) -> bool:
@@ -171,23 +183,38 @@ def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
 # Several at a time
 
 
-def at_once(waiting: Sequence[Planned], tasks: Asked, jobs: int, say: Say, after: Callable[[], object]) -> bool:
+def at_once(
+    waiting: Sequence[Planned], tasks: Mapping[str, Asked], jobs: int, say: Say, after: Callable[[], object]
+) -> bool:
     """Perform runs in up to `jobs` processes; a run waits for the one it starts from. Each writes OUT/seed/RUN.log.
 
-    When this process ends, by whatever signal, the others save and end too. False when they were stopped.
+    A run that fails stops neither the others nor the study; those that start from it are left out. When this process
+    ends, by whatever signal, the others save and end too.
+
+    Args:
+        tasks: how each run is scored, by its name.
+
+    Returns:
+        False when the runs were stopped.
+
+    Raises:
+        UserError: runs that failed, once all others are done.
     """
     context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     left, active = list(waiting), dict[int, tuple[Planned, Any]]()
+    failed: dict[tuple[int, str], str] = {}
     with _ending_on_sigterm():
         try:
             while left or active:
+                for run in [run for run in left if run.start is not None and (run.seed, run.start.name) in failed]:
+                    left.remove(run)
+                    failed[run.seed, run.name] = f"{run.title}: not begun, since the run that it starts from failed"
                 open_names = {(run.seed, run.name) for run in left} | {(r.seed, r.name) for r, _ in active.values()}
                 for run in [run for run in left if run.start is None or (run.seed, run.start.name) not in open_names]:
                     if len(active) == jobs:
                         break
                     say(f"starting {run.title}; see {_log(run)}")
-                    process = context.Process(target=_work, args=(run, tasks, threads, os.getpid()))
+                    process = context.Process(target=_work, args=(run, tasks[run.name], threads_of(jobs), os.getpid()))
                     process.start()
                     active[process.sentinel] = run, process
                     left.remove(run)
@@ -197,7 +224,10 @@ def at_once(waiting: Sequence[Planned], tasks: Asked, jobs: int, say: Say, after
                     if process.exitcode == STOPPED:
                         return False
                     if process.exitcode != 0:
-                        raise UserError(f"{run.title}: failed with exit code {process.exitcode}; see {_log(run)}")
+                        line = f"{run.title}: failed with exit code {process.exitcode}; see {_log(run)}"
+                        failed[run.seed, run.name] = line
+                        say(line)
+                        continue
                     say(f"finished {run.title}")
                     after()
         finally:
@@ -205,6 +235,8 @@ def at_once(waiting: Sequence[Planned], tasks: Asked, jobs: int, say: Say, after
                 process.terminate()
             for _, process in active.values():
                 process.join()
+    if failed:
+        raise UserError("; ".join(failed.values()))
     return True
 
 

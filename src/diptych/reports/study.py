@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ from diptych.reports import markdown as md
 
 NONE_YET = "-"
 BAR, POINT, INK = figures.COLOURS[0], figures.COLOURS[1], figures.INK
+RULE = (
+    "A claim holds where the whole interval of the difference lies above the threshold, does not hold where it lies "
+    "below (reversed: below zero), and cannot be told else. Differences are of the same seed and the same items."
+)
 
 
-def markdown(results: dict[str, Any]) -> list[str]:
-    """The study as Markdown: for each task a table of the reported runs and one of its categories; then how it was
-    run."""
+def markdown(results: Mapping[str, Any]) -> list[str]:
+    """The study as Markdown: for each task a table of the reported runs and one of its categories; the bench and the
+    claims; how it was run; and last, under a heading of their own, the times."""
     lines = [f"# {results['title']}", ""]
     if results["text"]:
         lines += [results["text"].strip(), ""]
@@ -25,17 +29,23 @@ def markdown(results: dict[str, Any]) -> list[str]:
         lines += [*rows(table(results, task)), ""]
         if by_category := category_table(results, task):
             lines += [f"{task} by category:", "", *rows(by_category), ""]
-    return [*lines, *facts(results)]
+    if results["bench"] is not None:
+        lines += ["## The bench", "", bench_line(results["bench"]), ""]
+    if results["claims"]:
+        lines += ["## Claims", "", *rows(claims_table(results["claims"])), "", RULE, ""]
+    return [*lines, *facts(results), "", "## Times", "", *times(results)]
 
 
-def table(results: dict[str, Any], task: str) -> list[list[str]]:
-    """Header and one row for each reported run."""
+def table(results: Mapping[str, Any], task: str) -> list[list[str]]:
+    """Header and one row for each run that is scored on a task, or is to be."""
     several = len(results["seeds"]) > 1
     reported = {name: row for name, row in results["runs"].items() if row["reported"]}
     header, names = _labels(reported)
-    header += [task, "95% interval", *(["seeds"] if several else []), "steps x batch", "samples", "training s"]
+    header += [task, "95% interval", *(["seeds"] if several else []), "steps x batch", "samples"]
     lines = [header]
     for name, row in reported.items():
+        if row["seeds"] and task not in row["tasks"]:
+            continue  # it is scored on other tasks
         score = row["tasks"].get(task)
         cells = [NONE_YET] * (3 if several else 2)
         if score is not None:
@@ -46,14 +56,96 @@ def table(results: dict[str, Any], task: str) -> list[list[str]]:
                 deviation = score["deviation"]
                 cells.append(values + (f" (sd {deviation:.3f})" if deviation is not None else ""))
         budget = " + ".join(f"{steps:,} x {batch}" for steps, batch in row["budget"]) or "given"
-        spent = row["training_seconds"]
+        lines.append([*names[name], *cells, budget, f"{row['samples']:,}"])
+    return lines
+
+
+def claims_table(claims: Mapping[str, Any]) -> list[list[str]]:
+    """Header and one row for each claim: of several differences, the least."""
+    lines = [["claim", "source", "paper", "compared", "threshold", "difference, 95% interval", "seeds", "verdict"]]
+    for claim in claims.values():
+        stated = claim["stated"]
         lines.append(
-            [*names[name], *cells, budget, f"{row['samples']:,}", NONE_YET if spent is None else f"{spent:,.0f}"]
+            [
+                stated["text"],
+                stated["source"],
+                stated["paper"],
+                compared(stated),
+                f"{stated['threshold']:g}",
+                difference(claim),
+                str(len(claim.get("seeds", ()))) if claim["verdict"] else NONE_YET,
+                verdict(claim),
+            ]
         )
     return lines
 
 
-def category_table(results: dict[str, Any], task: str) -> list[list[str]]:
+def compared(stated: Mapping[str, Any]) -> str:
+    """The rows and the figure that decide a claim."""
+    figure = stated["category"] or stated["scalar"]
+    task = stated["task"] if figure is None else f"{stated['task']}, {figure}"
+    if stated["trend"]:
+        rows = f"rise over {', '.join(stated['trend'])}"
+    elif stated["beyond"]:
+        rows = f"{stated['row']} - {stated['over'][0]} over {' - '.join(stated['beyond'])}"
+    else:
+        rows = f"{stated['row']} over {', '.join(stated['over'])}"
+    return f"{rows} ({task}{', less is better' if stated['direction'] == 'lower' else ''})"
+
+
+def difference(claim: Mapping[str, Any]) -> str:
+    """The least of a claim's differences with its interval, in the direction that is claimed."""
+    if not claim["estimates"]:
+        return NONE_YET
+    least = min(claim["estimates"], key=lambda each: each["value"])
+    against = f" (over {least['against']})" if len(claim["estimates"]) > 1 else ""
+    if least["low"] is None:
+        return f"{least['value']:+.3f}{against}"
+    return f"{least['value']:+.3f} ({least['low']:+.3f} to {least['high']:+.3f}){against}"
+
+
+def verdict(claim: Mapping[str, Any]) -> str:
+    """The verdict and why; what was not run says so."""
+    return claim["why"] if claim["verdict"] is None else f"{claim['verdict']}: {claim['why']}"
+
+
+def bench_line(bench: Mapping[str, Any]) -> str:
+    """What the bench demands of itself, and whether it is so."""
+    stated = bench["stated"]
+    demand = (
+        f"Demanded: {stated['row']} scores between {stated['low']:g} and {stated['high']:g} ({stated['task']}), and no "
+        f"two of its seeds differ by {stated['spread']:g} or more."
+    )
+    if bench["passes"] is None:
+        return f"{demand} Not known yet: this takes two seeds."
+    return (
+        f"{demand} Found over {len(bench['seeds'])} seeds: mean {bench['mean']:.3f}, standard deviation "
+        f"{bench['deviation']:.3f}, greatest difference of two {bench['gap']:.3f}. "
+        f"{'It passes.' if bench['passes'] else 'It does not pass.'}"
+    )
+
+
+def times(results: Mapping[str, Any]) -> list[str]:
+    """How long every run took, by seed, and all together; a run's own training, without those that it starts from."""
+    training, scoring = results["times"]["training_seconds"], results["times"]["scoring_seconds"]
+    lines = [["run", "training, hours by seed", "scoring, hours by seed"]]
+    for name in results["runs"]:
+        spent, asked = training.get(name, {}), scoring.get(name, {})
+        if spent or asked:
+            lines.append(
+                [name, *(" ".join(f"{s / 3600:.2f}" for s in each.values()) or "-" for each in (spent, asked))]
+            )
+    total = hours(results)
+    return [*rows(lines), "", f"Together {total:.1f} hours of one run at a time."]
+
+
+def hours(results: Mapping[str, Any]) -> float:
+    """Hours of training and scoring of all runs and seeds, one after the other."""
+    every = results["times"]["training_seconds"], results["times"]["scoring_seconds"]
+    return sum(seconds for table in every for row in table.values() for seconds in row.values()) / 3600
+
+
+def category_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
     """Header and one row for each scored run; empty where none is."""
     scored = {name: row for name, row in results["runs"].items() if task in row["tasks"]}
     if not scored:
@@ -67,7 +159,7 @@ def category_table(results: dict[str, Any], task: str) -> list[list[str]]:
     return lines
 
 
-def _labels(runs: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+def _labels(runs: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     """Columns of the labels that runs carry, or of their names where they carry none."""
     columns = list(dict.fromkeys(column for row in runs.values() for column in row["labels"]))
     if not columns:
@@ -82,17 +174,19 @@ def rows(cells: Sequence[Sequence[str]]) -> list[str]:
     return md.table(cells[0], cells[1:])
 
 
-def facts(results: dict[str, Any]) -> list[str]:
+def facts(results: Mapping[str, Any]) -> list[str]:
     """How the study was run and how the table is to be read."""
     seeds = ", ".join(str(seed) for seed in results["seeds"])
     equal = "The budgets are equal." if results["equal_budget"] else "The budgets differ; see the samples."
     models = [f"{name} ({row['model']})" for name, row in results["runs"].items() if row["model"]]
     apart = f" The training of models that were given is not counted: {', '.join(models)}." if models else ""
+    several = len(results["seeds"]) > 1
     lines = [
         f"- Seeds: {seeds}. A seed sets the first weights, the data order, and all noise of training and sampling.",
-        f"- Budget and time include the runs that a run starts from. {equal}{apart}",
-        "- Intervals are over prompts (docs/evaluation.md)"
-        + (", and averaged over the seeds." if len(results["seeds"]) > 1 else "; they say nothing of other seeds."),
+        f"- Budgets include the runs that a run starts from. {equal}{apart}",
+        "- Intervals are over seeds and prompts together (docs/evidence.md); of a distance, over its pictures."
+        if several
+        else "- Intervals are over prompts (docs/evaluation.md); they say nothing of other seeds.",
     ]
     for task, options in results["tasks"].items():
         given = ", ".join(f"{key} {value}" for key, value in options.items()) or "its own settings"
@@ -100,17 +194,19 @@ def facts(results: dict[str, Any]) -> list[str]:
     if results["hardware"]:
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         lines.append(f"- Run on {'; '.join(results['hardware'])}, with {versions}.")
+        lines.append(f"- Commits: {', '.join(results['commits'])}.")
     return lines
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: Mapping[str, Any], path: Path) -> None:
     """A bar for each reported run with its interval, and a point for each seed."""
     reported = {name: row for name, row in results["runs"].items() if row["reported"] and row["tasks"]}
     columns, names = _labels(reported)
     made, grid = figures.figure(1, len(results["tasks"]), wide=max(5.0, 1.0 + 1.1 * len(reported)))
     panels = grid[:, 0]
     for panel, task in zip(panels, results["tasks"], strict=True):
-        for at, row in enumerate(reported.values()):
+        shown = {name: row for name, row in reported.items() if task in row["tasks"]}
+        for at, row in enumerate(shown.values()):
             score = row["tasks"][task]
             low, high = score["interval"]
             mean = score["mean"]
@@ -121,17 +217,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
             offsets = [at + 0.12 * (number - (len(points) - 1) / 2) for number in range(len(points))]
             panel.scatter(offsets, points, s=16, color=POINT, zorder=3)
             panel.annotate(f"{mean:.2f}", (at, max(high, *points, 0.0) + 0.02), ha="center", color=INK, fontsize=8)
-        panel.set_xticks(range(len(reported)), ["\n".join(cells) for cells in names.values()], fontsize=8)
+        panel.set_xticks(range(len(shown)), ["\n".join(names[name]) for name in shown], fontsize=8)
         panel.set_xlabel(" / ".join(columns), fontsize=8)
         panel.set_ylabel(task)
-        if all(row["tasks"][task]["highest"] <= 1 for row in reported.values()):  # a share, and no distance
+        if all(row["tasks"][task]["highest"] <= 1 for row in shown.values()):  # a share, and no distance
             panel.set_ylim(0, 1.08)
         panel.spines[["top", "right"]].set_visible(False)
     made.suptitle(results["title"], fontsize=10)
     figures.write(made, path)
 
 
-def curve(results: dict[str, Any], path: Path) -> None:
+def curve(results: Mapping[str, Any], path: Path) -> None:
     """Scores along a numeric label, a line for each value of another, intervals as bands."""
     along, by = results["curve"]
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
@@ -143,7 +239,7 @@ def curve(results: dict[str, Any], path: Path) -> None:
     panels = grid[:, 0]
     for panel, task in zip(panels, results["tasks"], strict=True):
         for colour, (name, points) in zip((BAR, POINT, INK) * len(lines), lines.items(), strict=False):
-            points = sorted(points, key=lambda point: point[0])
+            points = sorted((point for point in points if task in point[1]), key=lambda point: point[0])
             x = [at for at, _ in points]
             panel.plot(x, [tasks[task]["mean"] for _, tasks in points], "o-", color=colour, label=name, markersize=4)
             low, high = ([tasks[task]["interval"][side] for _, tasks in points] for side in (0, 1))
@@ -151,6 +247,41 @@ def curve(results: dict[str, Any], path: Path) -> None:
         panel.set_xlabel(along)
         panel.set_ylabel(task)
         panel.legend(title=by, fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    made.suptitle(results["title"], fontsize=10)
+    figures.write(made, path)
+
+
+def scored_while_trained(results: Mapping[str, Any]) -> bool:
+    """Whether any run was scored at several steps."""
+    return any(seed["scores"] for row in results["runs"].values() for seed in row["seeds"].values())
+
+
+def steps(results: Mapping[str, Any], path: Path) -> None:
+    """Scores against steps of training: a line for each row, the mean of its seeds, and a band from the lowest seed to
+    the highest. Steps are those of the run itself; seeds that are not as far yet end the band, not the line."""
+    curves = {
+        name: [seed["scores"] for seed in row["seeds"].values() if seed["scores"]]
+        for name, row in results["runs"].items()
+    }
+    tasks = list(dict.fromkeys(task for seeds in curves.values() for scores in seeds for task in scores))
+    made, grid = figures.figure(1, len(tasks), wide=7.5, tall=4.2)
+    for panel, task in zip(grid[:, 0], tasks, strict=True):
+        for number, (name, seeds) in enumerate((name, seeds) for name, seeds in curves.items() if seeds):
+            at: dict[int, list[float]] = {}
+            for scores in seeds:
+                for step, score in scores.get(task, ()):
+                    at.setdefault(int(step), []).append(score)
+            x = sorted(at)
+            colour = figures.COLOURS[number % len(figures.COLOURS)]
+            style = ("-", "--", ":")[number // len(figures.COLOURS) % 3]
+            panel.plot(x, [sum(at[s]) / len(at[s]) for s in x], style, color=colour, label=name, linewidth=1.5)
+            panel.fill_between(
+                x, [min(at[s]) for s in x], [max(at[s]) for s in x], color=colour, alpha=0.15, linewidth=0
+            )
+        panel.set_xlabel("step")
+        panel.set_ylabel(task)
+        panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         panel.spines[["top", "right"]].set_visible(False)
     made.suptitle(results["title"], fontsize=10)
     figures.write(made, path)
