@@ -154,7 +154,7 @@ def commands(folder: Path, model: Path, plain: Mapping[str, Any]) -> list[Comman
             env={"DIPTYCH_INDEX": "{w}/index"},
         ),
         Command(name="eval", argv=(*scores, "--output", "{w}/scores")),
-        Command(name="study", argv=("study", str(folder / "study.yaml"), "--out", "{w}/study")),
+        Command(name="study", argv=("study", str(folder / "study.yaml"), "--no-estimate", "--out", "{w}/study")),
         Command(name="save", argv=("save", str(model), "{w}/saved")),
         Command(name="quickstart", argv=start, again={"--force": "--force"}),
         Command(
