@@ -25,7 +25,7 @@ from diptych.recipes.recipe import DataSpec, Part, parse
 from diptych.recipes.run import check_parts, train_recipe
 from diptych.systems import aligning
 from diptych.systems.composed import ComposedSystem
-from diptych.systems.presets import Alignment, ComposedConfig
+from diptych.systems.presets import Alignment, ComposedConfig, TokenRouting
 from diptych.systems.prompts import Prompts
 from tiny_sizes import DECODER_SIZES
 
@@ -197,6 +197,12 @@ def test_images_of_several_sizes(make: Make) -> None:
 def test_decoders_and_layers_that_cannot_be_aligned(drawer: str, layer: int, message: str, make: Make) -> None:
     with pytest.raises(UserError, match=message):
         make(drawer, layer)
+
+
+@pytest.mark.parametrize("drawer", ["zimage", "qwen_image", "sana", "sd3"])
+def test_decoders_that_route_no_tokens(drawer: str, make: Make) -> None:
+    with pytest.raises(UserError, match=r"token_routing: the blocks of \w+ cannot be skipped; use mmdit, ovis_u1 or o"):
+        make(drawer, None, token_routing=TokenRouting(share=0.5))
 
 
 def test_a_latent_alone_cannot_be_aligned(make: Make) -> None:

@@ -52,3 +52,13 @@ class Draws:
         """
         rows = [torch.rand(shape, generator=generator) for generator in self._generators(name)]
         return upload(torch.stack(rows), self.device)
+
+    def places(self, name: str, counts: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        """Of each sample's places 0 to count - 1 so many as its size, every choice equally likely, in order; (size,)
+        int64 each."""
+        rows: list[Tensor] = []
+        for generator, count, size in zip(self._generators(name), counts, sizes, strict=True):
+            rows.append(torch.rand(count, generator=generator).argsort()[:size].sort().values)
+        if len({len(row) for row in rows}) == 1:
+            return list(upload(torch.stack(rows), self.device).unbind())
+        return [upload(row, self.device) for row in rows]

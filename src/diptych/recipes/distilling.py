@@ -40,7 +40,7 @@ SETTINGS = (
     "steps", "solver", "cfg", "image_cfg", "guidance", "cfg_range", "negative", "timestep_shift", "shift_terminal",
 )  # fmt: skip
 """Settings of its sampling that say what a teacher draws."""
-WITHOUT_EFFECT = ("cfg_dropout", "mask_", "flow")
+WITHOUT_EFFECT = ("token_routing", "cfg_dropout", "mask_", "flow")
 """Beginnings of a system's options that say how it learns from data."""
 
 

@@ -281,13 +281,17 @@ class ComposedSystem(AssembledSystem):
         """
         flow = self.options.flow
         self.decoder.check(data, condition, names)
-        t = flow.times(draws, [self.decoder.tokens(latent) for latent in data])  # (B,)
+        tokens = [self.decoder.tokens(latent) for latent in data]
+        t = flow.times(draws, tokens)  # (B,)
         clean = size_groups(data)
         noise = [draws.take(rows).normal("noise", *stack.shape[1:]) for rows, stack in clean.items()]
         times = [rows_of(t, rows) for rows, _ in clean.items()]
         noisy = [interpolate(x, n, at) for (_, x), n, at in zip(clean.items(), noise, times, strict=True)]
         layer = None if self.options.alignment is None else self.options.alignment.layer
-        output = self.decoder.denoise_training(clean.like(noisy).each(), t, condition, layer=layer)
+        route = None
+        if self.training and self.options.token_routing is not None:
+            route = self.options.token_routing.route(draws, tokens, self.decoder.depth)
+        output = self.decoder.denoise_training(clean.like(noisy).each(), t, condition, layer=layer, route=route)
         losses: dict[str, list[Tensor]] = {"flow": []}
         for (rows, x), n, at, when in zip(clean.items(), noise, noisy, times, strict=True):
             made = torch.stack([output.outputs[row] for row in rows])

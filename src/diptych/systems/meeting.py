@@ -74,12 +74,37 @@ def check_parts(system: ComposedSystem, config: ComposedConfig) -> None:
             f"alignment: {name} gives no states of its blocks; use mmdit, ovis_u1, omnigen2, sd3 or sana, or leave it "
             "out",
         ),
+        *routing_complaints(system, config),
         *pooled_complaints(system),
         *scale_complaints(system, config),
     ]
     for wrong, reason in complaints:
         if wrong:
             raise UserError(f"system {system.kind}: {reason}")
+
+
+def routing_complaints(system: ComposedSystem, config: ComposedConfig) -> list[tuple[bool, str]]:
+    """Of image tokens that skip blocks of the decoder."""
+    routing, decoder = config.token_routing, system.decoder
+    if routing is None:
+        return []
+    name, depth = type(decoder).__name__, decoder.depth
+    first, last = routing.blocks(depth)
+    return [
+        (
+            not decoder.routes,
+            f"token_routing: the blocks of {name} cannot be skipped; use mmdit, ovis_u1 or omnigen2, or leave it out",
+        ),
+        (
+            isinstance(config, HieraConfig),
+            "token_routing: several scales are packed into one pass, which routes no tokens; leave it out",
+        ),
+        (
+            not 1 <= first <= last <= depth or 0 in (routing.first, routing.last),
+            f"token_routing: first {routing.first} and last {routing.last} are no range of {name}'s {depth} blocks "
+            f"(1 to {depth}, or -1 to -{depth} from the end)",
+        ),
+    ]
 
 
 def pooled_complaints(system: ComposedSystem) -> list[tuple[bool, str]]:

@@ -6,6 +6,7 @@ a `ComposedConfig`, which is all that the system reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,7 @@ from diptych.core.ranges import Count, NotNegativeInt, Share
 from diptych.core.sample import IMAGE_PLACEHOLDER
 from diptych.objectives import masked_image
 from diptych.objectives.flow_matching import FlowMatching
+from diptych.parts.decoders.routing import TokenRoute
 from diptych.systems.prompts import Prompts
 
 Dropped = Literal["text", "images", "text_and_images"]
@@ -54,6 +56,46 @@ class Alignment:
     hidden: Count = 2048
 
 
+ROUTED_BLOCKS = (2, -2)
+"""First and last block that routed tokens skip by default: all but the first and the last of a decoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRouting:
+    """Image tokens that skip blocks of the decoder in training (TREAD, Krause et al. 2025, arXiv 2501.04765).
+
+    share: of each image's tokens, drawn anew for each sample and step. first, last: the blocks that they skip, both
+    included, from 1, or from -1 for the last one backwards.
+    """
+
+    share: Share
+    first: int = ROUTED_BLOCKS[0]
+    last: int = ROUTED_BLOCKS[1]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise UserError(f"token_routing: share {self.share} must be at least 0 and below 1")
+
+    def blocks(self, depth: int) -> tuple[int, int]:
+        """First and last skipped block, from 1, of a decoder of `depth` blocks."""
+        first, last = (number if number > 0 else depth + 1 + number for number in (self.first, self.last))
+        return first, last
+
+    def route(self, draws: Draws, counts: Sequence[int], depth: int) -> TokenRoute | None:
+        """Which tokens skip which blocks of a decoder of `depth` blocks, drawn for each sample; None where none do.
+
+        Images of one size lose equally many, round(share N) of N, and keep one at least.
+
+        Args:
+            counts: image tokens of each sample.
+        """
+        if self.share == 0:
+            return None
+        sizes = [max(1, count - round(self.share * count)) for count in counts]
+        first, last = self.blocks(depth)
+        return TokenRoute(first=first, last=last, kept=tuple(draws.places("token_routing", counts, sizes)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComposedConfig:
     """What a system of an MLLM, a conditioner, a connector and a decoder does with them.
@@ -83,6 +125,7 @@ class ComposedConfig:
     too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut`: to their first
         tokens in training, prompts to their last.
     alignment: of the decoder's states to the MLLM's vision features of the image to make; None for none.
+    token_routing: image tokens that skip blocks of the decoder in training; None for none.
     """
 
     prompts: Prompts = field(default_factory=Prompts)
@@ -106,6 +149,7 @@ class ComposedConfig:
     pack: NotNegativeInt = 0
     too_long: Literal["error", "cut"] = "error"
     alignment: Alignment | None = None
+    token_routing: TokenRouting | None = None
 
     def __post_init__(self) -> None:
         if self.condition == "queries" and self.max_states is not None:
@@ -191,7 +235,7 @@ class OmniGen2Settings:
     second, as in sampling, by `root`), and that images count by the elements of their latents.
     cfg_dropout: share of training samples whose prompt is dropped; cfg_dropout_images: share of those whose reference
     images go too.
-    alignment: as of `ComposedConfig`.
+    alignment, token_routing: as of `ComposedConfig`.
     """
 
     prompt: str = "{text}"
@@ -209,6 +253,7 @@ class OmniGen2Settings:
     cfg_dropout: Share = 1e-4
     cfg_dropout_images: Share = 0.5
     alignment: Alignment | None = None
+    token_routing: TokenRouting | None = None
 
     def common(self) -> ComposedConfig:
         """Every option."""
@@ -235,6 +280,7 @@ class OmniGen2Settings:
             max_pixels=self.max_pixels,
             max_states=self.max_states,
             alignment=self.alignment,
+            token_routing=self.token_routing,
         )
 
 
@@ -271,7 +317,7 @@ class OvisU1Config:
     pack: tokens of a row into which texts are packed in training, 0 for padded rows.
     too_long: what becomes of conversations longer than the MLLM takes: an `error`, or they are `cut` as the reference
     cuts them: to their first tokens in training, prompts to their last.
-    alignment: as of `ComposedConfig`.
+    alignment, token_routing: as of `ComposedConfig`.
     """
 
     prompts: OvisPrompts = field(default_factory=OvisPrompts)
@@ -287,6 +333,7 @@ class OvisU1Config:
     pack: NotNegativeInt = 0
     too_long: Literal["error", "cut"] = "error"
     alignment: Alignment | None = None
+    token_routing: TokenRouting | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "canvas_pixels", tuple(self.canvas_pixels))
@@ -312,6 +359,7 @@ class OvisU1Config:
             pack=self.pack,
             too_long=self.too_long,
             alignment=self.alignment,
+            token_routing=self.token_routing,
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diptych.core.condition import TokenCondition
 from diptych.parts.decoders.branches import DecoderBranches, GroupedBranches, cost_of
+from diptych.parts.decoders.routing import TokenRoute
 from diptych.parts.part import Part
 
 
@@ -47,6 +48,8 @@ class Decoder(Part, abc.ABC):
     """Largest number of context images of a sample; None for any."""
     hidden: int = 0
     """W, the width of its image tokens' states; 0 where `denoise_training` cannot give them."""
+    routes: bool = False
+    """Whether `denoise_training` lets image tokens skip blocks."""
     ragged: bool = False
     """Whether the images of a batch may have different sizes."""
 
@@ -75,15 +78,22 @@ class Decoder(Part, abc.ABC):
         return list(self(torch.stack(list(x)), t, condition).unbind())
 
     def denoise_training(
-        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        condition: TokenCondition,
+        *,
+        layer: int | None = None,
+        route: TokenRoute | None = None,
     ) -> Denoised:
         """As `denoise`, with what training alone asks for.
 
         Args:
             layer: block after which the states of the image tokens are wanted, from 1 to `depth`; only where `hidden`
-                is not 0.
+                is not 0. route: image tokens that skip some blocks; only where it `routes` them.
         """
         assert layer is None, f"{type(self).__name__} gives no states"
+        assert route is None, f"{type(self).__name__} routes no tokens"
         return Denoised(self.denoise(x, t, condition), [])
 
     def branches(self, conditions: Sequence[TokenCondition]) -> DecoderBranches:

@@ -28,6 +28,7 @@ from diptych.parts import layers
 from diptych.parts.decoders.base import Denoised
 from diptych.parts.decoders.fit import fit
 from diptych.parts.decoders.packing import Packed, PackingDecoder, Segments, check_layer
+from diptych.parts.decoders.routing import TokenRoute, run_streams
 from diptych.parts.layers import MLP, RMSNorm, TimeEmbedding, init_xavier
 
 EPS = 1e-6
@@ -173,7 +174,7 @@ class MMDiT(PackingDecoder):
         self.channels = config.channels
         self.condition_width = config.condition_width
         self.patch = config.patch
-        self.hidden = width
+        self.hidden, self.routes = width, True
         self.pooled_width = config.pooled_width
 
         self.image_in = nn.Linear(token, width)
@@ -205,17 +206,23 @@ class MMDiT(PackingDecoder):
         nn.init.zeros_(self.final.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
-        return self._denoise(x, t, condition, None)[0]
+        return self._denoise(x, t, condition, None, None)[0]
 
     def denoise_training(
-        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        condition: TokenCondition,
+        *,
+        layer: int | None = None,
+        route: TokenRoute | None = None,
     ) -> Denoised:
         check_layer(self, layer)
-        outputs, states = self._denoise(torch.stack(list(x)), t, condition, layer)
+        outputs, states = self._denoise(torch.stack(list(x)), t, condition, layer, route)
         return Denoised(list(outputs.unbind()), [] if states is None else list(states.unbind()))
 
     def _denoise(
-        self, x: Tensor, t: Tensor, condition: TokenCondition, layer: int | None
+        self, x: Tensor, t: Tensor, condition: TokenCondition, layer: int | None, route: TokenRoute | None
     ) -> tuple[Tensor, Tensor | None]:
         """The output of `forward`, and the image tokens (B, N, W) after block `layer` where one is given."""
         tokens, mask = fit(self, x, condition)
@@ -229,7 +236,7 @@ class MMDiT(PackingDecoder):
         time = self._time(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, rows, columns, x.device)  # (1, T, K / 2)
 
-        joint, states = self._blocks(image, text, time, turn, mask, layer)
+        joint, states = self._blocks(image, text, time, turn, mask, layer, route)
         return unpatchify(self._out(joint[:, length:], time), self.patch, "cpq", rows, columns), states
 
     def pack(
@@ -257,19 +264,18 @@ class MMDiT(PackingDecoder):
         return Packed(outputs, [] if states is None else list(states.split(segments.images, dim=1)))
 
     def _blocks(
-        self, image: Tensor, text: Tensor, time: Tensor, turn: Tensor, mask: Mask, layer: int | None
+        self,
+        image: Tensor,
+        text: Tensor,
+        time: Tensor,
+        turn: Tensor,
+        mask: Mask,
+        layer: int | None,
+        route: TokenRoute | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """All blocks; the joint tokens (B, T, W), and the image tokens after block `layer` where one is given."""
-        states: Tensor | None = None
-        length = text.shape[1]
-        for number, block in enumerate(self.double_blocks, start=1):
-            image, text = block(image, text, time, turn, mask)
-            states = image if number == layer else states
-        joint = torch.cat([text, image], dim=1)  # (B, T, W)
-        for number, block in enumerate(self.single_blocks, start=len(self.double_blocks) + 1):
-            joint = block(joint, time, turn, mask)
-            states = joint[:, length:] if number == layer else states
-        return joint, states
+        blocks = self.double_blocks, self.single_blocks
+        return run_streams(*blocks, image, text, time, turn, mask, count=image.shape[1], layer=layer, route=route)
 
     def _out(self, image: Tensor, time: Tensor) -> Tensor:
         """Image tokens (B, N, W) to (B, N, C patch^2)."""

@@ -33,7 +33,9 @@ from diptych.core.rope import rotate, rotation
 from diptych.parts import layers
 from diptych.parts.decoders.base import Decoder, Denoised
 from diptych.parts.decoders.branches import DecoderBranches
+from diptych.parts.decoders.omnigen2_joint import attention_keys, run_joint
 from diptych.parts.decoders.omnigen2_layout import Grid, Layout, real
+from diptych.parts.decoders.routing import TokenRoute
 from diptych.parts.layers import MLP, WAVES, GatedMLP, RMSNorm, init_xavier
 
 TIME_WIDTH = 1024
@@ -209,7 +211,7 @@ class OmniGen2(Decoder):
         self.config = config
         width, token = config.hidden_size, config.in_channels * config.patch_size**2
         self.channels = config.in_channels
-        self.hidden = width
+        self.hidden, self.routes = width, True
         self.condition_width = config.text_feat_dim
         self.patch = config.patch_size
         self.reads_context, self.max_context, self.ragged = True, MOST_REFERENCES, True
@@ -264,7 +266,7 @@ class OmniGen2(Decoder):
         text = self.time_caption_embed.caption_embedder(tokens.to(self.x_embedder.weight.dtype))  # (B, L, W)
         turn = rotation(torch.arange(text.shape[1], device=text.device)[None, :, None].expand(1, -1, 3), self._axes)
         for block in self.context_refiner:
-            text = block(text, turn, _keys(mask))
+            text = block(text, turn, attention_keys(mask))
         return replace(condition, tokens=text, mask=mask)
 
     def denoise(self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition) -> list[Tensor]:
@@ -281,7 +283,13 @@ class OmniGen2(Decoder):
         return self.denoise_training(x, t, condition).outputs
 
     def denoise_training(
-        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        condition: TokenCondition,
+        *,
+        layer: int | None = None,
+        route: TokenRoute | None = None,
     ) -> Denoised:
         references = condition.context_latents or ((),) * len(x)
         layout = self.layout(x, condition)
@@ -297,11 +305,10 @@ class OmniGen2(Decoder):
             torch.cat([text[:length], *(next(images) for _ in refs), made])
             for text, length, refs, made in zip(condition.tokens, layout.text, references, target, strict=True)
         ]  # each (T, W)
-        joint, seen = self._joint(pad_sequence(rows, batch_first=True), turns, time, layer)
-        tails, states = (
-            [row[-sizes[-1] :] for row, sizes in zip(made, layout.sizes, strict=True)] if made else []
-            for made in (joint, seen)
-        )
+        counts = [sizes[-1] for sizes in layout.sizes]
+        joint, seen = run_joint(self.layers, rows, turns, counts, time, layer, route)
+        tails = [row[-count:] for row, count in zip(joint, counts, strict=True)]
+        states = [row[-count:] for row, count in zip(seen, counts, strict=bool(seen))]
         out = self.norm_out(pad_sequence(tails, batch_first=True), time)  # (B, N, C patch^2)
         outputs = [
             -unpatchify(tokens[None, : rows * columns], self.patch, "pqc", rows, columns)[0].to(latent.dtype)
@@ -343,23 +350,10 @@ class OmniGen2(Decoder):
     def _refined(self, blocks: nn.ModuleList, x: Tensor, turns: Sequence[Tensor], time: Tensor) -> list[Tensor]:
         """Padded rows (B, T, W) through modulated blocks; each row's real tokens, (its length, W)."""
         lengths = [len(turn) for turn in turns]
-        turn, mask = pad_sequence(list(turns), batch_first=True), _keys(real(lengths, x.device))
+        turn, mask = pad_sequence(list(turns), batch_first=True), attention_keys(real(lengths, x.device))
         for block in blocks:
             x = block(x, turn, mask, time)
         return [row[:length] for row, length in zip(x, lengths, strict=True)]
-
-    def _joint(
-        self, x: Tensor, turns: Sequence[Tensor], time: Tensor, layer: int | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Joint sequences (B, T, W) through `layers`: each row's real tokens, (its length, W), and those after block
-        `layer` where one is given."""
-        lengths, states = [len(turn) for turn in turns], x[:0]
-        turn, mask = pad_sequence(list(turns), batch_first=True), _keys(real(lengths, x.device))
-        for number, block in enumerate(self.layers, start=1):
-            x = block(x, turn, mask, time)
-            states = x if number == layer else states
-        made, seen = ([row[:length] for row, length in zip(each, lengths, strict=False)] for each in (x, states))
-        return made, seen
 
     def image_tokens(self, latents: Sequence[Tensor]) -> Tensor:
         """Latents, each (C, h, w), as padded patches (len, N, C patch^2), channel fastest."""
@@ -411,10 +405,3 @@ class OmniGen2(Decoder):
     def shard_units(self) -> list[nn.Module]:
         """Without the refiner of reference images, which a step without any does not run."""
         return [*self.noise_refiner, *self.context_refiner, *self.layers]
-
-
-def _keys(mask: Tensor) -> Tensor | None:
-    """(B, T) bool as an attention mask (B, 1, 1, T); None where nothing is padded."""
-    if bool(on_host(mask).all()):
-        return None
-    return mask[:, None, None]

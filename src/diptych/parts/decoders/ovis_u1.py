@@ -34,6 +34,7 @@ from diptych.parts.decoders.mmdit import (
     modulate,
     pooled_embedding,
 )
+from diptych.parts.decoders.routing import TokenRoute, run_streams
 from diptych.parts.layers import MLP, TimeEmbedding, init_xavier
 
 Sides = tuple[int, int]
@@ -131,7 +132,7 @@ class OvisU1Decoder(Decoder):
         self.config = config
         self.channels = config.channels
         self.condition_width = width
-        self.hidden = width
+        self.hidden, self.routes = width, True
         self.patch = config.patch
         self.pooled_width = config.pooled_width or width
         self.reads_context = True
@@ -168,16 +169,22 @@ class OvisU1Decoder(Decoder):
         nn.init.zeros_(self.final.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: TokenCondition) -> Tensor:
-        return self._denoise(x, t, condition, None)[0]
+        return self._denoise(x, t, condition, None, None)[0]
 
     def denoise_training(
-        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        condition: TokenCondition,
+        *,
+        layer: int | None = None,
+        route: TokenRoute | None = None,
     ) -> Denoised:
-        outputs, states = self._denoise(torch.stack(list(x)), t, condition, layer)
+        outputs, states = self._denoise(torch.stack(list(x)), t, condition, layer, route)
         return Denoised(list(outputs.unbind()), [] if states is None else list(states.unbind()))
 
     def _denoise(
-        self, x: Tensor, t: Tensor, condition: TokenCondition, layer: int | None
+        self, x: Tensor, t: Tensor, condition: TokenCondition, layer: int | None, route: TokenRoute | None
     ) -> tuple[Tensor, Tensor | None]:
         """The output of `forward`, and the image tokens (B, N, W) after block `layer` where one is given."""
         text, mask = fit(self, x, condition, reads_context=True)
@@ -191,14 +198,10 @@ class OvisU1Decoder(Decoder):
         vector = self._vector(t, condition.pooled)  # (B, 1, W)
         turn = self._rotation(length, (rows, columns), sides, x.device)  # (B or 1, T, K / 2)
 
-        states: Tensor | None = None
-        for number, block in enumerate(self.double_blocks, start=1):
-            image, text = block(image, text, vector, turn, mask)
-            states = image[:, :count] if number == layer else states
-        joint = torch.cat([text, image], dim=1)  # (B, T, W)
-        for number, block in enumerate(self.single_blocks, start=len(self.double_blocks) + 1):
-            joint = block(joint, vector, turn, mask)
-            states = joint[:, length : length + count] if number == layer else states
+        blocks = self.double_blocks, self.single_blocks
+        joint, states = run_streams(
+            *blocks, image, text, vector, turn, mask, count=count, layer=layer, route=route
+        )  # (B, T, W)
 
         shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
         out = self.final(modulate(joint[:, length : length + count], shift, scale))  # (B, N, C patch^2)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.parts.decoders.base import Decoder, Denoised
+from diptych.parts.decoders.routing import TokenRoute
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,15 @@ class PackingDecoder(Decoder):
         """
 
     def denoise_training(
-        self, x: Sequence[Tensor], t: Tensor, condition: TokenCondition, *, layer: int | None = None
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        condition: TokenCondition,
+        *,
+        layer: int | None = None,
+        route: TokenRoute | None = None,
     ) -> Denoised:
+        assert route is None, f"{type(self).__name__} routes no tokens"
         if layer is None:
             return super().denoise_training(x, t, condition)
         packed = self.pack([torch.stack(list(x))], t, [condition], layer)
