@@ -3,6 +3,10 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: most of what is installed never is, and compiling takes half the time.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# Slow tests wait for each other's processes, so that one more for two cores runs meanwhile.
+WAITING = $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 ))
 
 .PHONY: quickstart test test-slow lint site clean
 
@@ -12,9 +16,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not slow'
 
-# What starts browsers, several training processes, notebooks or long runs; CI runs it after `make test`.
+# What starts browsers, several training processes, notebooks or long runs; CI runs it before `make test`.
 test-slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WAITING) --dist worksteal -m 'slow and not gpu'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -25,16 +29,20 @@ site: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # torch comes first, alone and pinned: its CPU build is then what the other packages find.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.torch: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Diptych needs Python 3.11 or later and found none; give one: make PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(VENV)/.installed: $(VENV)/.torch
+	$(PIP) -c constraints.txt -e '.[eval]'
 	touch $@
+
+# Holds what the other one does, too.
+$(VENV)/.installed-dev: $(VENV)/.torch
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
