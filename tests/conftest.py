@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,25 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of several rooms read
 
 from shared import made_once  # noqa: E402
+
+
+# What is imported and collected stays to the end: a fifth of the time of collecting tests went to looking for what of it
+# could be freed, and each full collection later looked at all of it again.
+gc.disable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether a file has no slow test where these alone are asked for: it need not be imported then."""
+    slow_alone = config.getoption("markexpr").startswith("slow")
+    test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if slow_alone and test and "mark.slow" not in collection_path.read_text(encoding="utf-8") else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
