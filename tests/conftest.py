@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of s
 
 from shared import made_once  # noqa: E402
 
-
-# What is imported and collected stays to the end: a fifth of the time of collecting tests went to looking for what of it
+# What is imported and collected stays to the end. A fifth of the time of collecting tests went to looking for what of it
 # could be freed, and each full collection later looked at all of it again.
 gc.disable()
 
