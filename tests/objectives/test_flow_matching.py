@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from diptych.objectives.flow_matching import (
     TimestepSampling,
     interpolate,
     logit_normal_times,
+    min_snr_weight,
     resolution_shift,
     shift_times,
     to_velocity,
@@ -148,3 +150,73 @@ def test_each_sample_is_shifted_for_its_own_tokens(seed: int, count: int) -> Non
 def test_values_without_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         FlowMatching(**wrong)  # type: ignore[arg-type]
+
+
+# Weights of the times
+
+
+@given(seed=SEEDS, t=st.floats(0.01, 1), gamma=st.floats(0.1, 50))
+@settings(max_examples=25, deadline=None)
+def test_min_snr_is_the_error_of_the_data_up_to_gamma(seed: int, t: float, gamma: float) -> None:
+    """min(SNR, gamma) |x' - x|^2 for what either prediction says of the data."""
+    data, noise = pair(seed)
+    output = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    times = torch.full((2,), t, dtype=torch.float64)
+    x = interpolate(data, noise, times)
+    predicted = {"data": output, "velocity": x - t * output}
+    snr = ((1 - t) / t) ** 2
+    for prediction, estimate in predicted.items():
+        flow = FlowMatching(prediction=prediction, loss_weighting="min_snr", min_snr_gamma=gamma)  # type: ignore[arg-type]
+        expected = min(snr, gamma) * (estimate - data).square().flatten(1).mean(1)
+        torch.testing.assert_close(flow.loss(output, data, noise, x, times).double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@given(seed=SEEDS, t=st.floats(0.05, 0.99))
+@settings(max_examples=10, deadline=None)
+def test_without_a_cut_it_is_the_error_of_the_noise(seed: int, t: float) -> None:
+    """SNR |x' - x|^2 = |n' - n|^2: below gamma the weights are those of noise prediction."""
+    data, noise = pair(seed)
+    output = data + noise
+    times = torch.full((2,), t, dtype=torch.float64)
+    x = interpolate(data, noise, times)
+    flow = FlowMatching(loss_weighting="min_snr", min_snr_gamma=1e9)
+    expected = (x + (1 - t) * output - noise).square().flatten(1).mean(1)
+    torch.testing.assert_close(flow.loss(output, data, noise, x, times).double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_min_snr_weights_at_their_ends_and_their_greatest() -> None:
+    t = torch.tensor([0.0, 1.0, 1 / (1 + math.sqrt(5))])
+    velocity, data = (min_snr_weight(t, 5.0, prediction) for prediction in ("velocity", "data"))  # type: ignore[arg-type]
+    torch.testing.assert_close(velocity, torch.tensor([0.0, 0.0, 5 / (1 + math.sqrt(5)) ** 2]))
+    torch.testing.assert_close(data, torch.tensor([5 * SMALLEST_TIME**2, 0.0, 5 / (1 + math.sqrt(5)) ** 2]))
+    grid = torch.linspace(0, 1, 2001)
+    assert float(min_snr_weight(grid, 5.0, "velocity").max()) <= 5 / (1 + math.sqrt(5)) ** 2 + 1e-6
+    assert FlowMatching().min_snr_gamma == 5
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+def test_without_weights_of_the_times_the_loss_is_the_plain_one_to_the_bit(prediction: Prediction) -> None:
+    data, noise = (x.float() for x in pair(3))
+    t = torch.tensor([0.01, 0.7])
+    x = interpolate(data, noise, t)
+    mask = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for weights in (None, mask):
+        plain = velocity_loss(data * 0.5, data, noise, x, t, prediction, weights)
+        assert torch.equal(FlowMatching(prediction=prediction).loss(data * 0.5, data, noise, x, t, weights), plain)
+        weighted = FlowMatching(prediction=prediction, loss_weighting="min_snr")
+        expected = plain * min_snr_weight(t, 5.0, prediction)
+        torch.testing.assert_close(weighted.loss(data * 0.5, data, noise, x, t, weights), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss_weighting": "min_snr", "min_snr_gamma": 0.0}, "min_snr_gamma must be a finite number above 0, not 0.0"),
+        ({"loss_weighting": "min_snr", "min_snr_gamma": math.inf}, "min_snr_gamma must be a finite number above 0"),
+        ({"loss_weighting": "min_snr", "min_snr_gamma": math.nan}, "min_snr_gamma must be a finite number above 0"),
+        ({"min_snr_gamma": 4.0}, "min_snr_gamma has no effect without loss_weighting: min_snr"),
+    ],
+)
+def test_gammas_without_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FlowMatching(**wrong)
