@@ -180,22 +180,77 @@ def test_mistakes_show_before_anything_is_written(tiny_study: StudySpec, change:
     assert not Path("out").exists()
 
 
-def test_studies_of_the_package_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "build_system", lambda *args, **options: None)  # test_library builds them
-    monkeypatch.setattr(study, "check_parts", lambda *args: None)
-    assert "toy_iomm" in study.names()
-    for name in study.names():
-        wanted = load(name)
-        runs = plan(wanted, wanted.seeds, Path("out"))
-        budgets: dict[object, set[int]] = {}
-        for run in runs:
-            if run.spec.report and run.spec.labels.get("tuning") != "base":
-                budgets.setdefault(run.spec.labels.get("system"), set()).add(run.samples)
-        assert all(len(samples) == 1 for samples in budgets.values())
-    reported = [run.spec.labels for run in plan(load("toy_iomm"), (0,), Path("out")) if run.spec.report]
-    assert len(reported) == 8
-    with pytest.raises(UserError, match="Did you mean 'toy_iomm'"):
-        load("toy_iom")
+Packaged = dict[str, tuple[StudySpec, dict[str, Planned]]]
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Packaged:
+    """The package's studies and their runs of one seed, by name; their systems are not built."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("build_system", "check_parts", "_check_starts"):
+            patch.setattr(study, name, lambda *args, **options: None)
+        studies = {name: load(name) for name in study.names()}
+        return {
+            name: (wanted, {run.name: run for run in plan(wanted, (0,), Path("out"))})
+            for name, wanted in studies.items()
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", study.names())
+def test_studies_of_the_package_can_be_run(name: str) -> None:
+    """Every system is built, every part that a stage trains is there, and every start fits."""
+    wanted = load(name)
+    assert len(plan(wanted, None, Path("out"))) >= 3 * len(wanted.runs)
+
+
+def test_studies_of_the_package(packaged: Packaged) -> None:
+    assert set(packaged) >= {"toy_iomm", "toy_hieraquery", "toy_sgt", "toy_ovis_u1", "toy_variance"}
+    claims = [claim for wanted, _ in packaged.values() for claim in wanted.claims.values()]
+    assert len(claims) >= 15
+    assert all(claim.text.endswith(".") and claim.source and claim.paper for claim in claims)
+    assert len({claim.text for claim in claims}) == len(claims)
+    for name, (wanted, rows) in packaged.items():
+        for claim in wanted.claims.values():
+            assert all(len(wanted.runs[row].seeds or wanted.seeds) >= 3 for row in claim.rows)
+            if name != "toy_ovis_u1":  # whose claims are of its stages
+                assert len({rows[row].samples for row in claim.rows if rows[row].spec.model is None}) == 1, claim
+
+
+def test_rows_of_the_package_see_the_same_items(packaged: Packaged) -> None:
+    """A source that rows of a claim share stands at one place of their stages, in batches of one size."""
+    for name, (wanted, rows) in packaged.items():
+        for claim in wanted.claims.values():
+            places: dict[tuple[str, str], set[tuple[int, int]]] = {}
+            for run in (rows[row] for row in claim.rows):
+                for stage, spec in run.recipe.stages.items():
+                    for place, source in enumerate(spec.data.sources):
+                        places.setdefault((stage, source), set()).add((place, spec.batch_size))
+            assert all(len(each) == 1 for each in places.values()), (name, claim.text)
+
+
+def test_the_variance_study_has_the_runs_of_toy_iomm(packaged: Packaged) -> None:
+    (iomm, of_iomm), (variance, runs) = packaged["toy_iomm"], packaged["toy_variance"]
+    assert {name: run.plain for name, run in runs.items()} == {name: of_iomm[name].plain for name in runs}
+    assert asked(variance) == asked(iomm, iomm.runs["image_mix"])
+    assert iomm.runs["image_mix"].seeds == variance.seeds
+
+
+def test_a_start_that_does_not_fit_shows_before_the_first_run(tiny_study: StudySpec) -> None:
+    wanted = load("study.yaml", ["runs.second.set=[system.conditioner.config.queries=5]"])
+    with pytest.raises(UserError, match=r"runs\.second\.start: the weights of first do not fit into it \(.*queries"):
+        plan(wanted, (0,), Path("out"))
+
+
+def test_some_stages_of_a_recipe(tiny_study: StudySpec, tiny_plain: dict[str, Any]) -> None:
+    [stage] = tiny_plain["stages"].values()
+    tiny_plain["stages"] = {"one": stage, "mix": stage, "three": stage}
+    Path("tiny.yaml").write_text("# Three stages.\n" + yaml.safe_dump(tiny_plain))
+    _, second = plan(load("study.yaml", ["runs.second.stages=[mix]"]), (0,), Path("out"))
+    assert list(second.recipe.stages) == ["mix"]
+    assert second.chain == ((2, 4), (3, 4), (3, 4), (2, 2))
+    with pytest.raises(UserError, match=r"runs\.second\.stages: unknown stage 'mx'\. Did you mean 'mix'\?"):
+        plan(load("study.yaml", ["runs.second.stages=[mx]"]), (0,), Path("out"))
 
 
 def order(run: Planned, stage: str) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diptych.core.errors import UserError
 from diptych.data.imaging import to_pil
 from diptych.evaluation import intervals
-from diptych.evaluation.task import Item, Output, PictureTask, Progress, Row, Summary, Tools, units
+from diptych.evaluation.task import Item, Output, PictureTask, Progress, Row, Summary, Tools
 from diptych.inference.engine import Engine
 from diptych.inference.scales import scale_names
 from diptych.toyworld.detector import detect
@@ -100,7 +100,7 @@ class ToyScales(PictureTask):
             for figure in ("ceiling", "alike", "pixels"):
                 beside[f"{figure} {name}"] = sum(row["scales"][name][figure] for row in rows) / len(rows)
         scores = {**intervals.means(by_scale), **beside}
-        return Summary(scores=scores, rows=rows, units=units(rows))
+        return Summary(scores=scores, rows=rows, units=by_scale)
 
     def about(self) -> dict[str, Any]:
         return {"convention": "toyscales: share of images that are read as the finest one, mean over the coarse scales"}

@@ -48,7 +48,8 @@ class RunSpec:
     when None. model: one that is there already (shipped name, run folder, saved folder), which stands for the run;
     its recipe is then not trained. report: whether it is scored and stands in the table. labels: its entries in the
     table's columns. tasks: those of the study's that it is scored on; None for all. seeds: in place of the study's,
-    such as more of them for a row that much depends on; the run that it starts from needs them too."""
+    such as more of them for a row that much depends on; the run that it starts from needs them too. stages: those of
+    its recipe that are trained; None for all."""
 
     recipe: str
     set: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class RunSpec:
     labels: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
     tasks: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    stages: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +245,39 @@ def plan(study: StudySpec, seeds: Sequence[int] | None, out: Path) -> list[Plann
         if fingerprint not in built:
             built.add(fingerprint)
             check_parts(run.recipe, build_system(run.recipe.system, meta=True))
+    _check_starts(planned)
     return planned
+
+
+def _check_starts(runs: Sequence[Planned]) -> None:
+    """UserError for a run whose weights are not those of the run that it starts from, by name and shape."""
+    shapes: dict[str, dict[str, Any]] = {}
+
+    def shapes_of(run: Planned) -> dict[str, Any]:
+        system = json.dumps(run.plain["system"], sort_keys=True)
+        if system not in shapes:
+            built = build_system(run.recipe.system, meta=True)
+            shapes[system] = {name: tuple(weight.shape) for name, weight in built.named_parameters()}
+        return shapes[system]
+
+    for run in runs:
+        start = run.start
+        if start is None or start.spec.model is not None or start.plain["system"] == run.plain["system"]:
+            continue
+        before, now = shapes_of(start), shapes_of(run)
+        if other := sorted(name for name in {**before, **now} if before.get(name) != now.get(name)):
+            raise UserError(f"runs.{run.name}.start: the weights of {start.name} do not fit into it ({other[0]})")
 
 
 def _plan_run(
     study: StudySpec, name: str, spec: RunSpec, seed: int, out: Path, earlier: Mapping[str, Planned]
 ) -> Planned:
     plain = load_plain(spec.recipe)
+    if spec.stages is not None:
+        for stage in spec.stages:
+            if stage not in plain["stages"]:
+                raise unknown("stage", stage, plain["stages"], f"runs.{name}.stages")
+        plain["stages"] = {stage: values for stage, values in plain["stages"].items() if stage in spec.stages}
     stages = plain.get("stages")
     for stage, values in study.stages.items():
         if isinstance(stages, dict) and isinstance(stages.get(stage), dict):
