@@ -22,10 +22,11 @@ from diptych.core.errors import UserError
 from diptych.core.sample import TASKS, Task
 from diptych.core.schema import read
 from diptych.data.rows import KEYS, parse_row
+from diptych.evaluation import outcomes
 from diptych.inference.engine import Engine
 from diptych.inference.sampling import Sampling
 from diptych.objectives.flow_matching import FlowMatching
-from diptych.recipes import legacy, recipe, study
+from diptych.recipes import legacy, recipe, study, study_results
 from diptych.recipes.recipe import (
     BagelSpec,
     ComposedSpec,
@@ -85,8 +86,8 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diptych ")]
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+def generator(name: str = "make_cli") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -97,6 +98,55 @@ def generator() -> ModuleType:
 def test_cli_page_is_what_the_parsers_say() -> None:
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert written == generator().page(), "docs/cli.md is out of date; run: python docs/make_cli.py"
+
+
+def test_evidence_page_is_what_studies_and_committed_results_say() -> None:
+    written = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert written == generator("make_evidence").page(), "out of date; run: python docs/make_evidence.py"
+
+
+def test_evidence_comes_from_committed_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = generator("make_evidence")
+    for name in ("RESULTS", "IMAGES"):
+        monkeypatch.setattr(make, name, tmp_path)
+    monkeypatch.setattr(study, "STUDIES", tmp_path)
+    monkeypatch.setattr(study, "build_system", lambda *args, **options: None)
+    monkeypatch.setattr(study, "check_parts", lambda *args: None)
+    claim = {"text": "It helps.", "source": "t. 1", "paper": "0.9", "task": "toyeval", "threshold": 0.1, "over": ["b"]}
+    plain = {
+        "title": "Small",
+        "tasks": {"toyeval": {}},
+        "runs": {name: {"recipe": "toy/iomm_pretrain_image"} for name in "abc"},
+        "claims": {"gain": {**claim, "row": "a"}, "other": {**claim, "row": "c"}},
+        "bench": {"row": "a", "task": "toyeval"},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    assert make.page().count("not run yet") == 3, "two claims, and the study"
+    wanted = study.load("small")
+    results = study_results.collect(wanted, study.plan(wanted, (0, 1, 2), tmp_path))
+    for row, right in (("a", 80), ("b", 20)):
+        scores = {("single", str(n)): [float(n < right)] for n in range(100)}
+        layout, packed = outcomes.pack(scores, "categories", row)
+        results["items"][layout.digest] = layout.plain()
+        entry = {"overall": right / 100, "interval": [0, 1], "categories": {}, "figures": {}}
+        entry |= {"items": layout.digest, "outcomes": packed}
+        for seed in "012":
+            results["runs"][row]["seeds"][seed] = {"tasks": {"toyeval": entry}, "scores": {"toyeval": [[500, 0.1]]}}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    page = make.page()
+    assert "+0.600 (+0.5" in page
+    assert page.count("holds: the interval lies above 0.1") == 1
+    assert page.count("not run yet") == 1
+    assert "small: Demanded: a scores between 0.3 and 0.7" in page
+    assert "It does not pass." in page
+    assert "](images/evidence_small_steps.png)" in page
+    make.draw("small", make.results_of("small"))
+    assert {each.name for each in tmp_path.glob("*.png")} == {"evidence_small_plot.png", "evidence_small_steps.png"}
+    results["claims"]["gain"]["stated"]["threshold"] = -0.5
+    path.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"claim 'gain' is not what studies/small\.yaml states"):
+        make.page()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

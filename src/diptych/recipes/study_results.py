@@ -113,8 +113,8 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
         "tasks": asked(study),
         "items": items,
         "runs": rows,
-        "claims": {name: {"stated": dataclasses.asdict(claim)} for name, claim in study.claims.items()},
-        "bench": None if study.bench is None else {"stated": dataclasses.asdict(study.bench)},
+        "claims": {name: {"stated": stated(claim)} for name, claim in study.claims.items()},
+        "bench": None if study.bench is None else {"stated": stated(study.bench)},
         "hardware": sorted({result["hardware"] for result in every}),
         "versions": every[0]["versions"] if every else {},
         "commits": sorted({str(result.get("commit")) for result in every}),
@@ -177,7 +177,7 @@ def judged(results: dict[str, Any]) -> dict[str, Any]:
     results = {**results, "runs": rows}
     reported = [row for row in rows.values() if row["reported"]]
     claims = {
-        name: {"stated": claim["stated"], **judge(read(ClaimSpec, plain(claim["stated"]), name), results)}
+        name: {"stated": claim["stated"], **judge(read(ClaimSpec, claim["stated"], name), results)}
         for name, claim in results["claims"].items()
     }
     bench = results["bench"]
@@ -193,11 +193,10 @@ def judged(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
-    """Tuples as the lists that a file holds."""
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+def stated(spec: ClaimSpec | BenchSpec) -> dict[str, Any]:
+    """A claim, or the demand on the bench, as a file holds it: with lists for tuples."""
+    values = dataclasses.asdict(spec)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def scores_of(run: Planned, tasks: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,125 @@
+"""Writes the claims of docs/evidence.md, between two marks, from the package's studies and their committed results.
+
+A study's results.json is committed as docs/evidence/NAME.json; every interval and verdict is computed anew from it, and
+its plots are drawn into docs/images. What has no results says so. Run it after a study: python docs/make_evidence.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diptych.recipes import study, study_results
+from diptych.reports import markdown as md
+from diptych.reports import study as reports
+
+DOCS = Path(__file__).parent
+PAGE, RESULTS, IMAGES = DOCS / "evidence.md", DOCS / "evidence", DOCS / "images"
+BEGIN, END = "<!-- Written by docs/make_evidence.py -->", "<!-- Until here -->"
+PLOTS = {"plot.png": "Scores of all rows", "curve.png": "Scores along a label", "steps.png": "Scores against steps"}
+
+
+def results_of(name: str) -> dict[str, Any] | None:
+    """The committed results of a study, judged anew; None where there are none.
+
+    Raises:
+        ValueError: its claims are not those of the study's file: a claim and its threshold stand before the run.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return None
+    results = study_results.judged(json.loads(path.read_text(encoding="utf-8")))
+    for claim, stated in stated_claims(name).items():
+        if claim not in results["claims"] or results["claims"][claim]["stated"] != stated:
+            raise ValueError(f"{path}: claim {claim!r} is not what studies/{name}.yaml states")
+    return results
+
+
+def stated_claims(name: str) -> dict[str, Any]:
+    """The claims of a study's file, as a results.json holds them."""
+    return {claim: study_results.stated(spec) for claim, spec in study.load(name).claims.items()}
+
+
+def claims(found: dict[str, dict[str, Any] | None]) -> list[str]:
+    """One table of all claims."""
+    rows: list[list[str]] = []
+    for name, results in found.items():
+        for claim, stated in stated_claims(name).items():
+            entry = {"stated": stated, "verdict": None, "why": "not run yet", "estimates": []}
+            if results is not None:
+                entry = results["claims"][claim]
+            seeds = str(len(entry["seeds"])) if entry.get("seeds") else "-"
+            cells = [stated["text"], stated["source"], stated["paper"], reports.difference(entry), seeds]
+            rows.append([*cells, f"{stated['threshold']:g}", reports.verdict(entry), f"`{name}`, `{claim}`"])
+    header = [
+        "claim",
+        "source",
+        "paper",
+        "ours: difference, 95% interval",
+        "seeds",
+        "threshold",
+        "verdict",
+        "study, claim",
+    ]
+    return md.table(header, rows)
+
+
+def studies(found: dict[str, dict[str, Any] | None]) -> list[str]:
+    """How each study is run, and what it took."""
+    rows: list[list[str]] = []
+    for name, results in found.items():
+        if results is None:
+            rows.append([f"`{name}`", f"`diptych study {name} --jobs 2`", "not run yet", "-", "-"])
+            continue
+        bench = results["bench"]
+        passes = "-" if bench is None or bench["passes"] is None else "passes" if bench["passes"] else "does not pass"
+        hours, hardware = f"{reports.hours(results):.1f}", "; ".join(results["hardware"])
+        rows.append([f"`{name}`", f"`diptych study {name} --jobs 2`", hours, hardware, passes])
+    return md.table(["study", "command", "hours, one run at a time", "hardware", "bench"], rows)
+
+
+def pictures(found: dict[str, dict[str, Any] | None]) -> Iterator[str]:
+    """The plots of every study that was run."""
+    for name, results in found.items():
+        if results is not None:
+            yield from (
+                f"![{results['title']}: {text}](images/{file})\n" for file, text in plots_of(name, results).items()
+            )
+
+
+def plots_of(name: str, results: dict[str, Any]) -> dict[str, str]:
+    """A study's plots, by the names of their files."""
+    drawn = ["plot.png", *(["curve.png"] if results["curve"] is not None else [])]
+    drawn += ["steps.png"] if reports.scored_while_trained(results) else []
+    return {f"evidence_{name}_{plot}": PLOTS[plot].lower() for plot in drawn}
+
+
+def draw(name: str, results: dict[str, Any]) -> None:
+    """Write a study's plots."""
+    making = {"plot.png": reports.plot, "curve.png": reports.curve, "steps.png": reports.steps}
+    for file in plots_of(name, results):
+        making[file.rpartition("_")[2]](results, IMAGES / file)
+
+
+def section(found: dict[str, dict[str, Any] | None]) -> str:
+    """What stands between the marks."""
+    bench = [f"{name}: {reports.bench_line(each['bench'])}" for name, each in found.items() if each and each["bench"]]
+    return "\n".join(
+        [*claims(found), "", *studies(found), "", *bench, *([""] if bench else []), *pictures(found)]
+    ).rstrip()
+
+
+def page() -> str:
+    """The whole of docs/evidence.md with the section anew."""
+    found = {name: results_of(name) for name in study.names()}
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{section(found)}\n\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    for study_name in study.names():
+        if (of_study := results_of(study_name)) is not None:
+            draw(study_name, of_study)
+    PAGE.write_text(page(), encoding="utf-8")
