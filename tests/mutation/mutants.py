@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NUMBERS, SYSTEMS = "tests/training/test_numbers.py", "tests/systems/test_training_numbers.py"
+ALIGNING, FLOW = "tests/systems/test_aligning.py", "tests/objectives/test_flow_matching.py"
+ROUTING, ROUTES = "tests/parts/decoders/test_routing.py", "tests/systems/test_routing.py"
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "loss weights ignored": ("training/step.py", "weight(config.loss_weights, name)", "1.0", NUMBERS),
     "clipping off": ("training/loop.py", "config.max_grad_norm)", "1e30)", NUMBERS),
@@ -91,6 +93,75 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "    threshold: float = 0.3",
         "    threshold: float = 0.25",
         "tests/evaluation/test_numbers.py",
+    ),
+    "alignment of another block": (
+        "parts/decoders/routing.py",
+        "if number == layer:",
+        "if number == (layer or 0) - 1:",
+        ALIGNING,
+    ),
+    "OmniGen2's alignment of another block": (
+        "parts/decoders/omnigen2_joint.py",
+        "if number == layer:",
+        "if number == (layer or 0) - 1:",
+        ROUTING,
+    ),
+    "an image that the MLLM reads runs through the tower again": (
+        "systems/preparing.py",
+        "(read or known is not None)",
+        "(known is not None)",
+        ALIGNING,
+    ),
+    "the tower learns to be aligned": ("systems/aligning.py", ".detach()", "", ALIGNING),
+    "routed tokens at others' places": (
+        "parts/decoders/routing.py",
+        "route.leave(turn, text.shape[1], count)",
+        "turn[:, : x.shape[1] + (0 if start else text.shape[1])]",
+        ROUTING,
+    ),
+    "the first block that tokens skip": (
+        "parts/decoders/routing.py",
+        "number == route.first:",
+        "number == route.first + 1:",
+        ROUTING,
+    ),
+    "the last block that tokens skip": (
+        "parts/decoders/routing.py",
+        "number == route.last:",
+        "number == route.last - 1:",
+        ROUTING,
+    ),
+    "OmniGen2's last block that tokens skip": (
+        "parts/decoders/omnigen2_joint.py",
+        "number == route.last:",
+        "number == route.last - 1:",
+        ROUTING,
+    ),
+    "routed tokens in the order of their draws": ("core/draws.py", "[:size].sort().values", "[:size]", ROUTES),
+    "the share that is kept": (
+        "systems/presets.py",
+        "count - round(self.share * count)",
+        "round(self.share * count)",
+        ROUTES,
+    ),
+    "tokens routed outside training": (
+        "systems/composed.py",
+        "if self.training and self.options.token_routing",
+        "if self.options.token_routing",
+        ROUTES,
+    ),
+    "min-SNR's gamma": ("objectives/flow_matching.py", "MIN_SNR_GAMMA = 5.0", "MIN_SNR_GAMMA = 4.0", FLOW),
+    "min-SNR's ratio": (
+        "objectives/flow_matching.py",
+        ".square().clamp(max=gamma)",
+        ".clamp(max=gamma)",
+        FLOW,
+    ),
+    "min-SNR's factor of data predictions": (
+        "objectives/flow_matching.py",
+        'per_data = t if prediction == "velocity" else t.clamp_min(SMALLEST_TIME)',
+        "per_data = t",
+        FLOW,
     ),
 }
 """File below src/diptych, text, what takes its place (everywhere), tests."""

@@ -27,6 +27,7 @@ from diptych.systems import aligning
 from diptych.systems.composed import ComposedSystem
 from diptych.systems.presets import Alignment, ComposedConfig, TokenRouting
 from diptych.systems.prompts import Prompts
+from meta_device import Device
 from tiny_sizes import DECODER_SIZES
 
 
@@ -173,6 +174,25 @@ def test_gradients_reach_the_projector_and_the_blocks_before(make: Make) -> None
     assert reached(first)
     assert not reached(second)
     assert not reached(system.backbone)
+    # Nor does a vision tower that learns learn to be aligned.
+    parts["vision"].requires_grad_(True)
+    losses(system, Batch((PAIR,)), Draws([5]))["align.text_to_image"].sum().backward()
+    assert not reached(parts["vision"])
+    parts["vision"].requires_grad_(False)
+
+
+@pytest.mark.parametrize("drawer", ["mmdit", "ovis_u1", "omnigen2"])
+def test_the_host_waits_for_no_device(drawer: str, make: Make) -> None:
+    """A step with alignment and routed tokens, on the meta device; tables of positions are copied in the first."""
+    system = copy.deepcopy(make(drawer, 1, token_routing=TokenRouting(share=0.5, first=1, last=-1)))
+    preparer = system.preparer()
+    prepared = preparer.collate([preparer.prepare(s, DRAWS.take([row])) for row, s in enumerate(MIXED)])
+    system.to("meta")
+    for number in range(2):
+        with Device() as device:
+            terms = system.losses(prepared.to("meta"), Draws([5, 6, 7], "meta"))
+            torch.cat(list(terms.values())).sum().backward()
+        assert number == 0 or device.waits == []
 
 
 def test_images_of_several_sizes(make: Make) -> None:
