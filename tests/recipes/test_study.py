@@ -153,6 +153,10 @@ def test_table_has_every_seed_and_their_spread(tiny_study: StudySpec) -> None:
     assert not other["complete"]
     assert reports.table(other, "toyeval")[1][2] == "-"
     assert reports.category_table(other, "toyeval") == []
+    found["runs"]["first"] = {**found["runs"]["second"], "tasks": {"toyeval": {"categories": {"single": 0.5}}}}
+    header, *rows = reports.category_table(found, "toyeval")
+    assert header[2:] == ["single", "counting"]
+    assert [row[2:] for row in rows] == [["0.500", "-"], ["-", "0.500"]], "rows need not have the same categories"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A study is a YAML file, read as strictly as a recipe. `plan` turns it into runs;
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -224,6 +225,7 @@ def plan(study: StudySpec, seeds: Sequence[int] | None, out: Path) -> list[Plann
     """
     _check_seeds(study.seeds if seeds is None else seeds, "seeds")
     wanted = {name: (spec.seeds or study.seeds) if seeds is None else seeds for name, spec in study.runs.items()}
+    recipes = {name: load_plain(name) for name in {spec.recipe for spec in study.runs.values()}}
     planned: list[Planned] = []
     seen: set[str] = set()
     for seed in sorted({seed for each in wanted.values() for seed in each}) if seeds is None else seeds:
@@ -233,7 +235,8 @@ def plan(study: StudySpec, seeds: Sequence[int] | None, out: Path) -> list[Plann
                 continue
             if spec.start is not None and spec.start not in of_seed:
                 raise UserError(f"runs.{name}.seeds: run {spec.start}, from which it starts, has no seed {seed}")
-            of_seed[name] = run = _plan_run(study, name, spec, seed, out, of_seed)
+            plain = copy.deepcopy(recipes[spec.recipe])
+            of_seed[name] = run = _plan_run(study, name, spec, plain, seed, out, of_seed)
             seen |= set(run.recipe.stages)
             planned.append(run)
     for stage in study.stages:
@@ -270,9 +273,15 @@ def _check_starts(runs: Sequence[Planned]) -> None:
 
 
 def _plan_run(
-    study: StudySpec, name: str, spec: RunSpec, seed: int, out: Path, earlier: Mapping[str, Planned]
+    study: StudySpec,
+    name: str,
+    spec: RunSpec,
+    plain: dict[str, Any],
+    seed: int,
+    out: Path,
+    earlier: Mapping[str, Planned],
 ) -> Planned:
-    plain = load_plain(spec.recipe)
+    """plain: the recipe, which is changed in place."""
     if spec.stages is not None:
         for stage in spec.stages:
             if stage not in plain["stages"]:

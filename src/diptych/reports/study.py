@@ -151,11 +151,11 @@ def category_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
     if not scored:
         return []
     header, names = _labels(scored)
-    columns = list(next(iter(scored.values()))["tasks"][task]["categories"])
+    columns = list(dict.fromkeys(name for row in scored.values() for name in row["tasks"][task]["categories"]))
     lines = [[*header, *columns]]
     for name, row in scored.items():
         each = row["tasks"][task]["categories"]
-        lines.append([*names[name], *(f"{each[column]:.3f}" for column in columns)])
+        lines.append([*names[name], *(f"{each[column]:.3f}" if column in each else NONE_YET for column in columns)])
     return lines
 
 
@@ -228,16 +228,17 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def curve(results: Mapping[str, Any], path: Path) -> None:
-    """Scores along a numeric label, a line for each value of another, intervals as bands."""
+    """Scores along a numeric label, a line for each value of another, intervals as bands; tasks that make a line."""
     along, by = results["curve"]
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for row in results["runs"].values():
         labels = row["labels"]
         if row["reported"] and row["tasks"] and along in labels and by in labels:
             lines.setdefault(str(labels[by]), []).append((float(labels[along]), row["tasks"]))
-    made, grid = figures.figure(1, len(results["tasks"]), wide=5.5, tall=3.6)
-    panels = grid[:, 0]
-    for panel, task in zip(panels, results["tasks"], strict=True):
+    along_it = [t for t in results["tasks"] if any(sum(t in x for _, x in points) > 1 for points in lines.values())]
+    made, grid = figures.figure(1, max(1, len(along_it)), wide=5.5, tall=3.6)
+    panels = grid[: len(along_it), 0]
+    for panel, task in zip(panels, along_it, strict=True):
         for colour, (name, points) in zip((BAR, POINT, INK) * len(lines), lines.items(), strict=False):
             points = sorted((point for point in points if task in point[1]), key=lambda point: point[0])
             x = [at for at, _ in points]
