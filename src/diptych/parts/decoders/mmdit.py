@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.core.patchify import patchify, unpatchify
-from diptych.core.ranges import Count, check_ranges
+from diptych.core.ranges import Count, Positive, check_ranges
 from diptych.core.rope import grid_positions, rotate, rotation, text_positions
 from diptych.parts import layers
 from diptych.parts.decoders.base import Denoised
@@ -41,7 +41,7 @@ class MMDiTConfig:
 
     channels: C. patch: side of a patch in latent pixels. condition_width: D. hidden: W. heads: H.
     double, single: blocks of each kind. mlp_ratio: width of the MLPs in units of W.
-    axes: head channels turned by (image, row, column); sums to W / H.
+    axes: head channels turned by (image, row, column); sums to W / H. theta: base of the frequencies.
     pooled_width: width of a pooled condition vector that is added to the time embedding, None for none.
     """
 
@@ -54,6 +54,7 @@ class MMDiTConfig:
     single: Annotated[int, Interval(ge=0, le=1000)]
     mlp_ratio: Count = 4
     axes: tuple[int, int, int] = (16, 56, 56)
+    theta: Positive = 10_000.0
     pooled_width: int | None = None
 
     def __post_init__(self) -> None:
@@ -304,5 +305,5 @@ class MMDiT(PackingDecoder):
                 positions = torch.cat(
                     [text_positions(length, device=device), grid_positions(rows, columns, device=device)], dim=1
                 )
-                self._rotations[key] = rotation(positions, self.config.axes)
+                self._rotations[key] = rotation(positions, self.config.axes, self.config.theta)
         return self._rotations[key]
