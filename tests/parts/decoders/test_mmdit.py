@@ -46,6 +46,7 @@ def flux_of(model: MMDiT) -> tuple[FluxTransformer2DModel, dict[str, Callable[[C
         guidance_embeds=False,
         axes_dims_rope=c.axes,
     )
+    flux.pos_embed.theta = c.theta
     names: dict[str, Callable[[Callable[[str], Tensor]], Tensor]] = {}
 
     def same(theirs: str, ours: str, parts: tuple[str, ...] = ("weight", "bias")) -> None:
@@ -93,8 +94,9 @@ def flux_of(model: MMDiT) -> tuple[FluxTransformer2DModel, dict[str, Callable[[C
     return flux, names
 
 
-def test_parity_with_flux() -> None:
-    model = make(TINY)
+@pytest.mark.parametrize("theta", [10_000.0, 10.0])
+def test_parity_with_flux(theta: float) -> None:
+    model = make(replace(TINY, theta=theta))
     flux, names = flux_of(model)
     weights = dict(model.named_parameters())
     flux.load_state_dict({key: take(weights.__getitem__).detach() for key, take in names.items()}, strict=True)
@@ -259,5 +261,7 @@ def test_bad_config() -> None:
         replace(TOY, axes=(4, 8, 8))
     with pytest.raises(UserError, match="heads 3"):
         replace(TOY, heads=3)
+    with pytest.raises(UserError, match="theta"):
+        replace(TOY, theta=0.0)
     with pytest.raises(UserError, match="pooled"):
         make(TINY)(torch.zeros(1, 16, 4, 4), torch.zeros(1), TokenCondition(tokens=torch.zeros(1, 2, 24)))
