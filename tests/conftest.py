@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # `sgt_golden`, which tests of s
 
 from shared import made_once  # noqa: E402
 
-# What is imported and collected stays to the end. A fifth of the time of collecting tests went to looking for what of it
-# could be freed, and each full collection later looked at all of it again.
+# What is imported and collected stays to the end. A fifth of the time of collecting tests went to looking for what of
+# it could be freed, and each full collection later looked at all of it again.
 gc.disable()
 
 
