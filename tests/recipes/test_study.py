@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import warm
 from diptych.cli.main import main
 from diptych.core.draws import key
 from diptych.core.errors import UserError
-from diptych.recipes import clock, study, study_results
+from diptych.core.locks import only_writer
+from diptych.recipes import clock, study, study_results, study_run
 from diptych.recipes.sources import build_data
 from diptych.recipes.study import Planned, StudySpec, asked, load, plan
 from diptych.recipes.study_run import run_study
@@ -338,6 +340,31 @@ def test_several_runs_at_once(tiny_study: StudySpec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"first, seed 0: failed with exit code 2; see .*first.log"):
         run_study(load("broken.yaml"), Path("broken"), jobs=2)
     assert "gone" in Path("broken/0/first.log").read_text()
+
+
+def test_a_run_that_still_saves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, slept = tmp_path / "run", list[float]()
+    others = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with only_writer(folder, "diptych study"):
+            others[0].set()
+            others[1].wait(60)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:  # the other one ends
+            others[1].set()
+            holder.join()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    others[0].wait(60)
+    monkeypatch.setattr(study_run.time, "sleep", sleep)
+    study_run.wait_for_writer(folder)
+    assert slept == [1, 1]
+    study_run.wait_for_writer(folder)
+    assert slept == [1, 1]
 
 
 @pytest.mark.slow

@@ -256,12 +256,23 @@ def _work(run: Planned, tasks: Asked, threads: int, parent: int) -> None:
     def say(line: str) -> None:
         sys.stderr.write(line + "\n")
 
+    wait_for_writer(run.folder)
     try:
         done = perform(run, tasks, say=say)
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)
     sys.exit(0 if done else STOPPED)
+
+
+def wait_for_writer(folder: Path, seconds: int = 60) -> None:
+    """Wait while another process writes to a run: one of a killed study notices its end, saves, and ends by itself."""
+    for _ in range(seconds):
+        try:
+            with only_writer(folder, "diptych study"):
+                return
+        except UserError:
+            time.sleep(1)
 
 
 def _end_with(parent: int) -> None:
