@@ -163,6 +163,8 @@ def _check_size(system: System, spec: StageSpec) -> None:
 
 def _origin(recipe: Recipe, system: System, name: str, part: nn.Module) -> str:
     """What a part starts from, in words: the recipe's start, named weights, or random ones."""
+    if recipe.start is not None and name == "alignment":
+        return f"{recipe.start}, else random"  # a start without alignment has no projector
     if recipe.start is not None:
         return recipe.start
     spec: Any = recipe.system
