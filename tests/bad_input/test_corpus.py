@@ -11,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,19 @@ from torch import Tensor
 
 from bad_input import world
 from diptych.core.prepared import PreparedBatch, map_tensors
+from diptych.recipes import check
+from diptych.recipes.check import SystemReport
 from diptych.recipes.estimate import MemoryPlan
-from diptych.recipes.recipe import StageSpec
+from diptych.recipes.recipe import Recipe, StageSpec
+from diptych.systems.base import System
 from diptych.training.memory import StepMemory
 
 CORPUS = {path.stem: world.entries(path) for path in sorted(Path(__file__).parent.glob("*.jsonl"))}
 EVERY = [pytest.param(entry, id=f"{name}-{entry.id}") for name, rows in CORPUS.items() for entry in rows]
 SECONDS = 120
 TRACED: dict[str, tuple[StepMemory, list[float]]] = {}
+DESCRIBED: dict[str, SystemReport] = {}
+STARTED: dict[str, System] = {}
 
 
 def test_the_corpus_is_large_and_its_names_are_its_own() -> None:
@@ -69,6 +75,40 @@ def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return memory
 
     monkeypatch.setattr(MemoryPlan, "_traced", traced)
+
+
+@pytest.fixture(autouse=True)
+def _looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it say anything of a sound system itself: what differs in nothing but its data is described and started
+    once. One that is refused is refused anew each time."""
+    describe, begin = check.check_system, check.start_weights
+
+    def described(recipe: Recipe, *, processes: int = 1) -> SystemReport:
+        key = repr((without_sources(recipe), processes))
+        if key not in DESCRIBED:
+            DESCRIBED[key] = describe(recipe, processes=processes)
+        return DESCRIBED[key]
+
+    def started(recipe: Recipe, *, quantized: bool = True) -> System:
+        key = repr((without_sources(recipe), quantized))
+        if key not in STARTED:
+            STARTED[key] = begin(recipe, quantized=quantized)
+        return STARTED[key].requires_grad_(False)
+
+    monkeypatch.setattr(check, "check_system", described)
+    monkeypatch.setattr(check, "start_weights", started)
+
+
+def without_sources(recipe: Recipe) -> tuple[object, ...]:
+    """A recipe, with no more of its sources than their tasks and weights."""
+    stages = {
+        name: (
+            replace(stage, data=replace(stage.data, sources={})),
+            [(source.task, source.weight) for source in stage.data.sources.values()],
+        )
+        for name, stage in recipe.stages.items()
+    }
+    return replace(recipe, stages={}), stages
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from serving_process import Running, wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PROMPT = "a red circle left of a blue square"
-PATIENCE = 30_000
+PATIENCE = 90_000
 """Milliseconds."""
 
 

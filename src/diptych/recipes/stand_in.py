@@ -17,6 +17,7 @@ from diptych.core.errors import UserError
 from diptych.core.image_sizes import both_sides
 from diptych.core.sample import Message, Sample, Task
 from diptych.parts.backbones.chat import CHATML
+from diptych.parts.backbones.image_text import ImageTextBackbone
 from diptych.recipes.recipe import StageSpec
 from diptych.systems.base import System
 
@@ -65,8 +66,11 @@ def lend_tokenizer(system: System) -> None:
     kind = str(built.origins["backbone"]["kind"])
     config = backbone.plain_config()
     tokenizer = stand_in_tokenizer(IMAGE_TOKENS.get(kind), config.get("image_token_id"))
-    with torch.device("meta"):
-        backbone.processor = type(backbone).from_config(config, tokenizer).processor
+    cls: Any = type(backbone)
+    with torch.device("meta"):  # the processor comes with a model: this one's, where it can be given
+        shared = isinstance(backbone, ImageTextBackbone)
+        made = cls(backbone.model, tokenizer, None) if shared else cls.from_config(config, tokenizer)
+    backbone.processor = made.processor
 
 
 def task_counts(stage: StageSpec, count: int) -> dict[Task, int]:
