@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from diptych.checkpoints.deferred import placed
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
@@ -350,12 +353,18 @@ def build_tokenizer(name: str | None, vocabulary: int, assets: Path | None) -> A
         vocabulary: its size. assets: a saved folder, whose tokenizer it is where no name is given.
     """
     if name == "toyworld":
-        return train_tokenizer(toy_texts(), vocab_size=vocabulary)
+        return copy.deepcopy(toy_tokenizer(vocabulary))
     if name:
         return read_tokenizer(check_model_files(locate(name)))
     if assets is None:
         raise UserError("backbone: random weights need a `tokenizer` (a folder, or 'toyworld')")
     return read_tokenizer(check_model_files(assets))
+
+
+@functools.cache
+def toy_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
+    """The one that is trained on the toy world's texts, which takes a second. Nobody may change it."""
+    return train_tokenizer(toy_texts(), vocab_size=vocabulary)
 
 
 @functools.cache
