@@ -72,6 +72,8 @@ def test_plan_says_what_would_be_run_and_for_how_long(
     said = capsys.readouterr().out.splitlines()
     assert said[3:5] == ["first: 1.00 h (training 1.00), 2 seeds", "second: 1.50 h (training 1.00), 2 seeds"]
     assert said[5].startswith("estimate: 5.0 h of one run at a time, 2.5 h with --jobs 2; from 2 timed steps of every")
+    seconds = {("a", 0): study_estimate.Seconds(training=3600, scoring=0, quiet=0.25)}
+    assert "had 25% of a processor's time; with all of it, 0.2 h" in study_estimate.lines([], seconds, 1)[-1]
     assert len(timed) == 2, "seeds of one recipe are timed once"
     assert not Path("runs").exists()
 
