@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -110,6 +111,7 @@ def _run(
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(threads)
+    gc.freeze()  # a training looks for what can be freed, and need not look at what was imported
     function(*arguments)
 
 
