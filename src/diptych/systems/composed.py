@@ -43,7 +43,7 @@ from diptych.systems import aligning, conversation, scaled
 from diptych.systems.base import AssembledSystem, trains, with_adapters_apart
 from diptych.systems.branches import BranchVelocities
 from diptych.systems.grids import Scales, canvas_size
-from diptych.systems.meeting import check_parts
+from diptych.systems.meeting import check_parts, tasks_of
 from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Targets
 from diptych.systems.preparing import without as without_parts
 from diptych.systems.presets import ComposedConfig, Dropped, Preset
@@ -398,11 +398,3 @@ class ComposedSystem(AssembledSystem):
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "kind": self.kind}
-
-
-def tasks_of(config: ComposedConfig, backbone: Backbone) -> tuple[Task, ...]:
-    """The tasks of a system with these options."""
-    tasks: list[Task] = ["text_to_image"]
-    if backbone.processor.sees_images:
-        tasks = [*(["image"] if config.prompts.image else []), "text_to_image", "edit"]  # type: ignore[list-item]
-    return (*tasks, "understand") if backbone.causal else tuple(tasks)

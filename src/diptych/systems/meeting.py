@@ -1,10 +1,12 @@
-"""Which parts can meet in a composed system, and why others cannot."""
+"""Which parts can meet in a composed system and for which tasks, and why others cannot."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from diptych.core.errors import UserError
+from diptych.core.sample import Task
+from diptych.parts.backbones.base import Backbone
 from diptych.parts.conditioners.hierarchical_queries import HierarchicalQueries
 from diptych.parts.decoders.packing import PackingDecoder
 from diptych.systems.presets import ComposedConfig, HieraConfig
@@ -154,3 +156,11 @@ def scale_complaints(system: ComposedSystem, config: ComposedConfig) -> list[tup
             "several scales go with one layer's states, no refiner, and images that stay in",
         ),
     ]
+
+
+def tasks_of(config: ComposedConfig, backbone: Backbone) -> tuple[Task, ...]:
+    """The tasks of a system with these options."""
+    tasks: list[Task] = ["text_to_image"]
+    if backbone.processor.sees_images:
+        tasks = [*(["image"] if config.prompts.image else []), "text_to_image", "edit"]  # type: ignore[list-item]
+    return (*tasks, "understand") if backbone.causal else tuple(tasks)
