@@ -255,6 +255,11 @@ def test_a_run_trains_saves_and_starts_with_and_without_it(
     for mine, theirs in zip(taken.projector.parameters(), saved.projector.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     own = start(parse({**aligned, "start": str(tiny_model)}))
+    untrained = copy.deepcopy({**aligned, "start": str(tiny_model)})
+    untrained["stages"]["mix"]["train"] = ["queries", "decoder"]
+    with pytest.raises(UserError, match=r"stages\.mix\.train: .*which start \(.*\) does not have and no stage trains"):
+        start(parse(untrained))
+    start(parse({**untrained, "start": model}))
     drawn = start(parse(aligned))
     assert isinstance(own, ComposedSystem)
     assert isinstance(drawn, ComposedSystem)

@@ -25,6 +25,7 @@ from diptych.recipes.build import FAMILIES, build_system
 from diptych.recipes.families.base import Family, read_json
 from diptych.recipes.families.mllm import MODEL_TYPES
 from diptych.recipes.legacy import read_config, with_new_names
+from diptych.recipes.loss_terms import aligns
 from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.plain import merge
@@ -224,12 +225,15 @@ def start(recipe: Recipe, *, quantized: bool = False) -> System:
         quantized: put the parts that the recipe quantises into their formats, for training.
 
     Raises:
-        UserError: weights that do not fit, or a quantised part that a stage trains whole.
+        UserError: weights that do not fit, a quantised part that a stage trains whole, or an alignment whose projector
+            neither `start` nor a stage brings.
     """
     torch.manual_seed(key(recipe.seed, "weights"))
     system = build_system(recipe.system)
     if recipe.start is not None:
-        read_start(system, recipe.start)
+        kept = read_start(system, recipe.start)
+        if any(name.startswith(PROJECTOR) for name in kept):
+            check_projector_learns(system, recipe)
     if quantized:
         quantize_frozen(system, recipe)
     return system
@@ -279,22 +283,34 @@ def quantized_parts(recipe: Recipe) -> dict[str, Quantization]:
     return formats
 
 
-def read_start(system: System, name: str) -> None:
-    """The weights of a recipe's `start` into its system."""
+def read_start(system: System, name: str) -> set[str]:
+    """The weights of a recipe's `start` into its system; names of those that it does not have and that stay as they
+    are: adapters, and an alignment's projector."""
     file = Path(name).expanduser()
     if file.suffix == ".safetensors" or file.suffix in PICKLES:
         for family in families():
             if family.one_file and family.holds(system):
                 family.read_weights(system, file)
-                return
+                return {name for name in system.state_dict() if name.startswith(PROJECTOR)}
         raise UserError(
             f"start: {file}: single files of weights are read for systems of OpenUni's or MetaQuery's parts, as in "
             "iomm/openuni_l_finetune_mix and metaquery/sana; this one has others"
         )
     source, _ = load_system(name)
     check_words(system, source, name)
-    copy_weights(system, source, name)
+    kept = copy_weights(system, source, name)
     own_others(system, source)
+    return kept
+
+
+def check_projector_learns(system: System, recipe: Recipe) -> None:
+    """UserError where a stage holds states against features through a projector that is as it was drawn, for ever."""
+    learns_by = [name for name, stage in recipe.stages.items() if aligns(system, stage)]
+    if learns_by and not any("alignment" in stage.train for stage in recipe.stages.values()):
+        raise UserError(
+            f"stages.{learns_by[0]}.train: system.alignment compares through a projector, which start "
+            f"({recipe.start}) does not have and no stage trains; add alignment to train, or set system.alignment: null"
+        )
 
 
 BASE_LAYER = ".base_layer."
@@ -324,9 +340,9 @@ def own_others(system: System, source: System) -> None:
             system.origins[part] = {**system.origins[part], "weights": None}
 
 
-def copy_weights(system: System, source: System, name: str) -> None:
+def copy_weights(system: System, source: System, name: str) -> set[str]:
     """Every weight of `source` into `system`, strictly; adapters and an alignment's projector of `system` stay as they
-    are where it has none, and its projector is left out where `system` has none."""
+    are where it has none (their names are returned), and its projector is left out where `system` has none."""
     tensors = source.state_dict()
     if getattr(system, "projector", None) is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
@@ -334,3 +350,4 @@ def copy_weights(system: System, source: System, name: str) -> None:
     rename = {} if any(BASE_LAYER in name for name in tensors) else adapted
     optional = {name for name in system.state_dict() if LORA in name or name.startswith(PROJECTOR)} - tensors.keys()
     load_into(system, iter(tensors.items()), name, optional=lambda key: key in optional, rename=rename)
+    return optional
