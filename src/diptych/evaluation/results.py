@@ -141,14 +141,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def commit() -> str | None:
-    """The revision of the checkout that this code runs from; None where it is installed as a package."""
-    folder = Path(__file__).parents[3] / ".git"
+def commit(checkout: Path = Path(__file__).parents[3]) -> str | None:
+    """The revision of a checkout, of the one that this code runs from by default; None where it is none (a package)."""
+    folder = checkout / ".git"
     try:
+        if folder.is_file():  # a worktree's, or a submodule's: the file says where its own folder lies
+            folder = checkout / folder.read_text(encoding="utf-8").strip().removeprefix("gitdir: ")
         head = (folder / "HEAD").read_text(encoding="utf-8").strip()
         if not head.startswith("ref: "):
             return head
         name = head.removeprefix("ref: ")
+        if (folder / "commondir").is_file():  # where all worktrees have their branches
+            folder = folder / (folder / "commondir").read_text(encoding="utf-8").strip()
         if (folder / name).is_file():
             return (folder / name).read_text(encoding="utf-8").strip()
         packed = (folder / "packed-refs").read_text(encoding="utf-8").splitlines()

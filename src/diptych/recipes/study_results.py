@@ -117,7 +117,7 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
         "bench": None if study.bench is None else {"stated": stated(study.bench)},
         "hardware": sorted({result["hardware"] for result in every}),
         "versions": every[0]["versions"] if every else {},
-        "commits": sorted({str(result.get("commit")) for result in every}),
+        "commits": sorted({commit for result in every if (commit := result.get("commit"))}),
         "times": times(runs, scores),
     }
 

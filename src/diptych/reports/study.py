@@ -194,7 +194,8 @@ def facts(results: Mapping[str, Any]) -> list[str]:
     if results["hardware"]:
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         lines.append(f"- Run on {'; '.join(results['hardware'])}, with {versions}.")
-        lines.append(f"- Commits: {', '.join(results['commits'])}.")
+        if results["commits"]:
+            lines.append(f"- Commits: {', '.join(results['commits'])}.")
     return lines
 
 
