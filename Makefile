@@ -5,8 +5,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most of what is installed never is, and compiling takes half the time.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-# Slow tests wait for each other's processes, so that one more for two cores runs meanwhile.
-WAITING = $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 ))
 
 .PHONY: quickstart test test-slow lint site clean
 
@@ -16,9 +14,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not slow'
 
-# What starts browsers, several training processes, notebooks or long runs; CI runs it before `make test`.
+# What starts browsers, several training processes, notebooks or long runs; CI runs it after `make test`.
 test-slow: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WAITING) --dist worksteal -m 'slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not gpu'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

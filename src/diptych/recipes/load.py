@@ -25,7 +25,6 @@ from diptych.recipes.build import FAMILIES, build_system
 from diptych.recipes.families.base import Family, read_json
 from diptych.recipes.families.mllm import MODEL_TYPES
 from diptych.recipes.legacy import read_config, with_new_names
-from diptych.recipes.loss_terms import aligns
 from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.plain import merge
@@ -305,6 +304,8 @@ def read_start(system: System, name: str) -> set[str]:
 
 def check_projector_learns(system: System, recipe: Recipe) -> None:
     """UserError where a stage holds states against features through a projector that is as it was drawn, for ever."""
+    from diptych.recipes.loss_terms import aligns  # what a model that is loaded alone does not need
+
     learns_by = [name for name, stage in recipe.stages.items() if aligns(system, stage)]
     if learns_by and not any("alignment" in stage.train for stage in recipe.stages.values()):
         raise UserError(
