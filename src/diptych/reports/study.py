@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from diptych.reports import markdown as md
 
 NONE_YET = "-"
 BAR, POINT, INK = figures.COLOURS[0], figures.COLOURS[1], figures.INK
+TICK = 18
+"""Characters in a line of a bar's label."""
 RULE = (
     "A claim holds where the whole interval of the difference lies above the threshold, does not hold where it lies "
     "below (reversed: below zero), and cannot be told else. Differences are of the same seed and the same items."
@@ -218,7 +221,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             offsets = [at + 0.12 * (number - (len(points) - 1) / 2) for number in range(len(points))]
             panel.scatter(offsets, points, s=16, color=POINT, zorder=3)
             panel.annotate(f"{mean:.2f}", (at, max(high, *points, 0.0) + 0.02), ha="center", color=INK, fontsize=8)
-        panel.set_xticks(range(len(shown)), ["\n".join(names[name]) for name in shown], fontsize=8)
+        ticks = ["\n".join(textwrap.fill(part, TICK) for part in names[name]) for name in shown]
+        panel.set_xticks(range(len(shown)), ticks, fontsize=8)
         panel.set_xlabel(" / ".join(columns), fontsize=8)
         panel.set_ylabel(task)
         if all(row["tasks"][task]["highest"] <= 1 for row in shown.values()):  # a share, and no distance
