@@ -3,8 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: most of what is installed never is, and compiling takes half the time.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test test-slow lint site clean
 
