@@ -242,6 +242,32 @@ def test_the_variance_study_has_the_runs_of_toy_iomm(packaged: Packaged) -> None
     assert iomm.runs["image_mix"].seeds == variance.seeds
 
 
+def test_some_rows_alone(tiny_study: StudySpec) -> None:
+    wanted = load("study.yaml", ["runs.third={recipe: tiny.yaml}"])
+    said: list[str] = []
+    found = run_study(wanted, Path("out"), rows=["second"], say=said.append)
+    # With the run that it starts from; the third stays to do, and its row empty.
+    assert said == ["run 1 of 2: first, seed 0", "run 2 of 2: second, seed 0"]
+    assert found is not None
+    assert not found["complete"]
+    assert found["runs"]["second"]["tasks"]
+    assert not Path("out/0/third").exists()
+    # Rows that are performed later leave those that are there as they are.
+    done = Path("out/0/second/eval/results.json").stat().st_mtime_ns
+    later = run_study(wanted, Path("out"), rows=["third"])
+    assert later is not None
+    assert later["complete"]
+    assert later["runs"]["second"] == found["runs"]["second"]
+    assert Path("out/0/second/eval/results.json").stat().st_mtime_ns == done
+
+
+def test_a_row_that_is_none(tiny_study: StudySpec, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in (["--plan"], []):
+        assert main(["study", "study.yaml", "--rows", "secnd", "--no-estimate", *more]) == 2
+        assert "--rows: unknown row 'secnd'. Did you mean 'second'?" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_a_start_that_does_not_fit_shows_before_the_first_run(tiny_study: StudySpec) -> None:
     wanted = load("study.yaml", ["runs.second.set=[system.conditioner.config.queries=5]"])
     with pytest.raises(UserError, match=r"runs\.second\.start: the weights of first do not fit into it \(.*queries"):

@@ -11,6 +11,12 @@ FILES = ("table.md", "results.json", "plot.png", "curve.png", "steps.png")
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="a study, or a YAML file; without it, all are listed")
     parser.add_argument("--seeds", metavar="SEED", type=int, nargs="+", help="one run of everything for each (0)")
+    parser.add_argument(
+        "--rows",
+        metavar="ROW",
+        nargs="+",
+        help="perform these rows alone, and those that they start from (all); what the others have stays in the tables",
+    )
     parser.add_argument("-o", "--out", "--output", help="the study's folder (runs/<name>); give it again to continue")
     parser.add_argument(
         "--set",
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.results is not None:
         return rebuild(args)
     if args.name is None:
-        if args.set or args.seeds or args.out or args.limit is not None or args.plan:
+        if args.set or args.seeds or args.rows or args.out or args.limit is not None or args.plan:
             raise UserError(f"which study? Choices: {', '.join(study.names())}, or a YAML file")
         for name in study.names():
             print(f"{name}  {study.load(name).title}")
@@ -70,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             wanted,
             out,
             seeds=args.seeds,
+            rows=args.rows,
             jobs=args.jobs,
             timed=not args.no_estimate,
             say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if results is None:
         words = ["diptych", "study", args.name, "--out", str(out)]
         words += ["--seeds", *map(str, args.seeds)] if args.seeds else []
+        words += ["--rows", *args.rows] if args.rows else []
         words += ["--limit", str(args.limit)] if args.limit is not None else []
         words += ["--jobs", str(args.jobs)] if args.jobs != 1 else []
         words += ["--no-estimate"] if args.no_estimate else []
@@ -96,7 +104,7 @@ def rebuild(args: argparse.Namespace) -> int:
     from diptych.core.errors import UserError
     from diptych.recipes import study_results
 
-    if args.name is not None or args.set or args.seeds or args.limit is not None or args.plan:
+    if args.name is not None or args.set or args.seeds or args.rows or args.limit is not None or args.plan:
         raise UserError("--from makes tables and plots of what is there; it goes with --out alone")
     if args.out is None:
         raise UserError("--from needs --out, the folder for table.md and the plots")
@@ -111,7 +119,7 @@ def planned(wanted: Any, args: argparse.Namespace, out: Any) -> list[str]:
     from diptych.recipes import study, study_estimate
     from diptych.recipes.study_run import threads_of
 
-    runs = study.plan(wanted, args.seeds, out)
+    runs = study.of_rows(study.plan(wanted, args.seeds, out), args.rows)
     lines = [f"{wanted.title}: {len(runs)} runs, {len(wanted.claims)} claims"]
     for name in dict.fromkeys(run.name for run in runs):
         same = [run for run in runs if run.name == name]

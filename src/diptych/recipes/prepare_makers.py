@@ -23,7 +23,8 @@ from diptych.parts.backbones.processor import VisionInputs, join_inputs
 from diptych.recipes.prepared import Needed
 from diptych.systems.base import System
 from diptych.systems.composed import ComposedSystem
-from diptych.systems.preparing import ConditionedPreparer, Request
+from diptych.systems.conditioned_inputs import Request
+from diptych.systems.preparing import ConditionedPreparer
 from diptych.systems.presets import Dropped
 from diptych.systems.states import dropouts, real_rows, request_digest, shows_own
 

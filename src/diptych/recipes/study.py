@@ -252,6 +252,25 @@ def plan(study: StudySpec, seeds: Sequence[int] | None, out: Path) -> list[Plann
     return planned
 
 
+def of_rows(runs: Sequence[Planned], rows: Sequence[str] | None) -> list[Planned]:
+    """The runs of some rows and those that they start from; all for None.
+
+    Raises:
+        UserError: a row that the study has not.
+    """
+    if rows is None:
+        return list(runs)
+    names = list(dict.fromkeys(run.name for run in runs))
+    for row in rows:
+        if row not in names:
+            raise unknown("row", row, names, "--rows")
+    kept = [run for run in runs if run.name in rows]
+    for run in kept:  # grows while it is walked: starts of starts
+        if run.start is not None and not any(run.start is other for other in kept):
+            kept.append(run.start)
+    return [run for run in runs if any(run is other for other in kept)]
+
+
 def _check_starts(runs: Sequence[Planned]) -> None:
     """UserError for a run whose weights are not those of the run that it starts from, by name and shape."""
     shapes: dict[str, dict[str, Any]] = {}

@@ -31,7 +31,7 @@ from diptych.recipes.load import load
 from diptych.recipes.quickstart import hardware
 from diptych.recipes.resuming import strip
 from diptych.recipes.run import train_recipe
-from diptych.recipes.study import Planned, StudySpec, asked, plan
+from diptych.recipes.study import Planned, StudySpec, asked, of_rows, plan
 from diptych.recipes.study_estimate import estimate, lines
 
 GIVEN = "given.json"
@@ -48,6 +48,7 @@ def run_study(
     out: Path,
     *,
     seeds: Sequence[int] | None = None,
+    rows: Sequence[str] | None = None,
     jobs: int = 1,
     timed: bool = False,
     say: Say = lambda line: None,
@@ -60,6 +61,7 @@ def run_study(
 
     Args:
         seeds: instead of the study's own.
+        rows: perform these alone, and the rows that they start from; the others stay as they are, finished or not.
         jobs: runs at a time, each in a process of its own when there are several.
         timed: whether an estimate of the hours that are left is said first (`study_estimate`).
         say: told what happens next. progress: told (what is scored, images done, images in all).
@@ -68,13 +70,14 @@ def run_study(
         What results.json holds; None when a signal stopped the study after saving.
 
     Raises:
-        UserError: `out` holds something else, or runs of other recipes; a run that fails.
+        UserError: `out` holds something else, or runs of other recipes; a row that is none; a run that fails.
     """
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, not {jobs}")
     if environment.number("WORLD_SIZE", 1, minimum=1) > 1:
         raise UserError("a study is not started by a launcher; use --jobs for several runs at a time")
     runs = plan(study, seeds, out)
+    chosen = of_rows(runs, rows)
     tasks = {name: asked(study, spec) for name, spec in study.runs.items()}
     with only_writer(out, "diptych study"):
         if holds_others(out):
@@ -83,16 +86,16 @@ def run_study(
             check_same(run)
         make_folder(out)
         write_text(out / "study.json", json.dumps({"title": study.title, "tasks": asked(study)}, indent=1) + "\n")
-        waiting = [run for run in runs if not (trained(run) and scored(run, tasks[run.name]))]
-        if len(waiting) < len(runs):
-            say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+        waiting = [run for run in chosen if not (trained(run) and scored(run, tasks[run.name]))]
+        if len(waiting) < len(chosen):
+            say(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already")
         if timed and waiting:
             seconds_left = estimate(waiting, tasks, threads=threads_of(jobs), cache=out)
             for line in lines(waiting, seconds_left, jobs):
                 say(line)
         if jobs == 1:
             for run in waiting:
-                say(f"run {runs.index(run) + 1} of {len(runs)}: {run.title}")
+                say(f"run {chosen.index(run) + 1} of {len(chosen)}: {run.title}")
                 if not perform(run, tasks[run.name], say=say, progress=progress):
                     return None
                 study_results.write(study, runs, out)

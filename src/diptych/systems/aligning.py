@@ -22,7 +22,7 @@ from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.packing import check_layer
 from diptych.parts.decoders.projector import AlignmentProjector
 from diptych.systems.base import trains
-from diptych.systems.preparing import Requests, Targets
+from diptych.systems.conditioned_inputs import Requests, Targets
 from diptych.systems.presets import ComposedConfig
 
 

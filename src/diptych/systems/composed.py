@@ -39,13 +39,12 @@ from diptych.parts.conditioners.prefix import condition_states
 from diptych.parts.conditioners.token_refiner import TokenRefiner
 from diptych.parts.decoders.base import Decoder
 from diptych.parts.decoders.projector import AlignmentProjector
-from diptych.systems import aligning, conversation, scaled
+from diptych.systems import aligning, conversation, preparing, scaled
 from diptych.systems.base import AssembledSystem, trains, with_adapters_apart
 from diptych.systems.branches import BranchVelocities
+from diptych.systems.conditioned_inputs import ConditionedInputs, Requests, Targets
 from diptych.systems.grids import Scales, canvas_size
 from diptych.systems.meeting import check_parts, tasks_of
-from diptych.systems.preparing import ConditionedInputs, ConditionedPreparer, Requests, Targets
-from diptych.systems.preparing import without as without_parts
 from diptych.systems.presets import ComposedConfig, Dropped, Preset
 from diptych.systems.states import States, chosen, joined_states, masked_mean
 
@@ -116,9 +115,9 @@ class ComposedSystem(AssembledSystem):
 
     # Requests
 
-    def preparer(self) -> ConditionedPreparer:
+    def preparer(self) -> preparing.ConditionedPreparer:
         processor, config = self.backbone.processor, self.options
-        return ConditionedPreparer(
+        return preparing.ConditionedPreparer(
             config=config,
             tasks=self.tasks,
             processor=processor,
@@ -140,7 +139,7 @@ class ComposedSystem(AssembledSystem):
         return self.condition(requests)
 
     def without(self, batch: Batch, dropped: Dropped) -> Batch:
-        return Batch(tuple(without_parts(sample, dropped) for sample in batch))
+        return Batch(tuple(preparing.without(sample, dropped) for sample in batch))
 
     def condition(self, requests: Requests) -> Any:
         """What the decoder sees of requests, whatever the time."""

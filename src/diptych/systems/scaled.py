@@ -21,8 +21,8 @@ from diptych.core.prepared import SizeGroups
 from diptych.objectives.alignment import alignment_loss, resample_each
 from diptych.objectives.flow_matching import interpolate
 from diptych.parts.decoders.packing import Packed
+from diptych.systems.conditioned_inputs import Targets
 from diptych.systems.grids import Scales
-from diptych.systems.preparing import Targets
 from diptych.systems.presets import ComposedConfig, HieraConfig
 
 if TYPE_CHECKING:
