@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diptych.core.errors import UserError
+from diptych.data import parquet
 from diptych.data.parquet import ParquetSource
 from diptych.data.source import BadItem, ItemDraws
 
@@ -109,6 +111,32 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \.parquet file"):
         ParquetSource(tmp_path / "empty")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `datasets` loads as it would a repository of the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parquet, "_files", lambda item: [])
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_data_set_of_the_hub(repository: Path, tmp_path: Path) -> None:
+    table(repository / "train.parquet", image=[picture("red")], text=["r"])
+    source = ParquetSource("owner/name", cache=tmp_path / "cache")
+    assert source.load(0, DRAWS, (8, 8)).text == "r"
+
+
+def test_tars_of_the_hub_are_not_read_by_a_library_that_drops_fields(repository: Path, tmp_path: Path) -> None:
+    with tarfile.open(repository / "train.tar", "w") as shard:
+        for name, data in [("0.png", picture("red")), ("0.txt", b"r")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            shard.addfile(member, io.BytesIO(data))
+    with pytest.raises(UserError, match=r"owner/name: a data set of tar files, .* kind: webdataset"):
+        ParquetSource("owner/name", columns={"image": "png", "text": "txt"}, cache=tmp_path / "cache")
 
 
 def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,9 @@ def _load(
     try:
         if files:
             return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
-        return datasets.load_dataset(str(hub), config, split=split, cache_dir=cache)
+        tars = datasets.load_dataset_builder(str(hub), config, cache_dir=cache).info.builder_name == "webdataset"
+        if not tars:
+            return datasets.load_dataset(str(hub), config, split=split, cache_dir=cache)
     except Exception as error:  # `datasets` raises errors of many libraries: hub, network, arrow
         if isinstance(error, MemoryError):
             raise
@@ -224,6 +226,10 @@ def _load(
         raise UserError(f"{files[0] if files else hub}: {kind} ({detail})") from error
     finally:
         logger.setLevel(level)
+    raise UserError(
+        f"{hub}: a data set of tar files, of which `datasets` keeps only fields that all of the first five samples "
+        f"have; read the files themselves: kind: webdataset, path: hf://datasets/{hub}/NAME.tar"
+    )
 
 
 def _undecoded(data: Any, column: str) -> Any:
