@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import diptych
 from diptych.parts.added_lora import Factors
 from diptych.parts.lora import linear_layers
 from diptych.recipes import lora
+from serving.asking import PROMPT
 from serving_process import Running, ended, started
 
 
@@ -33,6 +35,11 @@ def client(server: Running) -> Iterator[Any]:
     made = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=120)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Image.Image:
+    return diptych.load("toy/iomm", device="cpu").generate(PROMPT, seed=[7])[0]
 
 
 def write_adapter(folder: Path, seed: int) -> Path:
