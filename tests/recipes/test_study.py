@@ -340,6 +340,35 @@ def test_a_model_that_is_there_stands_for_a_run(tiny_study: StudySpec, tiny_mode
         plan(load("study.yaml", ["runs.first.model=./gone"]), (0,), Path("out"))
 
 
+def test_a_model_that_is_given_is_sampled_as_the_study_says(tiny_study: StudySpec, tiny_model: Path) -> None:
+    changes = ["runs.first.report=true", "stages.mix.steps=1", f"runs.first.model={tiny_model}"]
+    own = run_study(load("study.yaml", changes), Path("own"))
+    assert own is not None
+    changes.append("set=[run.save_every=1, sampling.cfg=3.5, sampling.edit.cfg=2.5, sampling.solver=heun]")
+    wanted = load("study.yaml", changes)
+    first, second = plan(wanted, (0,), Path("out"))
+    found = run_study(wanted, Path("out"))
+    assert found is not None
+    given, trained = (json.loads((run.folder / "eval/results.json").read_text())["sampling"] for run in (first, second))
+    assert given == trained
+    assert (given["cfg"], given["edit"], given["solver"]) == (3.5, {"cfg": 2.5}, "heun")
+    assert found["sampled_differently"] == {}
+    # Scores that it got with settings of its own are not taken for these.
+    with pytest.raises(UserError, match=r"0/first: holds scores of the model .* with other sampling; choose another"):
+        run_study(wanted, Path("own"))
+    with pytest.raises(UserError, match=r"(?s)solvr.*solver"):
+        run_study(load("study.yaml", [*changes[:-1], "set=[sampling.solvr=heun]"]), Path("typo"))
+
+
+def test_a_table_says_which_rows_are_sampled_in_another_way(tiny_study: StudySpec, tiny_model: Path) -> None:
+    changes = ["runs.first.report=true", "stages.mix.steps=1", f"runs.first.model={tiny_model}"]
+    found = run_study(load("study.yaml", [*changes, "runs.first.set=[sampling.cfg=3.5]"]), Path("out"))
+    assert found is not None
+    assert list(found["sampled_differently"]) == ["cfg"]
+    table = Path("out/table.md").read_text()
+    assert "Not sampled alike: cfg is first 3.5, second " in table
+
+
 def test_seconds_of_a_killed_session_count_up_to_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)

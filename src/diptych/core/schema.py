@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import math
 import types
@@ -52,7 +53,7 @@ def read(cls: Any, value: Any, where: str, variants: Mapping[type, Variants] | N
 def read_dataclass(cls: Any, value: Any, where: str, variants: Mapping[type, Variants]) -> Any:
     """A mapping as a dataclass; every key must be a field, every field without default must be there."""
     rows = _need(value, dict, where, "a mapping")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in rows:
         if key not in fields:
@@ -72,6 +73,12 @@ def read_dataclass(cls: Any, value: Any, where: str, variants: Mapping[type, Var
         return made
     except UserError as error:
         raise UserError(f"{where}: {error}" if where else str(error)) from error
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields; to evaluate their texts takes longer than all else here."""
+    return get_type_hints(cls)
 
 
 def _with_defaults(field: dataclasses.Field[Any], value: Any) -> Any:

@@ -20,7 +20,10 @@ from diptych.core.reading import read_yaml
 from diptych.core.schema import read
 from diptych.evaluation import toyfeatures, toyscales, toyvqa
 from diptych.evaluation.evaluate import TOYS
+from diptych.inference.sampling import Sampling
 from diptych.recipes.build import build_system
+from diptych.recipes.load import load as load_model
+from diptych.recipes.model import Model
 from diptych.recipes.names import locate
 from diptych.recipes.plain import load_plain, merge, set_value
 from diptych.recipes.recipe import Recipe, parse
@@ -47,7 +50,8 @@ class TaskSpec:
 class RunSpec:
     """One run. set: changes to its recipe. start: an earlier run whose model it starts from; the recipe's own start
     when None. model: one that is there already (shipped name, run folder, saved folder), which stands for the run;
-    its recipe is then not trained. report: whether it is scored and stands in the table. labels: its entries in the
+    its recipe is then not trained, and of all changes those of `sampling` alone hold, on top of the model's own, so
+    that rows are asked alike. report: whether it is scored and stands in the table. labels: its entries in the
     table's columns. tasks: those of the study's that it is scored on; None for all. seeds: in place of the study's,
     such as more of them for a row that much depends on; the run that it starts from needs them too. stages: those of
     its recipe that are trained; None for all."""
@@ -89,7 +93,8 @@ class StudySpec:
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A run with one seed. plain: its resolved recipe. start: the run it starts from. chain: (steps, batch) of every
-    stage behind its model, those of the runs it starts from first; none of a model that is given."""
+    stage behind its model, those of the runs it starts from first; none of a model that is given. sampling: the study's
+    and its own changes to how images are sampled."""
 
     name: str
     seed: int
@@ -99,6 +104,7 @@ class Planned:
     recipe: Recipe
     start: Planned | None
     chain: tuple[tuple[int, int], ...]
+    sampling: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -252,6 +258,22 @@ def plan(study: StudySpec, seeds: Sequence[int] | None, out: Path) -> list[Plann
     return planned
 
 
+def ready(run: Planned, device: str = "cpu") -> Model:
+    """The model of a run, which is trained or given. One that is given samples as the study says, not as it says
+    itself, so that all rows are asked alike; what the study leaves open is the model's own.
+
+    Raises:
+        UserError: a setting of sampling that is not there, or does not fit.
+    """
+    model = load_model(run.spec.model or str(run.folder), device=device)
+    if run.spec.model is not None:
+        plain = {"sampling": dataclasses.asdict(model.sampling)}
+        for change in run.sampling:
+            set_value(plain, change)
+        model.sampling = read(Sampling, plain["sampling"], f"runs.{run.name}: sampling")
+    return model
+
+
 def of_rows(runs: Sequence[Planned], rows: Sequence[str] | None) -> list[Planned]:
     """The runs of some rows and those that they start from; all for None.
 
@@ -329,6 +351,7 @@ def _plan_run(
         recipe=recipe,
         start=start,
         chain=(*(start.chain if start else ()), *steps),
+        sampling=tuple(change for change in (*study.set, *spec.set) if change.startswith("sampling.")),
     )
 
 

@@ -25,8 +25,7 @@ from diptych.evaluation.task import Tools
 from diptych.inference.engine import Engine
 from diptych.recipes.build import build_system
 from diptych.recipes.check import measure
-from diptych.recipes.load import load
-from diptych.recipes.study import Planned
+from diptych.recipes.study import Planned, ready
 
 CACHE = "estimate.json"
 ITEMS = 12
@@ -65,7 +64,7 @@ def estimate(
     result: dict[tuple[str, int], Seconds] = {}
     with _threads(threads):
         for run in runs:
-            timed_part = [run.plain["system"], run.plain["stages"], run.plain.get("run")]
+            timed_part = [run.plain["system"], run.plain["stages"], run.plain.get("run"), run.sampling]
             parts = json.dumps([timed_part, run.spec.model, tasks[run.name], run.spec.report, threads], sort_keys=True)
             fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:16]
             if len(kept.get(fingerprint, ())) != 3:
@@ -84,8 +83,7 @@ def estimate(
 def _timed(run: Planned, tasks: Mapping[str, Mapping[str, Any]]) -> list[float]:
     """Seconds of a run's training and of its scoring."""
     if run.spec.model is not None:
-        engine = load(run.spec.model)
-        return [0.0, _scored(engine, run, tasks)]
+        return [0.0, _scored(ready(run), run, tasks)]
     system = build_system(run.recipe.system)
     training = sum(measure(run.recipe, system, name) for name in run.recipe.stages)
     engine = Engine(system.eval(), run.recipe.sampling, name=run.title)

@@ -115,6 +115,7 @@ def collect(study: StudySpec, runs: Sequence[Planned]) -> dict[str, Any]:
         "runs": rows,
         "claims": {name: {"stated": stated(claim)} for name, claim in study.claims.items()},
         "bench": None if study.bench is None else {"stated": stated(study.bench)},
+        "sampled_differently": sampled_differently(runs, scores),
         "hardware": sorted({result["hardware"] for result in every}),
         "versions": every[0]["versions"] if every else {},
         "commits": sorted({commit for result in every if (commit := result.get("commit"))}),
@@ -169,6 +170,16 @@ def times(runs: Sequence[Planned], scores: Mapping[tuple[str, int], Any]) -> dic
         if result is not None:
             scoring.setdefault(run.name, {})[str(run.seed)] = result["seconds"]
     return {"training_seconds": training, "scoring_seconds": scoring}
+
+
+def sampled_differently(runs: Sequence[Planned], scores: Mapping[tuple[str, int], Any]) -> dict[str, dict[str, Any]]:
+    """Settings of sampling that are not the same for all rows, and what each row was sampled with; often by intent."""
+    sampled = {
+        run.name: dict(result.get("sampling", {})) for run in runs if (result := scores[run.name, run.seed]) is not None
+    }
+    settings = dict.fromkeys(name for each in sampled.values() for name in each)
+    differ = [name for name in settings if len({repr(each.get(name)) for each in sampled.values()}) > 1]
+    return {name: {row: each.get(name) for row, each in sampled.items()} for name in differ}
 
 
 def judged(results: dict[str, Any]) -> dict[str, Any]:

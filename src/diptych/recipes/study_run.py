@@ -27,11 +27,10 @@ from diptych.evaluation import evaluate, results
 from diptych.recipes import study_results
 from diptych.recipes.clock import clock, seconds
 from diptych.recipes.legacy import with_new_names
-from diptych.recipes.load import load
 from diptych.recipes.quickstart import hardware
 from diptych.recipes.resuming import strip
 from diptych.recipes.run import train_recipe
-from diptych.recipes.study import Planned, StudySpec, asked, of_rows, plan
+from diptych.recipes.study import Planned, StudySpec, asked, of_rows, plan, ready
 from diptych.recipes.study_estimate import estimate, lines
 
 GIVEN = "given.json"
@@ -118,9 +117,10 @@ def holds_others(out: Path) -> bool:
 
 def check_same(run: Planned) -> None:
     """UserError when the folder of a run holds one of another recipe, or the scores of another model."""
-    before = given(run)
-    if before is not None and before != run.spec.model:
-        raise UserError(f"{run.folder}: holds scores of the model {before}; choose another --out")
+    before, now = given(run), stands_for(run)
+    if before is not None and before != now:
+        sampled = "" if now is None or before["model"] != now["model"] else " with other sampling"
+        raise UserError(f"{run.folder}: holds scores of the model {before['model']}{sampled}; choose another --out")
     path = run.folder / "recipe.yaml"
     if not path.is_file():
         return
@@ -131,10 +131,15 @@ def check_same(run: Planned) -> None:
         raise UserError(f"{run.folder}: holds a run of another recipe ({changed}); choose another --out")
 
 
-def given(run: Planned) -> str | None:
-    """The model whose scores stand in a run's folder in place of a trained one's."""
+def given(run: Planned) -> dict[str, Any] | None:
+    """The model whose scores stand in a run's folder in place of a trained one's, and the changes to its sampling."""
     path = run.folder / GIVEN
-    return read_object(path).get("model") if path.is_file() else None
+    return {"sampling": [], **read_object(path)} if path.is_file() else None
+
+
+def stands_for(run: Planned) -> dict[str, Any] | None:
+    """What `given` finds once a run is scored whose model is there already."""
+    return None if run.spec.model is None else {"model": run.spec.model, "sampling": list(run.sampling)}
 
 
 def trained(run: Planned) -> bool:
@@ -161,7 +166,7 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
                 raise UserError(f"{run.folder}: its training left no model")
         if run.spec.model is not None:
             make_folder(run.folder)
-            write_text(run.folder / GIVEN, json.dumps({"model": run.spec.model}) + "\n")
+            write_text(run.folder / GIVEN, json.dumps(stands_for(run)) + "\n")
         if not scored(run, tasks):
             score(run, tasks, progress)
     return True
@@ -170,7 +175,7 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
 def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
     """Scores of a trained run in eval/, with its seed for the noise."""
     device = "cuda" if torch.cuda.is_available() and run.recipe.run.device == "auto" else "cpu"
-    engine = load(run.spec.model or str(run.folder), device=device)
+    engine = ready(run, device)
 
     def report(task: str, done: int, total: int) -> None:
         if progress is not None:

@@ -194,6 +194,9 @@ def facts(results: Mapping[str, Any]) -> list[str]:
     for task, options in results["tasks"].items():
         given = ", ".join(f"{key} {value}" for key, value in options.items()) or "its own settings"
         lines.append(f"- {task}: {given}.")
+    for setting, values in results.get("sampled_differently", {}).items():
+        each = ", ".join(f"{name} {value}" for name, value in values.items())
+        lines.append(f"- Not sampled alike: {setting} is {each}.")
     if results["hardware"]:
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         lines.append(f"- Run on {'; '.join(results['hardware'])}, with {versions}.")
