@@ -3,7 +3,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# Byte code by all cores; pip makes it by one. What a package holds that is no Python, such as a template, is left out.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .PHONY: quickstart test test-slow lint site clean
 
@@ -34,11 +36,13 @@ $(VENV)/.torch: pyproject.toml constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch
 	$(PIP) -c constraints.txt -e '.[eval]'
+	$(COMPILE)
 	touch $@
 
 # Holds what the other one does, too.
 $(VENV)/.installed-dev: $(VENV)/.torch
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(COMPILE)
 	touch $(VENV)/.installed $@
 
 clean:
