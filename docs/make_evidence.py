@@ -7,7 +7,7 @@ its plots are drawn into docs/images. What has no results says so. Run it after 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,17 @@ def studies(found: dict[str, dict[str, Any] | None]) -> list[str]:
         bench = results["bench"]
         passes = "-" if bench is None or bench["passes"] is None else "passes" if bench["passes"] else "does not pass"
         hours, hardware = f"{reports.hours(results):.1f}", "; ".join(results["hardware"])
-        rows.append([f"`{name}`", f"`diptych study {name} --jobs 2`", hours, hardware, passes])
+        rows.append([f"`{name}`", f"`diptych study {name}{only(results)} --jobs 2`", hours, hardware, passes])
     return md.table(["study", "command", "hours, one run at a time", "hardware", "bench"], rows)
+
+
+def only(results: Mapping[str, Any]) -> str:
+    """The options of a study of which some rows were performed, or some seeds; nothing for a whole one."""
+    if results["complete"]:
+        return ""
+    done = {name: sorted(int(seed) for seed in row["seeds"]) for name, row in results["runs"].items() if row["seeds"]}
+    seeds = sorted({seed for each in done.values() for seed in each})
+    return f" --rows {' '.join(done)} --seeds {' '.join(map(str, seeds))}"
 
 
 def pictures(found: dict[str, dict[str, Any] | None]) -> Iterator[str]:
