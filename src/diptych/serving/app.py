@@ -299,7 +299,8 @@ class Limited:
         with contextlib.suppress(TimeoutError, OSError):
             while not self._whole and self._size <= DRAINED * self._limit:
                 left = max(0.0, self._end - asyncio.get_running_loop().time())
-                message = await asyncio.wait_for(self._receive(), left)
+                async with asyncio.timeout(left):
+                    message = await self._receive()
                 self._size += len(message.get("body", b""))
                 self._whole = message["type"] != "http.request" or not message.get("more_body", False)
 
@@ -308,7 +309,8 @@ class Limited:
             return await self._receive()
         left = self._end - asyncio.get_running_loop().time()
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, left))
+            async with asyncio.timeout(max(0.0, left)):
+                message = await self._receive()
         except TimeoutError:
             late = f"the request did not arrive within {self._seconds:g} s"
             raise ApiError(408, late, code="request_timeout", headers={"Connection": "close"}) from None

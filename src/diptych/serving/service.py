@@ -138,7 +138,9 @@ class Service:
         try:
             while True:
                 try:
-                    event = await asyncio.wait_for(events.get(), max(0.0, end - loop.time()))
+                    # Not wait_for: in Python 3.11 it loses a cancellation that comes together with an event.
+                    async with asyncio.timeout_at(end):
+                        event = await events.get()
                 except TimeoutError:
                     message = f"the request took longer than {self.options.timeout:g} s"
                     raise ApiError(504, message, code="timeout") from None
