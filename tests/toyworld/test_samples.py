@@ -73,6 +73,20 @@ def test_edit_samples() -> None:
     assert kinds == set(EDIT_KINDS)
 
 
+def test_kinds_of_edits_can_be_chosen() -> None:
+    world = ToyWorld(1, edits=["recolour", "recolour", "replace"], edited=1.0, text_only=0.0)
+    for task in ("edit", "understand"):
+        drawn = [world.sample(task, index).extra["edit"]["kind"] for index in range(300)]
+        assert set(drawn) == {"recolour", "replace"}
+        assert 160 < drawn.count("recolour") < 240
+    every = ToyWorld(1, edits=list(EDIT_KINDS))
+    assert [every.sample("edit", i).text for i in range(30)] == [ToyWorld(1).sample("edit", i).text for i in range(30)]
+    with pytest.raises(UserError, match=r"unknown kind of edit 'recolor'.*recolour"):
+        ToyWorld(edits=["recolor"])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="at least one kind of edit"):
+        ToyWorld(edits=[])
+
+
 def test_conversations() -> None:
     world = ToyWorld(2)
     kinds: set[str] = set()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from diptych.core.errors import UserError
 from diptych.core.sample import TASKS, Sample, Task
 from diptych.data.source import ItemDraws, Size, Source, check_task, describe
+from diptych.toyworld.edits import EditKind
 from diptych.toyworld.language import QuestionKind
 from diptych.toyworld.samples import ToyWorld
 
@@ -19,7 +20,8 @@ class ToyWorldSource(Source):
         seed: of the world; another seed is another stream of items.
         size: side of its images in pixels.
         start: first item, so that held-out items can follow those of training.
-        text_only, short_captions, asked, turns, full, captions, placed, edited, imagined, listed: as of `ToyWorld`.
+        text_only, short_captions, asked, turns, full, captions, placed, edited, imagined, listed, edits: as of
+            `ToyWorld`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ToyWorldSource(Source):
         edited: float = 0.0,
         imagined: float = 0.0,
         listed: float = 0.0,
+        edits: Sequence[EditKind] | None = None,
         name: str | None = None,
     ) -> None:
         self.name = name or "toyworld"
@@ -61,6 +64,7 @@ class ToyWorldSource(Source):
             edited=edited,
             imagined=imagined,
             listed=listed,
+            edits=edits,
         )
         self.seed, self.size, self.start, self.count = seed, size, start, count
         self.dropped: Mapping[str, str] = {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from diptych.core.errors import UserError, unknown
 from diptych.core.sample import IMAGE_PLACEHOLDER, TASKS, Message, Sample, Task
-from diptych.toyworld.edits import random_edit
+from diptych.toyworld.edits import EDIT_KINDS, EditKind, random_edit
 from diptych.toyworld.language import (
     DESCRIBE,
     LIST,
@@ -56,6 +56,7 @@ class ToyWorld:
         imagined: share of the texts that are short captions whose scene is to be described whole, in the order in
             which the caption names its things: what a caption leaves open is any of what it allows.
         listed: share of the requests for all there is that are for a list of slots (`language.listing`), in any order.
+        edits: kinds of the edits, all in equal shares when None; one that is named twice comes twice as often.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ToyWorld:
         edited: float = 0.0,
         imagined: float = 0.0,
         listed: float = 0.0,
+        edits: Sequence[EditKind] | None = None,
     ) -> None:
         shares = {
             "text_only": text_only,
@@ -90,6 +92,11 @@ class ToyWorld:
         for kind in asked or ():
             if kind not in CAPTION_QUESTIONS:
                 raise unknown("kind of question about a short caption", kind, CAPTION_QUESTIONS)
+        for edit in edits or ():
+            if edit not in EDIT_KINDS:
+                raise unknown("kind of edit", edit, EDIT_KINDS)
+        if edits == []:
+            raise UserError("toyworld: edits names at least one kind of edit")
         if turns < 1 or asked == []:
             raise UserError("toyworld: a conversation has at least one turn and one kind of question")
         if size < 8:
@@ -106,6 +113,7 @@ class ToyWorld:
         self.edited = edited
         self.imagined = imagined
         self.listed = listed
+        self.edits: tuple[EditKind, ...] = tuple(edits or EDIT_KINDS)
 
     def sample(self, task: Task, index: int) -> Sample:
         """The sample at `index` of a task's stream.
@@ -142,7 +150,7 @@ class ToyWorld:
         return Sample(id=name, task="text_to_image", image=render(scene, self.size), text=text, extra=extra)
 
     def _edit(self, name: str, rng: np.random.Generator) -> Sample:
-        made = random_edit(rng)
+        made = random_edit(rng, pick(rng, self.edits))
         return Sample(
             id=name,
             task="edit",
@@ -167,7 +175,7 @@ class ToyWorld:
         if statement and not asked:
             asked = [self._whole(scene, rng, statement.order(scene))]
         elif not statement and self.edited and rng.random() < self.edited:
-            made = random_edit(rng)
+            made = random_edit(rng, pick(rng, self.edits))
             scene, change, asked = made.source, f"{made.instruction}. ", self._everything(made.target, rng)
             extra |= {"scene": scene.to_dict(), "edit": made.to_dict()}
         elif not statement:
