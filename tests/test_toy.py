@@ -81,8 +81,8 @@ def test_ovis_u1_answers_draws_and_edits() -> None:
     assert run(engine, "toyvqa", limit=48).scores["overall"] >= 0.65
     assert run(engine, "toyeval", n=1, limit=36, seed=5, steps=12).scores["overall"] >= 0.9
     edited = run(engine, "toyedit", limit=24, steps=12).scores
-    assert edited["overall"] >= 0.7
-    assert edited["preserved"] >= 0.88
+    assert edited["overall"] >= 0.75
+    assert edited["preserved"] >= 0.85
 
 
 @pytest.mark.parametrize("name", SHIPPED)
