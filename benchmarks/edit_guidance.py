@@ -42,23 +42,22 @@ def main() -> None:
     world = ToyWorld(SEED, engine.sampling.size[0])
     samples = [world.sample("edit", index) for index in range(given.edits)]
     edits = [Edit.from_dict(sample.extra["edit"]) for sample in samples]
-    counts = {kind: sum(edit.kind == kind for edit in edits) for kind in EDIT_KINDS}
-    print("| cfg | image_cfg | overall |", *(f"{kind} ({count}) |" for kind, count in counts.items()), "preserved |")
-    print("|---" * (len(counts) + 4) + "|")
+    places = {kind: [k for k, edit in enumerate(edits) if edit.kind == kind] for kind in EDIT_KINDS}
+    places = {kind: found for kind, found in places.items() if found}
+    print("| cfg | image_cfg | overall |", *(f"{kind} ({len(k)}) |" for kind, k in places.items()), "preserved |")
+    print("|---" * (len(places) + 4) + "|")
     rows: list[dict[str, Any]] = []
     for cfg, image_cfg in product(numbers(given.cfg), numbers(given.image_cfg)):
         pictures = engine.tensors(samples, n=1, seed=NOISE, cfg=cfg, image_cfg=image_cfg)
         verdicts = [judge_edit(picture, edit) for picture, edit in zip(pictures, edits, strict=True)]
-        kinds = {
-            kind: statistics.mean(v.success for v, edit in zip(verdicts, edits, strict=True) if edit.kind == kind)
-            for kind, count in counts.items()
-            if count
-        }
+        kinds = {kind: statistics.mean(verdicts[k].success for k in found) for kind, found in places.items()}
         row = {"overall": statistics.mean(kinds.values()), **kinds}
         row["preserved"] = statistics.mean(verdict.preserved for verdict in verdicts)
         rows.append({"cfg": cfg, "image_cfg": image_cfg, **row})
         print(f"| {cfg:g} | {image_cfg:g} |", *(f"{value:.3f} |" for value in row.values()), flush=True)
-    result = json.dumps({"model": given.model, "edits": given.edits, "rows": rows, **machine("cpu")})
+    result = json.dumps(
+        {"benchmark": "edit_guidance", "model": given.model, "edits": given.edits, "rows": rows, **machine("cpu")}
+    )
     print(result)
     if given.output:
         given.output.write_text(result + "\n")

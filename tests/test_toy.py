@@ -8,6 +8,7 @@ import torch
 from diptych.evaluation.evaluate import run
 from diptych.recipes.load import load
 from diptych.recipes.names import locate
+from diptych.recipes.recipe import load as load_recipe
 
 IOMM = ("toy/mllm", "toy/iomm-pretrained", "toy/iomm")
 ONE_STEP = "toy/iomm-1step"
@@ -83,6 +84,12 @@ def test_ovis_u1_answers_draws_and_edits() -> None:
     edited = run(engine, "toyedit", limit=24, steps=12).scores
     assert edited["overall"] >= 0.75
     assert edited["preserved"] >= 0.85
+
+
+@pytest.mark.parametrize(("model", "recipe"), [("toy/ovis-u1", "toy/ovis_u1"), ("toy/omnigen2", "toy/omnigen2")])
+def test_edits_are_guided_as_the_recipe_says(model: str, recipe: str) -> None:
+    wanted, _ = load_recipe(recipe)
+    assert load(model).sampling.edit == wanted.sampling.edit != {}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

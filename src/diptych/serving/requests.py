@@ -132,7 +132,7 @@ class EventStream(Response):
                 headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
             message = {"type": "http.response.body", "body": data, "more_body": more}
-            async with asyncio.timeout(SLOW_READER):  # not wait_for, which may lose a cancellation in Python 3.11
+            async with asyncio.timeout(SLOW_READER):
                 await send(message)
 
         try:
