@@ -20,9 +20,11 @@ from diptych.recipes.build import build_system
 from diptych.recipes.load import start
 from diptych.recipes.model import Model
 from diptych.recipes.names import locate
+from diptych.recipes.plain import load_plain
 from diptych.recipes.recipe import Part, parse
-from diptych.recipes.run import check_parts
+from diptych.recipes.run import check_parts, save_model
 from diptych.recipes.tables import choose
+from diptych.systems.composed import ComposedSystem
 
 
 @pytest.mark.parametrize("kind", ["metaquery", "residual_query_adapter"])
@@ -78,6 +80,50 @@ def test_conditioner_of_a_saved_model() -> None:
 def test_decoder_that_a_model_lacks(part: Part, line: str) -> None:
     with pytest.raises(UserError, match=line):
         build.build_decoder(part, 128, False)
+
+
+def test_backbone_of_a_saved_model(tmp_path: Path) -> None:
+    """A new system may begin with the MLLM that another one trained; it is saved with the new one, as its tokenizer."""
+    part = Part(kind="ovis", weights="toy/ovis-u1")
+    backbone, origin = build.build_backbone(part, False, None)
+    saved = dict(read_tensors(weight_files(locate("toy/ovis-u1"))))
+    for name, value in backbone.named_parameters():  # each tied weight once, as in the file
+        assert torch.equal(value, saved[f"backbone.{name}"].float()), name
+    assert all(value.is_meta for value in build.build_backbone(part, True, None)[0].state_dict().values())
+    assert origin["weights"] is None
+
+    plain = load_plain("toy/ovis_u1")
+    plain["system"] |= {"backbone": {"kind": "ovis", "weights": "toy/ovis-u1"}, "layers": 1}
+    recipe = parse(plain, "r")
+    save_model(build_system(recipe.system), recipe, tmp_path / "new")
+    (tmp_path / "moved").mkdir()
+    new = Model.from_pretrained(str((tmp_path / "new").rename(tmp_path / "moved" / "new"))).system
+    assert isinstance(new, ComposedSystem)
+    for name, value in new.named_parts()["llm"].state_dict().items():
+        assert torch.equal(value, backbone.named_parts()["llm"].state_dict()[name]), name
+    text = "a red circle left of a blue square"
+    assert new.backbone.tokenizer.encode(text) == backbone.tokenizer.encode(text)
+
+
+def test_backbones_that_a_model_lacks(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="backbone: toy/iomm holds none; its backbone is that of toy/mllm"):
+        build.build_backbone(Part(kind="internvl", weights="toy/iomm"), False, None)
+    with pytest.raises(UserError, match="toy/bagel is not a saved model that holds a backbone of kind ovis"):
+        build.build_backbone(Part(kind="ovis", weights="toy/bagel"), False, None)
+    with pytest.raises(UserError, match=r"backbone.tokenizer: toyworld, but the backbone of toy/ovis-u1 brings"):
+        build.build_backbone(Part(kind="ovis", weights="toy/ovis-u1", tokenizer="toyworld"), False, None)
+    narrow = Part(kind="ovis", weights="toy/ovis-u1", config={"llm": {"num_hidden_layers": 5, "hidden_size": 96}})
+    with pytest.raises(
+        UserError, match=r"backbone.config.llm.hidden_size: 96, but the backbone of toy/ovis-u1 has 128"
+    ):
+        build.build_backbone(narrow, True, None)
+    plain, lora = load_plain("toy/ovis_u1"), {"rank": 2, "alpha": 4, "targets": ["q_proj"]}
+    plain["system"]["backbone"] = {"kind": "ovis", "weights": "toy/ovis-u1", "lora": lora}
+    recipe = parse(plain, "r")
+    save_model(build_system(recipe.system), recipe, tmp_path / "lora")
+    folder = str(tmp_path / "lora")
+    with pytest.raises(UserError, match=f"that of {folder} has LoRA adapters; merge them first, diptych lora merge"):
+        build.build_backbone(Part(kind="ovis", weights=folder), False, None)
 
 
 TABLES = {

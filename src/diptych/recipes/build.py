@@ -9,10 +9,12 @@ import functools
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from diptych.checkpoints.deferred import placed
 from diptych.checkpoints.tensors import load_into, read_tensors, weight_files
+from diptych.core.differences import differences
 from diptych.core.errors import UserError, attributed_to
 from diptych.core.reading import check_model_files
 from diptych.core.schema import resolved
@@ -209,24 +211,33 @@ def build_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
 def plain_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbone, dict[str, Any]]:
     """A backbone, and what its configuration file will say of it.
 
-    Models named in its configuration (`llm` and `vision` of an Ovis) give their sizes and weights.
+    Models named in its configuration (`llm` and `vision` of an Ovis) give their sizes and weights. That of a saved
+    Diptych model becomes a part of the new one, whose files hold it then.
     """
     cls = choose("backbone", part.kind, BACKBONES, Backbone)
-    if part.weights and not meta:
-        backbone = cls.from_pretrained(check_model_files(locate(part.weights) / (part.subfolder or "")))
+    weights = part.weights
+    saved = None if weights is None else saved_part("backbone", part, meta)
+    if weights and saved is None and not meta:
+        backbone = cls.from_pretrained(check_model_files(locate(weights) / (part.subfolder or "")))
         return backbone, {**dataclasses.asdict(part), "config": backbone.plain_config()}
-    values_of = published_config if meta else folder_config
-    config = cls.resolved(part.config or published_config(part.weights, part.subfolder), values_of)
+    if weights and saved is not None:
+        assets, config = locate(weights), {**part.config, **saved}
+    else:
+        config = part.config or published_config(weights, part.subfolder)
+    config = cls.resolved(config, published_config if meta else folder_config)
     tokenizer = part.tokenizer or (None if assets else cls.tokenizer_of(part.config))
     with placed(meta):
         read_by = None if meta else build_tokenizer(tokenizer, cls.vocabulary(config), assets)
         images = None if meta or assets is None else cls.read_image_processor(assets)
         backbone = cls.from_config(config, read_by, images)
-    if not meta:
+    if weights and not meta:
+        load_saved_part("backbone", weights, backbone)
+    elif not meta:
         backbone.read_named(part.config, locate)
-    named = cls.tokenizer_of(part.config) is not None
-    saved = {"tokenizer": None} if named else {}  # the files that are saved with it take its place
-    return backbone, {**dataclasses.asdict(part), **saved, "config": backbone.plain_config()}
+    # What names its files no more: those of the new model take their place.
+    named = saved is not None or cls.tokenizer_of(part.config) is not None
+    own = {**({"tokenizer": None} if named else {}), **({"weights": None} if saved is not None else {})}
+    return backbone, {**dataclasses.asdict(part), **own, "config": backbone.plain_config()}
 
 
 @attributed_to("conditioner")
@@ -291,17 +302,14 @@ def build_part(
         raise UserError(f"{role}: {have} is for a decoder, a backbone, or BAGEL's network")
     where = f"{role}.config"
     weights = part.weights
-    saved = None if weights is None else saved_part(role, part, cls, meta)
+    saved = None if weights is None else saved_part(role, part, meta)
     if weights is None and not part.config and cls.Config is None:
         raise UserError(f"{role}: a part needs `weights` or a `config`")
     if weights is None or saved is not None:
         with placed(meta):
             module = cls.from_config(cls.complete({**part.config, **(saved or {})}, known), where)
         if weights is not None and not meta:
-            prefix = f"{role}."
-            tensors = read_tensors(weight_files(locate(weights)))
-            named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors if name.startswith(prefix))
-            load_into(module, named, f"{role} of {weights}")
+            load_saved_part(role, weights, module)
     elif meta:
         values = part.config or sizes_without_weights(part, weights, cls)
         with placed(meta):
@@ -322,7 +330,7 @@ def sizes_without_weights(part: Part, weights: str, cls: type[PartClass]) -> dic
     return cls.of_published(values, part.config)
 
 
-def saved_part(role: str, part: Part, cls: type[PartClass], meta: bool) -> dict[str, Any] | None:
+def saved_part(role: str, part: Part, meta: bool) -> dict[str, Any] | None:
     """The configuration that a part has in the saved Diptych model which `weights` names; None for another model.
 
     Raises:
@@ -336,13 +344,28 @@ def saved_part(role: str, part: Part, cls: type[PartClass], meta: bool) -> dict[
     if "kind" not in config:
         return None
     saved = read_config(config, str(path)).get(role)
-    if not isinstance(saved, dict) or saved.get("kind") != part.kind or saved.get("weights"):
+    if not isinstance(saved, dict) or saved.get("kind") != part.kind:
         raise UserError(f"{role}: {weights} is not a saved model that holds a {role} of kind {part.kind}")
-    for name, value in part.config.items():
-        have = saved["config"].get(name, value)
-        if have != value:
-            raise UserError(f"{role}.config.{name}: {value}, but the {role} of {weights} has {have}")
+    if other := saved.get("weights"):
+        raise UserError(f"{role}: {weights} holds none; its {role} is that of {other}, which can be named itself")
+    for place, value, have in differences(part.config, saved["config"]):
+        if value is not None and have is not None:
+            raise UserError(f"{role}.config.{'.'.join(place)}: {value}, but the {role} of {weights} has {have}")
+    if part.tokenizer:
+        raise UserError(f"{role}.tokenizer: {part.tokenizer}, but the {role} of {weights} brings its own; make it null")
+    if saved.get("lora"):
+        raise UserError(
+            f"{role}: that of {weights} has LoRA adapters; merge them first, diptych lora merge {weights} -o OUT"
+        )
     return saved["config"]
+
+
+def load_saved_part(role: str, weights: str, module: nn.Module) -> None:
+    """Into a part, its weights in a saved Diptych model."""
+    prefix = f"{role}."
+    tensors = read_tensors(weight_files(locate(weights)))
+    named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors if name.startswith(prefix))
+    load_into(module, named, f"{role} of {weights}")
 
 
 def build_tokenizer(name: str | None, vocabulary: int, assets: Path | None) -> Any:
