@@ -89,7 +89,7 @@ def test_what_is_read() -> None:
         ({"steps": "many"}, "plan.steps: needs a whole number, not 'many'"),
         ({"steps": 2.0}, "plan.steps: needs a whole number, not 2.0"),
         ({"steps": True}, "plan.steps: needs a whole number, not True"),
-        ({"steps": None}, "plan.steps: needs a whole number, not None"),
+        ({"steps": None}, "plan.steps: needs a whole number, not null"),
         ({"on": 1}, "plan.on: needs true or false, not 1"),
         ({"name": 3}, "plan.name: needs text, not 3"),
         ({"rates": {"peak": "fast"}}, "plan.rates.peak: needs a number, not 'fast'"),

@@ -51,7 +51,13 @@ def test_overrides() -> None:
         set_value(plain, text)
     assert plain["stages"]["mix"] == {"steps": 5, "train": ["decoder", "queries"]}
     assert (plain["start"], plain["run"], plain["name"]) == (None, {"bf": "1e-4"}, "a=b")
+    plain["stages"]["mix"]["data"] = {"sources": {"images": {"task": "image"}, "pairs": {"task": "text_to_image"}}}
+    set_value(plain, "stages.mix.data.sources.pairs=null")  # removed, as in a file with a base
+    assert plain["stages"]["mix"]["data"] == {"sources": {"images": {"task": "image"}}}
+    set_value(plain, "stages.mix=null")
+    assert plain["stages"] == {}
     for text, message in (
+        ("stages.mix=null", "--set stages.mix=null: unknown stage 'mix'"),
         ("steps", "write it as key=value"),
         ("=3", "write it as key=value"),
         ("seed.deep=3", "'seed' is a value, not a mapping"),

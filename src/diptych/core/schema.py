@@ -156,6 +156,6 @@ def _named(cls: Any) -> str:
 
 def _need(value: Any, cls: type, where: str, named: str) -> Any:
     if not isinstance(value, cls):
-        shown = repr(value) if not isinstance(value, dict | list) else type(value).__name__
+        shown = "null" if value is None else type(value).__name__ if isinstance(value, dict | list) else repr(value)
         raise UserError(f"{where or 'recipe'}: needs {named}, not {shown}")
     return value

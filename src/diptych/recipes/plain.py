@@ -63,7 +63,8 @@ def header(name: str) -> list[str]:
 
 
 def set_value(plain: dict[str, Any], override: str, *, new_names: bool = False) -> None:
-    """Apply "dotted.key=value"; the value is read as YAML. A study's file may name stages anew (`new_names`)."""
+    """Apply "dotted.key=value"; the value is read as YAML. Null removes a stage or a source, as it does in a file. A
+    study's file may name stages anew (`new_names`)."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"--set {override}: write it as key=value, as in stages.pretrain.steps=100")
@@ -75,7 +76,13 @@ def set_value(plain: dict[str, Any], override: str, *, new_names: bool = False) 
         if not isinstance(place.setdefault(name, {}), dict):
             raise UserError(f"--set {override}: {name!r} is a value, not a mapping")
         place = place[name]
-    place[last] = yaml_value(text, f"--set {override}")
+    value = yaml_value(text, f"--set {override}")
+    if value is None and path and path[-1] in NAMED:
+        if last not in place:
+            raise unknown(NAMED[path[-1]], last, place, f"--set {override}")
+        del place[last]
+    else:
+        place[last] = value
 
 
 def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
