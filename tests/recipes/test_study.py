@@ -211,7 +211,7 @@ def test_studies_of_the_package_can_be_run(name: str) -> None:
 
 
 def test_studies_of_the_package(packaged: Packaged) -> None:
-    papers = {"toy_iomm", "toy_iomm_thinking", "toy_hieraquery", "toy_sgt", "toy_ovis_u1"}
+    papers = {"toy_iomm", "toy_iomm_thinking", "toy_hieraquery", "toy_hieraquery_thinking", "toy_sgt", "toy_ovis_u1"}
     assert set(packaged) >= {*papers, "toy_variance"}
     claims = [claim for wanted, _ in packaged.values() for claim in wanted.claims.values()]
     assert len(claims) >= 15
@@ -236,11 +236,12 @@ def test_rows_of_the_package_see_the_same_items(packaged: Packaged) -> None:
             assert all(len(each) == 1 for each in places.values()), (name, claim.text)
 
 
-def test_the_variance_study_has_the_runs_of_toy_iomm(packaged: Packaged) -> None:
-    (iomm, of_iomm), (variance, runs) = packaged["toy_iomm"], packaged["toy_variance"]
-    assert {name: run.plain for name, run in runs.items()} == {name: of_iomm[name].plain for name in runs}
-    assert asked(variance) == asked(iomm, iomm.runs["image_mix"])
-    assert iomm.runs["image_mix"].seeds == variance.seeds
+def test_the_variance_study_has_the_runs_of_another(packaged: Packaged) -> None:
+    (wanted, of_wanted), (variance, runs) = packaged["toy_hieraquery_thinking"], packaged["toy_variance"]
+    assert {name: run.plain for name, run in runs.items()} == {name: of_wanted[name].plain for name in runs}
+    assert asked(variance) == asked(wanted, wanted.runs["multi_84"])
+    assert wanted.seeds == variance.seeds
+    assert wanted.bench == variance.bench
 
 
 def test_some_rows_alone(tiny_study: StudySpec) -> None:
