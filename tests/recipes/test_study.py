@@ -240,7 +240,7 @@ def test_the_variance_study_has_the_runs_of_another(packaged: Packaged) -> None:
     (wanted, of_wanted), (variance, runs) = packaged["toy_hieraquery_thinking"], packaged["toy_variance"]
     assert {name: run.plain for name, run in runs.items()} == {name: of_wanted[name].plain for name in runs}
     assert asked(variance) == asked(wanted, wanted.runs["multi_84"])
-    assert wanted.seeds == variance.seeds
+    assert wanted.runs["multi_84"].seeds == variance.seeds
     assert wanted.bench == variance.bench
 
 
