@@ -23,13 +23,16 @@ from diptych.toyworld.language import describe
 from diptych.toyworld.scene import Scene, generator
 from measure import machine
 
+SEED = 99
+"""Of the scenes, which are no task's."""
+
 
 def single_objects(count: int) -> list[Scene]:
     """The first `count` scenes of the stream that have one object."""
     scenes: list[Scene] = []
     index = 0
     while len(scenes) < count:
-        scene = Scene.random(generator(99, "probe", index))
+        scene = Scene.random(generator(SEED, "probe", index))
         index += 1
         if len(scene.objects) == 1:
             scenes.append(scene)

@@ -234,10 +234,10 @@ def plain_backbone(part: Part, meta: bool, assets: Path | None) -> tuple[Backbon
         load_saved_part("backbone", weights, backbone)
     elif not meta:
         backbone.read_named(part.config, locate)
-    # What names its files no more: those of the new model take their place.
-    named = saved is not None or cls.tokenizer_of(part.config) is not None
-    own = {**({"tokenizer": None} if named else {}), **({"weights": None} if saved is not None else {})}
-    return backbone, {**dataclasses.asdict(part), **own, "config": backbone.plain_config()}
+    origin = {**dataclasses.asdict(part), "config": backbone.plain_config()}
+    if saved is not None or cls.tokenizer_of(part.config) is not None:
+        origin["tokenizer"] = None  # the files that are saved with it take its place
+    return backbone, origin if saved is None else {**origin, "weights": None}
 
 
 @attributed_to("conditioner")
@@ -354,17 +354,15 @@ def saved_part(role: str, part: Part, meta: bool) -> dict[str, Any] | None:
     if part.tokenizer:
         raise UserError(f"{role}.tokenizer: {part.tokenizer}, but the {role} of {weights} brings its own; make it null")
     if saved.get("lora"):
-        raise UserError(
-            f"{role}: that of {weights} has LoRA adapters; merge them first, diptych lora merge {weights} -o OUT"
-        )
+        merge = f"diptych lora merge {weights} -o OUT"
+        raise UserError(f"{role}: that of {weights} has LoRA adapters; merge them first, {merge}")
     return saved["config"]
 
 
 def load_saved_part(role: str, weights: str, module: nn.Module) -> None:
     """Into a part, its weights in a saved Diptych model."""
-    prefix = f"{role}."
-    tensors = read_tensors(weight_files(locate(weights)))
-    named = ((name.removeprefix(prefix), tensor) for name, tensor in tensors if name.startswith(prefix))
+    tensors, start = read_tensors(weight_files(locate(weights))), f"{role}."
+    named = ((name.removeprefix(start), tensor) for name, tensor in tensors if name.startswith(start))
     load_into(module, named, f"{role} of {weights}")
 
 
