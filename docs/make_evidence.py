@@ -7,17 +7,21 @@ its plots are drawn into docs/images. What has no results says so. Run it after 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diptych.recipes import study, study_results
+from diptych.recipes import study, study_claims, study_results
 from diptych.reports import markdown as md
 from diptych.reports import study as reports
 
 DOCS = Path(__file__).parent
 PAGE, RESULTS, IMAGES = DOCS / "evidence.md", DOCS / "evidence", DOCS / "images"
 BEGIN, END = "<!-- Written by docs/make_evidence.py -->", "<!-- Until here -->"
+CLAIM = ["claim", "source", "paper"]
+NOT_RUN = "not run"
+VERDICTS = (study_claims.HOLDS, study_claims.FAILS, study_claims.UNKNOWN, NOT_RUN)
 PLOTS = {"plot.png": "Scores of all rows", "curve.png": "Scores along a label", "steps.png": "Scores against steps"}
 
 
@@ -43,27 +47,27 @@ def stated_claims(name: str) -> dict[str, Any]:
 
 
 def claims(found: dict[str, dict[str, Any] | None]) -> list[str]:
-    """One table of all claims."""
-    rows: list[list[str]] = []
+    """How many claims have which verdict, a table of those that were tested, and one of those that were not."""
+    tested: list[list[str]] = []
+    left: list[list[str]] = []
+    verdicts: Counter[str] = Counter()
     for name, results in found.items():
         for claim, stated in stated_claims(name).items():
-            entry = {"stated": stated, "verdict": None, "why": "not run yet", "estimates": []}
-            if results is not None:
-                entry = results["claims"][claim]
-            seeds = str(len(entry["seeds"])) if entry.get("seeds") else "-"
-            cells = [stated["text"], stated["source"], stated["paper"], reports.difference(entry), seeds]
-            rows.append([*cells, f"{stated['threshold']:g}", reports.verdict(entry), f"`{name}`, `{claim}`"])
-    header = [
-        "claim",
-        "source",
-        "paper",
-        "ours: difference, 95% interval",
-        "seeds",
-        "threshold",
-        "verdict",
-        "study, claim",
+            entry = {"verdict": None} if results is None else results["claims"][claim]
+            said, where = [stated["text"], stated["source"], stated["paper"]], f"`{name}`, `{claim}`"
+            verdicts[entry["verdict"] or NOT_RUN] += 1
+            if entry["verdict"] is None:
+                left.append([*said, f"{stated['threshold']:g}", where])
+                continue
+            ours = [reports.difference(entry), str(len(entry.get("seeds", ())))]
+            tested.append([*said, *ours, f"{stated['threshold']:g}", reports.verdict(entry), where])
+    counts = ", ".join(f"{verdict}: {verdicts[verdict]}" for verdict in VERDICTS)
+    of_tested = ["ours: difference, 95% interval", "seeds", "threshold", "verdict", "study, claim"]
+    return [
+        f"Of {sum(verdicts.values())} claims, {counts}.",
+        *(["", *md.table([*CLAIM, *of_tested], tested)] if tested else []),
+        *(["", "Not run yet:", "", *md.table([*CLAIM, "threshold", "study, claim"], left)] if left else []),
     ]
-    return md.table(header, rows)
 
 
 def studies(found: dict[str, dict[str, Any] | None]) -> list[str]:

@@ -121,7 +121,10 @@ def test_evidence_comes_from_committed_results_alone(tmp_path: Path, monkeypatch
         "bench": {"row": "a", "task": "toyeval"},
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
-    assert make.page().count("not run yet") == 3, "two claims, and the study"
+    page = make.page()
+    assert "Of 2 claims, holds: 0, does not hold: 0, cannot be told: 0, not run: 2." in page
+    assert page.count("not run yet") == 1, "the study"
+    assert page.count("`small`, `gain`") == page.count("`small`, `other`") == 1
     wanted = study.load("small")
     results = study_results.collect(wanted, study.plan(wanted, (0, 1, 2), tmp_path))
     for row, right in (("a", 80), ("b", 20)):
@@ -137,7 +140,8 @@ def test_evidence_comes_from_committed_results_alone(tmp_path: Path, monkeypatch
     page = make.page()
     assert "+0.600 (+0.5" in page
     assert page.count("holds: the interval lies above 0.1") == 1
-    assert page.count("not run yet") == 1
+    assert "Of 2 claims, holds: 1, does not hold: 0, cannot be told: 0, not run: 1." in page
+    assert page.index("`small`, `gain`") < page.index("Not run yet:") < page.index("`small`, `other`")
     assert "small: Demanded: a scores between 0.3 and 0.7" in page
     assert "It does not pass." in page
     assert "](images/evidence_small_steps.png)" in page
