@@ -213,7 +213,11 @@ def test_studies_of_the_package_can_be_run(name: str) -> None:
 def test_studies_of_the_package(packaged: Packaged) -> None:
     papers = {"toy_iomm", "toy_hieraquery", "toy_sgt", "toy_ovis_u1"}
     papers |= {f"{name}_thinking" for name in papers - {"toy_sgt"}}
-    assert set(packaged) >= {*papers, "toy_variance"}
+    assert set(packaged) >= papers
+    for name in ("toy_hieraquery_thinking", "toy_sgt"):  # whose bench is told by five seeds
+        wanted, _ = packaged[name]
+        assert wanted.bench is not None
+        assert len(wanted.runs[wanted.bench.row].seeds or ()) == 5
     claims = [claim for wanted, _ in packaged.values() for claim in wanted.claims.values()]
     assert len(claims) >= 15
     assert all(claim.text.endswith(".") and claim.source and claim.paper for claim in claims)
@@ -237,12 +241,17 @@ def test_rows_of_the_package_see_the_same_items(packaged: Packaged) -> None:
             assert all(len(each) == 1 for each in places.values()), (name, claim.text)
 
 
-def test_the_variance_study_has_the_runs_of_another(packaged: Packaged) -> None:
-    (wanted, of_wanted), (variance, runs) = packaged["toy_hieraquery_thinking"], packaged["toy_variance"]
-    assert {name: run.plain for name, run in runs.items()} == {name: of_wanted[name].plain for name in runs}
-    assert asked(variance) == asked(wanted, wanted.runs["multi_84"])
-    assert wanted.runs["multi_84"].seeds == variance.seeds
-    assert wanted.bench == variance.bench
+def test_new_parts_beside_shipped_ones_have_other_seeds(packaged: Packaged) -> None:
+    """With the seed of the shipped model, a new part of the same shapes begins as the one did that the model's others
+    learned beside (a cosine of 0.38 with its trained weights), and rows of other shapes do not."""
+    found: set[str] = set()
+    for name, (wanted, rows) in packaged.items():
+        for run in rows.values():
+            decoder = run.plain["system"].get("decoder") or {}
+            if run.spec.model is None and str(decoder.get("weights")).startswith("toy/"):
+                found.add(name)
+                assert 0 not in (run.spec.seeds or wanted.seeds), "of the library's recipes, and so of shipped models"
+    assert found == {"toy_hieraquery_thinking", "toy_ovis_u1_thinking"}
 
 
 def test_some_rows_alone(tiny_study: StudySpec) -> None:
