@@ -214,7 +214,7 @@ def test_studies_of_the_package(packaged: Packaged) -> None:
     papers = {"toy_iomm", "toy_hieraquery", "toy_sgt", "toy_ovis_u1"}
     papers |= {f"{name}_thinking" for name in papers - {"toy_sgt"}}
     assert set(packaged) >= papers
-    for name in ("toy_hieraquery_thinking", "toy_sgt"):  # whose bench is told by five seeds
+    for name in ("toy_hieraquery_thinking", "toy_ovis_u1_thinking", "toy_sgt"):  # whose bench is told by five seeds
         wanted, _ = packaged[name]
         assert wanted.bench is not None
         assert len(wanted.runs[wanted.bench.row].seeds or ()) == 5
