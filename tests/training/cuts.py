@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from golden_runs import RUNS
 
+from diptych.core import files
 from diptych.recipes.recipe import load
 from diptych.recipes.run import train_recipe
 from diptych.training.metrics import read_metrics
@@ -28,7 +29,8 @@ def step(name: str, folder: Path, micro: int | None = None, balance: str = "samp
         values["system"]["mean"] = "sample"  # BAGEL's own means are over tokens
     where = folder / f"{name}-{micro}-{balance}"
     path = where.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
+    # written beside and renamed: two processes of a group write the same recipe, and neither may read half of it
+    files.write_text(path, yaml.safe_dump({**values, "stages": {**dict.fromkeys(base.stages), **values["stages"]}}))
     assert train_recipe(*load(str(path)), where)
     return values_of(where)
 
