@@ -194,6 +194,7 @@ def test_toy_page_has_the_recipes_budgets() -> None:
         (name, stage_name, f"{stage.steps:,}", str(stage.batch_size), f"{stage.steps * stage.batch_size:,}")
         for name in (
             "toy/mllm",
+            "toy/mllm_edits",
             "toy/iomm_pretrain_image",
             "toy/iomm_finetune_mix",
             "toy/iomm_distill",
