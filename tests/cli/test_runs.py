@@ -251,3 +251,5 @@ def test_what_to_try_is_of_the_run(tmp_path: Path) -> None:
     assert example(tmp_path) == f"diptych edit {tmp_path} /in.png bluer"
     recipe.write_text("seed: 0")
     assert example(tmp_path) == f'diptych generate {tmp_path} "a red circle"'
+    recipe.write_text("system: {kind: mllm}")
+    assert example(tmp_path) == f'diptych ask {tmp_path} picture.png "what is in the picture?"'

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def example(folder: Path) -> str:
-    """A command that uses what a run made: with a prompt or an edit of its recipe, where it has some."""
+    """A command that uses what a run made: with a prompt or an edit of its recipe, where it has some; an MLLM is asked."""
     import shlex
 
     from diptych.core.reading import read_yaml
@@ -68,4 +68,6 @@ def example(folder: Path) -> str:
     if recipe.get("sample_edits"):
         edit = recipe["sample_edits"][0]
         return shlex.join(["diptych", "edit", str(folder), edit["images"][0], edit["text"]])
+    if (recipe.get("system") or {}).get("kind") == "mllm":
+        return f'diptych ask {shlex.quote(str(folder))} picture.png "what is in the picture?"'
     return f'diptych generate {shlex.quote(str(folder))} "a red circle"'
