@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def example(folder: Path) -> str:
-    """A command that uses what a run made: with a prompt or an edit of its recipe, where it has some; an MLLM is asked."""
+    """A command that uses what a run made, with a prompt or an edit of its recipe if it has some; an MLLM is asked."""
     import shlex
 
     from diptych.core.reading import read_yaml
