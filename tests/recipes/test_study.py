@@ -21,6 +21,7 @@ from diptych.cli.main import main
 from diptych.core.draws import key
 from diptych.core.errors import UserError
 from diptych.core.locks import only_writer
+from diptych.evaluation import evaluate
 from diptych.recipes import clock, study, study_results, study_run
 from diptych.recipes.sources import build_data
 from diptych.recipes.study import Planned, StudySpec, asked, load, plan
@@ -392,6 +393,50 @@ def test_seconds_of_a_killed_session_count_up_to_its_checkpoint(tmp_path: Path) 
         pass
     assert json.loads((tmp_path / clock.CLOCK).read_text())["since"] is None
     assert clock.seconds(tmp_path) == pytest.approx(35.0, abs=1.0)
+
+
+def test_scoring_goes_on_task_by_task(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill between two tasks, and when the options of one change. Mutants: every task anew; one of the other
+    options kept; a half-scored run taken for a scored one."""
+    tasks = {"toyeval": {"n": 1, "limit": 4, "steps": 1}, "toyedit": {"limit": 2, "steps": 1}}
+    plain = {**PLAIN, "tasks": tasks, "runs": {"first": {"recipe": "tiny.yaml"}}}
+    Path("study.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    tiny_study, run_task, ran = load("study.yaml"), evaluate.run, list[str]()
+
+    def stop_at_edits(engine: Any, task: str, **options: Any) -> Any:
+        if task == "toyedit" and not ran:
+            raise KeyboardInterrupt
+        return run_task(engine, task, **options)
+
+    def count(engine: Any, task: str, **options: Any) -> Any:
+        ran.append(task)
+        return run_task(engine, task, **options)
+
+    monkeypatch.setattr(evaluate, "run", stop_at_edits)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tiny_study, Path("parts"))
+    results = Path("parts/0/first/eval/results.json")
+    assert list(json.loads(results.read_text())["tasks"]) == ["toyeval"]
+    monkeypatch.setattr(evaluate, "run", count)
+    found = run_study(tiny_study, Path("parts"))
+    assert ran == ["toyedit"]
+    whole = run_study(tiny_study, Path("whole"))
+    assert ran == ["toyedit", "toyeval", "toyedit"]
+    assert found is not None
+    assert whole is not None
+    assert {**found, "times": None} == {**whole, "times": None}
+    both = [json.loads(Path(f"{out}/0/first/eval/results.json").read_text()) for out in ("parts", "whole")]
+    for name in ("tasks", "asked", "failed", "sampling"):
+        assert json.dumps(both[0][name]) == json.dumps(both[1][name]), name
+    assert list(both[0]["seconds_of"]) == ["toyeval", "toyedit"]
+
+    fewer = load("study.yaml", ["tasks.toyeval.limit=3"])
+    changed = run_study(fewer, Path("parts"))
+    assert ran[3:] == ["toyeval"]
+    assert changed is not None
+    images = {name: row["figures"]["images"] for name, row in changed["runs"]["first"]["seeds"]["0"]["tasks"].items()}
+    assert images["toyeval"] == 3
+    assert list(json.loads(results.read_text())["tasks"]) == ["toyeval", "toyedit"]
 
 
 @pytest.mark.slow

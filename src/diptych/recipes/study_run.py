@@ -20,7 +20,7 @@ import torch
 from diptych.core import environment
 from diptych.core.differences import difference
 from diptych.core.errors import UserError
-from diptych.core.files import make_folder, write_text
+from diptych.core.files import make_folder, write_json, write_text
 from diptych.core.locks import only_writer
 from diptych.core.reading import read_object, read_yaml
 from diptych.evaluation import evaluate, results
@@ -173,7 +173,16 @@ def perform(run: Planned, tasks: Asked, *, say: Say, progress: Told | None = Non
 
 
 def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
-    """Scores of a trained run in eval/, with its seed for the noise."""
+    """Scores of a trained run in eval/, with its seed for the noise.
+
+    They are written after each task, and a task that was asked alike before is not asked again: a study that was killed
+    while it scored, or one of whose tasks has other options now, does what is left.
+    """
+    folder = run.folder / "eval"
+    before = read_object(folder / "results.json") if (folder / "results.json").is_file() else {}
+    kept = [task for task, options in before.get("asked", {}).items() if tasks.get(task) == options]
+    if kept != list(before.get("asked", {})):  # rows of the others are about to change, so they no longer have a score
+        write_json(folder / "results.json", before := of_tasks(before, kept))
     device = "cuda" if torch.cuda.is_available() and run.recipe.run.device == "auto" else "cpu"
     engine = ready(run, device)
 
@@ -181,11 +190,28 @@ def score(run: Planned, tasks: Asked, progress: Told | None) -> None:
         if progress is not None:
             progress(f"{run.title}: {task}", done, total)
 
-    begin = time.perf_counter()
-    done = [evaluate.run(engine, task, seed=run.seed, progress=report, **options) for task, options in tasks.items()]
-    summary = results.summary(engine, done, seeds=(run.seed,), seconds=time.perf_counter() - begin)
-    summary |= {"asked": tasks, "training_seconds": round(seconds(run.folder), 1), "hardware": hardware()}
-    results.write(run.folder / "eval", done, summary)
+    for task, options in tasks.items():
+        if task in kept:
+            continue
+        begin = time.perf_counter()
+        result = evaluate.run(engine, task, seed=run.seed, progress=report, **options)
+        taken = before.get("seconds", 0) + time.perf_counter() - begin
+        summary = results.summary(engine, [result], seeds=(run.seed,), seconds=taken)
+        summary["seconds_of"] |= before.get("seconds_of", {})
+        summary["tasks"] |= before.get("tasks", {})
+        summary |= {"asked": {**before.get("asked", {}), task: options}, "hardware": hardware()}
+        summary["training_seconds"] = round(seconds(run.folder), 1)
+        before = of_tasks(summary, [name for name in tasks if name in summary["asked"]])
+        results.write(folder, [result], before)
+
+
+def of_tasks(summary: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """What results.json of a run holds, of these tasks alone and in this order."""
+    parts = {
+        name: {task: summary[name][task] for task in tasks if task in summary.get(name, {})}
+        for name in ("tasks", "seconds_of", "asked")
+    }
+    return {**summary, **parts, "failed": sum(scores["failed"] for scores in parts["tasks"].values())}
 
 
 # Several at a time
