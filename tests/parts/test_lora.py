@@ -7,7 +7,7 @@ from diptych.core.condition import TokenCondition
 from diptych.core.errors import UserError
 from diptych.parts.decoders.mmdit import MMDiT, MMDiTConfig
 from diptych.parts.decoders.qwen_image import LORA_TARGETS, QwenImage
-from diptych.parts.lora import add_lora
+from diptych.parts.lora import add_lora, without_adapters
 from tiny_sizes import QWEN_IMAGE
 
 X, T, CONDITION = torch.randn(1, 4, 4, 4), torch.tensor([0.4]), TokenCondition(tokens=torch.randn(1, 3, 12))
@@ -47,6 +47,23 @@ def test_native_decoder() -> None:
     decoder = MMDiT(config)
     add_lora(decoder, rank=2, alpha=2, dropout=0.0, targets=["qkv"])
     assert sum(parameter.requires_grad for parameter in decoder.parameters()) == 6
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_left_out_adapters_learn_as_before(frozen: bool) -> None:
+    """They add nothing inside the block and keep `requires_grad` through it. Mutant: PEFT's own `enable_adapters`."""
+    bare, decoder = make(), adapted()
+    if frozen:
+        decoder.requires_grad_(False)
+    learns = [parameter.requires_grad for parameter in decoder.parameters()]
+    assert any(learns) is not frozen
+    with torch.no_grad():
+        changed = decoder(X, T, CONDITION)
+        with without_adapters(decoder):
+            torch.testing.assert_close(decoder(X, T, CONDITION), bare(X, T, CONDITION))
+        assert not torch.allclose(changed, bare(X, T, CONDITION))
+        torch.testing.assert_close(decoder(X, T, CONDITION), changed)
+    assert [parameter.requires_grad for parameter in decoder.parameters()] == learns
 
 
 def test_mistakes() -> None:
