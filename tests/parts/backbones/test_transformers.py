@@ -48,6 +48,18 @@ def test_a_head_that_is_not_the_embedding_stays_so(tmp_path: Path) -> None:
     assert torch.equal(again.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("learned", ["norm", "embed_tokens"])
+def test_what_learned_in_float32_is_read_so_by_others(learned: str, tmp_path: Path) -> None:
+    """Beside frozen bfloat16 weights, whichever comes first. Mutant: transformers' own record, of the first weight."""
+    model = language_model()
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape).to(torch.float32 if learned in name else torch.bfloat16)
+    write_model(model, tmp_path, None)
+    again = dict(LlamaForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert {str(parameter.dtype) for parameter in again.values()} == {"torch.float32"}
+    assert all(torch.equal(again[name], parameter.float()) for name, parameter in model.named_parameters())
+
+
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_keys_of_a_clip_text_encoder_are_read_in_both_forms(prefix: str, tmp_path: Path) -> None:
     """transformers writes the form that it has read: a file of ours is read from either, with the same states."""
